@@ -1,0 +1,160 @@
+"""Attention graphs: who may look at whom, and the form that every pattern shares.
+
+Letters used in the whole package: ``B`` batch, ``L`` layers, ``H`` heads, ``N`` tokens, ``D`` head size, ``R`` projected
+size, ``C`` clusters, ``W`` window. A *graph* is a bool tensor ``(B, H, N, N)``; **True means that the query (row) may
+attend to the key (column)**, the sign of ``torch.nn.functional.scaled_dot_product_attention``. A graph is never True on
+a pair that is not allowed: both tokens are real, and the key does not lie after the query where attention is causal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class QK:
+    """Queries and keys of one layer.
+
+    ``q``, ``k``: ``(B, H, N, D)`` floating point, not rescaled (scores are ``q·k / √D``). ``valid``: ``(B, N)`` bool, True
+    on real tokens; what padded positions of ``q`` and ``k`` contain never matters. ``causal``: a query sees no later key.
+    ``q`` and ``k`` may also be projections of size ``R``: a pattern does not care which space it is given.
+    """
+
+    q: Tensor
+    k: Tensor
+    valid: Tensor
+    causal: bool = False
+
+    def __post_init__(self) -> None:
+        if self.q.shape != self.k.shape or self.q.ndim != 4:
+            raise ValueError(
+                f"queries and keys must both be (B, H, N, D), got {tuple(self.q.shape)} and {tuple(self.k.shape)}"
+            )
+        batch, _, tokens, _ = self.q.shape
+        if self.valid.shape != (batch, tokens) or self.valid.dtype != torch.bool:
+            raise ValueError(
+                f"valid must be bool ({batch}, {tokens}), got {self.valid.dtype} {tuple(self.valid.shape)}"
+            )
+
+    @property
+    def lengths(self) -> Tensor:
+        """Real tokens of each example, ``(B,)`` int64."""
+        return self.valid.sum(-1)
+
+    @property
+    def allowed(self) -> Tensor:
+        """Pairs that may attend at all, ``(B, 1, N, N)`` bool."""
+        return allowed_pairs(self.valid, self.causal)
+
+    def with_vectors(self, q: Tensor, k: Tensor) -> QK:
+        """The same tokens with other vectors, for instance projected ones."""
+        return replace(self, q=q, k=k)
+
+
+def allowed_pairs(valid: Tensor, causal: bool = False) -> Tensor:
+    """Pairs of real tokens, without the future where causal: ``valid (B, N)`` → ``(B, 1, N, N)`` bool."""
+    pairs = valid[:, None, :, None] & valid[:, None, None, :]
+    if causal:
+        tokens = valid.shape[-1]
+        pairs = pairs & torch.ones(tokens, tokens, dtype=torch.bool, device=valid.device).tril()
+    return pairs
+
+
+@runtime_checkable
+class Pattern(Protocol):
+    """``(QK, layer) → graph``: a predictor and a fixed baseline are the same thing."""
+
+    def __call__(self, qk: QK, layer: int) -> Tensor: ...
+
+
+class Attention(Protocol):
+    """``(q, k, v, valid, layer) → output (B, H, N, D)``; a query without an allowed key, or padded, gets zeros."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, layer: int) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """A graph as memberships: a query and a key are joined iff they share a bucket.
+
+    ``q_ids``, ``k_ids``: ``(B, H, N, P)`` int64, the ``P`` buckets of each token, in ``[0, count)``. Ids are unique over
+    rounds (round ``r`` of a method with ``m`` buckets uses ``r·m … r·m + m − 1``) and a token names a bucket at most once.
+    Ids of padded tokens are arbitrary: whoever reads them masks with ``valid``.
+    """
+
+    q_ids: Tensor
+    k_ids: Tensor
+    count: int
+
+    def graph(self, allowed: Tensor) -> Tensor:
+        """The dense form, ``(B, H, N, N)`` bool; one slot of the queries at a time, so memory stays at a few graphs."""
+        edges = torch.zeros(
+            *self.q_ids.shape[:3], self.k_ids.shape[2], dtype=torch.bool, device=self.q_ids.device
+        )
+        for q_slot in self.q_ids.unbind(-1):
+            for k_slot in self.k_ids.unbind(-1):
+                edges |= q_slot[..., :, None] == k_slot[..., None, :]
+        return edges & allowed
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A graph in the compressed form that bucketed attention executes: buckets ∪ a window ∪ global tokens.
+
+    ``window``: odd width ``W``, the query itself and ``W // 2`` keys on each side; 0 for none. ``is_global``: ``(B, N)`` bool,
+    tokens that attend to all and are attended by all; None for none.
+    """
+
+    buckets: Buckets | None = None
+    window: int = 0
+    is_global: Tensor | None = None
+
+    def union(self, other: Layout) -> Layout:
+        """Edges of either layout."""
+        return Layout(
+            _join_buckets(self.buckets, other.buckets),
+            max(self.window, other.window),
+            other.is_global
+            if self.is_global is None
+            else (self.is_global if other.is_global is None else self.is_global | other.is_global),
+        )
+
+    def graph(self, qk: QK) -> Tensor:
+        """The dense form, ``(B, H, N, N)`` bool, on allowed pairs only."""
+        allowed = qk.allowed.expand(-1, qk.q.shape[1], -1, -1)
+        edges = torch.zeros_like(allowed)
+        if self.buckets is not None:
+            edges = edges | self.buckets.graph(allowed)
+        if self.window:
+            edges = edges | (band(qk.q.shape[2], self.window, qk.q.device) & allowed)
+        if self.is_global is not None:
+            rows_or_columns = self.is_global[:, None, :, None] | self.is_global[:, None, None, :]
+            edges = edges | (rows_or_columns & allowed)
+        return edges
+
+
+@runtime_checkable
+class HasLayout(Protocol):
+    """A pattern that can also say its graph without building it, so that work can be skipped for real."""
+
+    def layout(self, qk: QK, layer: int) -> Layout: ...
+
+
+def band(tokens: int, window: int, device: torch.device | None = None) -> Tensor:
+    """``(N, N)`` bool: keys at most ``window // 2`` positions away."""
+    positions = torch.arange(tokens, device=device)
+    return (positions[:, None] - positions[None, :]).abs() <= window // 2
+
+
+def _join_buckets(first: Buckets | None, second: Buckets | None) -> Buckets | None:
+    if first is None or second is None:
+        return first or second
+    return Buckets(
+        torch.cat([first.q_ids, second.q_ids + first.count], dim=-1),
+        torch.cat([first.k_ids, second.k_ids + first.count], dim=-1),
+        first.count + second.count,
+    )
