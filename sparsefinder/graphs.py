@@ -8,6 +8,7 @@ a pair that is not allowed: both tokens are real, and the key does not lie after
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
@@ -49,6 +50,11 @@ class QK:
     def allowed(self) -> Tensor:
         """Pairs that may attend at all, ``(B, 1, N, N)`` bool."""
         return allowed_pairs(self.valid, self.causal)
+
+    def scores(self) -> Tensor:
+        """``q·k / √D`` on allowed pairs, ``-inf`` elsewhere: ``(B, H, N, N)`` in the dtype of ``q``."""
+        products = self.q @ self.k.transpose(-1, -2) / math.sqrt(self.q.shape[-1])
+        return products.masked_fill(~self.allowed, -math.inf)
 
     def with_vectors(self, q: Tensor, k: Tensor) -> QK:
         """The same tokens with other vectors, for instance projected ones."""
@@ -92,9 +98,7 @@ class Buckets:
 
     def graph(self, allowed: Tensor) -> Tensor:
         """The dense form, ``(B, H, N, N)`` bool; one slot of the queries at a time, so memory stays at a few graphs."""
-        edges = torch.zeros(
-            *self.q_ids.shape[:3], self.k_ids.shape[2], dtype=torch.bool, device=self.q_ids.device
-        )
+        edges = torch.zeros(*self.q_ids.shape[:3], self.k_ids.shape[2], dtype=torch.bool, device=self.q_ids.device)
         for q_slot in self.q_ids.unbind(-1):
             for k_slot in self.k_ids.unbind(-1):
                 edges |= q_slot[..., :, None] == k_slot[..., None, :]

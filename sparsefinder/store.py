@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import importlib.metadata
@@ -26,6 +27,8 @@ from typing import Any, TypeVar
 from tqdm.auto import tqdm
 
 T = TypeVar("T")
+
+_CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
 
 
 class UserError(ValueError):
@@ -103,7 +106,9 @@ class Store:
         if name in self.given:
             path = Path(self.given[name])
             if not path.exists() and name != "model":  # a model may also be the name of a repository
-                raise UserError(f"{name}={path} does not exist: give the path of a file made by stage={ARTEFACTS[name].stage}")
+                raise UserError(
+                    f"{name}={path} does not exist: give the path of a file made by stage={ARTEFACTS[name].stage}"
+                )
             return path
         for root in (self.run_dir, self.base):
             if root is not None and read_manifest(root / ARTEFACTS[name].path) is not None:
@@ -143,7 +148,9 @@ class Store:
             remove(target)
             temporary.rename(target)
         except OSError as error:
-            raise UserError(f"cannot write {target}: {error.strerror or error}; free or choose another run_dir") from error
+            if error.errno not in _CANNOT_WRITE:
+                raise
+            raise UserError(f"cannot write {target}: {error.strerror}; free space or choose another run_dir") from error
         finally:
             remove(temporary)
 
@@ -151,7 +158,9 @@ class Store:
         """Plain facts (numbers, strings, lists) about ``name`` for its manifest, such as a validation loss."""
         self._facts.setdefault(name, {}).update(facts)
 
-    def finish(self, name: str, stage: str, settings: dict[str, Any], parents: dict[str, str], seed: int | None) -> None:
+    def finish(
+        self, name: str, stage: str, settings: dict[str, Any], parents: dict[str, str], seed: int | None
+    ) -> None:
         """Write the manifest of ``name``: from now on it is finished."""
         target = self.run_dir / ARTEFACTS[name].path
         manifest = Manifest(
@@ -189,7 +198,9 @@ class Store:
             except OSError:
                 handle.seek(0)
                 holder = handle.read().strip() or "another process"
-                raise UserError(f"{self.run_dir} is in use by {holder}: wait for it, or choose another run_dir=PATH") from None
+                raise UserError(
+                    f"{self.run_dir} is in use by {holder}: wait for it, or choose another run_dir=PATH"
+                ) from None
             handle.truncate(0)
             handle.write(f"process {os.getpid()}")
             handle.flush()

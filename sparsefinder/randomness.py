@@ -1,0 +1,32 @@
+"""Random numbers that belong to a place, not to a moment.
+
+A random pattern is part of its method: for a seed, layer and head it is the same on every pass over the data, in every
+batch, and for a sentence alone or padded. So the number of a pair is a hash of ``(seed, layer, head, query, key)`` and no
+generator is advanced (cf. counter-based generators, Salmon et al. 2011).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_ODD = (-0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)  # the multipliers of splitmix64 as signed int64
+
+
+def uniform(seed: int, layer: int, *axes: Tensor) -> Tensor:
+    """Uniform numbers in [0, 1), float64, one for each combination of the broadcast integer ``axes``.
+
+    For instance ``uniform(seed, layer, head[:, None, None], query[:, None], key)`` with ``key (N,)`` gives ``(H, N, N)``;
+    a longer ``key`` leaves the numbers of the earlier ones as they were.
+    """
+    state = _mix(torch.tensor(seed, dtype=torch.int64) * 1_000_003 + layer)
+    for axis in axes:
+        state = _mix(state + _mix(axis.to(torch.int64) + 1))
+    return ((state >> 11) & ((1 << 53) - 1)).double() / float(1 << 53)
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = x + _ODD[0]
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * _ODD[1]
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * _ODD[2]
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)

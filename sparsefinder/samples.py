@@ -1,0 +1,171 @@
+"""Queries and keys on disk, in the form of the published Sparsefinder.
+
+``torch.save`` of ``{"length_src": (num_samples,) tensor or list of ints, "q": [tensor (L, H, n_i, D)], "k": [...]}``. The
+file is mapped into memory, not read: a sample costs memory when it is taken, so files larger than memory work.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsefinder.graphs import QK
+from sparsefinder.store import UserError
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Ragged queries and keys of all layers: ``q[i]``, ``k[i]`` are ``(L, H, n_i, D)`` without padding."""
+
+    q: Sequence[Tensor]
+    k: Sequence[Tensor]
+    source: str = "memory"
+
+    def __len__(self) -> int:
+        return len(self.q)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(L, H, D)``, the same for every sample."""
+        layers, heads, _, size = self.q[0].shape
+        return layers, heads, size
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sample."""
+        return [sample.shape[2] for sample in self.q]
+
+    def layer(self, index: int, layer: int, causal: bool = False) -> QK:
+        """One sample and layer as a batch of one, float32. NaN or infinity is a `UserError`."""
+        return self.layers(index, causal, only=[layer])[0]
+
+    def layers(self, index: int, causal: bool = False, only: Sequence[int] | None = None) -> list[QK]:
+        """The layers of one sample (all of them, or ``only`` those), each a batch of one, float32."""
+        found = []
+        for layer in range(self.shape[0]) if only is None else only:
+            q, k = self.q[index][layer].float(), self.k[index][layer].float()
+            for name, tensor in (("q", q), ("k", k)):
+                if not torch.isfinite(tensor).all():
+                    raise UserError(
+                        f"{self.source}: {name} of sample {index}, layer {layer} contains NaN or infinity; "
+                        "extract the file again, or remove the sample"
+                    )
+            valid = torch.ones(1, q.shape[1], dtype=torch.bool, device=q.device)
+            found.append(QK(q[None], k[None], valid, causal))
+        return found
+
+    def __iter__(self) -> Iterator[list[QK]]:
+        return (self.layers(index) for index in range(len(self)))
+
+    def part(self, start: int, stop: int) -> Samples:
+        """Samples ``start`` to ``stop``."""
+        return Samples(self.q[start:stop], self.k[start:stop], self.source)
+
+    def split_last_tenth(self) -> tuple[Samples, Samples]:
+        """All but the last tenth, and the last tenth (at least one sample), held out."""
+        held_out = max(1, len(self) // 10)
+        return self.part(0, len(self) - held_out), self.part(len(self) - held_out, len(self))
+
+    def save(self, path: Path) -> None:
+        """Write the published form; tensors that are mapped from files are streamed, not read into memory."""
+        lengths = torch.tensor(self.lengths)
+        torch.save({"length_src": lengths, "q": list(self.q), "k": list(self.k)}, path)
+
+
+def load_samples(path: Path) -> Samples:
+    """Read a file of queries and keys (ours or the published Sparsefinder's).
+
+    Raises a `UserError` in one line for a file that is missing, truncated, carries code, has another structure, or whose
+    shapes or ``length_src`` disagree. Values are checked when a sample is taken.
+    """
+    content = load_tensors(path, "queries and keys")
+    if not isinstance(content, dict) or not {"length_src", "q", "k"} <= content.keys():
+        raise UserError(
+            f"{path}: needs a dict with length_src, q and k (the output of stage=extract), got {_outline(content)}"
+        )
+    q, k, lengths = content["q"], content["k"], content["length_src"]
+    if not isinstance(q, (list, tuple)) or not isinstance(k, (list, tuple)):
+        raise UserError(f"{path}: q and k must be lists of tensors (L, H, n, D), got {_outline(q)} and {_outline(k)}")
+    if not q:
+        raise UserError(f"{path}: holds no sample; run stage=extract with nsamples of 1 or more")
+    if len(q) != len(k):
+        raise UserError(f"{path}: {len(q)} samples of q but {len(k)} of k; they must come in pairs")
+    _check_tensors(path, q, k)
+    counts = lengths.tolist() if isinstance(lengths, Tensor) else list(lengths)
+    found = [sample.shape[2] for sample in q]
+    if counts != found:
+        where = next(
+            (i for i, (a, b) in enumerate(zip(counts, found, strict=False)) if a != b), min(len(counts), len(found))
+        )
+        raise UserError(
+            f"{path}: length_src disagrees with q at sample {where} ({len(counts)} lengths for {len(found)} samples"
+            + (f"; {counts[where]} against {found[where]} tokens" if where < min(len(counts), len(found)) else "")
+            + "); extract the file again"
+        )
+    return Samples(q, k, str(path))
+
+
+def load_tensors(path: Path, what: str) -> Any:
+    """``torch.load`` that executes nothing (``weights_only``) and maps the file; one clear line when it cannot be read."""
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file of {what}")
+    try:
+        return torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path}: refused, it is not a plain file of tensors (it needs code to load, or is damaged); "
+            f"save {what} again with torch.save of tensors, lists and dicts only"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        if "mmap can only be used with files saved with" in str(error):  # the format of torch before 1.6
+            return _load_old_format(path, what)
+        raise UserError(
+            f"{path}: cannot be read as {what} (truncated, or not saved by torch.save); make it again"
+        ) from error
+
+
+def _load_old_format(path: Path, what: str) -> Any:
+    try:
+        return torch.load(path, weights_only=True, map_location="cpu")
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        raise UserError(f"{path}: refused or damaged, cannot be read as {what}; make it again") from error
+
+
+def _check_tensors(path: Path, q: Sequence[Any], k: Sequence[Any]) -> None:
+    first: tuple[int, int, int] | None = None
+    for index, (sample_q, sample_k) in enumerate(zip(q, k, strict=True)):
+        for name, sample in (("q", sample_q), ("k", sample_k)):
+            if not isinstance(sample, Tensor) or sample.ndim != 4 or not sample.is_floating_point():
+                raise UserError(
+                    f"{path}: {name} of sample {index} must be a floating point tensor (layers, heads, tokens, head size), "
+                    f"got {_outline(sample)}"
+                )
+        if sample_q.shape != sample_k.shape:
+            raise UserError(
+                f"{path}: sample {index} has q of shape {tuple(sample_q.shape)} but k of shape {tuple(sample_k.shape)}"
+            )
+        layers, heads, _, size = sample_q.shape
+        first = first or (layers, heads, size)
+        if 0 in sample_q.shape:
+            raise UserError(f"{path}: sample {index} is empty, its shape is {tuple(sample_q.shape)}")
+        if (layers, heads, size) != first:
+            raise UserError(
+                f"{path}: sample {index} has {layers} layers, {heads} heads of size {size}, but sample 0 has "
+                f"{first[0]} layers, {first[1]} heads of size {first[2]}"
+            )
+
+
+def _outline(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
+    if isinstance(value, dict):
+        return f"a dict with {', '.join(map(str, list(value)[:5])) or 'no keys'}"
+    if isinstance(value, (list, tuple)):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"a {type(value).__name__}"
