@@ -1,0 +1,1 @@
+"""Conversions of short-input checkpoints into models for long inputs, each with a certificate."""
