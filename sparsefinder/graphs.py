@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -55,6 +56,19 @@ class QK:
         """``q·k / √D`` on allowed pairs, ``-inf`` elsewhere: ``(B, H, N, N)`` in the dtype of ``q``."""
         products = self.q @ self.k.transpose(-1, -2) / math.sqrt(self.q.shape[-1])
         return products.masked_fill(~self.allowed, -math.inf)
+
+    def in_blocks(self, size: int) -> QK:
+        """Chunks of ``size`` consecutive tokens as tokens, valid where any of theirs is.
+
+        The vector of a chunk is the concatenation of its tokens' vectors, ``(B, H, ⌈N/b⌉, b·D)``, zeros for padding.
+        """
+        missing = -self.q.shape[2] % size
+        padded = ~self.valid[:, None, :, None]
+        q, k = (
+            F.pad(x.masked_fill(padded, 0.0), (0, 0, 0, missing)).unflatten(2, (-1, size)).flatten(3)
+            for x in (self.q, self.k)
+        )
+        return QK(q, k, F.pad(self.valid, (0, missing)).unflatten(1, (-1, size)).any(-1), self.causal)
 
     def with_vectors(self, q: Tensor, k: Tensor) -> QK:
         """The same tokens with other vectors, for instance projected ones."""

@@ -6,6 +6,7 @@ file is mapped into memory, not read: a sample costs memory when it is taken, so
 
 from __future__ import annotations
 
+import logging
 import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,9 @@ import torch
 from torch import Tensor
 
 from sparsefinder.graphs import QK
-from sparsefinder.store import UserError
+from sparsefinder.store import Store, UserError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,30 @@ def load_samples(path: Path) -> Samples:
             + "); extract the file again"
         )
     return Samples(q, k, str(path))
+
+
+def training_samples(store: Store) -> Samples:
+    """The samples to learn from: ``qk``, without its last tenth where that is held out (see `validation_samples`)."""
+    samples = load_samples(store.path("qk"))
+    if not _held_out(store):
+        return samples
+    training = samples.split_last_tenth()[0]
+    if not len(training):
+        raise UserError(f"{samples.source} holds one sample and its last tenth is held out: extract 2 samples or more")
+    return training
+
+
+def validation_samples(store: Store) -> Samples:
+    """The samples to measure on: ``qk_validation``; or the last tenth (one or more) of a ``qk`` given by path alone."""
+    if _held_out(store):
+        samples = load_samples(store.path("qk"))
+        log.info("no qk_validation was given: the last tenth of %s is held out", samples.source)
+        return samples.split_last_tenth()[1]
+    return load_samples(store.path("qk_validation"))
+
+
+def _held_out(store: Store) -> bool:
+    return "qk" in store.given and "qk_validation" not in store.given
 
 
 def load_tensors(path: Path, what: str) -> Any:

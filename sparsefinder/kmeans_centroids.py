@@ -1,0 +1,172 @@
+"""The stage ``cluster``: k-means centroids of projected queries and keys, layer by layer and head by head.
+
+A file of centroids is ``torch.save`` of a list over layers of tensors ``(H, runs, C, R)``, the form of the published
+Sparsefinder. One scikit-learn `KMeans` is fitted for each layer and head on the projected queries *and* keys of the
+training samples; of several runs the first starts from k-means++, the others at random.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from joblib import Parallel, delayed
+from sklearn.cluster import KMeans
+from sklearn.exceptions import ConvergenceWarning
+from threadpoolctl import threadpool_limits
+from torch import Tensor
+
+from sparsefinder.graphs import QK
+from sparsefinder.projections import Projections, load_projections
+from sparsefinder.samples import Samples, load_tensors, training_samples
+from sparsefinder.store import Store, UserError, progress
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Centroids:
+    """Centroids of all layers, each ``(H, runs, C, R)`` float32."""
+
+    layers: Sequence[Tensor]
+    source: str = "memory"
+
+    @property
+    def clusters(self) -> int:
+        """C, the same in every layer."""
+        return self.layers[0].shape[2]
+
+    def __call__(self, qk: QK, layer: int) -> Tensor:
+        """The centroids ``(H, runs, C, R)`` of a layer, checked against projected queries and keys ``(B, H, N, R)``."""
+        if not 0 <= layer < len(self.layers):
+            raise UserError(
+                f"{self.source} has centroids of {len(self.layers)} layers, but layer {layer} was asked for: "
+                "run stage=cluster on these projections"
+            )
+        centres = self.layers[layer]
+        heads, _, _, size = centres.shape
+        if (heads, size) != (qk.q.shape[1], qk.q.shape[-1]):
+            raise UserError(
+                f"{self.source} has centroids of {heads} heads and size R={size}, the projected queries have "
+                f"{qk.q.shape[1]} heads and size R={qk.q.shape[-1]}: run stage=cluster on these projections"
+            )
+        return centres.to(qk.q.device)
+
+    def save(self, path: Path) -> None:
+        """Write the published form."""
+        torch.save([centres.cpu().contiguous() for centres in self.layers], path)
+
+
+def load_centroids(path: Path) -> Centroids:
+    """Read a file of centroids, ours or the published Sparsefinder's; anything else is a `UserError` in one line."""
+    content = load_tensors(path, "centroids")
+    if not isinstance(content, list) or not content:
+        raise UserError(f"{path}: centroids must be a list over layers of tensors (H, runs, C, R); run stage=cluster")
+    for index, centres in enumerate(content):
+        if (
+            not isinstance(centres, Tensor)
+            or centres.ndim != 4
+            or not centres.is_floating_point()
+            or not centres.numel()
+        ):
+            raise UserError(f"{path}: layer {index} must be a floating point tensor (H, runs, C, R); run stage=cluster")
+        if not torch.isfinite(centres).all():
+            raise UserError(f"{path}: layer {index} contains NaN or infinity; run stage=cluster again")
+        if centres.shape[1:3] != content[0].shape[1:3]:
+            raise UserError(
+                f"{path}: layer {index} has {tuple(centres.shape[1:3])} runs and clusters, layer 0 has "
+                f"{tuple(content[0].shape[1:3])}"
+            )
+    return Centroids([centres.float() for centres in content], str(path))
+
+
+@dataclass(frozen=True)
+class ClusterSettings:
+    """Settings of the stage ``cluster``."""
+
+    n_clusters: int = 16  # C
+    runs: int = 1  # independent clusterings of each head
+    block_size: int = 1  # tokens in a chunk; as in the projections
+    max_iterations: int = 300  # of Lloyd's algorithm
+    seed: int = 0
+    jobs: int = -1  # heads fitted at the same time; -1: one for each core
+
+    def __post_init__(self) -> None:
+        for name in ("n_clusters", "runs", "block_size", "max_iterations"):
+            if getattr(self, name) < 1:
+                raise UserError(f"cluster.{name} must be 1 or more, got {getattr(self, name)}")
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Artefacts read by the stage."""
+        return ("qk", "projections")
+
+
+def run(settings: ClusterSettings, store: Store) -> None:
+    """Make ``centroids`` from ``qk`` and ``projections``."""
+    samples = training_samples(store)
+    projections = load_projections(store.path("projections"))
+    projections.check(*samples.shape)
+    centroids = fit_centroids(samples, projections, settings)
+    with store.writing("centroids") as path:
+        centroids.save(path)
+
+
+def fit_centroids(samples: Samples, projections: Projections, settings: ClusterSettings) -> Centroids:
+    """One k-means per layer, head and run on all projected queries and keys, heads in parallel."""
+    layers = samples.shape[0]
+    found = [
+        _fit_layer(_points(samples, projections, layer, settings.block_size), settings)
+        for layer in progress(range(layers), "cluster", layers)
+    ]
+    log.info("clustered %d layers × %d heads into %d clusters", layers, samples.shape[1], settings.n_clusters)
+    return Centroids(found)
+
+
+@torch.no_grad()
+def _points(samples: Samples, projections: Projections, layer: int, block_size: int) -> np.ndarray:
+    """``(H, points, R)``: every projected query and key of the layer."""
+
+    def of_each_sample() -> Iterator[Tensor]:
+        for index in range(len(samples)):
+            projected = projections(samples.layer(index, layer), layer)
+            chunks = projected.in_blocks(block_size) if block_size > 1 else projected
+            yield from (chunks.q[0], chunks.k[0])
+
+    points: np.ndarray = torch.cat(list(of_each_sample()), dim=1).numpy()
+    return points
+
+
+def _fit_layer(points: np.ndarray, settings: ClusterSettings) -> Tensor:
+    if points.shape[1] < settings.n_clusters:
+        raise UserError(
+            f"n_clusters={settings.n_clusters}, but there are only {points.shape[1]} projected queries and keys to cluster: "
+            "choose fewer clusters or extract more samples"
+        )
+    # one OpenMP thread for each head: heads run side by side, and a sum has one order, so a seed has one result
+    with threadpool_limits(limits=1):
+        centres = Parallel(n_jobs=settings.jobs, prefer="threads")(
+            delayed(_fit_head)(head, settings, run) for head in points for run in range(settings.runs)
+        )
+    stacked = np.stack(list(centres)).reshape(points.shape[0], settings.runs, settings.n_clusters, -1)
+    return torch.from_numpy(stacked).float()
+
+
+def _fit_head(points: np.ndarray, settings: ClusterSettings, run: int) -> np.ndarray:
+    kmeans = KMeans(
+        n_clusters=settings.n_clusters,
+        init="k-means++" if run == 0 else "random",
+        n_init=1,
+        max_iter=settings.max_iterations,
+        random_state=settings.seed + run,
+    )
+    with warnings.catch_warnings():
+        # fewer distinct points than clusters: some centroids coincide, and their ties go to the first one
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        centres: np.ndarray = kmeans.fit(points).cluster_centers_
+    return centres

@@ -1,0 +1,73 @@
+"""Which keys a query attends to and which it does not: the pairs that projections learn from.
+
+A gold graph is computed once and kept as the sorted columns of its positives, a few per row. A negative is then drawn
+without ever looking at an N × N matrix: the ``u``-th zero of a row lies at ``u`` plus the number of positives before it, and
+that number is found by one binary search in ``p_k − k``, which is sorted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparsefinder.graphs import QK
+from sparsefinder.transforms import Normalizer
+
+
+@dataclass(frozen=True)
+class GoldPairs:
+    """The positives of one example as flat lists over heads and queries.
+
+    Row ``h · n + i`` is query ``i`` of head ``h``. ``rows``, ``columns``: ``(P,)`` int64, sorted by row and then by column;
+    ``zeros``: ``(H·n,)`` int64, how many allowed keys of the row are not attended to.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    zeros: Tensor
+    tokens: int
+
+    def draw_negatives(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """A negative for each positive, uniform over the allowed zeros of its row, with replacement.
+
+        Returns ``(kept, columns)``: the positives (as indices into ``rows``) whose row has a zero at all, and for each of them
+        a key that its query does not attend to: never padding, never the future, never a positive.
+        """
+        kept = (self.zeros[self.rows] > 0).nonzero().squeeze(-1)
+        rows = self.rows[kept]
+        chance = torch.rand(rows.shape, generator=generator, dtype=torch.float64)
+        order = (chance * self.zeros[rows]).long()
+        span = self.tokens + 1
+        begins = torch.searchsorted(self.rows, torch.arange(len(self.zeros)))
+        rank = torch.arange(len(self.rows)) - begins[self.rows]
+        before = torch.searchsorted(self.rows * span + self.columns - rank, rows * span + order, right=True)
+        return kept, order + before - begins[rows]
+
+
+def gold_pairs(qk: QK, alpha: float, block_size: int = 1, symmetric: bool = False) -> GoldPairs:
+    """Positives of a batch of one example: ``p_ij > 0`` under α-entmax.
+
+    ``block_size``: pairs of chunks, positive where any of their token pairs is. ``symmetric``: positive where either direction
+    is, which is what one projection of ``[q; k]`` for both sides can express.
+    """
+    if qk.q.shape[0] != 1 or not qk.valid.all():
+        raise ValueError("gold_pairs takes one example without padding")
+    graph = (Normalizer(alpha)(qk.scores()) > 0)[0]
+    allowed = qk.allowed[0, 0]
+    if block_size > 1:
+        graph, allowed = _any_in_block(graph, block_size), _any_in_block(allowed[None], block_size)[0]
+    if symmetric:
+        graph = (graph | graph.transpose(-1, -2)) & allowed
+    heads, tokens, _ = graph.shape
+    flat = graph.reshape(heads * tokens, tokens)
+    rows, columns = flat.nonzero(as_tuple=True)
+    zeros = allowed.sum(-1).repeat(heads) - flat.sum(-1)
+    return GoldPairs(rows, columns, zeros, tokens)
+
+
+def _any_in_block(graph: Tensor, size: int) -> Tensor:
+    missing = -graph.shape[-1] % size
+    padded = torch.nn.functional.pad(graph, (0, missing, 0, missing))
+    return padded.unflatten(-1, (-1, size)).any(-1).unflatten(-2, (-1, size)).any(-2)

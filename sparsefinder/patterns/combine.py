@@ -1,0 +1,109 @@
+"""Patterns made of patterns: a union, a pattern in a projected space, a pattern of blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from typing import Any
+
+from torch import Tensor
+
+from sparsefinder.graphs import QK, Buckets, HasLayout, Layout, Pattern
+from sparsefinder.kmeans_centroids import Centroids
+from sparsefinder.projections import Projections
+from sparsefinder.store import UserError
+
+
+@dataclass(frozen=True)
+class Union:
+    """Edge iff any of the patterns has it."""
+
+    patterns: Sequence[Pattern]
+
+    def layout(self, qk: QK, layer: int) -> Layout:
+        """All layouts together; a `UserError` where one of the patterns has none."""
+        return reduce(Layout.union, (layout_of(pattern, qk, layer) for pattern in self.patterns))
+
+    def __call__(self, qk: QK, layer: int) -> Tensor:
+        """``(B, H, N, N)`` bool."""
+        return reduce(Tensor.logical_or, (pattern(qk, layer) for pattern in self.patterns))
+
+
+@dataclass(frozen=True)
+class Projected:
+    """Any pattern, applied to projected queries and keys ``(B, H, N, R)``."""
+
+    pattern: Pattern
+    projections: Projections
+
+    def layout(self, qk: QK, layer: int) -> Layout:
+        return layout_of(self.pattern, self.projections(qk, layer), layer)
+
+    def __call__(self, qk: QK, layer: int) -> Tensor:
+        """``(B, H, N, N)`` bool from vectors ``(B, H, N, D)``."""
+        return self.pattern(self.projections(qk, layer), layer)
+
+
+@dataclass(frozen=True)
+class Blocked:
+    """Any pattern, applied to chunks of ``size`` consecutive tokens: an edge between two chunks is all their pairs.
+
+    The vector of a chunk is the concatenation of its tokens' vectors, zeros for padding, as published.
+    """
+
+    pattern: Pattern
+    size: int
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise UserError(f"block_size must be 1 token or more, got {self.size}")
+
+    def layout(self, qk: QK, layer: int) -> Layout:
+        layout = layout_of(self.pattern, qk.in_blocks(self.size), layer)
+        if layout.window or layout.is_global is not None:
+            raise UserError("a window or global tokens of blocks have no bucketed form: unite them outside the blocks")
+        if layout.buckets is None:
+            return layout
+        q_ids, k_ids = (self._to_tokens(ids, 2, qk) for ids in (layout.buckets.q_ids, layout.buckets.k_ids))
+        return Layout(Buckets(q_ids, k_ids, layout.buckets.count))
+
+    def __call__(self, qk: QK, layer: int) -> Tensor:
+        """``(B, H, N, N)`` bool."""
+        edges = self.pattern(qk.in_blocks(self.size), layer)
+        return self._to_tokens(self._to_tokens(edges, 2, qk), 3, qk) & qk.allowed
+
+    def _to_tokens(self, x: Tensor, dim: int, qk: QK) -> Tensor:
+        return x.repeat_interleave(self.size, dim=dim).narrow(dim, 0, qk.q.shape[2])
+
+
+def layout_of(pattern: Pattern, qk: QK, layer: int) -> Layout:
+    """The pattern's layout, or a `UserError` saying that it can only be run as a mask."""
+    if not isinstance(pattern, HasLayout):
+        raise UserError(
+            f"{type(pattern).__name__} compares every pair and has no bucketed form: use attention=masked for it"
+        )
+    return pattern.layout(qk, layer)
+
+
+def assemble(
+    pattern: Any,
+    fixed: Sequence[Pattern] = (),
+    projections: Projections | None = None,
+    centroids: Centroids | None = None,
+    block_size: int = 1,
+) -> Pattern:
+    """A pattern as it is run: its artefacts attached, in its space, on its blocks, united with the ``fixed`` patterns.
+
+    ``pattern`` says in ``needs`` what it works with; a missing artefact is a `UserError` that names the stage making it.
+    """
+    whole: Pattern = pattern
+    if "centroids" in pattern.needs:
+        if centroids is None:
+            raise UserError(f"{type(pattern).__name__} needs centroids: run stage=cluster, or give centroids=PATH")
+        whole = replace(pattern, centroids=centroids)
+    if "projections" in pattern.needs:
+        if projections is None:
+            raise UserError(f"{type(pattern).__name__} needs projections: run stage=project, or give projections=PATH")
+        whole = Projected(Blocked(whole, block_size) if block_size > 1 else whole, projections)
+    return Union((whole, *fixed)) if fixed else whole

@@ -1,0 +1,63 @@
+"""Sparsefinder by distance: a query attends to the keys that lie near it in the projected space (Treviso et al. 2022)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from sparsefinder.distances import PAIRWISE
+from sparsefinder.graphs import QK
+from sparsefinder.randomness import uniform
+from sparsefinder.store import UserError
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Edge iff ``dist(q'_i, k'_j) < threshold``.
+
+    ===========  ======================================================================
+    cos          ``1 − cos(q', k')``
+    euclidean    ``‖q' − k'‖₂``
+    l2           ``‖q' − k'‖₂²``
+    direction    norm-``p`` distance of the norm-``p`` unit vectors
+    minkowski    ``‖q' − k'‖_p``
+    min          smallest squared coordinate difference, ``min_r (q'_r − k'_r)²``
+    min_norm     ``min`` on the norm-``p`` unit vectors
+    random       a uniform number in [0, 1) for each pair, fixed by seed, layer and head
+    ===========  ======================================================================
+
+    Every pair is compared, so predicting is quadratic (in R, not D). ``random`` differs from the published one, which draws
+    anew for each batch.
+    """
+
+    distance: str = "l2"
+    threshold: float = 1.0  # an edge is shorter than this
+    p: float = 2.0  # of the norm in direction, minkowski and min_norm
+    seed: int = 0  # of the random distance
+
+    dial: ClassVar[str | None] = "threshold"
+    needs: ClassVar[tuple[str, ...]] = ("projections",)
+
+    def __post_init__(self) -> None:
+        if self.distance not in (*PAIRWISE, "random"):
+            raise UserError(f"distance={self.distance} is unknown; choose one of {', '.join(PAIRWISE)}, random")
+        if self.p <= 0:
+            raise UserError(f"p must be positive, got {self.p}")
+
+    def __call__(self, qk: QK, layer: int) -> Tensor:
+        """``(B, H, N, N)`` bool from vectors ``(B, H, N, R)``."""
+        if self.distance == "random":
+            distances = self._random(qk, layer)
+        else:
+            distances = PAIRWISE[self.distance](qk.q, qk.k, self.p)
+        return (distances < self.threshold) & qk.allowed
+
+    def _random(self, qk: QK, layer: int) -> Tensor:
+        heads = torch.arange(qk.q.shape[1], device=qk.q.device)
+        place = (qk.valid.long().cumsum(-1) - 1).clamp_min(
+            0
+        )  # counted over real tokens, so that padding changes nothing
+        return uniform(self.seed, layer, heads[:, None, None], place[:, None, :, None], place[:, None, None, :])

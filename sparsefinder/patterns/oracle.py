@@ -1,0 +1,28 @@
+"""The gold graph itself as a pattern: what a perfect predictor would say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from sparsefinder.graphs import QK
+from sparsefinder.transforms import Normalizer
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """Edge iff ``p_ij > 0`` in the dense α-entmax attention of the same head. It needs every score, so it saves no work."""
+
+    alpha: float = 1.5  # of the entmax whose support is meant; 1 (softmax) gives every allowed pair
+
+    dial: ClassVar[str | None] = None
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        Normalizer(self.alpha)
+
+    def __call__(self, qk: QK, layer: int) -> Tensor:
+        """``(B, H, N, N)`` bool."""
+        return Normalizer(self.alpha)(qk.scores()) > 0

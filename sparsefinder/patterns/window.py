@@ -1,0 +1,83 @@
+"""Fixed neighbourhoods: a window around every token, and global tokens that see all and are seen by all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from sparsefinder.graphs import QK, Layout
+from sparsefinder.store import UserError
+
+
+@dataclass(frozen=True)
+class Window:
+    """Edge iff ``|i − j| ≤ W // 2`` (Beltagy et al. 2020, without their dilation and global tokens)."""
+
+    width: int = 11  # W, odd: the query's own position and W // 2 keys on each side
+
+    dial: ClassVar[str | None] = "width"
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        if self.width < 1 or self.width % 2 == 0:
+            raise UserError(
+                f"a window must be an odd number of tokens, 1 or more, got {self.width}: try {self.width + 1}"
+            )
+
+    def layout(self, qk: QK, layer: int) -> Layout:
+        """The band, unbuilt."""
+        return Layout(window=self.width)
+
+    def __call__(self, qk: QK, layer: int) -> Tensor:
+        """``(B, H, N, N)`` bool."""
+        return self.layout(qk, layer).graph(qk)
+
+
+@dataclass(frozen=True)
+class GlobalTokens:
+    """Edge iff the query or the key is one of the first ``first`` real tokens, or, with ``last``, the last real one.
+
+    In causal attention a global token still sees no later key.
+    """
+
+    first: int = 1
+    last: bool = False
+
+    dial: ClassVar[str | None] = "first"
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        if self.first < 0:
+            raise UserError(f"global_tokens must be 0 or more, got {self.first}")
+
+    def layout(self, qk: QK, layer: int) -> Layout:
+        """Which tokens are global, ``(B, N)``, without a graph."""
+        rank = qk.valid.long().cumsum(-1)
+        is_global = rank <= self.first
+        if self.last:
+            is_global = is_global | (rank == qk.lengths[:, None])
+        return Layout(is_global=is_global & qk.valid)
+
+    def __call__(self, qk: QK, layer: int) -> Tensor:
+        """``(B, H, N, N)`` bool."""
+        return self.layout(qk, layer).graph(qk)
+
+
+def surroundings(window: int | None, global_tokens: int, last_token: bool) -> tuple[Window | GlobalTokens, ...]:
+    """The fixed patterns that a prediction is united with; none for ``window=None, global_tokens=0, last_token=False``."""
+    fixed: list[Window | GlobalTokens] = []
+    if window is not None and window != 0:
+        fixed.append(Window(window))
+    if global_tokens or last_token:
+        fixed.append(GlobalTokens(global_tokens, last_token))
+    return tuple(fixed)
+
+
+def near_pairs(qk: QK, fixed: tuple[Window | GlobalTokens, ...]) -> Tensor | None:
+    """Pairs that the fixed patterns name, ``(B, H, N, N)`` bool; None where there is no fixed pattern."""
+    if not fixed:
+        return None
+    return torch.stack([pattern(qk, 0) for pattern in fixed]).any(0)
