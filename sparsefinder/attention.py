@@ -1,0 +1,61 @@
+"""Attention on a predicted graph: ``(q, k, v, valid, layer) → output``.
+
+``Masked`` turns any pattern into an attention by computing every score and hiding those outside the graph. It saves no
+work: it is the definition that faster attentions are tested against, and the way to measure what a graph does to a model.
+
+What every attention here promises:
+
+- a query without any key, or padded, gets zeros; padded keys are never attended, whatever padded positions contain;
+- scores, threshold and probabilities are float32 at least; probabilities are cast to the dtype of ``v`` for the product;
+- ``graph`` is the graph that is executed and ``computed_pairs`` the pairs that are multiplied, padding and tiles included.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparsefinder.graphs import QK, Pattern
+from sparsefinder.transforms import Normalizer
+
+_ENTMAX15 = Normalizer(1.5)  # the normalizer of the gold graphs
+
+
+@dataclass(frozen=True)
+class Masked:
+    """Dense attention with ``-inf`` outside the graph: ``p_i = normalizer(q_i·k_j / √D over j with graph_ij)``."""
+
+    pattern: Pattern  # who may attend to whom
+    normalizer: Normalizer = _ENTMAX15  # how the scores on the graph become probabilities
+    causal: bool = False  # whether a query sees no later key
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, layer: int) -> Tensor:
+        """``q, k, v (B, H, N, D)``, ``valid (B, N)`` bool → ``(B, H, N, D)`` in the dtype of ``v``."""
+        q, k, v = without_padding(q, valid), without_padding(k, valid), without_padding(v, valid)
+        graph = self.graph(QK(q, k, valid, self.causal), layer)
+        scores = at_least_float32(q) / math.sqrt(q.shape[-1]) @ at_least_float32(k).transpose(-1, -2)
+        probabilities = self.normalizer(scores.masked_fill(~graph, -math.inf))
+        return probabilities.to(v.dtype) @ v
+
+    @torch.no_grad()
+    def graph(self, qk: QK, layer: int) -> Tensor:
+        """The graph that is executed, ``(B, H, N, N)`` bool."""
+        return self.pattern(qk, layer)
+
+    def computed_pairs(self, qk: QK, layer: int) -> Tensor:
+        """Pairs that are multiplied, ``(B, H)`` int64: all of them."""
+        batch, heads, tokens, _ = qk.q.shape
+        return torch.full((batch, heads), tokens * tokens, device=qk.q.device)
+
+
+def without_padding(x: Tensor, valid: Tensor) -> Tensor:
+    """``x (B, H, N, D)`` with zeros on padding: a NaN there would survive a product with probability 0."""
+    return x if bool(valid.all()) else x.masked_fill(~valid[:, None, :, None], 0.0)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """The dtype that scores are computed in: half precision becomes float32, float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()
