@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import reduce
-from typing import Any
 
 from torch import Tensor
 
 from sparsefinder.graphs import QK, Buckets, HasLayout, Layout, Pattern
-from sparsefinder.kmeans_centroids import Centroids
 from sparsefinder.projections import Projections
 from sparsefinder.store import UserError
 
@@ -84,26 +82,3 @@ def layout_of(pattern: Pattern, qk: QK, layer: int) -> Layout:
             f"{type(pattern).__name__} compares every pair and has no bucketed form: use attention=masked for it"
         )
     return pattern.layout(qk, layer)
-
-
-def assemble(
-    pattern: Any,
-    fixed: Sequence[Pattern] = (),
-    projections: Projections | None = None,
-    centroids: Centroids | None = None,
-    block_size: int = 1,
-) -> Pattern:
-    """A pattern as it is run: its artefacts attached, in its space, on its blocks, united with the ``fixed`` patterns.
-
-    ``pattern`` says in ``needs`` what it works with; a missing artefact is a `UserError` that names the stage making it.
-    """
-    whole: Pattern = pattern
-    if "centroids" in pattern.needs:
-        if centroids is None:
-            raise UserError(f"{type(pattern).__name__} needs centroids: run stage=cluster, or give centroids=PATH")
-        whole = replace(pattern, centroids=centroids)
-    if "projections" in pattern.needs:
-        if projections is None:
-            raise UserError(f"{type(pattern).__name__} needs projections: run stage=project, or give projections=PATH")
-        whole = Projected(Blocked(whole, block_size) if block_size > 1 else whole, projections)
-    return Union((whole, *fixed)) if fixed else whole

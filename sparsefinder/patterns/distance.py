@@ -49,10 +49,8 @@ class Distance:
 
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool from vectors ``(B, H, N, R)``."""
-        if self.distance == "random":
-            distances = self._random(qk, layer)
-        else:
-            distances = PAIRWISE[self.distance](qk.q, qk.k, self.p)
+        random = self.distance == "random"
+        distances = self._random(qk, layer) if random else PAIRWISE[self.distance](qk.q, qk.k, self.p)
         return (distances < self.threshold) & qk.allowed
 
     def _random(self, qk: QK, layer: int) -> Tensor:

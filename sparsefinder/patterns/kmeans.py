@@ -18,7 +18,7 @@ class KMeans:
     """Edge iff the query and the key share **any** of their ``top_clusters`` nearest centroids in any run of k-means."""
 
     top_clusters: int = 1  # centroids that a token belongs to
-    centroids: Centroids | None = None  # attached by `assemble`
+    centroids: Centroids | None = None  # attached by a `Configuration`
 
     dial: ClassVar[str | None] = "top_clusters"
     needs: ClassVar[tuple[str, ...]] = ("projections", "centroids")

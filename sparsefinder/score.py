@@ -1,0 +1,204 @@
+"""The stage ``score``: measure patterns on recorded queries and keys alone; no model is needed.
+
+Samples are taken one by one and layer by layer. The gold graph of a layer is computed once and shared by all configurations,
+so a frontier of a hundred configurations costs a hundred predictions and one dense attention.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sparsefinder import tables
+from sparsefinder.distances import squared
+from sparsefinder.graphs import QK, HasLayout, Pattern
+from sparsefinder.metrics import BALANCE, RATIOS, Counts, Gold, balance, count
+from sparsefinder.patterns.buckets import Quantize
+from sparsefinder.patterns.configuration import Configuration, Learned, needed
+from sparsefinder.samples import Samples, validation_samples
+from sparsefinder.store import Store, UserError, progress
+from sparsefinder.transforms import Normalizer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ScoreSettings:
+    """Settings of the stage ``score``."""
+
+    configurations: tuple[Configuration, ...]
+    alpha: float = 1.5  # of the entmax whose support is gold
+    causal: bool = False
+    samples: int | None = None  # held-out samples to measure on; None: all
+    map_tokens: int = 64  # tokens in the attention maps kept for the report
+
+    def __post_init__(self) -> None:
+        Normalizer(self.alpha)
+        if self.samples is not None and self.samples < 1:
+            raise UserError(f"score.samples must be 1 or more, or null for all, got {self.samples}")
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Artefacts read by the stage: what the chosen patterns work with, and the held-out samples."""
+        return ("qk_validation", *needed(self.configurations))
+
+
+def run(settings: ScoreSettings, store: Store) -> None:
+    """Make ``score``: ``metrics`` (one row per configuration × layer × head) and ``counts`` (also × sample)."""
+    samples = validation_samples(store).part(0, settings.samples)
+    learned = Learned.load(store, needed(settings.configurations))
+    if learned.projections is not None:
+        learned.projections.check(*samples.shape)
+    patterns = [
+        configuration.build(learned.projections, learned.centroids) for configuration in settings.configurations
+    ]
+    scores = score(samples, settings, patterns)
+    with store.writing("score") as folder:
+        folder.mkdir()
+        tables.write(metrics_table(scores, settings, learned.columns), folder, "metrics")
+        tables.write(counts_table(scores, settings), folder, "counts")
+        tables.write(shared_buckets(samples, settings, learned), folder, "shared_buckets")
+        save_maps(folder / "maps.safetensors", samples, settings, patterns)
+    store.note("score", samples=len(samples), gold_sparsity=scores.gold_sparsity)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Counts ``(samples, H)`` of each ``(configuration, layer)``, and bucket balance where there are buckets."""
+
+    counts: Mapping[tuple[int, int], Counts]
+    balance: Mapping[tuple[int, int], Mapping[str, Tensor]]
+
+    @property
+    def gold_sparsity(self) -> float:
+        """Mean over layers, heads and samples."""
+        each = [
+            counts.ratios()["gold_sparsity"] for (configuration, _), counts in self.counts.items() if configuration == 0
+        ]
+        return torch.cat(each).mean().item()
+
+
+@torch.no_grad()
+def score(samples: Samples, settings: ScoreSettings, patterns: list[Pattern]) -> Scores:
+    """Count every configuration on every sample; nothing larger than one layer of one sample is in memory at a time."""
+    counts: dict[tuple[int, int], list[Counts]] = {}
+    balances: dict[tuple[int, int], list[dict[str, Tensor]]] = {}
+    normalizer = Normalizer(settings.alpha)
+    for index in progress(range(len(samples)), "score"):
+        for layer, qk in enumerate(samples.layers(index, settings.causal)):
+            probabilities = normalizer(qk.scores())
+            gold = Gold(probabilities, probabilities > 0)
+            for place, (configuration, pattern) in enumerate(zip(settings.configurations, patterns, strict=True)):
+                graph = pattern(qk, layer)
+                counts.setdefault((place, layer), []).append(count(graph, gold, qk, configuration.near(qk)))
+                if isinstance(configuration.pattern, HasLayout) and isinstance(pattern, HasLayout):
+                    buckets = pattern.layout(qk, layer).buckets
+                    if buckets is not None:
+                        balances.setdefault((place, layer), []).append(balance(buckets, qk.valid))
+    return Scores(
+        {key: Counts.cat(parts) for key, parts in counts.items()},
+        {key: {name: torch.cat([part[name] for part in parts]) for name in BALANCE} for key, parts in balances.items()},
+    )
+
+
+def metrics_table(scores: Scores, settings: ScoreSettings, sizes: Mapping[str, Any]) -> pd.DataFrame:
+    """One row per configuration × layer × head; metrics are means over samples (see `sparsefinder.metrics`)."""
+    rows = []
+    for (place, layer), counts in scores.counts.items():
+        configuration = settings.configurations[place]
+        means = counts.macro() | {
+            name: values.nanmean(0) for name, values in scores.balance.get((place, layer), {}).items()
+        }
+        own_sizes = {key: value for key, value in sizes.items() if _uses(configuration, key)}
+        for head in range(counts.gold.shape[1]):
+            rows.append(
+                {"configuration": place, **configuration.columns, **own_sizes}
+                | {"causal": settings.causal, "alpha": settings.alpha, "quadratic": configuration.quadratic}
+                | {"samples": counts.gold.shape[0], "layer": layer, "head": head}
+                | {name: means[name][head].item() for name in (*RATIOS, *BALANCE) if name in means}
+            )
+    return tables.tidy(rows)
+
+
+def counts_table(scores: Scores, settings: ScoreSettings) -> pd.DataFrame:
+    """One row per configuration × layer × head × sample with the raw counts, so that any regrouping is exact."""
+    parts = []
+    for (place, layer), counts in scores.counts.items():
+        samples, heads = counts.gold.shape
+        grid = np.indices((samples, heads)).reshape(2, -1)
+        columns = {f.name: getattr(counts, f.name).flatten().numpy() for f in fields(Counts)}
+        parts.append(
+            pd.DataFrame({"configuration": place, "layer": layer, "head": grid[1], "sample": grid[0], **columns})
+        )
+    return pd.concat(parts, ignore_index=True)
+
+
+@torch.no_grad()
+def shared_buckets(samples: Samples, settings: ScoreSettings, learned: Learned, most: int = 4) -> pd.DataFrame:
+    """How far apart two tokens lie, by the number of buckets they share: what quantization trades on.
+
+    One row per quantization × layer × number of shared rounds: pairs counted over the first ``most`` samples, mean squared
+    distance in the projected space, and the share of these pairs that are gold edges.
+    """
+    rows: list[dict[str, Any]] = []
+    for place, configuration in enumerate(settings.configurations):
+        if not isinstance(configuration.pattern, Quantize) or learned.projections is None or configuration.window:
+            continue
+        for layer in range(samples.shape[0]):
+            totals = torch.zeros(
+                3, learned.projections.layers[layer].q.out_size or samples.shape[2], dtype=torch.float64
+            )
+            totals = torch.zeros(3, totals.shape[1] + 1, dtype=torch.float64)
+            for index in range(min(most, len(samples))):
+                qk = samples.layer(index, layer, settings.causal)
+                totals += _by_shared(
+                    qk, learned.projections(qk, layer), configuration.pattern, layer, settings.alpha, totals.shape[1]
+                )
+            for shared, (pairs, distance, edges) in enumerate(totals.T.tolist()):
+                if pairs:
+                    rows.append(
+                        {"configuration": place, "bucket_size": configuration.pattern.bucket_size}
+                        | {"same_size": configuration.pattern.same_size, "layer": layer, "shared": shared}
+                        | {"pairs": int(pairs), "distance": distance / pairs, "gold_share": edges / pairs}
+                    )
+    columns = ["configuration", "bucket_size", "same_size", "layer", "shared", "pairs", "distance", "gold_share"]
+    return tables.tidy(rows) if rows else pd.DataFrame(columns=columns)
+
+
+def _by_shared(qk: QK, projected: QK, pattern: Quantize, layer: int, alpha: float, width: int) -> Tensor:
+    buckets = pattern.layout(projected, layer).buckets
+    assert buckets is not None
+    shared = (buckets.q_ids[..., :, None, :] == buckets.k_ids[..., None, :, :]).sum(-1)
+    gold = Normalizer(alpha)(qk.scores()) > 0
+    allowed = qk.allowed.expand(shared.shape)
+    places = shared[allowed]
+    values = (torch.ones(places.shape), squared(projected.q, projected.k)[allowed], gold[allowed])
+    return torch.stack([torch.bincount(places, weights=value.double(), minlength=width) for value in values])
+
+
+def save_maps(path: Path, samples: Samples, settings: ScoreSettings, patterns: list[Pattern]) -> None:
+    """One head of one held-out sample for the report: the dense probabilities, and the graph of each configuration.
+
+    ``gold``: ``(L, H, n, n)`` float32; ``predicted_<configuration>``: bool of the same shape; the first ``map_tokens`` tokens.
+    """
+    tokens = min(settings.map_tokens, samples.lengths[0])
+    layers = samples.layers(0, settings.causal)
+    gold = torch.stack([Normalizer(settings.alpha)(qk.scores())[0, :, :tokens, :tokens] for qk in layers])
+    maps = {"gold": gold.contiguous()}
+    for place, pattern in enumerate(patterns):
+        graph = torch.stack([pattern(qk, layer)[0, :, :tokens, :tokens] for layer, qk in enumerate(layers)])
+        maps[f"predicted_{place}"] = graph.contiguous()
+    save_file(maps, path)
+
+
+def _uses(configuration: Configuration, size: str) -> bool:
+    return {"rounds": "projections", "n_clusters": "centroids"}[size] in configuration.needs
