@@ -20,9 +20,10 @@ from torch import Tensor
 
 from sparsefinder import tables
 from sparsefinder.distances import squared
-from sparsefinder.graphs import QK, HasLayout, Pattern
+from sparsefinder.graphs import QK, Pattern
 from sparsefinder.metrics import BALANCE, RATIOS, Counts, Gold, balance, count
 from sparsefinder.patterns.buckets import Quantize
+from sparsefinder.patterns.combine import layout_of
 from sparsefinder.patterns.configuration import Configuration, Learned, needed
 from sparsefinder.samples import Samples, validation_samples
 from sparsefinder.store import Store, UserError, progress
@@ -54,7 +55,8 @@ class ScoreSettings:
 
 def run(settings: ScoreSettings, store: Store) -> None:
     """Make ``score``: ``metrics`` (one row per configuration × layer × head) and ``counts`` (also × sample)."""
-    samples = validation_samples(store).part(0, settings.samples)
+    held_out = validation_samples(store)
+    samples = held_out.part(0, settings.samples or len(held_out))
     learned = Learned.load(store, needed(settings.configurations))
     if learned.projections is not None:
         learned.projections.check(*samples.shape)
@@ -98,12 +100,11 @@ def score(samples: Samples, settings: ScoreSettings, patterns: list[Pattern]) ->
             probabilities = normalizer(qk.scores())
             gold = Gold(probabilities, probabilities > 0)
             for place, (configuration, pattern) in enumerate(zip(settings.configurations, patterns, strict=True)):
-                graph = pattern(qk, layer)
+                layout = None if configuration.quadratic else layout_of(pattern, qk, layer)
+                graph = pattern(qk, layer) if layout is None else layout.graph(qk)
                 counts.setdefault((place, layer), []).append(count(graph, gold, qk, configuration.near(qk)))
-                if isinstance(configuration.pattern, HasLayout) and isinstance(pattern, HasLayout):
-                    buckets = pattern.layout(qk, layer).buckets
-                    if buckets is not None:
-                        balances.setdefault((place, layer), []).append(balance(buckets, qk.valid))
+                if layout is not None and layout.buckets is not None:
+                    balances.setdefault((place, layer), []).append(balance(layout.buckets, qk.valid))
     return Scores(
         {key: Counts.cat(parts) for key, parts in counts.items()},
         {key: {name: torch.cat([part[name] for part in parts]) for name in BALANCE} for key, parts in balances.items()},
@@ -154,15 +155,12 @@ def shared_buckets(samples: Samples, settings: ScoreSettings, learned: Learned, 
         if not isinstance(configuration.pattern, Quantize) or learned.projections is None or configuration.window:
             continue
         for layer in range(samples.shape[0]):
-            totals = torch.zeros(
-                3, learned.projections.layers[layer].q.out_size or samples.shape[2], dtype=torch.float64
-            )
-            totals = torch.zeros(3, totals.shape[1] + 1, dtype=torch.float64)
+            rounds = learned.projections.layers[layer].q.out_size or samples.shape[2]
+            totals = torch.zeros(3, rounds + 1, dtype=torch.float64)
             for index in range(min(most, len(samples))):
                 qk = samples.layer(index, layer, settings.causal)
-                totals += _by_shared(
-                    qk, learned.projections(qk, layer), configuration.pattern, layer, settings.alpha, totals.shape[1]
-                )
+                projected = learned.projections(qk, layer)
+                totals += _by_shared(qk, projected, configuration.pattern, layer, settings.alpha, rounds + 1)
             for shared, (pairs, distance, edges) in enumerate(totals.T.tolist()):
                 if pairs:
                     rows.append(
