@@ -117,7 +117,7 @@ def load_samples(path: Path) -> Samples:
 def training_samples(store: Store) -> Samples:
     """The samples to learn from: ``qk``, without its last tenth where that is held out (see `validation_samples`)."""
     samples = load_samples(store.path("qk"))
-    if not _held_out(store):
+    if store.path("qk") != store.path("qk_validation"):
         return samples
     training = samples.split_last_tenth()[0]
     if not len(training):
@@ -126,16 +126,13 @@ def training_samples(store: Store) -> Samples:
 
 
 def validation_samples(store: Store) -> Samples:
-    """The samples to measure on: ``qk_validation``; or the last tenth (one or more) of a ``qk`` given by path alone."""
-    if _held_out(store):
-        samples = load_samples(store.path("qk"))
-        log.info("no qk_validation was given: the last tenth of %s is held out", samples.source)
-        return samples.split_last_tenth()[1]
-    return load_samples(store.path("qk_validation"))
-
-
-def _held_out(store: Store) -> bool:
-    return "qk" in store.given and "qk_validation" not in store.given
+    """The samples to measure on: ``qk_validation``; where that is the same file as ``qk``, its last tenth (one or more)."""
+    samples = load_samples(store.path("qk_validation"))
+    if "qk" not in store.given or store.path("qk") != store.path("qk_validation"):
+        return samples
+    held_out = samples.split_last_tenth()[1]
+    log.info("%s is given for training and validation: its last %d samples are held out", samples.source, len(held_out))
+    return held_out
 
 
 def load_tensors(path: Path, what: str) -> Any:

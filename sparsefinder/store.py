@@ -87,6 +87,8 @@ class Store:
         self.run_dir = run_dir
         self.base = base
         self.given = dict(given or {})
+        if "qk" in self.given:  # alone it serves both: its last tenth is held out (see samples.py)
+            self.given.setdefault("qk_validation", self.given["qk"])
         self._facts: dict[str, dict[str, Any]] = {}
 
     # ---- reading ----

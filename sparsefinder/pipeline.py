@@ -1,0 +1,125 @@
+"""The stages in their order: what each needs and makes, and when it can be skipped.
+
+A stage is done when every artefact that it makes is finished, was made with the same settings by this version of the
+package, and its parents still have the content they had then. A stage that is done is skipped and says so; one that is not
+says what changed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from sparsefinder import evaluate, extract, finetune, kmeans_centroids, quantization, report, score
+from sparsefinder.store import ARTEFACTS, Manifest, Store, UserError, plain, versions
+
+log = logging.getLogger(__name__)
+
+
+class Settings(Protocol):
+    """What every stage's settings can say: the artefacts they make the stage read."""
+
+    @property
+    def needs(self) -> tuple[str, ...]: ...
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step: its name, its artefacts, and the function that makes them."""
+
+    name: str
+    run: Callable[[Any, Store], None]
+    optional: tuple[str, ...] = ()  # artefacts that it reads where they are there
+
+    @property
+    def makes(self) -> tuple[str, ...]:
+        """Names of the artefacts it writes."""
+        return tuple(artefact.name for artefact in ARTEFACTS.values() if artefact.stage == self.name)
+
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage("finetune", finetune.run),
+        Stage("extract", extract.run),
+        Stage("project", quantization.run),
+        Stage("cluster", kmeans_centroids.run),
+        Stage("score", score.run),
+        Stage("evaluate", evaluate.run),
+        Stage("report", report.run, optional=("model", "projections", "score", "evaluate")),
+    )
+}
+
+
+def chosen_stages(stage: str | Sequence[str]) -> list[Stage]:
+    """``all``, one name or several → stages in their order; an unknown name is a `UserError` that lists them."""
+    names = [stage] if isinstance(stage, str) else list(stage)
+    if names == ["all"]:
+        return list(STAGES.values())
+    unknown = [name for name in names if name not in STAGES]
+    if unknown or not names:
+        raise UserError(f"stage={','.join(map(str, unknown))} is unknown; choose all or some of {', '.join(STAGES)}")
+    return [stage for stage in STAGES.values() if stage.name in names]
+
+
+def run_stages(stages: Sequence[Stage], settings: Mapping[str, Settings], store: Store, seed: int) -> None:
+    """Run what is not done. One process at a time works in a run directory; another one gets a `UserError`."""
+    with store.held():
+        for stage in stages:
+            _run(stage, settings[stage.name], store, seed)
+
+
+def _run(stage: Stage, settings: Settings, store: Store, seed: int) -> None:
+    given = [name for name in stage.makes if name in store.given]
+    if len(given) == len(stage.makes):
+        log.info("%s: skipped, %s is given by path", stage.name, " and ".join(given))
+        return
+    parents = {name: store.content(name) for name in settings.needs}
+    parents |= {name: store.content(name) for name in stage.optional if store.find(name) is not None}
+    parents |= getattr(settings, "inputs", {})
+    described = json.loads(json.dumps(plain(settings)))
+    stale = [_changes(store.manifest(name), described, parents, name) for name in stage.makes]
+    if not any(stale):
+        log.info("%s: done and unchanged, skipped", stage.name)
+        return
+    log.info("%s: %s", stage.name, next(reason for reason in stale if reason))
+    stage.run(settings, store)
+    for name in stage.makes:
+        store.finish(name, stage.name, described, parents, seed)
+
+
+def _changes(manifest: Manifest | None, settings: dict[str, Any], parents: dict[str, str], name: str) -> str:
+    """Why an artefact has to be made, in words; empty where it is done."""
+    if manifest is None:
+        return f"makes {name}"
+    reasons = [f"{key} {old} → {new}" for key, old, new in _differences(manifest.settings, settings)]
+    reasons += [f"{parent} changed" for parent, content in parents.items() if manifest.parents.get(parent) != content]
+    reasons += [f"{parent} is gone" for parent in manifest.parents if parent not in parents]
+    made_by, now = manifest.versions.get("sparsefinder"), versions().get("sparsefinder")
+    if made_by != now:
+        reasons.append(f"sparsefinder {made_by} → {now}")
+    shown = "; ".join(reasons[:4]) + (f"; and {len(reasons) - 4} more" if len(reasons) > 4 else "")
+    return f"runs again, because {shown}" if reasons else ""
+
+
+def _differences(old: Any, new: Any, where: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in {**old, **new}:
+            found += _differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)
+        return found
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [
+            difference
+            for i, (a, b) in enumerate(zip(old, new, strict=True))
+            for difference in _differences(a, b, f"{where}[{i}]")
+        ]
+    return [] if old == new else [(where, _short(old), _short(new))]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else f"{text[:37]}…"
