@@ -1,0 +1,125 @@
+"""Continue training a model under the attention of a variant, so that its other weights can get used to it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsefinder import models
+from sparsefinder.graphs import QK, Attention
+from sparsefinder.pairs import gold_pairs
+from sparsefinder.projections import Projections
+from sparsefinder.quantization import ProjectSettings, contrastive_loss
+from sparsefinder.store import UserError, progress
+from sparsefinder.transforms import Normalizer
+
+log = logging.getLogger(__name__)
+
+PARTS = ("head", "all_but_projections", "all")
+
+
+@dataclass(frozen=True)
+class AdaptSettings:
+    """How long, and what, to train."""
+
+    steps: int = 0  # 0: evaluate the model as it is
+    part: str = "all_but_projections"  # head: the masked-LM head alone; all: the projections as well
+    batch_size: int = 8
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.01
+    clip: float = 1.0  # largest norm of the gradient
+    projection_learning_rate: float = 1e-3  # of `all`
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.part not in PARTS:
+            raise UserError(f"finetune_part={self.part} is unknown; choose one of {', '.join(PARTS)}")
+        if self.steps < 0 or self.batch_size < 1:
+            raise UserError(
+                f"adapt_steps must be 0 or more and the batch size 1 or more, got {self.steps} and {self.batch_size}"
+            )
+
+
+def adapt(
+    model: Any,
+    attention: Attention,
+    batches: Sequence[dict[str, Tensor]],
+    settings: AdaptSettings,
+    projections: Projections | None = None,
+) -> None:
+    """Train ``model`` in place for ``settings.steps`` steps with ``attention`` plugged in; ``batches`` are cycled.
+
+    A predicted graph is discrete, so no gradient of the model's loss reaches the projections. With ``part="all"`` they are
+    trained in place beside the model on the contrastive loss of the queries and keys they are given; centroids stay.
+    """
+    head = settings.part == "head"
+    base = model.base_model
+    trained = [p for p in model.parameters() if not head or not any(p is q for q in base.parameters())]
+    if not trained:
+        raise UserError(
+            "the masked-LM head of this model shares all its weights with the encoder: use another finetune_part"
+        )
+    frozen = [p for p in model.parameters() if not any(p is q for q in trained)]
+    groups: list[dict[str, Any]] = [{"params": trained}]
+    listener = _Listener(attention)
+    learning = projections if settings.part == "all" else None
+    if learning is not None:
+        parameters = [p for layer in learning.layers for p in layer.requires_grad_(True).parameters()]
+        groups.append({"params": parameters, "lr": settings.projection_learning_rate, "weight_decay": 0.0})
+    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    generator = torch.Generator().manual_seed(settings.seed)
+    model.train()
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        with models.plugged(model, listener if learning is not None else attention), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            for step in progress(range(settings.steps), "adapt"):
+                loss = model(**batches[step % len(batches)]).loss
+                if learning is not None:
+                    loss = loss + _projection_loss(listener.met, learning, models.get_normalizer(model), generator)
+                loss.backward()
+                nn.utils.clip_grad_norm_(trained, settings.clip)
+                optimizer.step()
+                optimizer.zero_grad()
+    finally:
+        model.eval()
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        if learning is not None:
+            for layer in learning.layers:
+                layer.requires_grad_(False)
+
+
+@dataclass
+class _Listener:
+    """An attention that lets another one work and keeps what it was asked, detached from the model's graph."""
+
+    attention: Attention
+    met: dict[int, QK] = field(default_factory=dict)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, layer: int) -> Tensor:
+        self.met[layer] = QK(q.detach().float(), k.detach().float(), valid)
+        return self.attention(q, k, v, valid, layer)
+
+
+def _projection_loss(
+    met: dict[int, QK], projections: Projections, normalizer: Normalizer, generator: torch.Generator
+) -> Tensor:
+    settings = ProjectSettings(alpha=max(normalizer.alpha, 1.01))
+    losses = []
+    for layer, qk in met.items():
+        for example, length in enumerate(qk.lengths.tolist()):
+            one = QK(
+                qk.q[example : example + 1, :, :length],
+                qk.k[example : example + 1, :, :length],
+                qk.valid[example : example + 1, :length],
+            )
+            gold = gold_pairs(one, settings.alpha)
+            losses.append(contrastive_loss(projections(one, layer), gold, settings, generator))
+    return torch.stack(losses).mean()

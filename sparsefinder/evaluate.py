@@ -1,0 +1,274 @@
+"""The stage ``evaluate``: what a predicted graph does to the model that attends through it.
+
+Every variant reads the same blocks with **the same masked positions**. Two are always there to compare with: dense attention
+with the model's own normalizer, and dense softmax. Graph metrics are taken from the graph that the plugged attention really
+executes, against the gold graph of the very queries and keys it was given.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from sparsefinder import models, tables
+from sparsefinder.adapt import AdaptSettings, adapt
+from sparsefinder.attention import Masked
+from sparsefinder.corpora import Corpus, masked_batches, token_blocks
+from sparsefinder.extract import draw
+from sparsefinder.graphs import QK, Attention
+from sparsefinder.metrics import Counts, Gold, count
+from sparsefinder.patterns.configuration import Configuration, Learned, needed
+from sparsefinder.patterns.full import Full
+from sparsefinder.resources import Stopwatch, now, peak_memory
+from sparsefinder.store import Store, UserError, progress
+from sparsefinder.transforms import Normalizer
+from sparsefinder.variants import AttentionChoice, Variant, crossed
+
+log = logging.getLogger(__name__)
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """Settings of the stage ``evaluate``."""
+
+    corpus: Corpus
+    configurations: tuple[Configuration, ...]
+    attentions: tuple[AttentionChoice, ...]
+    alpha: float | None = None  # of every variant's normalizer; None: the model's own
+    split: str = "test"  # train, validation or test
+    samples: int = 64  # text blocks
+    length: int | None = None  # most tokens of a block; None: what the model can take
+    batch_size: int = 8
+    mask_probability: float = 0.15
+    measured: int = 8  # blocks on which graphs and output errors are measured
+    adapt: AdaptSettings = field(default_factory=AdaptSettings)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "batch_size", "measured"):
+            if getattr(self, name) < 1:
+                raise UserError(f"evaluate.{name} must be 1 or more, got {getattr(self, name)}")
+        if not 0 < self.mask_probability < 1:
+            raise UserError(f"evaluate.mask_probability must lie between 0 and 1, got {self.mask_probability}")
+        if self.alpha is not None:
+            Normalizer(self.alpha)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Artefacts read by the stage: the model, and what the chosen patterns work with."""
+        return ("model", *needed(self.configurations))
+
+
+def run(settings: EvaluateSettings, store: Store) -> None:
+    """Make ``evaluate``: ``results`` (one row per variant) and ``layers`` (one per variant × layer × head)."""
+    model, tokenizer = models.load_masked_lm(store.path("model"))
+    learned = Learned.load(store, needed(settings.configurations))
+    shape = models.describe(model)
+    if learned.projections is not None:
+        learned.projections.check(shape.layers, shape.heads, shape.head_size)
+    own = models.get_normalizer(model)
+    length = min(settings.length or 1 << 30, shape.max_length)
+
+    def batches(split: str, wanted: int, batch_size: int) -> list[Batch]:
+        blocks = token_blocks(settings.corpus, tokenizer, split, length, cache=store.scratch("corpus"))
+        chosen = draw(len(blocks), min(wanted, len(blocks)), settings.seed, f"the {split} split of the corpus")
+        return masked_batches(
+            [blocks[index] for index in chosen], tokenizer, settings.mask_probability, settings.seed, batch_size
+        )
+
+    held_out = batches(settings.split, settings.samples, settings.batch_size)
+    training = (
+        batches("train", settings.adapt.steps * settings.adapt.batch_size, settings.adapt.batch_size)
+        if settings.adapt.steps
+        else []
+    )
+    normalizer = own if settings.alpha is None else Normalizer(settings.alpha)
+    dense = AttentionChoice("dense", Masked)
+    everything = [
+        Variant(dense, Configuration("full", Full()), own),
+        Variant(dense, Configuration("full", Full()), Normalizer(1.0)),
+        *crossed(settings.attentions, settings.configurations, normalizer),
+    ]
+    outcomes: list[Outcome] = []
+    for variant in progress(everything, "evaluate"):
+        outcomes.append(evaluate_variant(model, variant, learned, held_out, training, own, settings))
+        log.info("%s: loss %.4f, accuracy %.4f", variant.label, outcomes[-1].row["loss"], outcomes[-1].row["accuracy"])
+    results = compared(outcomes)
+    with store.writing("evaluate") as folder:
+        folder.mkdir()
+        tables.write(results, folder, "results")
+        tables.write(tables.tidy([row for outcome in outcomes for row in outcome.layers]), folder, "layers")
+    masked = sum(int((batch["labels"] != -100).sum()) for batch in held_out)
+    store.note("evaluate", split=settings.split, blocks=sum(len(b["labels"]) for b in held_out), masked_tokens=masked)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One variant: its row of the results, and its rows of the layers' table."""
+
+    row: dict[str, Any]
+    layers: list[dict[str, Any]]
+
+
+def evaluate_variant(
+    model: Any,
+    variant: Variant,
+    learned: Learned,
+    held_out: Sequence[Batch],
+    training: Sequence[Batch],
+    own: Normalizer,
+    settings: EvaluateSettings,
+) -> Outcome:
+    """Adapt a copy of the model if asked to, then measure quality, cost, and the graphs that were run."""
+    if training:
+        model, learned = copy.deepcopy(model), replace(learned, projections=copy.deepcopy(learned.projections))
+    pattern = variant.pattern(learned)
+    attention = variant.attention.build(pattern, variant.normalizer)
+    if training:
+        adapt(model, attention, training, settings.adapt, learned.projections)
+    row = {
+        **variant.columns,
+        "adapt_steps": settings.adapt.steps,
+        "finetune_part": settings.adapt.part if training else None,
+    }
+    watch = None if pattern is None else Stopwatch(pattern)
+    timed = attention if watch is None else variant.attention.build(watch, variant.normalizer)
+    row |= _quality_and_cost(model, timed, watch, held_out)
+    observer = Observer(attention, variant.configuration, own)
+    _measure_graphs(model, observer, held_out, settings.measured)
+    layers = [{**variant.columns, **found} for found in observer.rows()]
+    return Outcome(row | observer.means(), layers)
+
+
+@torch.inference_mode()
+def _quality_and_cost(
+    model: Any, attention: Attention, watch: Stopwatch | None, batches: Sequence[Batch]
+) -> dict[str, Any]:
+    device = model.device
+    total_loss, right, masked = 0.0, 0, 0
+    times: list[float] = []
+    with models.plugged(model, attention):
+        model(**_on(batches[0], device))  # warm-up
+        if watch is not None:
+            watch.seconds = 0.0
+        with peak_memory(device) as peak:
+            for batch in batches:
+                batch = _on(batch, device)
+                start = now(device)
+                logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+                times.append(now(device) - start)
+                chosen = batch["labels"] != -100
+                guesses, truth = logits[chosen].float(), batch["labels"][chosen]
+                total_loss += torch.nn.functional.cross_entropy(guesses, truth, reduction="sum").item()
+                right += int((guesses.argmax(-1) == truth).sum())
+                masked += len(truth)
+    loss = total_loss / masked
+    quarter = statistics.quantiles(times, n=4) if len(times) > 1 else [times[0]] * 3
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "accuracy": right / masked,
+        "masked_tokens": masked,
+        "latency_ms": 1e3 * statistics.median(times),
+        "latency_spread_ms": 1e3 * (quarter[2] - quarter[0]),
+        "predictor_share": None if watch is None else watch.seconds / sum(times),
+        "peak_memory_mb": None if peak.bytes is None else peak.bytes / 1e6,
+    }
+
+
+@dataclass
+class Observer:
+    """An attention that lets another one work and measures what it did: the executed graph, its cost, its output's error.
+
+    The output is compared with that of dense attention with the model's own normalizer on the same queries, keys and values:
+    ``‖o − o_dense‖ / ‖o_dense‖`` over the real tokens of each example and head.
+    """
+
+    attention: Any
+    configuration: Configuration | None
+    own: Normalizer
+    counts: dict[int, list[Counts]] = field(default_factory=dict)
+    errors: dict[int, list[Tensor]] = field(default_factory=dict)
+    densities: dict[int, list[Tensor]] = field(default_factory=dict)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, layer: int) -> Tensor:
+        """As the attention."""
+        output: Tensor = self.attention(q, k, v, valid, layer)
+        dense = Masked(Full(), self.own)(q, k, v, valid, layer)
+        difference = (output.float() - dense.float()).flatten(2).norm(dim=-1)
+        self.errors.setdefault(layer, []).append(difference / dense.float().flatten(2).norm(dim=-1).clamp_min(1e-30))
+        qk = QK(q.float(), k.float(), valid)
+        allowed = qk.allowed.sum((-2, -1)).double()
+        self.densities.setdefault(layer, []).append(self.attention.computed_pairs(qk, layer) / allowed)
+        graph = self.attention.graph(qk, layer)
+        if graph is not None:  # pooled keys have no token graph
+            probabilities = self.own(qk.scores())
+            near = None if self.configuration is None else self.configuration.near(qk)
+            self.counts.setdefault(layer, []).append(count(graph, Gold(probabilities, probabilities > 0), qk, near))
+        return output
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per layer and head."""
+        rows = []
+        for layer in sorted(self.errors):
+            means = {
+                "output_error": torch.cat(self.errors[layer]).mean(0),
+                "computed_density": torch.cat(self.densities[layer]).mean(0),
+            }
+            if layer in self.counts:
+                means |= Counts.cat(self.counts[layer]).macro()
+            rows += [
+                {"layer": layer, "head": head} | {name: values[head].item() for name, values in means.items()}
+                for head in range(len(means["output_error"]))
+            ]
+        return rows
+
+    def means(self) -> dict[str, float]:
+        """Means over layers and heads; metrics of a graph only where there is one."""
+        rows = pd.DataFrame(self.rows())
+        found: dict[str, float] = rows.drop(columns=["layer", "head"]).mean().to_dict()
+        return found
+
+
+@torch.inference_mode()
+def _measure_graphs(model: Any, observer: Observer, batches: Sequence[Batch], most: int) -> None:
+    with models.plugged(model, observer):
+        for batch in batches:
+            wanted = most - sum(len(part) for part in observer.errors.get(0, []))
+            if wanted <= 0:
+                return
+            part = {name: tensor[:wanted] for name, tensor in _on(batch, model.device).items()}
+            model(input_ids=part["input_ids"], attention_mask=part["attention_mask"])
+
+
+def compared(outcomes: Sequence[Outcome]) -> pd.DataFrame:
+    """The results with each variant's distance to dense entmax (the first row) and dense softmax (the second)."""
+    table = tables.tidy([outcome.row for outcome in outcomes])
+    entmax, softmax = table.iloc[0], table.iloc[1]
+    for name in ("loss", "perplexity", "accuracy"):
+        table[f"{name}_minus_entmax"] = table[name] - entmax[name]
+        table[f"{name}_minus_softmax"] = table[name] - softmax[name]
+    table["speed_against_dense"] = entmax["latency_ms"] / table["latency_ms"]
+    for row in table.iloc[2:].itertuples():
+        if row.speed_against_dense < 1:
+            log.info("%s is slower than dense attention: %.2f × its speed", row.variant, row.speed_against_dense)
+        if row.loss_minus_entmax < -0.01:
+            log.warning(
+                "%s has a lower loss than dense attention, by %.3f: look twice", row.variant, -row.loss_minus_entmax
+            )
+    return table
+
+
+def _on(batch: Batch, device: torch.device) -> Batch:
+    return {name: tensor.to(device) for name, tensor in batch.items()}

@@ -1,0 +1,78 @@
+"""What `evaluate` compares: an attention, the graph that it is given, and the normalizer on it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sparsefinder.attention import Bucketed
+from sparsefinder.graphs import Pattern
+from sparsefinder.patterns.configuration import Configuration, Learned
+from sparsefinder.transforms import Normalizer
+
+
+@dataclass(frozen=True)
+class AttentionChoice:
+    """A file of conf/attention: the class of an attention and its settings.
+
+    A class whose constructor has a ``pattern`` runs any pattern (masked, bucketed); another one brings its own graph (LSG).
+    """
+
+    name: str  # of the file
+    kind: type
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def takes_pattern(self) -> bool:
+        """Whether it is given a pattern."""
+        return "pattern" in inspect.signature(self.kind).parameters
+
+    def build(self, pattern: Pattern | None, normalizer: Normalizer) -> Any:
+        """The attention, ready to be plugged into a model."""
+        given = {"pattern": pattern} if self.takes_pattern else {}
+        return self.kind(**given, normalizer=normalizer, **self.options)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the results."""
+
+    attention: AttentionChoice
+    configuration: Configuration | None  # None for an attention with a graph of its own
+    normalizer: Normalizer
+
+    @property
+    def label(self) -> str:
+        """One short line, such as ``bucketed kmeans top_clusters=2 + window 11``."""
+        graph = "" if self.configuration is None else f" {self.configuration.label}"
+        softmax = "" if self.normalizer.sparse else " (softmax)"
+        return f"{self.attention.name}{graph}{softmax}"
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """What tells this row from the others."""
+        own = self.configuration.columns if self.configuration else dict(self.attention.options)
+        return {"variant": self.label, "attention": self.attention.name, "alpha": self.normalizer.alpha, **own}
+
+    def pattern(self, learned: Learned) -> Pattern | None:
+        """The pattern as it is run; None for an attention with a graph of its own."""
+        if self.configuration is None:
+            return None
+        return self.configuration.build(learned.projections, learned.centroids)
+
+
+def crossed(
+    attentions: tuple[AttentionChoice, ...], configurations: tuple[Configuration, ...], normalizer: Normalizer
+) -> list[Variant]:
+    """Every attention with every pattern it can run; bucketed attention only with patterns that have a bucketed form."""
+    variants = []
+    for attention in attentions:
+        if not attention.takes_pattern:
+            variants.append(Variant(attention, None, normalizer))
+            continue
+        for configuration in configurations:
+            if not (attention.kind is Bucketed and configuration.quadratic):
+                variants.append(Variant(attention, configuration, normalizer))
+    return variants
