@@ -18,7 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsefinder.graphs import QK, Pattern
+from sparsefinder.graphs import QK, HasLayout, Layout, Pattern
+from sparsefinder.pieces import Pieces, cut
+from sparsefinder.store import UserError
 from sparsefinder.transforms import Normalizer
 
 _ENTMAX15 = Normalizer(1.5)  # the normalizer of the gold graphs
@@ -49,6 +51,58 @@ class Masked:
         """Pairs that are multiplied, ``(B, H)`` int64: all of them."""
         batch, heads, tokens, _ = qk.q.shape
         return torch.full((batch, heads), tokens * tokens, device=qk.q.device)
+
+
+@dataclass(frozen=True)
+class Bucketed:
+    """Sparsefinder's attention for real: only what is in the pattern's layout is multiplied, and nothing is N × N.
+
+    The same output and gradients as ``Masked`` of the same pattern, to rounding. The pattern must have a ``layout``: buckets,
+    a window, global tokens and unions of these. Work and memory are linear in N where buckets keep their size; a bucket with
+    all tokens costs what dense attention costs. Buckets are filled up to a few sizes so that those of like size are one
+    product; ``computed_pairs`` counts the filling (Treviso et al. 2022 fill every row up to the fullest one).
+    """
+
+    pattern: Pattern  # who may attend to whom; must have a layout
+    normalizer: Normalizer = _ENTMAX15  # how the scores on the graph become probabilities
+    causal: bool = False  # whether a query sees no later key
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.pattern, HasLayout):
+            raise UserError(
+                f"attention=bucketed got the pattern {type(self.pattern).__name__}, which has no layout (buckets, window, "
+                "global tokens): choose a pattern with buckets such as kmeans or quantize, or use attention=masked"
+            )
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, layer: int) -> Tensor:
+        """``q, k, v (B, H, N, D)``, ``valid (B, N)`` bool → ``(B, H, N, D)`` in the dtype of ``v``."""
+        q, k, v = without_padding(q, valid), without_padding(k, valid), without_padding(v, valid)
+        pieces = self._pieces(QK(q, k, valid, self.causal), layer)
+        q, k = at_least_float32(q) / math.sqrt(q.shape[-1]), at_least_float32(k)
+        rows = pieces.rows()
+        probabilities = [self.normalizer(scores) for scores in rows.pack(pieces.scores(q, k))]
+        out = pieces.apply(rows.unpack(probabilities).to(v.dtype), v)
+        if pieces.globals is None:
+            return out
+        probabilities_of_globals = self.normalizer(pieces.globals.query_scores(q, k))
+        return pieces.globals.add(out, probabilities_of_globals.to(v.dtype) @ v)
+
+    @torch.no_grad()
+    def graph(self, qk: QK, layer: int) -> Tensor:
+        """The graph that is executed, in its dense form: ``(B, H, N, N)`` bool."""
+        return self._layout(qk, layer).graph(qk)
+
+    def computed_pairs(self, qk: QK, layer: int) -> Tensor:
+        """Pairs that are multiplied, ``(B, H)`` int64: what is in several pieces or filling is counted too."""
+        return self._pieces(qk, layer).computed_pairs()
+
+    @torch.no_grad()
+    def _pieces(self, qk: QK, layer: int) -> Pieces:
+        return cut(self._layout(qk, layer), qk)
+
+    def _layout(self, qk: QK, layer: int) -> Layout:
+        assert isinstance(self.pattern, HasLayout)  # checked when made
+        return self.pattern.layout(qk, layer)
 
 
 def without_padding(x: Tensor, valid: Tensor) -> Tensor:
