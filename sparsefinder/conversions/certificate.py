@@ -150,7 +150,7 @@ def states(name: str, measured: Value, note: str = "") -> Check:
 
 
 def max_difference(expected: Tensor, found: Tensor, valid: Tensor | None = None) -> float:
-    """Largest absolute difference of two `(B, N, …)` tensors, over the real tokens `valid (B, N)` if given, in float64.
+    """Largest absolute difference of two `(B, N, …)` tensors, over real tokens `valid (B, N)` if given, in float64.
 
     NaN if either holds one there; infinity if the shapes differ, so that a check of it fails.
     """

@@ -8,8 +8,8 @@ long input reads the source's row
 
 The published converter repeats the first 512 of RoBERTa's 514 rows, the two reserved ones among them, and appends the
 last two at the very end, so that the 511th and 512th token (and the same two of every further 512) read reserved rows,
-which no training has touched (LennartKeller/roberta2longformer, issue 2). `audit` walks a finished table row by row, and is
-written apart from the code that builds it.
+which no training has touched (LennartKeller/roberta2longformer, issue 2). `audit` walks a finished table row by row,
+and is written apart from the code that builds it.
 """
 
 from collections.abc import Iterator
@@ -117,7 +117,7 @@ def sinusoidal_rows(length: int, size: int, *, layout: SinusoidLayout) -> Tensor
 
 
 def replace_embedding(embedding: nn.Embedding, rows: Tensor) -> None:
-    """Make `rows (n, E)` the weight of `embedding`, in place, so that subclasses (BART's with its offset) stay as they are.
+    """Make `rows (n, E)` the weight of `embedding`, in place, so that subclasses (BART's) stay what they are.
 
     Keeps dtype, device and `requires_grad`; sets `num_embeddings`, which some families use as the bound of their
     positions.

@@ -1,0 +1,345 @@
+"""Prove a conversion against its source, and save the model with the proof or not at all.
+
+`save` measures in float32, on random tokens from a fixed seed, in evaluation mode; model and source are left as they
+were.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel
+
+from sparsefinder.conversions import bigbird, led, longformer, nystromformer
+from sparsefinder.conversions.bert_names import head_is_exact
+from sparsefinder.conversions.certificate import (
+    Certificate,
+    Check,
+    at_most,
+    check_finite,
+    check_ids,
+    check_lengths,
+    check_positions,
+    equals,
+    max_difference,
+    refuse_existing,
+    staged_folder,
+    states,
+    write,
+)
+from sparsefinder.conversions.positions import POSITION_BUFFERS, audit, reserved_rows
+from sparsefinder.conversions.sources import base_of, read_roberta, word_rows
+from sparsefinder.store import UserError
+
+EXACT = 1e-4
+"""Largest difference of a hidden state or logit that counts as the same function."""
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """What to compare a converted model with, and where it must be equal."""
+
+    positions: Callable[[PreTrainedModel], Mapping[str, Tensor]]
+    """Position tables of the target by what they are for."""
+    source_reserved: int
+    target_reserved: int
+    equal_up_to: int
+    """Longest input in tokens on which the hidden states must be the source's."""
+    source_length: int
+    length: int
+    """Longest input of the target in tokens."""
+    settings: dict[str, Any]
+    equal_mode: Callable[[int], Any] = lambda length: nullcontext()
+    """A context in which the target computes the source's function on inputs of that many tokens."""
+    mode: str = ""
+    """Words for `equal_mode`."""
+    own_mode: Callable[[], Any] | None = None
+    """A context for the target's own attention at the source's maximum length; None where that is no approximation."""
+    head_exact: bool = True
+    bound: float | None = EXACT
+    """Largest difference allowed; None where the target cannot be equal, so that the figure is only stated."""
+    shift: Tensor | None = None
+    """What the target's position rows hold beside the source's."""
+    global_tokens: bool = False
+    """Whether to compare with a global first token too."""
+    padded_to: int = 1
+    """The target pads to a multiple of this inside."""
+
+
+def save(model: PreTrainedModel, tokenizer: Any, source: PreTrainedModel, out: str | Path) -> Certificate:
+    """Check a converted `model` and `tokenizer` against the `source` they were made from, and save them in `out`.
+
+    The folder `out` then holds what `save_pretrained` writes, `conversion.json` and the certificate in `README.md`; the
+    certificate is returned. Raises `UserError` if `out` exists, and if a check fails: then nothing is left behind.
+    """
+    refuse_existing(out)
+    certificate = certify(model, tokenizer, source)
+    certificate.require()
+    with staged_folder(out) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        certificate = certificate.with_checks(*_reload_checks(model, tokenizer, folder))
+        certificate.require()
+        write(certificate, folder)
+    return certificate
+
+
+def certify(model: PreTrainedModel, tokenizer: Any, source: PreTrainedModel) -> Certificate:
+    """Every check of a conversion that needs no saving, as a certificate; see `docs/conversions.md` for what they are.
+
+    Raises `UserError` for a target that this package does not make, or a source that the target is not made from.
+    """
+    readers = {
+        "longformer": _compare_longformer,
+        "nystromformer": _compare_nystromformer,
+        "big_bird": _compare_bigbird,
+        "led": _compare_led,
+    }
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind not in readers:
+        raise UserError(f"a {type(model).__name__} is none of the targets {', '.join(readers)}; convert a model first")
+    with _measuring(model) as target, _measuring(source) as original:
+        comparison = readers[kind](target, tokenizer, original)
+        name = source.name_or_path or type(source).__name__
+        certificate = Certificate(source=name, target=kind, settings=comparison.settings)
+        return certificate.with_checks(
+            *_difference_checks(target, original, tokenizer, comparison),
+            *_table_checks(target, original, tokenizer, comparison),
+            *check_ids(tokenizer, word_rows(target)),
+            check_finite(
+                "outputs that are not finite at the maximum length",
+                [_states(target, *_tokens(target, tokenizer, comparison.length))],
+                f"one input of {comparison.length} tokens",
+            ),
+        )
+
+
+def _compare_longformer(target: Any, tokenizer: Any, source: Any) -> _Comparison:
+    reserved = reserved_rows("after_padding", source.config.pad_token_id)
+    rows = len(base_of(source).embeddings.position_embeddings.weight)
+    windows = target.config.attention_window
+    source_length = rows - reserved
+    covered = source_length if source.config.model_type == "longformer" else min(source_length, min(windows) // 2 + 1)
+    return _Comparison(
+        positions=lambda model: {"position table": base_of(model).embeddings.position_embeddings.weight},
+        source_reserved=reserved,
+        target_reserved=reserved,
+        equal_up_to=covered,
+        source_length=source_length,
+        length=target.config.max_position_embeddings - reserved,
+        settings={"max_length": target.config.max_position_embeddings - reserved, "attention_window": windows},
+        mode="the window covers the input",
+        own_mode=nullcontext if covered < source_length else None,
+        global_tokens=True,
+    )
+
+
+def _compare_nystromformer(target: Any, tokenizer: Any, source: Any) -> _Comparison:
+    parts = read_roberta(source, tokenizer, nystromformer.HEADS, "nystromformer")
+    config = target.config
+    # The largest number of landmarks, up to the configured one, that cuts the source's length into equal segments.
+    number = max(n for n in range(1, min(config.num_landmarks, parts.length) + 1) if parts.length % n == 0)
+    approximate = config.num_landmarks < config.segment_means_seq_len
+    return _Comparison(
+        positions=lambda model: {"position table": base_of(model).embeddings.position_embeddings.weight},
+        own_mode=(lambda: nystromformer.landmarks(target, number, parts.length)) if approximate else None,
+        source_reserved=parts.reserved,
+        target_reserved=nystromformer.RESERVED,
+        equal_up_to=parts.length,
+        source_length=parts.length,
+        length=config.max_position_embeddings,
+        settings={"max_length": config.max_position_embeddings, "num_landmarks": config.num_landmarks},
+        equal_mode=lambda length: nystromformer.landmarks(target, length, length),
+        mode="as many landmarks as tokens",
+        head_exact=head_is_exact(parts, nystromformer.EXACT_HEADS),
+    )
+
+
+def _compare_bigbird(target: Any, tokenizer: Any, source: Any) -> _Comparison:
+    parts = read_roberta(source, tokenizer, bigbird.HEADS, "bigbird")
+    config = target.config
+    length = min(int(tokenizer.model_max_length), config.max_position_embeddings)
+    return _Comparison(
+        positions=lambda model: {"position table": base_of(model).embeddings.position_embeddings.weight},
+        source_reserved=parts.reserved,
+        target_reserved=0,
+        equal_up_to=parts.length,
+        source_length=parts.length,
+        length=length,
+        settings={
+            "max_length": length,
+            "attention_type": config.attention_type,
+            "block_size": config.block_size,
+            "num_random_blocks": config.num_random_blocks,
+        },
+        equal_mode=lambda length: bigbird.full_attention(target),
+        mode="full-attention mode",
+        own_mode=nullcontext if bigbird.runs_sparse(target, parts.length) else None,
+        head_exact=head_is_exact(parts, bigbird.EXACT_HEADS),
+        padded_to=config.block_size,
+    )
+
+
+def _compare_led(target: Any, tokenizer: Any, source: Any) -> _Comparison:
+    base = longformer.read_longformer(source, tokenizer)
+    reserved = reserved_rows("after_padding", source.config.pad_token_id)
+    length = len(base.embeddings.position_embeddings.weight) - reserved
+    same_norms = source.config.layer_norm_eps == led.LAYER_NORM_EPS
+    return _Comparison(
+        positions=lambda model: {
+            "encoder's position table": base_of(model).encoder.embed_positions.weight,
+            "decoder's position table": base_of(model).decoder.embed_positions.weight,
+        },
+        source_reserved=reserved,
+        target_reserved=0,
+        equal_up_to=length,
+        source_length=length,
+        length=length,
+        settings={
+            "max_length": length,
+            "decoder_output_max_length": target.config.max_decoder_position_embeddings,
+            "attention_window": target.config.attention_window,
+        },
+        mode="encoder" + ("" if same_norms else f"; LED's norms have eps {led.LAYER_NORM_EPS}, the source's another"),
+        head_exact=False,
+        bound=EXACT if same_norms else None,
+        shift=base.embeddings.token_type_embeddings.weight[0],
+        global_tokens=True,
+        padded_to=max(target.config.attention_window),
+    )
+
+
+def _difference_checks(target: Any, source: Any, tokenizer: Any, comparison: _Comparison) -> Iterator[Check]:
+    lengths = sorted({1, 2, comparison.equal_up_to // 2, comparison.equal_up_to - 1, comparison.equal_up_to} - {0})
+    for marked in (False, True) if comparison.global_tokens else (False,):
+        worst = 0.0
+        for length in lengths:
+            ids, valid = _tokens(target, tokenizer, length, padded=True)
+            with comparison.equal_mode(length):
+                found = _states(target, ids, valid, marked)
+            worst = max(worst, max_difference(_states(source, ids, valid, marked), found, valid))
+        name = "short-input difference of hidden states" + (", first token global" if marked else "")
+        note = f"{comparison.mode}; lengths {lengths}, one of two rows padded"
+        yield states(name, worst, note) if comparison.bound is None else at_most(name, worst, comparison.bound, note)
+    ids, valid = _tokens(target, tokenizer, comparison.source_length)
+    if comparison.own_mode is not None:
+        with comparison.own_mode():
+            distance = max_difference(_states(source, ids, valid), _states(target, ids, valid), valid)
+        yield states(
+            "difference at the source's maximum length",
+            distance,
+            f"{comparison.source_length} tokens; the approximation before any training",
+        )
+    logits = _logits(source, *_tokens(target, tokenizer, lengths[-1]))
+    if logits is None or target.config.is_encoder_decoder:
+        return
+    with comparison.equal_mode(lengths[-1]):
+        found_logits = _logits(target, *_tokens(target, tokenizer, lengths[-1]))
+    assert found_logits is not None
+    difference = max_difference(logits, found_logits)
+    if comparison.head_exact:
+        yield at_most("short-input difference of logits", difference, EXACT * max(1.0, float(logits.abs().max())))
+    else:
+        yield states("short-input difference of logits", difference, "the target's head computes something else")
+
+
+def _table_checks(target: Any, source: Any, tokenizer: Any, comparison: _Comparison) -> Iterator[Check]:
+    source_rows = base_of(source).embeddings.position_embeddings.weight
+    for name, rows in comparison.positions(target).items():
+        result = audit(
+            source_rows,
+            rows,
+            reserved=comparison.source_reserved,
+            target_reserved=comparison.target_reserved,
+            target_shift=comparison.shift,
+            tolerance=0.0 if comparison.shift is None else 1e-6 * max(1.0, float(source_rows.abs().max())),
+        )
+        yield check_positions(result, f"{name}, rows that differ")
+    rows = next(iter(comparison.positions(target).values()))
+    rounded = -(-comparison.length // comparison.padded_to) * comparison.padded_to
+    yield from check_lengths(tokenizer, comparison.length, len(rows), comparison.target_reserved)
+    if rounded != comparison.length:
+        last = comparison.target_reserved + rounded - 1
+        yield at_most("last position row with the padding inside", last, len(rows) - 1, f"padded to {rounded}")
+    for module in target.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name in POSITION_BUFFERS:
+                yield equals(f"entries of the buffer {name}", buffer.shape[-1], len(rows) - comparison.target_reserved)
+
+
+def _reload_checks(model: PreTrainedModel, tokenizer: Any, folder: Path) -> Iterator[Check]:
+    loaded: Any = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
+    again, report = loaded
+    yield equals("weights missing after reload", len(report["missing_keys"]), 0, ", ".join(report["missing_keys"]))
+    tokenizer_again = AutoTokenizer.from_pretrained(folder)
+    text = " ".join(list(tokenizer.get_vocab())[:200])
+    same = tokenizer(text, truncation=True)["input_ids"] == tokenizer_again(text, truncation=True)["input_ids"]
+    yield equals("tokenizer gives the same ids after reload", same, True)
+    length = int(tokenizer.model_max_length)
+    yield equals("tokenizer's model_max_length after reload", int(tokenizer_again.model_max_length), length)
+    with _measuring(model) as before, _measuring(again.to(model.device)) as after:
+        ids, valid = _tokens(model, tokenizer, length)
+        difference = max_difference(_states(before, ids, valid), _states(after, ids, valid))
+        yield at_most("difference after save and reload", difference, 0.0, f"one input of {length} tokens")
+
+
+@contextmanager
+def _measuring(model: PreTrainedModel) -> Iterator[Any]:
+    """The model, or a copy of it, in float32, evaluation mode and without gradients."""
+    training = model.training
+    measured: Any = model if model.dtype == torch.float32 else copy.deepcopy(model).float()
+    try:
+        with torch.no_grad():
+            yield measured.eval()
+    finally:
+        model.train(training)
+
+
+def _tokens(model: Any, tokenizer: Any, length: int, *, padded: bool = False) -> tuple[Tensor, Tensor]:
+    """Random tokens `(1, length)`, between the tokens for beginning and end, and which are real.
+
+    With `padded`, a second row of half the length.
+    """
+    special = set(tokenizer.all_special_ids)
+    vocabulary = sorted(set(tokenizer.get_vocab().values()))
+    ordinary = torch.tensor([index for index in vocabulary if index not in special] or vocabulary)
+    draw = torch.randint(len(ordinary), (2, length), generator=torch.Generator().manual_seed(0))
+    ids, valid = ordinary[draw], torch.ones(2, length, dtype=torch.long)
+    for row, real in enumerate((length, (length + 1) // 2)):
+        if real > 1 and tokenizer.bos_token_id is not None and tokenizer.eos_token_id is not None:
+            ids[row, 0], ids[row, real - 1] = tokenizer.bos_token_id, tokenizer.eos_token_id
+        ids[row, real:] = model.config.pad_token_id
+        valid[row, real:] = 0
+    keep = 2 if padded else 1
+    return ids[:keep].to(model.device), valid[:keep].to(model.device)
+
+
+def _states(model: Any, ids: Tensor, valid: Tensor, marked: bool = False) -> Tensor:
+    """Last hidden states `(B, N, E)`, of the encoder where there are two; with `marked`, the first token is global."""
+    base = base_of(model)
+    encoder: Any = base.get_submodule("encoder") if model.config.is_encoder_decoder else base
+    extra = _global_mask(model, ids)
+    if marked and extra:
+        extra["global_attention_mask"][:, 0] = 1
+    states_: Tensor = encoder(input_ids=ids, attention_mask=valid, **extra).last_hidden_state
+    return states_
+
+
+def _logits(model: Any, ids: Tensor, valid: Tensor) -> Tensor | None:
+    """What the head says, with no token global; None for a model without a head."""
+    if base_of(model) is model:
+        return None
+    inputs = {"input_ids": ids, "attention_mask": valid, **_global_mask(model, ids)}
+    if type(model).__name__.endswith("ForMultipleChoice"):
+        inputs = {name: tensor[:, None] for name, tensor in inputs.items()}
+    outputs = model(**inputs)
+    return torch.stack([outputs.start_logits, outputs.end_logits]) if "start_logits" in outputs else outputs.logits
+
+
+def _global_mask(model: Any, ids: Tensor) -> dict[str, Tensor]:
+    return {"global_attention_mask": torch.zeros_like(ids)} if model.config.model_type in ("longformer", "led") else {}
