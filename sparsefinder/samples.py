@@ -117,7 +117,7 @@ def load_samples(path: Path) -> Samples:
 def training_samples(store: Store) -> Samples:
     """The samples to learn from: ``qk``, without its last tenth where that is held out (see `validation_samples`)."""
     samples = load_samples(store.path("qk"))
-    if store.path("qk") != store.path("qk_validation"):
+    if not store.splits_qk:
         return samples
     training = samples.split_last_tenth()[0]
     if not len(training):
@@ -126,12 +126,12 @@ def training_samples(store: Store) -> Samples:
 
 
 def validation_samples(store: Store) -> Samples:
-    """The samples to measure on: ``qk_validation``; where that is the same file as ``qk``, its last tenth (one or more)."""
+    """The samples to measure on: ``qk_validation``, or the last tenth (one or more) of a ``qk`` that was given alone."""
     samples = load_samples(store.path("qk_validation"))
-    if "qk" not in store.given or store.path("qk") != store.path("qk_validation"):
+    if not store.splits_qk:
         return samples
     held_out = samples.split_last_tenth()[1]
-    log.info("%s is given for training and validation: its last %d samples are held out", samples.source, len(held_out))
+    log.info("%s is given without qk_validation: its last %d samples are held out", samples.source, len(held_out))
     return held_out
 
 

@@ -87,8 +87,10 @@ class Store:
         self.run_dir = run_dir
         self.base = base
         self.given = dict(given or {})
-        if "qk" in self.given:  # alone it serves both: its last tenth is held out (see samples.py)
-            self.given.setdefault("qk_validation", self.given["qk"])
+        # queries and keys given alone serve both purposes: the last tenth is held out (see samples.py)
+        self.splits_qk = "qk" in self.given and "qk_validation" not in self.given
+        if self.splits_qk:
+            self.given["qk_validation"] = self.given["qk"]
         self._facts: dict[str, dict[str, Any]] = {}
 
     # ---- reading ----
