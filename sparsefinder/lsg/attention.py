@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsefinder.graphs import QK
-from sparsefinder.lsg import sparse_keys
 from sparsefinder.lsg.blocks import attend, local_attention, view_size, visible
 from sparsefinder.lsg.settings import LSGSettings
+from sparsefinder.lsg.sparse_keys import choose, pick
 from sparsefinder.transforms import Normalizer
 
 
@@ -45,9 +45,12 @@ class LSGAttention(LSGSettings):
         """`q`, `k`, `v`: `(B, H, N, D)`; `valid`: `(B, N)` bool → `(B, H, N, D)`, zeros on padding.
 
         Padding may lie anywhere and hold anything: real tokens are brought together first. `layer` names the random
-        projections of `lsh`; `dropout` is applied to probabilities.
+        projections of `lsh`; `dropout` is applied to probabilities. (With `padding_in_pools`, padding must be finite and on
+        the right, and gets outputs too.)
         """
         tokens = q.shape[2]
+        if self.pools_padding and not self._dense(tokens):
+            return self._on_packed(q, k, v, valid, layer, dropout)
         packed = _pack(valid)
         padding = ~packed.valid[:, None, :, None]
         # zeros on padding, because a score of NaN stays NaN under any mask
@@ -74,7 +77,7 @@ class LSGAttention(LSGSettings):
 
     def computed_pairs(self, qk: QK, layer: int = 0) -> Tensor:
         """Pairs whose score is computed, padding and block ends included, `(B, H)` int64."""
-        tokens = int(qk.lengths.max())
+        tokens = qk.k.shape[2] if self.pools_padding else int(qk.lengths.max())
         if self._dense(tokens):
             pairs = tokens * tokens
         else:
@@ -124,7 +127,7 @@ class LSGAttention(LSGSettings):
         seen = F.pad(seen[:, front:], (0, fill))
         rows = seen[:, None].expand(-1, heads, -1).flatten(0, 1)
         if self.has_sparse:
-            sparse = sparse_keys.choose(q, k, v, seen, self, layer)
+            sparse = choose(q, k, v, seen, self, layer)
             sparse_valid = sparse.valid.flatten(0, 1)
             pair = (sparse.keys.flatten(0, 1), sparse.values.flatten(0, 1))
         else:
@@ -151,7 +154,7 @@ class LSGAttention(LSGSettings):
         edges = ((block_of[:, None] - block_of).abs() <= 1).expand(batch, heads, -1, -1).clone()
         if self.has_sparse:
             seen = F.pad(self._visible_keys(valid)[:, front:], (0, fill))
-            picked = sparse_keys.pick(F.pad(k[:, :, front:], (0, 0, 0, fill)), seen, self)
+            picked = pick(F.pad(k[:, :, front:], (0, 0, 0, fill)), seen, self)
             edges |= self._sparse_edges(picked, text)
         graph = edges.new_ones(batch, heads, tokens, tokens)
         graph[:, :, front:, front:] = edges[:, :, : tokens - front, : tokens - front]

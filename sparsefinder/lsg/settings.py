@@ -37,6 +37,11 @@ class LSGSettings:
     """Hide the first token after the global ones from every query (it repeats the first global token)."""
     lsh_num_pre_rounds: int = 1
     """Rounds of merging similar keys before the clusters of `lsh` are made."""
+    padding_in_pools: bool = False
+    """Only for `bos_pooling`: keep groups of nothing but padding in view, which the published models do by an overflow.
+
+    Their mask adds up `-3.4e38` to `-inf`, which is then not recognised as masked. Outputs depend on padding then.
+    """
     seed: int = 123
     """Seed of the random projections of `lsh`, together with layer and head."""
 
@@ -79,6 +84,14 @@ class LSGSettings:
     def pooled(self) -> bool:
         """Whether sparse keys are mixtures of tokens (with a factor of 1 every type returns the tokens themselves)."""
         return self.has_sparse and self.sparsity_type in POOLED and self.sparsity_factor > 1
+
+    @property
+    def pools_padding(self) -> bool:
+        """Whether padding can be seen, by `padding_in_pools`."""
+        by_bos = self.sparsity_type == "bos_pooling" or (
+            self.sparsity_type == "lsh" and self.chunk_size == self.sparsity_factor
+        )
+        return self.padding_in_pools and by_bos and self.pooled
 
     @property
     def sparse_per_block(self) -> int:

@@ -96,7 +96,8 @@ def pool_mean(q: Tensor, k: Tensor, v: Tensor, valid: Tensor, settings: LSGSetti
 def pool_bos(q: Tensor, k: Tensor, v: Tensor, valid: Tensor, settings: LSGSettings, layer: int) -> SparseKeys:
     """Each group of `sparsity_factor` tokens, weighted by the attention that the first token pays to them.
 
-    The first token after the global ones, as in the published models.
+    The first token after the global ones, as in the published models. A group of nothing but padding has no key, unless
+    `padding_in_pools`, when it has the mean of what is there.
     """
     factor = settings.sparsity_factor
     scores = (q[:, :, :1].float() @ k.float().transpose(-1, -2) / math.sqrt(k.shape[-1])).transpose(-1, -2)
@@ -104,7 +105,10 @@ def pool_bos(q: Tensor, k: Tensor, v: Tensor, valid: Tensor, settings: LSGSettin
     grouped = _grouped(scores.masked_fill(~real, -math.inf), factor)
     present = _grouped(real, factor).any(3)
     weight = torch.softmax(grouped.masked_fill(~present[:, :, :, None], 0.0), dim=3)
-    weight = weight * _grouped(real, factor)
+    if settings.padding_in_pools:
+        present = torch.ones_like(present)
+    else:
+        weight = weight * _grouped(real, factor)
     return SparseKeys(_mix(weight, k, factor), _mix(weight, v, factor), present[..., 0])
 
 

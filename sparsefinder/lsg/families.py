@@ -1,0 +1,127 @@
+"""The model families that LSG attention is built into: one row each.
+
+A row says what differs between families; everything else is found in transformers' own tables. To add a family, add a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from sparsefinder.store import UserError
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the model layer and the converter must know of a family."""
+
+    name: str
+    """`model_type` of its checkpoints."""
+    stem: str
+    """What its class names begin with."""
+    positions: str
+    """How its position table is laid out; a convention of `sparsefinder.conversions.positions`."""
+    default: str
+    """Architecture of a checkpoint that names none."""
+    encoder_decoder: bool = False
+    """Whether the LSG encoder feeds a decoder (which stays as it is)."""
+    attention: str = "SelfAttention"
+    """What the name of its self-attention class ends with."""
+    stack: str = "encoder"
+    """Attribute of the base model that holds its layers."""
+
+    @property
+    def model_type(self) -> str:
+        """`model_type` of its LSG checkpoints; not the source's, or transformers would load them as plain models."""
+        return f"lsg-{self.name}"
+
+    @property
+    def config_name(self) -> str:
+        """Class of its LSG configuration."""
+        return f"LSG{self.stem}Config"
+
+    @property
+    def base(self) -> str:
+        """Class of its plain base model."""
+        return f"{self.stem}Model"
+
+    def auto_classes(self) -> dict[str, str]:
+        """The plain class behind each Auto class: `{"AutoModelForMaskedLM": "RobertaForMaskedLM", …}`."""
+        from transformers.models.auto import modeling_auto
+
+        found = {}
+        for auto, table in _AUTO_TABLES.items():
+            name = getattr(modeling_auto, table).get(self.name)
+            if name is not None:
+                found[auto] = name
+        return found
+
+    def architectures(self) -> tuple[str, ...]:
+        """Its plain model classes, each once."""
+        return tuple(dict.fromkeys(self.auto_classes().values()))
+
+
+FAMILIES = {
+    family.name: family
+    for family in (
+        Family("albert", "Albert", "absolute", "AlbertForPreTraining", attention="Attention"),
+        Family("bart", "Bart", "offset_two", "BartForConditionalGeneration", True, "Attention"),
+        Family("bert", "Bert", "absolute", "BertForPreTraining"),
+        Family("camembert", "Camembert", "after_padding", "CamembertForMaskedLM"),
+        Family("distilbert", "DistilBert", "absolute", "DistilBertForMaskedLM", stack="transformer"),
+        Family("electra", "Electra", "absolute", "ElectraForPreTraining"),
+        Family("mbart", "MBart", "offset_two", "MBartForConditionalGeneration", True, "Attention"),
+        Family("pegasus", "Pegasus", "sinusoidal", "PegasusForConditionalGeneration", True, "Attention"),
+        Family("roberta", "Roberta", "after_padding", "RobertaForMaskedLM"),
+        Family("xlm-roberta", "XLMRoberta", "after_padding", "XLMRobertaForMaskedLM"),
+    )
+}
+
+ALIASES = {"barthez": "mbart"}
+"""Model types that are another family's under their own name."""
+
+_AUTO_TABLES = {
+    "AutoModel": "MODEL_MAPPING_NAMES",
+    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "AutoModelForMaskedLM": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+    "AutoModelForMultipleChoice": "MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES",
+    "AutoModelForNextSentencePrediction": "MODEL_FOR_NEXT_SENTENCE_PREDICTION_MAPPING_NAMES",
+    "AutoModelForPreTraining": "MODEL_FOR_PRETRAINING_MAPPING_NAMES",
+    "AutoModelForQuestionAnswering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
+    "AutoModelForSeq2SeqLM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+}
+
+
+def family_of(model_type: str | None) -> Family:
+    """The row of a `model_type`, plain or LSG. Raises `UserError` naming the supported ones."""
+    name = (model_type or "").removeprefix("lsg-")
+    family = FAMILIES.get(ALIASES.get(name, name))
+    if family is None:
+        choices = ", ".join(sorted({*FAMILIES, *ALIASES}))
+        raise UserError(f"model type {model_type!r} has no LSG form; supported are {choices}")
+    return family
+
+
+def architecture_of(family: Family, name: str | None) -> str:
+    """The plain class named `name`, with or without "LSG" in front; the family's default for None.
+
+    Raises `UserError` naming the supported ones.
+    """
+    plain = (name or family.default).removeprefix("LSG")
+    if plain not in family.architectures():
+        raise UserError(
+            f"architecture {name!r} is not one of model type {family.name!r}; supported are "
+            f"{', '.join(family.architectures())}"
+        )
+    return plain
+
+
+@cache
+def plain_class(name: str) -> Any:
+    """A class of transformers by its name."""
+    import transformers
+
+    return getattr(transformers, name)

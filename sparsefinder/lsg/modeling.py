@@ -1,0 +1,343 @@
+"""LSG models: transformers' own classes with global tokens in front and LSG attention in the encoder.
+
+`LSGRobertaModel`, `LSGRobertaForMaskedLM`, … are made on demand from the rows of `families`. Nothing of a plain model is
+copied. Its encoder gets three things:
+
+1. a table of learned global tokens (512 rows, the first `num_global_tokens` are used), put in front of the embedded text,
+   before the layer norm of the embeddings where there is one;
+2. LSG attention in its self-attention modules, through transformers' attention interface;
+3. an end that takes the global tokens off again, or hands them to the decoder.
+
+Parameters have the names of the published LSG checkpoints. The hidden states of the layers, where asked for, include the
+global tokens; the last one does not. Departures from the published models:
+
+1. Padding to whole blocks happens inside the attention, so no other layer computes on it (except where padding can be
+   seen, `bos_pooling_sees_padding`).
+2. `mask_first_token` hides the first token from the decoder too, whether or not a mask is given; the published encoder
+   writes into the caller's mask, so its decoder sees the first token only when there is none.
+3. A decoder (`is_decoder=True`) recomputes the whole text at each step of generation: blocks and sparse keys move as it grows.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface
+
+from sparsefinder.lsg.configuration import config_class
+from sparsefinder.lsg.families import FAMILIES, Family, plain_class
+from sparsefinder.lsg.settings import MAX_GLOBAL_TOKENS
+from sparsefinder.store import UserError
+
+ATTENTION_NAME = "lsg"
+
+
+def lsg_attention_forward(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: `(B, H, N, D)` → `((B, N, H, D), None)`; `attention_mask (B, 1, 1, N)` bool."""
+    if not hasattr(module, "lsg"):
+        raise UserError(f"{type(module).__name__} has no LSG settings; load the model with sparsefinder.lsg instead")
+    if attention_mask is None:
+        valid = query.new_ones(query.shape[0], query.shape[2], dtype=torch.bool)
+    else:
+        valid = attention_mask[:, 0, -1]
+    output = module.lsg(query, key, value, valid, module.lsg_layer, dropout)
+    return output.transpose(1, 2), None
+
+
+AttentionInterface.register(ATTENTION_NAME, lsg_attention_forward)
+
+
+class LSGPreTrained:
+    """What every LSG class has: its saved folders carry the code that loads them."""
+
+    def save_pretrained(self: Any, save_directory: Any, **kwargs: Any) -> None:
+        """As in transformers, and the modelling code beside the weights, so that `trust_remote_code=True` loads it."""
+        from sparsefinder.lsg.export import auto_map, write_code
+
+        if self._auto_class is None:  # code loaded from a folder is copied by transformers itself
+            self.config.auto_map = auto_map(family_of_class(type(self)))
+            write_code(save_directory)
+        super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
+
+
+class LSGEncoderModel(LSGPreTrained):
+    """Base model of an encoder family (BERT and its kin)."""
+
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        family = family_of_class(type(self))
+        stack = getattr(self, family.stack)
+        width = self.embeddings.word_embeddings.embedding_dim
+        self.embeddings.global_embeddings = nn.Embedding(MAX_GLOBAL_TOKENS, width)
+        self.embeddings.register_forward_hook(partial(_put_globals_in_front, config.num_global_tokens))
+        stack.register_forward_pre_hook(_fill_up, with_kwargs=True)
+        stack.register_forward_hook(partial(_take_globals_off, config.num_global_tokens, config.pools_with_global))
+        install_attention(stack, family, config)
+        self.post_init()
+
+    def forward(
+        self: Any, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As the plain model's; `attention_mask`: `(B, N)`, nonzero on real tokens."""
+        valid = real_tokens(self.config, input_ids, kwargs.get("inputs_embeds"), attention_mask)
+        if getattr(self.config, "is_decoder", False):
+            refuse_cache(kwargs.get("past_key_values"))
+            kwargs["use_cache"] = False
+            kwargs["past_key_values"] = None
+        # four dimensions: transformers hands such a mask on as it is, and builds no N × N one
+        mask = F.pad(valid, (self.config.num_global_tokens, 0), value=True)[:, None, None]
+        fill = padding_that_counts(self.config, valid.shape[1])
+        as_tuple = not _returns_dict(self.config, kwargs)
+        output = super().forward(  # type: ignore[misc]
+            input_ids, F.pad(mask, (0, fill)), *args, return_dict=True, **kwargs
+        )
+        output.last_hidden_state = output.last_hidden_state[:, : valid.shape[1]]
+        return output.to_tuple() if as_tuple else output
+
+
+class LSGEncoderStack(LSGPreTrained):
+    """Encoder of an encoder-decoder family (BART and its kin)."""
+
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        self.global_embeddings = nn.Embedding(MAX_GLOBAL_TOKENS, config.d_model)
+        self.embed_positions.register_forward_pre_hook(partial(_positions_of_text, config.num_global_tokens))
+        self.embed_positions.register_forward_hook(partial(_no_positions_in_front, config.num_global_tokens))
+        install_attention(self, family_of_class(type(self)), config)
+        self.post_init()
+
+    def forward(
+        self: Any,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the plain encoder's; with `pass_global_tokens_to_decoder` the global tokens are in front of the output."""
+        count = self.config.num_global_tokens
+        valid = real_tokens(self.config, input_ids, inputs_embeds, attention_mask)
+        if inputs_embeds is None:
+            # Pegasus scales in its forward pass, BART and mBART inside `embed_tokens`
+            inputs_embeds = self.embed_tokens(input_ids) * getattr(self, "embed_scale", 1.0)
+        fill = padding_that_counts(self.config, valid.shape[1])
+        if fill:
+            token = self.embed_tokens.weight.new_full((1, 1), self.config.pad_token_id, dtype=torch.long)
+            after = self.embed_tokens(token) * getattr(self, "embed_scale", 1.0) * (input_ids is not None)
+            inputs_embeds = torch.cat([inputs_embeds, after.expand(len(valid), fill, -1)], dim=1)
+        front = self.global_embeddings.weight[:count].expand(len(inputs_embeds), -1, -1)
+        as_tuple = not _returns_dict(self.config, kwargs)
+        output = super().forward(  # type: ignore[misc]
+            inputs_embeds=torch.cat([front.to(inputs_embeds.dtype), inputs_embeds], dim=1),
+            attention_mask=F.pad(F.pad(valid, (count, 0), value=True), (0, fill))[:, None, None],
+            return_dict=True,
+            **kwargs,
+        )
+        output.last_hidden_state = output.last_hidden_state[:, : count + valid.shape[1]]
+        if not self.config.pass_global_tokens_to_decoder:
+            _take_globals_off(count, self.config.pools_with_global, self, (), output)
+        return output.to_tuple() if as_tuple else output
+
+
+class LSGEncoderDecoderModel(LSGPreTrained):
+    """Base model of an encoder-decoder family: an LSG encoder and the plain decoder."""
+
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        self.encoder = model_class(f"LSG{family_of_class(type(self)).stem}Encoder")(config)
+        self.post_init()
+
+    def forward(
+        self: Any,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        encoder_outputs: Any = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the plain model's; the mask is the text's, without the global tokens."""
+        if encoder_outputs is None:
+            wanted = {name: value for name, value in kwargs.items() if name.startswith("output_")}
+            encoder_outputs = self.encoder(
+                input_ids, attention_mask, inputs_embeds, return_dict=True, **wanted
+            )
+        return super().forward(  # type: ignore[misc]
+            input_ids=input_ids,
+            attention_mask=self._mask_of_decoder(attention_mask, encoder_outputs[0]),
+            decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_attention_mask,
+            encoder_outputs=encoder_outputs,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+
+    def _mask_of_decoder(self: Any, attention_mask: Tensor | None, states: Tensor) -> Tensor | None:
+        """Which encoder states the decoder may see, `(B, N)` or `(B, G + N)`; None for all."""
+        count = self.config.num_global_tokens if self.config.pass_global_tokens_to_decoder else 0
+        if self.config.mask_first_token:
+            if attention_mask is None:
+                attention_mask = states.new_ones(states.shape[0], states.shape[1] - count, dtype=torch.long)
+            attention_mask = attention_mask.clone()
+            attention_mask[torch.arange(len(states)), (attention_mask != 0).int().argmax(-1)] = 0
+        return attention_mask if attention_mask is None else F.pad(attention_mask, (count, 0), value=1)
+
+
+class LSGHead(LSGPreTrained):
+    """A model with a head, whose base model becomes the LSG one."""
+
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        family = family_of_class(type(self))
+        plain = getattr(self, self.base_model_prefix)
+        if type(plain) is plain_class(family.base):  # the decoders of BART and its kin have no LSG part
+            without_pooler = {"add_pooling_layer": False} if getattr(plain, "pooler", self) is None else {}
+            setattr(self, self.base_model_prefix, model_class(f"LSG{family.base}")(config, **without_pooler))
+            self.post_init()
+
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; a decoder without encoder runs without cache (departure 3)."""
+        if not self.config.is_encoder_decoder:
+            kwargs["use_cache"] = False
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+
+def install_attention(stack: nn.Module, family: Family, config: Any) -> None:
+    """Let every self-attention below `stack` run LSG attention, whatever implementation the rest of the model uses."""
+    attention = config.lsg_attention()
+    private = copy.copy(config)
+    private._attn_implementation_internal = ATTENTION_NAME
+    modules = [module for module in stack.modules() if type(module).__name__ == f"{family.stem}{family.attention}"]
+    for layer, module in enumerate(modules):
+        module.config, module.lsg, module.lsg_layer = private, attention, layer
+
+
+def real_tokens(config: Any, input_ids: Tensor | None, embeds: Tensor | None, mask: Tensor | None) -> Tensor:
+    """Which tokens are real, `(B, N)` bool; raises `UserError` for inputs and masks that do not fit the model."""
+    if (input_ids is None) == (embeds is None):
+        raise ValueError("give exactly one of input_ids and inputs_embeds")
+    given = input_ids if input_ids is not None else embeds
+    assert given is not None
+    batch, tokens = given.shape[:2]
+    if not config.adaptive and tokens > 2 * config.block_size and tokens % config.block_size:
+        raise UserError(
+            f"{tokens} tokens are not a multiple of block_size {config.block_size}; pad them, or set adaptive=True"
+        )
+    if mask is None:
+        return torch.ones(batch, tokens, dtype=torch.bool, device=given.device)
+    if mask.shape != (batch, tokens):
+        raise UserError(
+            f"attention_mask is {tuple(mask.shape)}; LSG attention needs one mark for each token, ({batch}, {tokens})"
+        )
+    return mask.to(given.device) != 0
+
+
+def padding_that_counts(config: Any, tokens: int) -> int:
+    """Positions to add up to whole blocks; 0 unless padding can be seen (`bos_pooling_sees_padding`)."""
+    counts = tokens > 2 * config.block_size and config.lsg_attention().pools_padding
+    return -tokens % config.block_size if counts else 0
+
+
+def refuse_cache(cache: Any) -> None:
+    """Raise `UserError` if `cache` holds keys: an LSG decoder keeps none."""
+    if cache is not None and cache.get_seq_length() > 0:
+        raise UserError("an LSG decoder recomputes the text at each step; call it with the whole text and use_cache=False")
+
+
+def _put_globals_in_front(count: int, embeddings: Any, args: Any, output: Tensor) -> Tensor:
+    """Hook of BERT-like embeddings: layer norm and dropout work on each token alone, so the global ones get theirs here."""
+    front = embeddings.dropout(embeddings.LayerNorm(embeddings.global_embeddings.weight[:count]))
+    return torch.cat([front.expand(len(output), -1, -1).to(output.dtype), output], dim=1)
+
+
+def _fill_up(stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """Hook before an encoder: hidden states as long as the mask, with zeros (`padding_that_counts`)."""
+    states = args[0] if args else kwargs["hidden_states"]
+    mask = kwargs["attention_mask"] if "attention_mask" in kwargs else args[1]
+    states = F.pad(states, (0, 0, 0, mask.shape[-1] - states.shape[1]))
+    return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
+
+
+def _take_globals_off(count: int, pool: bool, stack: Any, args: Any, output: Any) -> Any:
+    """Hook of the encoder's end; with `pool` the first token's output becomes that of the first global token."""
+    states = output.last_hidden_state
+    text = states[:, count:]
+    output.last_hidden_state = torch.cat([states[:, :1], text[:, 1:]], dim=1) if pool else text
+    return output
+
+
+def _positions_of_text(count: int, module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Hook before a position table: count the text only. BART's takes a tensor, Pegasus' a shape."""
+    shape, *others = args
+    text = shape[:, count:] if isinstance(shape, Tensor) else torch.Size((shape[0], shape[1] - count))
+    return (text, *others)
+
+
+def _no_positions_in_front(count: int, module: Any, args: Any, output: Tensor) -> Tensor:
+    """Hook after a position table: a learned global token contains its position."""
+    return F.pad(output, (0, 0, count, 0))
+
+
+def _returns_dict(config: Any, kwargs: dict[str, Any]) -> bool:
+    wanted = kwargs.pop("return_dict", None)
+    return bool(config.return_dict if wanted is None else wanted)
+
+
+def family_of_class(cls: type) -> Family:
+    """The family that an LSG class was made for."""
+    family: Family = cls.lsg_family  # type: ignore[attr-defined]
+    return family
+
+
+def model_class(name: str) -> Any:
+    """An LSG class by its name, for instance `LSGRobertaForMaskedLM`, made once. Raises `AttributeError` for another."""
+    return globals().get(name) or _make(name)
+
+
+def _make(name: str) -> Any:
+    family = _family_of_name(name)
+    plain_name = name.removeprefix("LSG")
+    if plain_name == f"{family.stem}Encoder":
+        module = __import__(plain_class(family.base).__module__, fromlist=[plain_name])
+        plain, role = getattr(module, plain_name), LSGEncoderStack
+    else:
+        plain = plain_class(plain_name)
+        base_role = LSGEncoderDecoderModel if family.encoder_decoder else LSGEncoderModel
+        role = base_role if plain_name == family.base else LSGHead
+    namespace = {
+        "__module__": __name__,
+        "__doc__": f"`{plain_name}` with LSG attention in its encoder ({role.__name__}).",
+        "config_class": config_class(family),
+        "lsg_family": family,
+    }
+    made = type(name, (role, plain), namespace)
+    globals()[name] = made
+    return made
+
+
+def _family_of_name(name: str) -> Family:
+    for family in FAMILIES.values():
+        known = (*family.architectures(), *((f"{family.stem}Encoder",) if family.encoder_decoder else ()))
+        if name.startswith("LSG") and name.removeprefix("LSG") in known:
+            return family
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __getattr__(name: str) -> Any:
+    if not name.startswith("LSG"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return model_class(name)
