@@ -29,6 +29,7 @@ MULTIRUN = ("-m", "--multirun")
 INPUTS = ("qk", "qk_validation", "projections", "centroids")
 
 log = logging.getLogger("sparsefinder")
+swept: list[str] = []  # the settings that a sweep varies, for its messages
 failures: list[str] = []  # points of a sweep that failed; the others went on
 
 
@@ -54,7 +55,7 @@ def job(cfg: DictConfig) -> None:
     try:
         run(cfg, overrides if is_point else None)
     except (UserError, InstantiationException, OmegaConfBaseException) as error:
-        failures.append((f"{' '.join(overrides)}: " if is_point else "") + one_line(error))
+        failures.append((f"{point_name(overrides)}: " if is_point else "") + one_line(error))
 
 
 def run(cfg: DictConfig, point: list[str] | None) -> None:
@@ -77,7 +78,7 @@ def run(cfg: DictConfig, point: list[str] | None) -> None:
             }
         settings[stage.name] = build(cfg[stage.name], **extra)
     if point is not None:
-        log.info("%s → %s", " ".join(point), store.run_dir)
+        log.info("%s → %s", point_name(point), store.run_dir)
     pipeline.run_stages(stages, settings, store, cfg.seed)
     if any(stage.name in ("score", "evaluate", "report") for stage in stages):
         print(report.summary(store), flush=True)
@@ -96,6 +97,11 @@ def store_of(cfg: DictConfig, stages: list[str], point: list[str] | None) -> Sto
         return Store(run_dir, given)
     digest = hashlib.sha256("\n".join(point).encode()).hexdigest()[:10]
     return Store(run_dir / "sweep" / digest, given, base=run_dir)
+
+
+def point_name(overrides: list[str]) -> str:
+    """The settings by which the points of a sweep differ."""
+    return " ".join(o for o in overrides if not swept or o.partition("=")[0] in swept)
 
 
 # ---- patterns and attentions: a file of conf/pattern or conf/attention, or all of them ----
@@ -216,6 +222,7 @@ def check(argv: list[str]) -> None:
     parser = OverridesParser.create()
     try:
         alternatives = [expanded(parser.parse_override(text), text) for text in overrides]
+        swept[:] = [text.partition("=")[0] for text, each in zip(overrides, alternatives, strict=True) if len(each) > 1]
         first = [choices[0] for choices in alternatives]
         plans = [first]
         if set(MULTIRUN) & set(argv):

@@ -85,7 +85,10 @@ def _run(stage: Stage, settings: Settings, store: Store, seed: int) -> None:
     if not any(stale):
         log.info("%s: done and unchanged, skipped", stage.name)
         return
-    log.info("%s: %s", stage.name, next(reason for reason in stale if reason))
+    reasons = [
+        f"makes {name}" if store.borrows(name) else why for name, why in zip(stage.makes, stale, strict=True) if why
+    ]
+    log.info("%s: %s", stage.name, reasons[0])
     stage.run(settings, store)
     for name in stage.makes:
         store.finish(name, stage.name, described, parents, seed)
@@ -101,7 +104,7 @@ def _changes(manifest: Manifest | None, settings: dict[str, Any], parents: dict[
     made_by, now = manifest.versions.get("sparsefinder"), versions().get("sparsefinder")
     if made_by != now:
         reasons.append(f"sparsefinder {made_by} → {now}")
-    shown = "; ".join(reasons[:4]) + (f"; and {len(reasons) - 4} more" if len(reasons) > 4 else "")
+    shown = "; ".join(reasons[:3]) + (f"; and {len(reasons) - 3} more" if len(reasons) > 3 else "")
     return f"runs again, because {shown}" if reasons else ""
 
 

@@ -110,8 +110,9 @@ class Store:
         if name in self.given:
             path = Path(self.given[name])
             if not path.exists() and name != "model":  # a model may also be the name of a repository
+                shown = "qk" if name == "qk_validation" and self.splits_qk else name
                 raise UserError(
-                    f"{name}={path} does not exist: give the path of a file made by stage={ARTEFACTS[name].stage}"
+                    f"{shown}={path} does not exist: give the path of a file made by stage={ARTEFACTS[name].stage}"
                 )
             return path
         for root in (self.run_dir, self.base):
@@ -123,6 +124,11 @@ class Store:
         """The manifest of the artefact that `find` finds; None for artefacts given by path that have none."""
         path = self.find(name)
         return None if path is None else read_manifest(path)
+
+    def borrows(self, name: str) -> bool:
+        """Whether the artefact that `find` finds belongs to ``base``: another run's, to read but not to replace."""
+        path = self.find(name)
+        return path is not None and self.base is not None and path == self.base / ARTEFACTS[name].path
 
     def content(self, name: str) -> str:
         """Hash of the artefact's bytes, taken from its manifest as long as no size or time of its files changed."""
