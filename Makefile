@@ -1,0 +1,39 @@
+# make run: set everything up and run the whole pipeline.   make test: set everything up and check everything.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: run test check setup lock bench clean
+
+run: setup
+	$(BIN)/python scripts/run.py $(ARGS)
+
+test: check
+	$(BIN)/python -m pytest $(ARGS)
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+setup: $(READY)
+
+# written last: an interrupted set-up is done again
+$(READY): requirements.lock pyproject.toml
+	$(PYTHON) -c "import sys; sys.exit('Python 3.10 or newer is needed, this is ' + sys.version.split()[0] + ': make PYTHON=python3.11') if sys.version_info < (3, 10) else 0"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	touch $(READY)
+
+# the newest versions that pyproject.toml allows, for Python 3.10 and later; needs uv
+lock:
+	printf 'torch==2.13.0\n' > .torch-constraint
+	( head -n 2 requirements.lock; uv pip compile --universal --python-version 3.10 --group dev pyproject.toml \
+	    --constraint .torch-constraint --quiet --no-annotate --no-header | grep -vE '^(nvidia-|cuda-|triton)' ) > requirements.new
+	mv requirements.new requirements.lock
+	rm .torch-constraint
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache
