@@ -1,0 +1,135 @@
+"""Documents as blocks of tokens: ragged, deterministic, never longer than a model can read."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from sparsefinder.store import UserError, make_folder, progress
+
+log = logging.getLogger(__name__)
+
+_SHORTEST = 8  # tokens of a block, special ones included; the end of a document that is shorter is left out
+_AT_ONCE = 256  # documents that are tokenized together
+
+
+class Corpus(Protocol):
+    """Text in three parts."""
+
+    def documents(self, split: str, cache: Path | None = None) -> Iterator[str]: ...
+
+    def fingerprint(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class TokenBlocks:
+    """Token ids of many blocks, ragged: block ``i`` is ``ids[starts[i]:starts[i + 1]]``, special tokens included.
+
+    ``ids``: ``(tokens,)`` int32. ``starts``: ``(blocks + 1,)`` int64.
+    """
+
+    ids: Tensor
+    starts: Tensor
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Block ``index`` as ``(n,)`` int64."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"block {index} of {len(self)}")
+        return self.ids[self.starts[index] : self.starts[index + 1]].long()
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each block, ``(blocks,)`` int64."""
+        return self.starts.diff()
+
+    def first(self, count: int) -> TokenBlocks:
+        """The first ``count`` blocks."""
+        starts = self.starts[: count + 1]
+        return TokenBlocks(self.ids[: starts[-1]], starts)
+
+    def batch(self, indices: Sequence[int], pad_token_id: int) -> tuple[Tensor, Tensor]:
+        """Some blocks padded on the right to the longest: ids ``(B, N)`` int64 and valid ``(B, N)`` bool."""
+        return pad([self[index] for index in indices], pad_token_id)
+
+
+def pad(rows: Sequence[Tensor], value: int) -> tuple[Tensor, Tensor]:
+    """Ragged rows ``(n_i,)`` as one ``(B, N)`` tensor filled up with ``value``, and valid ``(B, N)`` bool."""
+    lengths = torch.tensor([len(row) for row in rows])
+    padded = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)
+    return padded, torch.arange(padded.shape[1])[None] < lengths[:, None]
+
+
+def token_blocks(
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerBase,
+    split: str,
+    length: int,
+    limit: int | None = None,
+    cache: Path | None = None,
+) -> TokenBlocks:
+    """The documents of ``split`` cut into blocks of at most ``length`` tokens, special tokens included.
+
+    A block never holds text of two documents. Documents come in an order that is shuffled once and for all, so the first
+    ``limit`` blocks are a fair sample, and the same blocks for any larger ``limit``. With ``cache``, a folder, blocks are kept
+    there, by the content of corpus and tokenizer. Raises a `UserError` where there is no text.
+    """
+    if length < _SHORTEST:
+        raise UserError(f"blocks of {length} tokens are too short; choose {_SHORTEST} or more")
+    file = None
+    if cache is not None:
+        make_folder(cache)
+        file = cache / f"blocks-{_key(corpus, tokenizer, split, length, limit)}.pt"
+        if file.is_file():
+            return TokenBlocks(**torch.load(file, weights_only=True))
+    pieces = list(_pieces(list(corpus.documents(split, cache)), tokenizer, split, length, limit))
+    if not pieces:
+        raise UserError(f"the {split} part of the corpus has no text of {_SHORTEST} tokens or more")
+    starts = torch.tensor([0] + [len(piece) for piece in pieces]).cumsum(0)
+    blocks = TokenBlocks(torch.cat([torch.tensor(piece, dtype=torch.int32) for piece in pieces]), starts)
+    log.info(
+        "corpus: %s: %s blocks of at most %d tokens, %s tokens", split, f"{len(blocks):,}", length, f"{starts[-1]:,}"
+    )
+    if file is not None:
+        temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+        torch.save({"ids": blocks.ids, "starts": blocks.starts}, temporary)
+        temporary.replace(file)
+    return blocks
+
+
+def _pieces(
+    documents: list[str], tokenizer: PreTrainedTokenizerBase, split: str, length: int, limit: int | None
+) -> Iterator[list[int]]:
+    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(0)).tolist()
+    count = 0
+    for start in progress(range(0, len(order), _AT_ONCE), f"tokenizing ({split})"):
+        texts = [documents[index] for index in order[start : start + _AT_ONCE]]
+        encoded = tokenizer(texts, truncation=True, max_length=length, return_overflowing_tokens=True)["input_ids"]
+        for ids in encoded:
+            if len(ids) < _SHORTEST:
+                continue
+            if count == limit:
+                return
+            count += 1
+            yield ids
+
+
+def _key(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, split: str, length: int, limit: int | None) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise UserError(f"{type(tokenizer).__name__} is a slow tokenizer; this needs one of the tokenizers library")
+    digest = hashlib.sha256()
+    for part in (corpus.fingerprint(), backend.to_str(), split, str(length), str(limit)):
+        digest.update(part.encode() + b"\0")
+    return digest.hexdigest()[:24]

@@ -1,0 +1,206 @@
+"""The ``docstrings`` corpus: the documentation inside installed packages, read from their source files.
+
+Real English by many authors, a few million words, on every machine that can run this project, and never downloaded. The
+packages are those of the lock file, named in ``conf/corpus/docstrings.yaml``; whole packages are held out for validation and
+test. A document is a module: its paragraphs, in order, a line each. Nothing is imported or executed.
+
+Documentation repeats itself (transformers says most things once per model), so a paragraph is kept only where it is new:
+if most of its five-word sequences were met before, in any split, it is left out. The training part is read first; what
+it holds is never in the others. So the same words do not decide both the training and the validation loss.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import hashlib
+import importlib.metadata
+import inspect
+import json
+import logging
+import os
+import platform
+import sysconfig
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sparsefinder.corpora import prose
+from sparsefinder.store import UserError, progress, remove
+
+log = logging.getLogger(__name__)
+
+SPLITS = ("train", "validation", "test")
+PYTHON = "python"  # in a list of packages: the language reference that comes with the interpreter (`pydoc_data.topics`)
+
+_UNREAD = {"tests", "test", "testing", "_vendor", "vendored"}  # folders whose documentation is about something else
+_TOO_LITTLE = 2_000  # characters of a split below which nothing can be learned or measured
+_REPEATED = 0.5  # share of known five-word sequences from which a paragraph counts as a repetition
+_HELD_OUT_SHARE = 8  # `max_characters` allows each held-out split the eighth part
+
+
+@dataclass(frozen=True)
+class Docstrings:
+    """The prose of the documentation of ``train``, ``validation`` and ``test``: names of installed distributions."""
+
+    train: Sequence[str]
+    validation: Sequence[str]
+    test: Sequence[str]
+    max_characters: int | None = None  # of the training part, an eighth of it for each other part; None for all
+
+    def __post_init__(self) -> None:
+        for split in SPLITS:
+            object.__setattr__(self, split, tuple(getattr(self, split)))
+        if self.max_characters is not None and self.max_characters < 1:
+            raise UserError(f"corpus.max_characters must be a positive number or null, got {self.max_characters}")
+        named = [*self.train, *self.validation, *self.test]
+        twice = sorted({name for name in named if named.count(name) > 1})
+        if twice:
+            raise UserError(f"corpus=docstrings names {', '.join(twice)} twice: a package belongs to one split only")
+
+    def documents(self, split: str, cache: Path | None = None) -> Iterator[str]:
+        """The documents of ``split``; with ``cache``, a folder, they are kept there and read from there the next time.
+
+        Without, the sources of all the packages are read (some 30 seconds). Packages that are not installed are left out
+        with a warning; a `UserError` if too little text remains.
+        """
+        if split not in SPLITS:
+            raise UserError(f"there is no split {split}; choose one of {', '.join(SPLITS)}")
+        if cache is None:
+            found = _collect(self)[split]
+        else:
+            folder = cache / f"docstrings-{self.fingerprint()[:16]}"
+            if not folder.is_dir():
+                _write(folder, _collect(self))
+            found = json.loads((folder / f"{split}.json").read_text(encoding="utf-8"))
+        if sum(map(len, found)) < _TOO_LITTLE:
+            raise UserError(
+                f"corpus=docstrings found {sum(map(len, found))} characters for {split} in {', '.join(getattr(self, split))}; "
+                "install the packages of requirements.lock or name others with corpus." + split
+            )
+        yield from found
+
+    def fingerprint(self) -> str:
+        """Changes with the packages, their versions, the limit, and the way of cleaning."""
+        versions = {split: {name: _version(name) for name in getattr(self, split)} for split in SPLITS}
+        code = inspect.getsource(prose) + Path(__file__).read_text(encoding="utf-8")
+        return hashlib.sha256(json.dumps([versions, self.max_characters, code]).encode()).hexdigest()
+
+
+def _collect(corpus: Docstrings) -> dict[str, list[str]]:
+    repetitions = _Repetitions()
+    found: dict[str, list[str]] = {}
+    for split in SPLITS:
+        limit = corpus.max_characters
+        if limit is not None and split != "train":
+            limit = max(limit // _HELD_OUT_SHARE, _TOO_LITTLE)
+        found[split] = _read(getattr(corpus, split), split, limit, repetitions)
+    return found
+
+
+def _read(packages: Sequence[str], split: str, limit: int | None, repetitions: _Repetitions) -> list[str]:
+    documents: list[str] = []
+    raw = kept = 0
+    for package in progress(packages, f"reading documentation ({split})"):
+        if _version(package) is None:
+            log.warning("corpus: %s is not installed, its documentation is left out of %s", package, split)
+            continue
+        for source in _sources(package):
+            texts = list(_parse(source))
+            raw += sum(map(len, texts))
+            document = "\n".join(p for text in texts for p in _new_paragraphs(text, repetitions))
+            if document:
+                documents.append(document)
+                kept += len(document)
+            if limit is not None and kept >= limit:
+                break
+        if limit is not None and kept >= limit:
+            break
+    log.info("corpus: %s: %s characters of documentation, %s of new prose kept", split, f"{raw:,}", f"{kept:,}")
+    return documents
+
+
+def _new_paragraphs(text: str, repetitions: _Repetitions) -> Iterator[str]:
+    if text not in repetitions.texts:  # a fifth of all docstrings are copies: no need to clean them again
+        repetitions.texts.add(text)
+        yield from (paragraph for paragraph in prose.paragraphs(text) if repetitions.new(paragraph))
+
+
+def _parse(source: str) -> Iterator[str]:
+    with _no_garbage_collection():
+        try:
+            return iter(list(prose.docstrings(source)))
+        except (SyntaxError, ValueError, RecursionError):  # templates, and files for other versions of Python
+            return iter(())
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Building a syntax tree triggers the collector at every step, for nothing: twice as fast without."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _sources(package: str) -> Iterator[str]:
+    """The Python files of an installed distribution that hold a long string, in sorted order."""
+    for path in _files(package):
+        try:
+            source = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            continue
+        if '"""' in source or "'''" in source or package == PYTHON:
+            yield source
+
+
+def _files(package: str) -> Iterable[Path]:
+    if package == PYTHON:
+        return [Path(sysconfig.get_path("stdlib")) / "pydoc_data" / "topics.py"]
+    distribution = importlib.metadata.distribution(package)
+    files = sorted(str(file) for file in distribution.files or () if file.suffix == ".py")
+    return [Path(str(distribution.locate_file(file))) for file in files if _UNREAD.isdisjoint(file.split("/"))]
+
+
+def _version(package: str) -> str | None:
+    if package == PYTHON:
+        return platform.python_version()
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@dataclass
+class _Repetitions:
+    """Remembers every five-word sequence it has seen, to tell paragraphs that say something new."""
+
+    texts: set[str] = field(default_factory=set)
+    words: dict[str, int] = field(default_factory=dict)
+    met: set[int] = field(default_factory=set)
+
+    def new(self, paragraph: str) -> bool:
+        # tuples of small integers hash the same in every process, strings do not
+        ids = [self.words.setdefault(word, len(self.words)) for word in paragraph.lower().split()]
+        ids = [-1, -2, *ids, -3, -4]  # so that short paragraphs have sequences too
+        sequences = {hash(five) for five in zip(ids, ids[1:], ids[2:], ids[3:], ids[4:], strict=False)}
+        known = len(sequences & self.met)
+        self.met |= sequences
+        return known < _REPEATED * len(sequences)
+
+
+def _write(folder: Path, found: dict[str, list[str]]) -> None:
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    remove(temporary)
+    temporary.mkdir(parents=True)
+    for split, documents in found.items():
+        (temporary / f"{split}.json").write_text(json.dumps(documents, ensure_ascii=False), encoding="utf-8")
+    try:
+        temporary.rename(folder)
+    except OSError:
+        remove(temporary)
+        if not folder.is_dir():  # another process was first: the same content
+            raise
