@@ -13,6 +13,7 @@ What every attention here promises:
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from sparsefinder.graphs import QK, HasLayout, Layout, Pattern
 from sparsefinder.pieces import Pieces, cut
+from sparsefinder.shares import Shares, shares_of
 from sparsefinder.store import UserError
 from sparsefinder.transforms import Normalizer
 
@@ -66,6 +68,7 @@ class Bucketed:
     pattern: Pattern  # who may attend to whom; must have a layout
     normalizer: Normalizer = _ENTMAX15  # how the scores on the graph become probabilities
     causal: bool = False  # whether a query sees no later key
+    queries_at_once: int = 1 << 15  # queries, of all heads together, whose scores are in memory at one time
 
     def __post_init__(self) -> None:
         if not isinstance(self.pattern, HasLayout):
@@ -73,19 +76,17 @@ class Bucketed:
                 f"attention=bucketed got the pattern {type(self.pattern).__name__}, which has no layout (buckets, window, "
                 "global tokens): choose a pattern with buckets such as kmeans or quantize, or use attention=masked"
             )
+        if self.queries_at_once < 1:
+            raise UserError(f"queries_at_once must be 1 query or more, got {self.queries_at_once}")
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, layer: int) -> Tensor:
         """``q, k, v (B, H, N, D)``, ``valid (B, N)`` bool → ``(B, H, N, D)`` in the dtype of ``v``."""
         q, k, v = without_padding(q, valid), without_padding(k, valid), without_padding(v, valid)
-        pieces = self._pieces(QK(q, k, valid, self.causal), layer)
-        q, k = at_least_float32(q) / math.sqrt(q.shape[-1]), at_least_float32(k)
-        rows = pieces.rows()
-        probabilities = [self.normalizer(scores) for scores in rows.pack(pieces.scores(q, k))]
-        out = pieces.apply(rows.unpack(probabilities).to(v.dtype), v)
-        if pieces.globals is None:
-            return out
-        probabilities_of_globals = self.normalizer(pieces.globals.query_scores(q, k))
-        return pieces.globals.add(out, probabilities_of_globals.to(v.dtype) @ v)
+        qk = QK(q, k, valid, self.causal)
+        shares = shares_of(qk, self.queries_at_once)
+        vectors = zip(*(shares.split(x) for x in (at_least_float32(q), at_least_float32(k), v)), strict=True)
+        pieces = self._pieces(qk, layer, shares)
+        return shares.join([self._attend(next(pieces), *share) for share in vectors])
 
     @torch.no_grad()
     def graph(self, qk: QK, layer: int) -> Tensor:
@@ -94,11 +95,24 @@ class Bucketed:
 
     def computed_pairs(self, qk: QK, layer: int) -> Tensor:
         """Pairs that are multiplied, ``(B, H)`` int64: what is in several pieces or filling is counted too."""
-        return self._pieces(qk, layer).computed_pairs()
+        shares = shares_of(qk, self.queries_at_once)
+        return shares.join([pieces.computed_pairs() for pieces in self._pieces(qk, layer, shares)])
 
-    @torch.no_grad()
-    def _pieces(self, qk: QK, layer: int) -> Pieces:
-        return cut(self._layout(qk, layer), qk)
+    def _attend(self, pieces: Pieces, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q = q / math.sqrt(q.shape[-1])
+        rows = pieces.rows()
+        probabilities = [self.normalizer(scores) for scores in rows.pack(pieces.scores(q, k))]
+        out = pieces.apply(rows.unpack(probabilities).to(v.dtype), v)
+        if pieces.globals is None:
+            return out
+        probabilities_of_globals = self.normalizer(pieces.globals.query_scores(q, k))
+        return pieces.globals.add(out, probabilities_of_globals.to(v.dtype) @ v)
+
+    def _pieces(self, qk: QK, layer: int, shares: Shares) -> Iterator[Pieces]:
+        with torch.no_grad():
+            layouts = shares.split_layout(self._layout(qk, layer), qk)
+        for layout, share in layouts:
+            yield cut(layout, share)
 
     def _layout(self, qk: QK, layer: int) -> Layout:
         assert isinstance(self.pattern, HasLayout)  # checked when made

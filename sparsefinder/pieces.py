@@ -136,6 +136,7 @@ class Pieces:
         return 0 if self.tiles is None else self.tiles.size
 
 
+@torch.no_grad()
 def cut(layout: Layout, qk: QK) -> Pieces:
     """The pieces of a layout; work and memory grow with N and with the pairs in the layout."""
     batch, heads, tokens, _ = qk.q.shape
