@@ -159,7 +159,8 @@ class stay_sparse:
 
     `stay_sparse(model)` holds until `remove()`; `with stay_sparse(model): …` for a while. A short batch itself still
     runs with full attention, as transformers does it, but the global random state is left alone and the layers keep
-    their parameters. Raises `UserError` for a model that is no BigBird.
+    their parameters. In training with gradient checkpointing the return waits for the next batch, since the backward
+    pass runs the layers again. Raises `UserError` for a model that is no BigBird.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -174,6 +175,7 @@ class stay_sparse:
 
     def remove(self) -> None:
         """Let the model behave as transformers' again."""
+        self._restore()
         for handle in self._handles:
             handle.remove()
 
@@ -186,11 +188,17 @@ class stay_sparse:
         self.remove()
 
     def _before(self, base: BigBirdModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._restore()
         if base.attention_type == SPARSE and input_length(args, kwargs) <= longest_full_input(base.config):
             self._short_batch = full_attention(base)
             self._short_batch.__enter__()
 
     def _after(self, base: BigBirdModel, args: tuple[Any, ...], output: Any) -> None:
+        # Checkpointed layers run again in the backward pass, with the attention that they had: wait for the next batch.
+        if not (base.training and base.encoder.layer[0].gradient_checkpointing):
+            self._restore()
+
+    def _restore(self) -> None:
         if self._short_batch is not None:
             self._short_batch.__exit__(None, None, None)
             self._short_batch = None

@@ -9,10 +9,10 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from sparsefinder.conversions.bigbird import convert_roberta_to_bigbird
 from sparsefinder.conversions.certificate import Certificate, refuse_existing
-from sparsefinder.conversions.proof import save
 from sparsefinder.conversions.led import convert_longformer_to_led
 from sparsefinder.conversions.longformer import convert_roberta_to_longformer, resize_longformer
 from sparsefinder.conversions.nystromformer import convert_roberta_to_nystromformer
+from sparsefinder.conversions.proof import save
 from sparsefinder.conversions.sources import SOURCE_FAMILIES
 from sparsefinder.store import UserError
 

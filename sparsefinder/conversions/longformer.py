@@ -51,6 +51,8 @@ HEADS: dict[str, type[PreTrainedModel]] = {
 """Heads that RoBERTa and Longformer both have."""
 
 DEFAULT_WINDOW = 512
+SMALLEST_WINDOW = 4
+"""transformers 5.23 cannot run a window of 2: its chunks of one token overlap by none."""
 _POSITIONS = "embeddings.position_embeddings.weight"
 
 
@@ -69,7 +71,7 @@ def convert_roberta_to_longformer(
     result has the source's dtype, device and training mode.
 
     Raises `UserError` for another family, a head that Longformer lacks, a tokenizer of another vocabulary, a length
-    below the source's, and a window that is odd, not positive or too large.
+    below the source's, and a window that is odd, too small or too large.
     """
     source = read_roberta(roberta_model, roberta_tokenizer, HEADS, "longformer")
     length = check_length(source.length, longformer_max_length, "longformer_max_length")
@@ -123,14 +125,15 @@ def read_longformer(model: Any, tokenizer: Any) -> Any:
 
 
 def check_window(window: Any, length: int, layers: int) -> list[int]:
-    """One window for each of `layers` layers; raises `UserError` unless all are even, positive and at most `length`."""
+    """One window for each of `layers` layers; raises `UserError` unless all are even, at least 4 and at most `length`."""
     windows = list(window) if isinstance(window, Sequence) and not isinstance(window, str) else [window] * layers
     if len(windows) != layers:
         raise UserError(f"attention_window has {len(windows)} entries for {layers} layers; give one number or one each")
     for size in windows:
-        if isinstance(size, bool) or not isinstance(size, int) or size <= 0 or size % 2:
+        if isinstance(size, bool) or not isinstance(size, int) or size < SMALLEST_WINDOW or size % 2:
             raise UserError(
-                f"attention_window is {size!r}; needed: an even number of tokens above 0, half of it to either side"
+                f"attention_window is {size!r}; needed: an even number of tokens, {SMALLEST_WINDOW} or more, half of it to "
+                "either side"
             )
         if size > length and size != DEFAULT_WINDOW:
             raise UserError(

@@ -74,7 +74,7 @@ def read_roberta(model: Any, tokenizer: Any, heads: Mapping[str, Any], target: s
     """Check a RoBERTa-like model and its tokenizer against the `heads` that `target` has, and take it apart.
 
     Raises `UserError` for another family or no model at all, a head that the target lacks, a decoder where the target
-    has none (`ForCausalLM` is not among its heads), and for a tokenizer of another vocabulary.
+    has none (`ForCausalLM` is not among its heads), attention to an encoder, and for a tokenizer of another vocabulary.
     """
     family, head = _family_and_head(model)
     if family is None:
@@ -86,6 +86,11 @@ def read_roberta(model: Any, tokenizer: Any, heads: Mapping[str, Any], target: s
     if head not in heads:
         valid = ", ".join(family + name for name in heads)
         raise UserError(f"{family}{head} has no counterpart in {target}; convert one of {valid}")
+    if model.config.add_cross_attention:
+        # BigBird, the only target with a decoder, hands the encoder's states to self-attention as well (transformers 5.23).
+        raise UserError(
+            f"the source attends to an encoder (add_cross_attention=True), which {target} cannot; convert it without"
+        )
     if model.config.is_decoder and "ForCausalLM" not in heads:
         raise UserError(f"the source is a decoder (is_decoder=True) and {target} has none; convert an encoder")
     padding_idx = model.config.pad_token_id
