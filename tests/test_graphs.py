@@ -1,0 +1,91 @@
+"""Graphs: allowed pairs, layouts against their definition, blocks, and random numbers that belong to a place."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparsefinder.graphs import QK, Buckets, Layout
+from sparsefinder.randomness import uniform
+from tests.conftest import random_qk
+
+
+def test_allowed_pairs_one_by_one() -> None:
+    for causal in (False, True):
+        qk = random_qk([3, 5], causal=causal)
+        for b, length in enumerate([3, 5]):
+            for i in range(5):
+                for j in range(5):
+                    expected = i < length and j < length and (j <= i or not causal)
+                    assert qk.allowed[b, 0, i, j] == expected
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_layout_is_the_union_of_its_parts(causal: bool) -> None:
+    qk = random_qk([6, 9], causal=causal)
+    generator = torch.Generator().manual_seed(1)
+    # two rounds of four buckets; ids are unique over rounds
+    q_ids, k_ids = (torch.randint(4, (2, 2, 9, 2), generator=generator) + torch.tensor([0, 4]) for _ in range(2))
+    is_global = torch.zeros(2, 9, dtype=torch.bool)
+    is_global[:, 0] = True
+    layout = Layout(Buckets(q_ids, k_ids, 8)).union(Layout(window=3)).union(Layout(is_global=is_global))
+    graph = layout.graph(qk)
+    for b in range(2):
+        for h in range(2):
+            for i in range(9):
+                for j in range(9):
+                    shares = bool(set(q_ids[b, h, i].tolist()) & set(k_ids[b, h, j].tolist()))
+                    expected = (shares or abs(i - j) <= 1 or 0 in (i, j)) and bool(qk.allowed[b, 0, i, j])
+                    assert graph[b, h, i, j] == expected
+
+
+def test_joined_buckets_keep_their_ids_apart() -> None:
+    ids = torch.zeros(1, 1, 2, 1, dtype=torch.int64)
+    joined = Layout(Buckets(ids, ids, 1)).union(Layout(Buckets(ids + 1, ids, 2))).buckets
+    assert joined is not None
+    assert joined.count == 3
+    assert joined.q_ids[0, 0, 0].tolist() == [0, 2]
+    assert joined.k_ids[0, 0, 0].tolist() == [0, 1]
+
+
+def test_blocks_concatenate_tokens_and_zero_padding() -> None:
+    qk = random_qk([5, 2], heads=1, size=2)
+    blocked = qk.in_blocks(2)
+    assert blocked.q.shape == (2, 1, 3, 4)
+    assert blocked.valid.tolist() == [[True, True, True], [True, False, False]]
+    torch.testing.assert_close(blocked.q[0, 0, 2], torch.cat([qk.q[0, 0, 4], torch.zeros(2)]))
+    assert (blocked.q[1, 0, 1:] == 0).all()
+
+
+def test_scores_are_absent_outside_allowed_pairs() -> None:
+    qk = random_qk([2, 3], causal=True)
+    scores = qk.scores()
+    assert torch.isinf(scores[~qk.allowed.expand_as(scores)]).all()
+    torch.testing.assert_close(scores[1, 0, 2, 1], qk.q[1, 0, 2] @ qk.k[1, 0, 1] / 8**0.5)
+
+
+def test_shapes_are_checked() -> None:
+    with pytest.raises(ValueError, match="must both be"):
+        QK(torch.zeros(1, 1, 3, 2), torch.zeros(1, 1, 4, 2), torch.ones(1, 3, dtype=torch.bool))
+    with pytest.raises(ValueError, match="valid must be bool"):
+        QK(torch.zeros(1, 1, 3, 2), torch.zeros(1, 1, 3, 2), torch.ones(1, 3))
+
+
+class TestRandomNumbers:
+    def test_belong_to_a_place(self) -> None:
+        short = uniform(3, 1, torch.arange(5)[:, None], torch.arange(6))
+        long = uniform(3, 1, torch.arange(7)[:, None], torch.arange(9))
+        assert torch.equal(short, long[:5, :6])
+
+    def test_differ_by_seed_and_layer(self) -> None:
+        place = torch.arange(100)
+        assert not torch.equal(uniform(0, 0, place), uniform(1, 0, place))
+        assert not torch.equal(uniform(0, 0, place), uniform(0, 1, place))
+
+    def test_are_uniform_and_independent(self) -> None:
+        numbers = uniform(0, 0, torch.arange(300)[:, None], torch.arange(300))
+        assert numbers.min() >= 0 and numbers.max() < 1
+        histogram = torch.histc(numbers, 10, 0, 1) / numbers.numel()
+        torch.testing.assert_close(histogram, torch.full((10,), 0.1, dtype=torch.float64), atol=0.005, rtol=0)
+        assert abs(torch.corrcoef(torch.stack([numbers[:, 1:].flatten(), numbers[:, :-1].flatten()]))[0, 1]) < 0.02
+        assert abs(torch.corrcoef(torch.stack([numbers.flatten(), numbers.T.flatten()]))[0, 1]) < 0.02

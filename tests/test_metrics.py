@@ -1,0 +1,86 @@
+"""Metrics against their definitions, written as loops over sets of pairs."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from sparsefinder.graphs import Buckets, band
+from sparsefinder.metrics import Counts, Gold, balance, count
+from sparsefinder.transforms import entmax15
+from tests.conftest import alone, random_qk
+
+
+def by_hand(predicted, gold, probabilities, allowed, near, real) -> dict[str, float]:
+    n = len(real)
+    pairs = [(i, j) for i in range(n) for j in range(n) if allowed[i, j]]
+    pred, true = {p for p in pairs if predicted[p]}, {p for p in pairs if gold[p]}
+    far = {p for p in true if not near[p]}
+    queries = [i for i in range(n) if real[i]]
+    exact = sum(all((i, j) in pred for j in range(n) if (i, j) in true) for i in queries) / len(queries)
+    hits = len(pred & true)
+    return {
+        "sparsity": 1 - len(pred) / len(pairs),
+        "gold_sparsity": 1 - len(true) / len(pairs),
+        "recall": hits / len(true),
+        "precision": hits / len(pred) if pred else math.nan,
+        "f1": 2 * hits / (len(pred) + len(true)),
+        "exact": exact,
+        "kept_mass": sum(float(probabilities[p]) for p in pred) / len(queries),
+        "recall_far": len(pred & far) / len(far) if far else math.nan,
+    }
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_counts_and_means_by_hand(causal: bool) -> None:
+    qk = random_qk([5, 9, 7], heads=2, causal=causal)
+    probabilities = entmax15(qk.scores())
+    gold = Gold(probabilities, probabilities > 0)
+    predicted = (torch.rand(gold.graph.shape, generator=torch.Generator().manual_seed(0)) < 0.4) & qk.allowed
+    predicted[0, 1] = False  # an empty prediction has no precision
+    near = band(9, 3)
+    found = count(predicted, gold, qk, near).ratios()
+    macro = count(predicted, gold, qk, near).macro()
+    for head in range(2):
+        each = [
+            by_hand(
+                predicted[b, head], gold.graph[b, head], probabilities[b, head], qk.allowed[b, 0], near, qk.valid[b]
+            )
+            for b in range(3)
+        ]
+        for name in each[0]:
+            values = torch.tensor([example[name] for example in each], dtype=torch.float64)
+            torch.testing.assert_close(found[name][:, head].double(), values, equal_nan=True, atol=1e-6, rtol=0)
+            torch.testing.assert_close(macro[name][head], values.nanmean(), atol=1e-6, rtol=0)
+
+
+def test_a_batch_counts_as_its_sentences_alone() -> None:
+    qk = random_qk([4, 8])
+    probabilities = entmax15(qk.scores())
+    together = count(probabilities > 0, Gold(probabilities, probabilities > 0), qk)
+    for b in range(2):
+        one = alone(qk, b)
+        p = entmax15(one.scores())
+        single = count(p > 0, Gold(p, p > 0), one)
+        for name in ("allowed", "predicted", "gold", "hits", "queries", "exact"):
+            assert torch.equal(getattr(together, name)[b : b + 1], getattr(single, name))
+
+
+def test_the_gold_graph_is_perfect() -> None:
+    qk = random_qk([6])
+    p = entmax15(qk.scores())
+    macro = Counts.cat([count(p > 0, Gold(p, p > 0), qk)] * 2).macro()
+    for name in ("recall", "precision", "exact", "f1", "kept_mass"):
+        torch.testing.assert_close(macro[name], torch.ones(2, dtype=torch.float64), atol=1e-6, rtol=0)
+
+
+def test_bucket_balance() -> None:
+    ids = torch.tensor([[[[0], [0], [0], [1], [3]]]])  # the last token is padding
+    valid = torch.tensor([[True, True, True, True, False]])
+    found = balance(Buckets(ids, ids, 4), valid)
+    expected = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25)) / math.log(4)
+    assert found["bucket_entropy"].item() == pytest.approx(expected)
+    assert found["bucket_largest"].item() == pytest.approx(0.75)
+    assert found["bucket_empty"].item() == pytest.approx(0.5)

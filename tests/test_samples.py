@@ -1,0 +1,136 @@
+"""Files of queries and keys: the published form, and every way in which a file can be wrong, one clear line each."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsefinder.samples import Samples, load_samples, training_samples, validation_samples
+from sparsefinder.store import Store, UserError
+
+
+def content(lengths: tuple[int, ...] = (3, 5), layers: int = 2, heads: int = 2, size: int = 4) -> dict:
+    q, k = ([torch.randn(layers, heads, n, size) for n in lengths] for _ in range(2))
+    return {"length_src": list(lengths), "q": q, "k": k}
+
+
+def test_reads_the_published_form(graph_files: Path) -> None:
+    samples = load_samples(graph_files / "golden_enc-attn.pt")
+    assert (len(samples), samples.shape, samples.lengths) == (5, (2, 3, 16), [24, 37, 61, 48, 61])
+    assert samples.layer(1, 0).q.shape == (1, 3, 37, 16)
+
+
+def test_writes_what_it_reads(tmp_path: Path) -> None:
+    whole = content()
+    Samples(whole["q"], whole["k"]).save(tmp_path / "a.pt")
+    again = torch.load(tmp_path / "a.pt", weights_only=True)
+    assert again["length_src"].tolist() == [3, 5]
+    assert all(torch.equal(a, b) for a, b in zip(again["k"], whole["k"], strict=True))
+    assert load_samples(tmp_path / "a.pt").lengths == [3, 5]
+
+
+def test_the_old_format_of_torch_loads(tmp_path: Path) -> None:
+    torch.save(content(), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert load_samples(tmp_path / "old.pt").lengths == [3, 5]
+
+
+def change(name: str, value: object) -> dict:
+    return content() | {name: value}
+
+
+WRONG = {
+    "no dict": ([1, 2], "needs a dict"),
+    "no lengths": ({"q": [], "k": []}, "length_src"),
+    "no samples": ({"length_src": [], "q": [], "k": []}, "no sample"),
+    "no list": (change("q", torch.zeros(2, 2)), "lists of tensors"),
+    "more q than k": (change("k", content((3,))["k"]), "come in pairs"),
+    "other shapes": (change("k", content((3, 4))["k"]), "but k of shape"),
+    "length disagrees": (change("length_src", [3, 4]), "5 tokens"),
+    "too few lengths": (change("length_src", [3]), "length_src disagrees"),
+    "no floats": (change("q", [t.long() for t in content()["q"]]), "floating point"),
+    "three axes": (change("q", [t[0] for t in content()["q"]]), "floating point tensor"),
+    "other heads": (
+        {"length_src": [3, 5], "q": [torch.zeros(2, 2, 3, 4), torch.zeros(2, 3, 5, 4)]}
+        | {"k": [torch.zeros(2, 2, 3, 4), torch.zeros(2, 3, 5, 4)]},
+        "sample 1 has 2 layers, 3 heads",
+    ),
+    "empty sample": ({"length_src": [0], "q": [torch.zeros(2, 2, 0, 4)], "k": [torch.zeros(2, 2, 0, 4)]}, "is empty"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_content_is_one_clear_line(case: str, tmp_path: Path) -> None:
+    value, message = WRONG[case]
+    torch.save(value, tmp_path / "wrong.pt")
+    with pytest.raises(UserError, match=message) as error:
+        load_samples(tmp_path / "wrong.pt")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_names_its_place(value: float, tmp_path: Path) -> None:
+    wrong = content()
+    wrong["q"][1][1, 0, 2, 3] = value
+    torch.save(wrong, tmp_path / "nan.pt")
+    samples = load_samples(tmp_path / "nan.pt")
+    samples.layers(0)
+    with pytest.raises(UserError, match="q of sample 1, layer 1 contains NaN"):
+        samples.layers(1)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        load_samples(tmp_path / "missing.pt")
+
+
+@pytest.mark.parametrize("kept", [0, 10, 1000])
+def test_a_truncated_file(kept: int, tmp_path: Path) -> None:
+    torch.save(content(), tmp_path / "whole.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:kept])
+    with pytest.raises(UserError):
+        load_samples(tmp_path / "cut.pt")
+
+
+class Bomb:
+    """Unpickling this would leave a trace."""
+
+    def __init__(self, path: str):
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (Path(self.path),)
+
+
+@pytest.mark.parametrize("plain_pickle", [True, False])
+def test_code_in_a_file_is_refused_and_never_run(plain_pickle: bool, tmp_path: Path) -> None:
+    trace, file = tmp_path / "trace", tmp_path / "evil.pt"
+    if plain_pickle:
+        file.write_bytes(pickle.dumps(Bomb(str(trace))))
+    else:
+        torch.save({"length_src": [1], "q": Bomb(str(trace)), "k": []}, file)
+    with pytest.raises(UserError, match="refused"):
+        load_samples(file)
+    assert not trace.exists()
+
+
+class TestHeldOut:
+    def test_a_file_given_alone_holds_out_its_last_tenth(self, tmp_path: Path) -> None:
+        torch.save(content(tuple(range(3, 23))), tmp_path / "a.pt")
+        store = Store(tmp_path / "run", {"qk": tmp_path / "a.pt"})
+        assert training_samples(store).lengths == list(range(3, 21))
+        assert validation_samples(store).lengths == [21, 22]
+
+    def test_files_given_together_are_used_whole(self, tmp_path: Path) -> None:
+        torch.save(content(), tmp_path / "a.pt")
+        store = Store(tmp_path / "run", {"qk": tmp_path / "a.pt", "qk_validation": tmp_path / "a.pt"})
+        assert training_samples(store).lengths == validation_samples(store).lengths == [3, 5]
+
+    def test_one_sample_cannot_be_split(self, tmp_path: Path) -> None:
+        torch.save(content((3,)), tmp_path / "a.pt")
+        store = Store(tmp_path / "run", {"qk": tmp_path / "a.pt"})
+        assert validation_samples(store).lengths == [3]
+        with pytest.raises(UserError, match="2 samples or more"):
+            training_samples(store)
