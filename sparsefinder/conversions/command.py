@@ -7,6 +7,7 @@ from typing import Any
 import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
+from sparsefinder import hub
 from sparsefinder.conversions.bigbird import convert_roberta_to_bigbird
 from sparsefinder.conversions.certificate import Certificate, refuse_existing
 from sparsefinder.conversions.led import convert_longformer_to_led
@@ -51,10 +52,7 @@ def convert_checkpoint(
         raise UserError(f"{target} has no setting {', '.join(unknown)}; it has {', '.join(TARGETS[target])}")
     refuse_existing(model_name)
     source = _load_model(initial_model, architecture)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(initial_model)
-    except (OSError, ValueError) as error:
-        raise UserError(f"no tokenizer can be loaded from {initial_model}: {_first_line(error)}") from error
+    tokenizer = _load("tokenizer", initial_model, AutoTokenizer.from_pretrained)
     model, new_tokenizer, compared = _convert(source, tokenizer, target, max_sequence_length, chosen)
     return save(model, new_tokenizer, compared, model_name)
 
@@ -83,10 +81,7 @@ def _convert(
 
 
 def _load_model(name: str, architecture: str | None) -> PreTrainedModel:
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise UserError(f"no model can be loaded from {name}: {_first_line(error)}") from error
+    config = _load("configuration", name, AutoConfig.from_pretrained)
     families = (*SOURCE_FAMILIES, "Longformer")
     wanted = architecture or next(iter(config.architectures or ()), None)
     found = getattr(transformers, wanted, None) if wanted else None
@@ -97,12 +92,13 @@ def _load_model(name: str, architecture: str | None) -> PreTrainedModel:
         raise UserError(
             f"architecture {wanted} does not load a {config.model_type} checkpoint; leave it out, or give a class of it"
         )
-    try:
-        model: PreTrainedModel = found.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise UserError(f"no model can be loaded from {name}: {_first_line(error)}") from error
+    model: PreTrainedModel = _load("weights", name, found.from_pretrained)
     return model
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _load(what: str, name: str, load: Any) -> Any:
+    try:
+        return load(name, local_files_only=Path(name).is_dir() or not hub.reachable())
+    except Exception as error:  # OSError, ValueError, SafetensorError, JSON errors: the loaders have no common type
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"no {what} can be loaded from {name} ({type(error).__name__}: {reason})") from error

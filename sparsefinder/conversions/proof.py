@@ -34,7 +34,9 @@ from sparsefinder.conversions.certificate import (
 )
 from sparsefinder.conversions.positions import POSITION_BUFFERS, audit, reserved_rows
 from sparsefinder.conversions.sources import base_of, read_roberta, word_rows
+from sparsefinder.models import get_normalizer, set_normalizer
 from sparsefinder.store import UserError
+from sparsefinder.transforms import Normalizer
 
 EXACT = 1e-4
 """Largest difference of a hidden state or logit that counts as the same function."""
@@ -103,10 +105,14 @@ def certify(model: PreTrainedModel, tokenizer: Any, source: PreTrainedModel) -> 
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind not in readers:
         raise UserError(f"a {type(model).__name__} is none of the targets {', '.join(readers)}; convert a model first")
-    with _measuring(model) as target, _measuring(source) as original:
+    alpha = get_normalizer(source).alpha
+    with _measuring(model) as target, _measuring(source) as original, _softmax(original):
         comparison = readers[kind](target, tokenizer, original)
         name = source.name_or_path or type(source).__name__
         certificate = Certificate(source=name, target=kind, settings=comparison.settings)
+        if alpha != 1.0:
+            remark = "the source attends with entmax, the target with softmax: compared with the source's softmax"
+            certificate = certificate.with_checks(states("alpha of the source's attention", alpha, remark))
         return certificate.with_checks(
             *_difference_checks(target, original, tokenizer, comparison),
             *_table_checks(target, original, tokenizer, comparison),
@@ -298,6 +304,20 @@ def _measuring(model: PreTrainedModel) -> Iterator[Any]:
             yield measured.eval()
     finally:
         model.train(training)
+
+
+@contextmanager
+def _softmax(source: PreTrainedModel) -> Iterator[None]:
+    """The source with softmax attention, whatever it remembers, for a while."""
+    own = get_normalizer(source)
+    if own.alpha == 1.0:
+        yield
+        return
+    set_normalizer(source, Normalizer(1.0))
+    try:
+        yield
+    finally:
+        set_normalizer(source, own)
 
 
 def _tokens(model: Any, tokenizer: Any, length: int, *, padded: bool = False) -> tuple[Tensor, Tensor]:

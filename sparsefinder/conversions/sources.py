@@ -1,6 +1,7 @@
 """What a conversion starts from: a RoBERTa-like model with its tokenizer, checked; and what every target shares."""
 
 import copy
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,10 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sparsefinder.conversions.positions import check_target_length, reserved_rows
+from sparsefinder.models import get_normalizer
 from sparsefinder.store import UserError
+
+logger = logging.getLogger(__name__)
 
 SOURCE_FAMILIES = {"Roberta": "roberta", "XLMRoberta": "xlm-roberta", "Camembert": "camembert"}
 """Prefix of the class names -> model type, for every family that has RoBERTa's layers, positions and heads."""
@@ -18,6 +22,7 @@ SOURCE_FAMILIES = {"Roberta": "roberta", "XLMRoberta": "xlm-roberta", "Camembert
 _OWN_TO_THE_SOURCE = {
     "_name_or_path",
     "architectures",
+    "attention_alpha",
     "attn_implementation",
     "auto_map",
     "dtype",
@@ -93,6 +98,11 @@ def read_roberta(model: Any, tokenizer: Any, heads: Mapping[str, Any], target: s
         )
     if model.config.is_decoder and "ForCausalLM" not in heads:
         raise UserError(f"the source is a decoder (is_decoder=True) and {target} has none; convert an encoder")
+    alpha = get_normalizer(model).alpha
+    if alpha != 1.0:
+        logger.warning(
+            "the source attends with entmax (alpha %s); %s knows only softmax, and forgets it", alpha, target
+        )
     padding_idx = model.config.pad_token_id
     if padding_idx is None:
         raise UserError("the source's configuration has no pad_token_id, on which its positions count; set it first")

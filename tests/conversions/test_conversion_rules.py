@@ -21,7 +21,9 @@ from sparsefinder.conversions import (
     resize_longformer,
     save,
 )
+from sparsefinder.models import set_normalizer
 from sparsefinder.store import UserError
+from sparsefinder.transforms import Normalizer
 
 MAXIMUM = 60
 CONVERT: dict[str, Callable[..., Any]] = {
@@ -325,6 +327,22 @@ def test_led_reads_no_row_beyond_its_tables(tmp_path: Path) -> None:
     marked[:, 0] = 1
     model(input_ids=ids, labels=ids[:, :10], global_attention_mask=marked).loss.backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+@targets
+def test_an_entmax_source_becomes_softmax_and_the_certificate_says_so(target: str, tmp_path: Path) -> None:
+    source = make_source("ForMaskedLM")
+    set_normalizer(source, Normalizer(1.5))
+    ids, valid = padded_batch(LENGTH)
+    before = hidden(source, ids, valid)
+    model, tokenizer = CONVERT[target](source, make_tokenizer())
+    result = save(model, tokenizer, source, tmp_path / "out")
+    assert {check.name: check.measured for check in result.checks}["alpha of the source's attention"] == 1.5
+    assert torch.equal(before, hidden(source, ids, valid))
+    assert not hasattr(model.config, "attention_alpha")
+    assert not {"attention_alpha", "attn_implementation"} & {
+        *json.loads((tmp_path / "out" / "config.json").read_text())
+    }
 
 
 def test_nothing_is_saved_when_a_check_fails(tmp_path: Path) -> None:
