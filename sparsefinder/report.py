@@ -1,12 +1,24 @@
-"""The stage ``report``: figures and one self-contained page from the tables of ``score`` and ``evaluate``."""
+"""The stage ``report``: figures, and one page that works offline, from what ``score`` and ``evaluate`` wrote.
+
+It computes nothing about attention: every number comes from the tables and manifests of the run.
+"""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from sparsefinder.store import Store, UserError
+from sparsefinder import findings, frontiers, page
+from sparsefinder.store import Manifest, Store, UserError
+
+if TYPE_CHECKING:
+    from sparsefinder.illustrations import Illustration
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -18,7 +30,7 @@ class ReportSettings:
     dpi: int = 200  # of the figures as PNG
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "levels", tuple(self.levels))
+        object.__setattr__(self, "levels", tuple(self.levels))  # a list from a configuration file
         if not self.levels or not all(0 < level < 1 for level in self.levels):
             raise UserError(f"report.levels must be shares of pairs between 0 and 1, got {list(self.levels)}")
         if self.dpi < 1:
@@ -30,21 +42,151 @@ class ReportSettings:
         return ()
 
 
+@dataclass(frozen=True)
+class Results:
+    """What there is to report; None where a stage was not run."""
+
+    metrics: pd.DataFrame | None
+    points: pd.DataFrame | None  # see `frontiers.points`
+    variants: pd.DataFrame | None  # evaluate/results
+    manifests: Mapping[str, Manifest]
+
+    @classmethod
+    def read(cls, store: Store) -> Results:
+        """Read the finished tables; a `UserError` where there is none."""
+        score, evaluate = store.find("score"), store.find("evaluate")
+        if score is None and evaluate is None:
+            raise UserError(f"nothing to report in {store.run_dir}: run stage=score or stage=evaluate first")
+        metrics = None if score is None else pd.read_parquet(score / "metrics.parquet")
+        variants = None if evaluate is None else pd.read_parquet(evaluate / "results.parquet")
+        return cls(
+            metrics,
+            None if metrics is None else frontiers.points(metrics),
+            None if variants is None else frontiers.described(variants),
+            findings.read_manifests(store),
+        )
+
+    @property
+    def facts(self) -> list[tuple[str, str]]:
+        """What the run noted about itself."""
+        return findings.fact_lines(self.manifests)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What to look at twice."""
+        return findings.warnings(self.points, self.variants, self.manifests)
+
+    def densities(self, settings: ReportSettings) -> list[float]:
+        """The levels of the settings, and that of the gold graph."""
+        gold = [] if self.points is None else findings.gold_density(self.points)
+        return sorted({*settings.levels, *gold})
+
+
 def run(settings: ReportSettings, store: Store) -> None:
-    """Make ``report``: a page with the tables that are there."""
-    found = {name: store.find(name) for name in ("score", "evaluate")}
-    tables = [("score", "metrics"), ("evaluate", "results")]
-    frames = [pd.read_parquet(path / f"{file}.parquet") for name, file in tables if (path := found[name]) is not None]
-    if not frames:
-        raise UserError(f"nothing to report in {store.run_dir}: run stage=score or stage=evaluate first")
+    """Make ``report``: ``index.html``, and every figure as PNG and SVG."""
+    from sparsefinder import drawing, illustrations  # matplotlib takes a second to import: only who draws pays for it
+
+    results = Results.read(store)
+    drawn = []
+    if results.metrics is not None and results.points is not None:
+        drawn += illustrations.of_score(results.metrics, results.points, store.path("score"))
+    if results.variants is not None:
+        drawn += illustrations.of_evaluate(results.variants, results.manifests.get("evaluate"))
+    vectors = {illustration.name: drawing.svg(illustration.figure) for illustration in drawn}
+    title = settings.title or f"sparsefinder: {store.run_dir.resolve().name}"
     with store.writing("report") as folder:
         folder.mkdir()
-        (folder / "index.html").write_text("\n".join(frame.to_html(index=False) for frame in frames), encoding="utf-8")
+        for illustration in drawn:
+            drawing.save_png(illustration.figure, folder / f"{illustration.name}.png", settings.dpi)
+            (folder / f"{illustration.name}.svg").write_text(vectors[illustration.name], encoding="utf-8")
+        (folder / "index.html").write_text(_page(title, results, drawn, vectors, settings), encoding="utf-8")
+    log.info("report: %d figures and %s", len(drawn), store.run_dir / "report" / "index.html")
 
 
 def summary(store: Store, settings: ReportSettings | None = None) -> str:
     """The main numbers as plain text, for the end of a run."""
-    path = store.path("score")
-    metrics = pd.read_parquet(path / "metrics.parquet")
-    means: str = metrics.groupby(["configuration", "pattern"])[["sparsity", "recall"]].mean().to_string()
-    return means
+    results = Results.read(store)
+    parts = [text_table(pd.DataFrame(results.facts, columns=["run", "value"]))] if results.facts else []
+    if results.points is not None:
+        lines = findings.recall_lines(results.points, results.densities(settings or ReportSettings()))
+        parts.append("Recall of gold edges at equal density (* compares every pair)\n" + text_table(lines))
+    if results.variants is not None:
+        wanted = ["variant", "loss, nats", "Δ dense entmax", "accuracy", "sparsity", "recall", "latency, ms"]
+        lines = findings.variant_lines(results.variants)
+        lines = lines[[name for name in wanted if name in lines]]
+        parts.append("In the model, on the same masked positions\n" + text_table(lines))
+    if results.warnings:
+        parts.append("Look twice\n" + "\n".join(f"  - {line}" for line in results.warnings))
+    return "\n\n".join(parts)
+
+
+def text_table(lines: pd.DataFrame) -> str:
+    """A table of texts for a terminal: the first column to the left, the others to the right."""
+    columns = [[str(name), *lines[name]] for name in lines]
+    widths = [max(map(len, column)) for column in columns]
+    sides = ["<", *">" * (len(columns) - 1)]
+    rows = zip(*columns, strict=True)
+    return "\n".join(
+        "  ".join(f"{text:{side}{width}}" for text, side, width in zip(row, sides, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+def _page(
+    title: str,
+    results: Results,
+    drawn: list[Illustration],
+    vectors: Mapping[str, str],
+    settings: ReportSettings,
+) -> str:
+    sections = []
+    if results.facts:
+        sections.append(("The run", page.facts(results.facts)))
+    if results.warnings:
+        sections.append(("Look twice", page.warning(results.warnings)))
+    tables = _tables(results, settings)
+    for illustration in drawn:
+        content = page.figure(vectors[illustration.name], illustration.caption)
+        sections.append((illustration.heading, content + tables.pop(illustration.name, "")))
+    sections += [(_UNDRAWN[name], content) for name, content in tables.items()]
+    sections.append(("Where it comes from", _provenance(results.manifests)))
+    lead = "Which keys will a query need? Predicted graphs against the support of the dense entmax attention (gold)."
+    return page.page(title, lead, sections)
+
+
+_UNDRAWN = {
+    "recall_sparsity": "Recall at equal density",
+    "loss_sparsity": "In the model",
+}  # tables without their figure
+
+
+def _tables(results: Results, settings: ReportSettings) -> dict[str, str]:
+    """Tables by the figure that they belong to."""
+    tables = {}
+    if results.points is not None:
+        lines = findings.recall_lines(results.points, results.densities(settings))
+        words = (
+            "Best recall of each pattern where it names that share of the allowed pairs, on the straight line between the "
+            "neighbouring points of its frontier. Not reached: its configurations do not come there. Far recall leaves out the "
+            "pairs that the window and the global tokens name. * compares every pair."
+        )
+        tables["recall_sparsity"] = page.table(lines, ["pattern", "united with"]) + page.note(words)
+    if results.variants is not None:
+        words = (
+            "Graph metrics are those of the executed graph; not defined: the attention has no token graph. Computed pairs: pairs "
+            "really multiplied, padding and tiles included, as a share of the allowed ones. Output error: relative L2 distance "
+            "of the layers' outputs to dense attention. Latency: median of a batch, with the share that the predictor takes."
+        )
+        tables["loss_sparsity"] = page.table(findings.variant_lines(results.variants), ["variant"]) + page.note(words)
+    return tables
+
+
+def _provenance(manifests: Mapping[str, Manifest]) -> str:
+    lines = findings.artefact_lines(manifests)
+    versions: dict[str, str] = {}
+    for manifest in manifests.values():
+        versions |= manifest.versions
+    words = ", ".join(f"{name} {version}" for name, version in versions.items())
+    settings = [page.folded(f"Settings of {manifest.stage}", manifest.settings) for manifest in manifests.values()]
+    settings = list(dict.fromkeys(settings))  # a stage that makes two artefacts has its settings once
+    return page.table(lines, ["artefact", "stage", "content", "made from"]) + page.note(words) + "\n".join(settings)

@@ -1,0 +1,157 @@
+"""The figures of a report with the words under them: what is drawn, over how many samples, and how it was averaged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from safetensors.numpy import load_file
+
+from sparsefinder import figures, heatmaps
+from sparsefinder.frontiers import comparable
+from sparsefinder.store import Manifest
+
+
+@dataclass(frozen=True)
+class Illustration:
+    """A figure, the name of its files, its heading and its caption."""
+
+    name: str
+    heading: str
+    figure: Figure
+    caption: str
+
+
+def of_score(metrics: pd.DataFrame, points: pd.DataFrame, folder: Path) -> list[Illustration]:
+    """What the artefact ``score`` in ``folder`` shows; figures whose data are not there are left out."""
+    if points[["sparsity", "recall"]].dropna().empty:
+        return []
+    layers, heads = metrics["layer"].nunique(), metrics["head"].nunique()
+    over = f"{_samples(metrics)}, then over {layers} layers × {heads} heads"
+    found = [_recall(points, over)]
+    chosen = comparable(points)
+    if not chosen.empty:
+        found.append(_layer_heads(metrics, chosen))
+    shared = folder / "shared_buckets.parquet"
+    if shared.is_file() and len(table := pd.read_parquet(shared)):
+        found.append(_shared(table, layers))
+    maps = folder / "maps.safetensors"
+    if maps.is_file() and not chosen.empty:
+        found.append(_map(metrics, chosen, load_file(maps)))
+    return found
+
+
+def of_evaluate(results: pd.DataFrame, manifest: Manifest | None) -> list[Illustration]:
+    """What the artefact ``evaluate`` shows: nothing where no variant has a token graph."""
+    if "sparsity" not in results or results.loc[results["attention"] != "dense", "sparsity"].dropna().empty:
+        return []
+    facts = {} if manifest is None else manifest.facts
+    settings = {} if manifest is None else manifest.settings
+    masked = facts.get("masked_tokens", results["masked_tokens"].iloc[0] if "masked_tokens" in results else None)
+    caption = (
+        "Masked-LM loss of the model with each variant plugged in, against the sparsity of the graph that was really run. "
+        "Colour is the pattern, marker the attention that executes it: a square inside a ring means that bucketed and masked "
+        "attention agree. Horizontal lines: dense attention."
+    )
+    if masked is not None:
+        caption += f" Loss: mean over the same {masked} masked positions for every variant"
+        caption += (
+            f" in {facts['blocks']} blocks of the {facts.get('split', 'held-out')} split." if "blocks" in facts else "."
+        )
+    if "measured" in settings:
+        caption += f" Sparsity: mean over layers, heads and at most {settings['measured']} blocks."
+    undefined = results[results["sparsity"].isna()]
+    if len(undefined):
+        each = "; ".join(f"{row.variant} (loss {row.loss:.3f})" for row in undefined.itertuples())
+        caption += f" Not drawn, because without a token graph sparsity is not defined: {each}."
+    return [Illustration("loss_sparsity", "Loss against sparsity", figures.loss_sparsity(results), caption)]
+
+
+def _recall(points: pd.DataFrame, over: str) -> Illustration:
+    caption = (
+        f"Every configuration is a point, averaged over {over}. A line joins the configurations of a pattern that no other "
+        "one of it beats; paler points are beaten. Up and to the right is better. The dotted line is the mean gold sparsity, "
+        "the star the gold graph itself, and random what chance recalls."
+    )
+    if points["quadratic"].any():
+        caption += " Open markers and dashed lines: predicting compares every pair, so it saves no work by itself."
+    if (points["surroundings"] != "").any():
+        caption += " A window and global tokens count as predicted, so they raise recall and lower sparsity together."
+        if (points["surroundings"] == "").any():
+            caption += " Patterns that were run only without them are repeated in every panel."
+    return Illustration("recall_sparsity", "Recall against sparsity", figures.recall_sparsity(points), caption)
+
+
+def _layer_heads(metrics: pd.DataFrame, chosen: pd.DataFrame) -> Illustration:
+    recalls = {}
+    for row in chosen.to_dict("records"):
+        recalls[f"{row['label']}\n{row['density']:.1%} of pairs"] = _grid(_rows_of(metrics, row), "recall")
+    gold = None
+    if "gold_sparsity" in metrics:
+        gold = _grid(_rows_of(metrics, chosen.iloc[0].to_dict()), "gold_sparsity")
+    caption = (
+        f"Gold sparsity of every head, and the recall of {_count(len(recalls))} at the density where the patterns lie closest "
+        f"together; means over {_samples(metrics)}. A threshold names more pairs in some heads than in others: the density "
+        "given is the mean over all heads."
+    )
+    return Illustration("layer_heads", "Layer by layer, head by head", heatmaps.layer_heads(gold, recalls), caption)
+
+
+def _shared(shared: pd.DataFrame, layers: int) -> Illustration:
+    caption = (
+        "Queries and keys that share more buckets lie closer together (left, squared Euclidean distance in the projected "
+        f"space) and are edges more often (right). A line for each quantization; means over all allowed pairs of {layers} "
+        "layers and all heads of the first held-out samples, "
+        f"{int(shared.groupby('configuration')['pairs'].sum().max()):,} pairs. Points at the right may stand for few pairs."
+    )
+    return Illustration("shared_buckets", "What sharing a bucket means", figures.bucket_sharing(shared), caption)
+
+
+def _map(metrics: pd.DataFrame, chosen: pd.DataFrame, maps: Mapping[str, np.ndarray]) -> Illustration:
+    gold = maps["gold"]
+    layer, head = _median_head(gold)
+    predicted = {
+        row["label"]: maps[f"predicted_{row['configuration']}"][layer, head]
+        for row in chosen.to_dict("records")
+        if f"predicted_{row['configuration']}" in maps
+    }
+    causal = "causal" in metrics and bool(metrics["causal"].fillna(False).any())
+    caption = (
+        f"Layer {layer}, head {head}, the one of median gold sparsity: the first {gold.shape[-1]} tokens of the first held-out "
+        "sample. Left: dense probabilities (darkness is their square root). Then each predicted graph against their support. "
+        "Recall and share of pairs are those of this map alone."
+    )
+    figure = heatmaps.attention_maps(gold[layer, head], predicted, causal)
+    return Illustration("attention_map", "One attention map", figure, caption)
+
+
+def _median_head(gold: np.ndarray) -> tuple[int, int]:
+    edges = (gold > 0).sum((-2, -1))
+    place = np.argsort(edges, axis=None, kind="stable")[edges.size // 2]
+    layer, head = np.unravel_index(place, edges.shape)
+    return int(layer), int(head)
+
+
+def _rows_of(metrics: pd.DataFrame, point: Mapping[Any, Any]) -> pd.DataFrame:
+    keys = [name for name in ("run", "configuration") if name in metrics]
+    return metrics[np.logical_and.reduce([metrics[key] == point[key] for key in keys])]
+
+
+def _grid(rows: pd.DataFrame, measure: str) -> pd.DataFrame:
+    return rows.pivot(index="layer", columns="head", values=measure)
+
+
+def _samples(metrics: pd.DataFrame) -> str:
+    if "samples" not in metrics:
+        return "the held-out samples"
+    least, most = metrics["samples"].min(), metrics["samples"].max()
+    return f"{least} held-out samples" if least == most else f"{least} to {most} held-out samples"
+
+
+def _count(patterns: int) -> str:
+    return "one pattern" if patterns == 1 else f"{patterns} patterns"
