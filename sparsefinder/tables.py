@@ -12,8 +12,18 @@ from sparsefinder.store import UserError, read_manifest
 
 
 def tidy(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """Rows as a table; whole numbers stay whole where some rows have none (empty in CSV)."""
-    return pd.DataFrame(rows).convert_dtypes(convert_string=False, convert_floating=False)
+    """Rows as a table; whole numbers and truth values stay what they are where some rows have none (empty in CSV)."""
+    table = pd.DataFrame(rows, dtype=object)
+    for name in table:
+        present = [value for value in table[name] if value is not None and value == value]
+        kinds = {type(value) for value in present}
+        if kinds == {bool}:
+            table[name] = table[name].astype("boolean" if len(present) < len(table) else bool)
+        elif kinds == {int}:
+            table[name] = table[name].astype("Int64" if len(present) < len(table) else "int64")
+        elif kinds <= {int, float}:
+            table[name] = table[name].astype("float64")
+    return table
 
 
 def write(table: pd.DataFrame, folder: Path, name: str) -> None:
