@@ -14,6 +14,7 @@ import transformers
 
 from sparsefinder.lsg.attention import LSGAttention
 from sparsefinder.lsg.configuration import config_class
+from sparsefinder.lsg.conversion import convert
 from sparsefinder.lsg.families import FAMILIES
 from sparsefinder.lsg.loading import from_pretrained
 from sparsefinder.lsg.modeling import model_class
@@ -23,6 +24,7 @@ __all__ = [
     "FAMILIES",
     "LSGAttention",
     "config_class",
+    "convert",
     "from_pretrained",
     "model_class",
     "register",

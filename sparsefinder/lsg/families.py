@@ -26,6 +26,8 @@ class Family:
     """Architecture of a checkpoint that names none."""
     encoder_decoder: bool = False
     """Whether the LSG encoder feeds a decoder (which stays as it is)."""
+    globals_have_type: bool = False
+    """Whether the published converter adds token type 0 to the global tokens, which stand where tokens have one."""
     attention: str = "SelfAttention"
     """What the name of its self-attention class ends with."""
     stack: str = "encoder"
@@ -46,6 +48,15 @@ class Family:
         """Class of its plain base model."""
         return f"{self.stem}Model"
 
+    def reserved(self, config: Any) -> int:
+        """Leading rows of its position table that belong to no token."""
+        return {"after_padding": (config.pad_token_id or 0) + 1, "offset_two": 2}.get(self.positions, 0)
+
+    def tokens(self, config: Any) -> int:
+        """Longest input, in tokens; only RoBERTa's kin counts reserved rows in `max_position_embeddings`."""
+        in_config = self.reserved(config) if self.positions == "after_padding" else 0
+        return int(config.max_position_embeddings) - in_config
+
     def auto_classes(self) -> dict[str, str]:
         """The plain class behind each Auto class: `{"AutoModelForMaskedLM": "RobertaForMaskedLM", …}`."""
         from transformers.models.auto import modeling_auto
@@ -65,14 +76,14 @@ class Family:
 FAMILIES = {
     family.name: family
     for family in (
-        Family("albert", "Albert", "absolute", "AlbertForPreTraining", attention="Attention"),
-        Family("bart", "Bart", "offset_two", "BartForConditionalGeneration", True, "Attention"),
-        Family("bert", "Bert", "absolute", "BertForPreTraining"),
+        Family("albert", "Albert", "absolute", "AlbertForPreTraining", False, True, "Attention"),
+        Family("bart", "Bart", "offset_two", "BartForConditionalGeneration", True, attention="Attention"),
+        Family("bert", "Bert", "absolute", "BertForPreTraining", globals_have_type=True),
         Family("camembert", "Camembert", "after_padding", "CamembertForMaskedLM"),
         Family("distilbert", "DistilBert", "absolute", "DistilBertForMaskedLM", stack="transformer"),
-        Family("electra", "Electra", "absolute", "ElectraForPreTraining"),
-        Family("mbart", "MBart", "offset_two", "MBartForConditionalGeneration", True, "Attention"),
-        Family("pegasus", "Pegasus", "sinusoidal", "PegasusForConditionalGeneration", True, "Attention"),
+        Family("electra", "Electra", "absolute", "ElectraForPreTraining", globals_have_type=True),
+        Family("mbart", "MBart", "offset_two", "MBartForConditionalGeneration", True, attention="Attention"),
+        Family("pegasus", "Pegasus", "sinusoidal", "PegasusForConditionalGeneration", True, attention="Attention"),
         Family("roberta", "Roberta", "after_padding", "RobertaForMaskedLM"),
         Family("xlm-roberta", "XLMRoberta", "after_padding", "XLMRobertaForMaskedLM"),
     )

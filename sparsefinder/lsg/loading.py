@@ -13,8 +13,8 @@ from sparsefinder.lsg.families import architecture_of, family_of
 from sparsefinder.lsg.modeling import model_class
 from sparsefinder.store import UserError
 
-_OF_THE_PUBLISHED_CODE = ("auto_map", "base_model_prefix", "model_type")
-"""Entries of a published `config.json` that point to its own modelling file."""
+IGNORED = ("auto_map", "base_model_prefix", "model_type")
+"""Entries of a `config.json` that point to the code it was saved with."""
 
 _FOR_THE_HUB = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
@@ -33,7 +33,7 @@ def from_pretrained(path: str | Path, *, architecture: str | None = None, **kwar
     family = family_of(raw.get("model_type"))
     named = architecture or next(iter(raw.get("architectures") or ()), None)
     made = config_class(family)
-    settings = {name: value for name, value in raw.items() if name not in _OF_THE_PUBLISHED_CODE}
+    settings = {name: value for name, value in raw.items() if name not in IGNORED}
     overrides = {name: kwargs.pop(name) for name in list(kwargs) if _is_setting(made, raw, name)}
     config = check_config(made, {**settings, **overrides})
     return model_class(f"LSG{architecture_of(family, named)}").from_pretrained(path, config=config, **kwargs)

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -61,14 +61,16 @@ AttentionInterface.register(ATTENTION_NAME, lsg_attention_forward)
 
 
 class LSGPreTrained:
-    """What every LSG class has: its saved folders carry the code that loads them."""
+    """What every LSG class has: its family, and that its saved folders carry the code that loads them."""
+
+    lsg_family: ClassVar[Family]
 
     def save_pretrained(self: Any, save_directory: Any, **kwargs: Any) -> None:
         """As in transformers, and the modelling code beside the weights, so that `trust_remote_code=True` loads it."""
         from sparsefinder.lsg.export import auto_map, write_code
 
         if self._auto_class is None:  # code loaded from a folder is copied by transformers itself
-            self.config.auto_map = auto_map(family_of_class(type(self)))
+            self.config.auto_map = auto_map(self.lsg_family)
             write_code(save_directory)
         super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
 
@@ -78,13 +80,13 @@ class LSGEncoderModel(LSGPreTrained):
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        family = family_of_class(type(self))
+        family = self.lsg_family
         stack = getattr(self, family.stack)
         width = self.embeddings.word_embeddings.embedding_dim
         self.embeddings.global_embeddings = nn.Embedding(MAX_GLOBAL_TOKENS, width)
         self.embeddings.register_forward_hook(partial(_put_globals_in_front, config.num_global_tokens))
         stack.register_forward_pre_hook(_fill_up, with_kwargs=True)
-        stack.register_forward_hook(partial(_take_globals_off, config.num_global_tokens, config.pools_with_global))
+        stack.register_forward_hook(partial(_take_globals_off, config.num_global_tokens, config))
         install_attention(stack, family, config)
         self.post_init()
 
@@ -92,7 +94,9 @@ class LSGEncoderModel(LSGPreTrained):
         self: Any, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Any:
         """As the plain model's; `attention_mask`: `(B, N)`, nonzero on real tokens."""
-        valid = real_tokens(self.config, input_ids, kwargs.get("inputs_embeds"), attention_mask)
+        valid = real_tokens(
+            self.config, self.lsg_family.tokens(self.config), input_ids, kwargs.get("inputs_embeds"), attention_mask
+        )
         if getattr(self.config, "is_decoder", False):
             refuse_cache(kwargs.get("past_key_values"))
             kwargs["use_cache"] = False
@@ -116,7 +120,7 @@ class LSGEncoderStack(LSGPreTrained):
         self.global_embeddings = nn.Embedding(MAX_GLOBAL_TOKENS, config.d_model)
         self.embed_positions.register_forward_pre_hook(partial(_positions_of_text, config.num_global_tokens))
         self.embed_positions.register_forward_hook(partial(_no_positions_in_front, config.num_global_tokens))
-        install_attention(self, family_of_class(type(self)), config)
+        install_attention(self, self.lsg_family, config)
         self.post_init()
 
     def forward(
@@ -128,7 +132,9 @@ class LSGEncoderStack(LSGPreTrained):
     ) -> Any:
         """As the plain encoder's; with `pass_global_tokens_to_decoder` the global tokens are in front of the output."""
         count = self.config.num_global_tokens
-        valid = real_tokens(self.config, input_ids, inputs_embeds, attention_mask)
+        valid = real_tokens(
+            self.config, self.lsg_family.tokens(self.config), input_ids, inputs_embeds, attention_mask
+        )
         if inputs_embeds is None:
             # Pegasus scales in its forward pass, BART and mBART inside `embed_tokens`
             inputs_embeds = self.embed_tokens(input_ids) * getattr(self, "embed_scale", 1.0)
@@ -147,7 +153,7 @@ class LSGEncoderStack(LSGPreTrained):
         )
         output.last_hidden_state = output.last_hidden_state[:, : count + valid.shape[1]]
         if not self.config.pass_global_tokens_to_decoder:
-            _take_globals_off(count, self.config.pools_with_global, self, (), output)
+            _take_globals_off(count, self.config, self, (), output)
         return output.to_tuple() if as_tuple else output
 
 
@@ -156,7 +162,7 @@ class LSGEncoderDecoderModel(LSGPreTrained):
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        self.encoder = model_class(f"LSG{family_of_class(type(self)).stem}Encoder")(config)
+        self.encoder = model_class(f"LSG{self.lsg_family.stem}Encoder")(config)
         self.post_init()
 
     def forward(
@@ -202,7 +208,7 @@ class LSGHead(LSGPreTrained):
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        family = family_of_class(type(self))
+        family = self.lsg_family
         plain = getattr(self, self.base_model_prefix)
         if type(plain) is plain_class(family.base):  # the decoders of BART and its kin have no LSG part
             without_pooler = {"add_pooling_layer": False} if getattr(plain, "pooler", self) is None else {}
@@ -226,13 +232,20 @@ def install_attention(stack: nn.Module, family: Family, config: Any) -> None:
         module.config, module.lsg, module.lsg_layer = private, attention, layer
 
 
-def real_tokens(config: Any, input_ids: Tensor | None, embeds: Tensor | None, mask: Tensor | None) -> Tensor:
+def real_tokens(
+    config: Any, longest: int, input_ids: Tensor | None, embeds: Tensor | None, mask: Tensor | None
+) -> Tensor:
     """Which tokens are real, `(B, N)` bool; raises `UserError` for inputs and masks that do not fit the model."""
     if (input_ids is None) == (embeds is None):
         raise ValueError("give exactly one of input_ids and inputs_embeds")
     given = input_ids if input_ids is not None else embeds
     assert given is not None
     batch, tokens = given.shape[:2]
+    if tokens > longest:
+        raise UserError(
+            f"input of {tokens} tokens, and the model's longest is {longest}; cut it (truncation=True) or convert the "
+            "model for longer inputs"
+        )
     if not config.adaptive and tokens > 2 * config.block_size and tokens % config.block_size:
         raise UserError(
             f"{tokens} tokens are not a multiple of block_size {config.block_size}; pad them, or set adaptive=True"
@@ -272,11 +285,13 @@ def _fill_up(stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple
     return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
 
 
-def _take_globals_off(count: int, pool: bool, stack: Any, args: Any, output: Any) -> Any:
-    """Hook of the encoder's end; with `pool` the first token's output becomes that of the first global token."""
+def _take_globals_off(count: int, config: Any, stack: Any, args: Any, output: Any) -> Any:
+    """Hook of the encoder's end; with `pool_with_global` the first token's output becomes that of the first global token."""
     states = output.last_hidden_state
     text = states[:, count:]
-    output.last_hidden_state = torch.cat([states[:, :1], text[:, 1:]], dim=1) if pool else text
+    output.last_hidden_state = (
+        torch.cat([states[:, :1], text[:, 1:]], dim=1) if config.pools_with_global else text
+    )
     return output
 
 
@@ -295,12 +310,6 @@ def _no_positions_in_front(count: int, module: Any, args: Any, output: Tensor) -
 def _returns_dict(config: Any, kwargs: dict[str, Any]) -> bool:
     wanted = kwargs.pop("return_dict", None)
     return bool(config.return_dict if wanted is None else wanted)
-
-
-def family_of_class(cls: type) -> Family:
-    """The family that an LSG class was made for."""
-    family: Family = cls.lsg_family  # type: ignore[attr-defined]
-    return family
 
 
 def model_class(name: str) -> Any:

@@ -1,0 +1,196 @@
+"""Convert a plain checkpoint into an LSG model for long inputs, or lengthen an LSG model.
+
+The arguments are those of the published command line (`scripts/convert_checkpoint.py`), and so is the result: the same
+tables of positions and of global tokens. The model works at once, without save and reload.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoTokenizer
+
+from sparsefinder.conversions.certificate import Certificate, refuse_existing
+from sparsefinder.conversions.positions import check_target_length
+from sparsefinder.conversions.sources import lengthened_tokenizer
+from sparsefinder.lsg.configuration import config_class
+from sparsefinder.lsg.families import Family, architecture_of, family_of, plain_class
+from sparsefinder.lsg.loading import IGNORED, check_config, is_lsg, read_config
+from sparsefinder.lsg.modeling import model_class
+from sparsefinder.lsg.proof import certify, save
+from sparsefinder.lsg.tables import global_rows, global_table, lengthen_positions, position_tables, word_table
+from sparsefinder.store import UserError
+
+log = logging.getLogger(__name__)
+
+
+def convert(
+    initial_model: str | Path,
+    model_name: str | Path | None = None,
+    max_sequence_length: int = 4096,
+    *,
+    architecture: str | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    random_global_init: bool = False,
+    global_positional_stride: int = 64,
+    keep_first_global_token: bool = False,
+    resize_lsg: bool = False,
+    use_token_ids: bool = True,
+    seed: int = 123,
+    **settings: Any,
+) -> tuple[Any, Any]:
+    """The LSG model made of `initial_model` (a folder, or a name on the hub), in evaluation mode, and its tokenizer.
+
+    `model_name`: folder to save it in, with its certificate; None to keep it in memory (it is checked all the same).
+    `architecture`: its class, by default the one that the checkpoint names; a new head is drawn from `seed`.
+    `model_kwargs` or further keywords: settings of the configuration (`sparsity_type`, `block_size`, …).
+    `random_global_init`: draw the global tokens after the first from the distribution of the words.
+    `global_positional_stride`: distance of their positions. `use_token_ids`: add token type 0 to them (ALBERT, BERT, ELECTRA).
+    `resize_lsg`: of an LSG model, only lengthen the positions; `keep_first_global_token`: keep its first global token.
+
+    Raises `UserError` for a model type or architecture without LSG form, wrong settings, a maximum length below the
+    source's, a tokenizer whose mask id has no embedding, an existing folder, and a check that fails.
+    """
+    if model_name is not None:
+        refuse_existing(model_name)
+    raw = read_config(initial_model)
+    family = family_of(raw.get("model_type"))
+    plain = architecture_of(family, architecture or next(iter(raw.get("architectures") or ()), None))
+    was_lsg = is_lsg(raw)
+    for flag, given in (("resize_lsg", resize_lsg), ("keep_first_global_token", keep_first_global_token)):
+        if given and not was_lsg:
+            log.warning("%s has no effect: %s is no LSG model", flag, initial_model)
+    config = _configuration(raw, family, {**(model_kwargs or {}), **settings})
+    _check_length(config, family, max_sequence_length)
+    tokenizer = _tokenizer(initial_model)
+    source = _source(initial_model, raw, family, plain, was_lsg)
+    check_ids_fit(tokenizer, len(word_table(source)))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _load(model_class(f"LSG{plain}"), initial_model, config).eval()
+    table = global_table(model, family)
+    if table is not None and not (was_lsg and resize_lsg):
+        first = 1 if was_lsg and keep_first_global_token else 0
+        rows = _global_tokens(
+            model, tokenizer, family, random_global_init, global_positional_stride, use_token_ids, seed
+        )
+        table.weight.data[first:] = rows[first:]
+    lengthen_positions(model, family, max_sequence_length)
+    tokenizer = lengthened_tokenizer(tokenizer, max_sequence_length)
+    certificate = Certificate(
+        source=str(initial_model),
+        target="lsg",
+        settings={
+            "architecture": plain,
+            "max_sequence_length": max_sequence_length,
+            "random_global_init": random_global_init,
+            "global_positional_stride": global_positional_stride,
+            "seed": seed,
+            **{name: getattr(config, name) for name in config.lsg_fields},
+        },
+    )
+    certificate = certify(model, tokenizer, source, family, certificate)
+    certificate.require()
+    if model_name is not None:
+        model.config._name_or_path = str(model_name)
+        save(model, tokenizer, certificate, model_name)
+    return model, tokenizer
+
+
+def check_ids_fit(tokenizer: Any, rows: int) -> None:
+    """Raise `UserError` if a special token has no word embedding (distilled BART: the mask id equals the vocabulary size)."""
+    for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"):
+        token_id = getattr(tokenizer, f"{role}_token_id", None)
+        if token_id is not None and not 0 <= token_id < rows:
+            raise UserError(
+                f"the tokenizer's {role} id {token_id} is outside the model's vocabulary of {rows}; enlarge the "
+                "embeddings (resize_token_embeddings) and save the model, or give it the right tokenizer"
+            )
+
+
+def _configuration(raw: dict[str, Any], family: Family, settings: dict[str, Any]) -> Any:
+    made = config_class(family)
+    unknown = sorted(set(settings) - {*made.__dataclass_fields__, *made.attribute_map, "num_labels", *raw})
+    if unknown:
+        raise UserError(
+            f"unknown setting {', '.join(unknown)}; LSG has {', '.join(made.lsg_fields)}, and the fields of "
+            f"{family.stem}Config"
+        )
+    if raw.get("position_embedding_type", "absolute") != "absolute":
+        raise UserError(
+            f"position_embedding_type {raw['position_embedding_type']!r} is not supported; only absolute positions are"
+        )
+    return check_config(made, {**{name: value for name, value in raw.items() if name not in IGNORED}, **settings})
+
+
+def _check_length(config: Any, family: Family, length: Any) -> None:
+    if not isinstance(length, int) or isinstance(length, bool):
+        raise UserError(f"max_sequence_length is {length!r}; a whole number of tokens is needed")
+    check_target_length(family.tokens(config), length)
+
+
+def _tokenizer(name: str | Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"no tokenizer can be loaded from {name}: {_one_line(error)}") from error
+
+
+def _source(name: str | Path, raw: dict[str, Any], family: Family, plain: str, was_lsg: bool) -> Any:
+    """The model to compare with: the checkpoint as it is."""
+    if was_lsg:
+        return _load(model_class(f"LSG{plain}"), name, _configuration(raw, family, {})).eval()
+    return _load(plain_class(plain), name).eval()
+
+
+def _load(cls: Any, name: str | Path, config: Any = None) -> Any:
+    """A model of class `cls`; weights that the checkpoint lacks are named in the log, but for the global tokens."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        model, report = cls.from_pretrained(
+            name, output_loading_info=True, **({} if config is None else {"config": config})
+        )
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{cls.__name__} cannot be loaded from {name}: {_one_line(error)}") from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    missing = sorted(key for key in report["missing_keys"] if "global_embeddings" not in key)
+    if missing:
+        log.warning("%s has no %s: drawn anew, train them", name, ", ".join(missing))
+    return model
+
+
+def _global_tokens(
+    model: Any, tokenizer: Any, family: Family, drawn: bool, stride: int, use_token_ids: bool, seed: int
+) -> torch.Tensor:
+    config = model.config
+    starts = (
+        tokenizer.bos_token_id, tokenizer.cls_token_id, config.bos_token_id,
+        getattr(config, "decoder_start_token_id", None), config.pad_token_id,
+    )  # fmt: skip
+    bos_id = next((token_id for token_id in starts if token_id is not None), 0)
+    if not drawn and tokenizer.mask_token_id is None:
+        raise UserError("the tokenizer has no mask token to build global tokens from; use random_global_init")
+    positions = next(iter(position_tables(model, family).values())).weight.data[family.reserved(config) :]
+    typed = use_token_ids and family.globals_have_type
+    return global_rows(
+        word_table(model),
+        positions,
+        bos_id,
+        None if drawn else tokenizer.mask_token_id,
+        stride=stride,
+        token_type=model.base_model.embeddings.token_type_embeddings.weight.data[0] if typed else None,
+        seed=seed,
+    )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

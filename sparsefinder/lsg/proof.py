@@ -1,0 +1,184 @@
+"""The certificate of a conversion to LSG: what is measured before a model is saved, and after."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from sparsefinder.conversions.certificate import (
+    Certificate,
+    Check,
+    at_most,
+    check_finite,
+    check_ids,
+    check_lengths,
+    check_positions,
+    equals,
+    max_difference,
+    staged_folder,
+    states,
+    write,
+)
+from sparsefinder.conversions.positions import audit, audit_sinusoidal
+from sparsefinder.lsg.attention import LSGAttention
+from sparsefinder.lsg.families import Family
+from sparsefinder.lsg.tables import position_tables, word_table
+
+
+def certify(model: Any, tokenizer: Any, source: Any, family: Family, certificate: Certificate) -> Certificate:
+    """Every check that needs no saved files: `source` is the plain model, or the LSG model, that was converted."""
+    with _measuring(model), _measuring(source):
+        return certificate.with_checks(
+            *_short_inputs(model, source, family),
+            *_positions(model, source, family),
+            *check_ids(tokenizer, len(word_table(model))),
+            *_lengths(model, tokenizer, family),
+            check_finite(
+                "numbers that are not finite at the maximum length",
+                [output_states(model, *sample(model, family.tokens(model.config)))],
+                f"one input of {family.tokens(model.config)} tokens",
+            ),
+        )
+
+
+def save(model: Any, tokenizer: Any, certificate: Certificate, folder: str | Path) -> Certificate:
+    """Save a converted model with its certificate; nothing is left behind when a check fails (`UserError`)."""
+    certificate.require()
+    with staged_folder(folder) as staged:
+        model.save_pretrained(staged)
+        tokenizer.save_pretrained(staged)
+        certificate = certificate.with_checks(*_reloaded(model, tokenizer, staged))
+        certificate.require()
+        write(certificate, staged)
+    return certificate
+
+
+def sample(model: Any, length: int, rows: int = 1) -> tuple[Tensor, Tensor]:
+    """Random tokens `(rows, length)` and their mask; a second row has two thirds of them."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(len(word_table(model)), (rows, length), generator=generator)
+    pad = model.config.pad_token_id
+    if pad is not None:  # RoBERTa's positions skip padding ids, wherever they are
+        ids[ids == pad] = (pad + 1) % len(word_table(model))
+    mask = torch.ones_like(ids)
+    if rows > 1:
+        mask[1, max(1, 2 * length // 3) :] = 0
+        ids[1, max(1, 2 * length // 3) :] = pad or 0
+    return ids.to(model.device), mask.to(model.device)
+
+
+def output_states(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    """Last hidden states `(B, N, E)`: of the encoder where there is one, else of the decoder."""
+    base = model.base_model
+    part = getattr(base, "encoder", base) if model.config.is_encoder_decoder else base
+    part = base.decoder if part is base and hasattr(base, "decoder") else part
+    result: Tensor = part(input_ids=ids, attention_mask=mask).last_hidden_state
+    return result
+
+
+@contextmanager
+def without_globals(model: Any) -> Iterator[None]:
+    """Let nothing see the global tokens, and take them off the output: on a short input that is the plain model."""
+    config = model.config
+    if not hasattr(config, "lsg_attention"):  # a plain model has none
+        yield
+        return
+    names = ("pool_with_global", "mask_first_token", "pass_global_tokens_to_decoder")
+    kept = {name: getattr(config, name) for name in names}
+    modules = [(module, module.lsg) for module in model.modules() if hasattr(module, "lsg")]
+    try:
+        for name in names:
+            setattr(config, name, False)
+        for module, attention in modules:
+            module.lsg = _TextOnly(attention)
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(config, name, value)
+        for module, attention in modules:
+            module.lsg = attention
+
+
+class _TextOnly:
+    """Dense attention of the tokens after the global ones."""
+
+    def __init__(self, attention: LSGAttention) -> None:
+        self.front = attention.num_global_tokens
+        self.causal = attention.causal
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, layer: int = 0, dropout: float = 0.0
+    ) -> Tensor:
+        seen = valid.clone()
+        seen[:, : self.front] = False
+        dense = LSGAttention("none", block_size=q.shape[2], sparsity_factor=1, causal=self.causal)
+        return dense(q, k, v, seen, layer)
+
+
+def _short_inputs(model: Any, source: Any, family: Family) -> Iterator[Check]:
+    has_globals = any(hasattr(module, "lsg") for module in model.modules())
+    longest = min(family.tokens(source.config), 2 * model.config.block_size if has_globals else 512)
+    lengths = sorted({1, 2, max(1, longest // 2), longest})
+    worst, in_view, scale = 0.0, 0.0, 1.0
+    for length in lengths:
+        ids, mask = sample(source, length, rows=2)
+        with without_globals(source):
+            expected = output_states(source, ids, mask)
+        with without_globals(model):
+            worst = max(worst, max_difference(expected, output_states(model, ids, mask), mask))
+            scale = max(scale, float(expected.abs().max()))
+        found = output_states(model, ids, mask)[:, -length:]
+        in_view = max(in_view, max_difference(expected, found, mask))
+    note = f"hidden states, {lengths} tokens, one of two rows padded"
+    bound = scale * max(1e-4, 64 * torch.finfo(model.dtype).eps if model.dtype != torch.float32 else 0.0)
+    yield at_most("short-input difference to the source, global tokens out of view", worst, bound, note)
+    if has_globals:
+        yield states("short-input difference to the source", in_view, f"{note}; what the global tokens change")
+
+
+def _positions(model: Any, source: Any, family: Family) -> Iterator[Check]:
+    reserved = family.reserved(source.config)
+    sources = position_tables(source, family)
+    for name, table in position_tables(model, family).items():
+        before, after = sources[name].weight, table.weight
+        if family.positions == "sinusoidal":
+            found = audit_sinusoidal(before, after, layout="halves", tolerance=1e-6 if after.dtype == torch.float32 else 1e-2)
+        else:
+            found = audit(before, after, reserved=reserved)
+        yield check_positions(found, f"{name}, rows that differ")
+
+
+def _lengths(model: Any, tokenizer: Any, family: Family) -> Iterator[Check]:
+    length, reserved = family.tokens(model.config), family.reserved(model.config)
+    tables = list(position_tables(model, family).values())
+    yield from check_lengths(tokenizer, length, min(len(table.weight) for table in tables), reserved)
+
+
+def _reloaded(model: Any, tokenizer: Any, folder: Path) -> Iterator[Check]:
+    again, report = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
+    missing = sorted(report["missing_keys"])
+    yield equals("weights missing after reload", len(missing), 0, ", ".join(missing))
+    length = model.lsg_family.tokens(model.config)
+    cut = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).model_max_length
+    yield equals("tokenizer's model_max_length after reload", int(cut), length)
+    with _measuring(model), _measuring(again.to(model.device)):
+        ids, mask = sample(model, length)
+        difference = max_difference(output_states(model, ids, mask), output_states(again, ids, mask))
+    yield at_most("difference after save and reload", difference, 0.0, f"one input of {length} tokens")
+
+
+@contextmanager
+def _measuring(model: Any) -> Iterator[None]:
+    training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()
+            yield
+    finally:
+        model.train(training)
