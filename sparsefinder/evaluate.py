@@ -69,6 +69,11 @@ class EvaluateSettings:
         """Artefacts read by the stage: the model, and what the chosen patterns work with."""
         return ("model", *needed(self.configurations))
 
+    @property
+    def inputs(self) -> dict[str, str]:
+        """What else the result depends on, by content."""
+        return {"corpus": self.corpus.fingerprint()}
+
 
 def run(settings: EvaluateSettings, store: Store) -> None:
     """Make ``evaluate``: ``results`` (one row per variant) and ``layers`` (one per variant × layer × head)."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sparsefinder import models
 from sparsefinder.attention import Masked
-from sparsefinder.corpora import Corpus, token_blocks
+from sparsefinder.corpora import Corpus, TokenBlocks, token_blocks
 from sparsefinder.graphs import Attention
 from sparsefinder.patterns.full import Full
 from sparsefinder.samples import Samples
@@ -55,6 +55,11 @@ class ExtractSettings:
         return ("model",)
 
     @property
+    def inputs(self) -> dict[str, str]:
+        """What else the result depends on, by content."""
+        return {"corpus": self.corpus.fingerprint()}
+
+    @property
     def held_out(self) -> int:
         """Samples of the validation split."""
         return self.nsamples_validation or max(5, self.nsamples // 5)
@@ -67,10 +72,10 @@ def run(settings: ExtractSettings, store: Store) -> None:
     for name, split, wanted in (("qk", "train", settings.nsamples), ("qk_validation", "validation", settings.held_out)):
         blocks = token_blocks(settings.corpus, tokenizer, split, length, cache=store.scratch("corpus"))
         chosen = draw(len(blocks), wanted, settings.seed, f"the {split} split of the corpus")
-        _announce(model, [len(blocks[index]) for index in chosen], settings, name)
+        _announce(model, blocks.lengths[chosen].tolist(), settings, name)
         pieces = store.scratch(f"{name}_pieces")
         try:
-            samples = record(model, [blocks[index] for index in chosen], tokenizer.pad_token_id, settings, pieces)
+            samples = record(model, blocks, chosen, tokenizer.pad_token_id, settings, pieces)
             with store.writing(name) as path:
                 samples.save(path)
         finally:
@@ -87,25 +92,24 @@ def draw(available: int, wanted: int, seed: int, what: str) -> list[int]:
 
 
 def record(
-    model: Any, blocks: Sequence[Sequence[int]], pad_token_id: int, settings: ExtractSettings, folder: Path
+    model: Any, blocks: TokenBlocks, chosen: Sequence[int], pad_token_id: int, settings: ExtractSettings, folder: Path
 ) -> Samples:
-    """The queries and keys of each block, ``(L, H, n_i, D)``, in tensors mapped from files of ``folder``."""
+    """The queries and keys of each chosen block, ``(L, H, n_i, D)``, in tensors mapped from files of ``folder``."""
     recorder = Recorder(Masked(Full(), models.get_normalizer(model)))
     make_folder(folder)
-    q: list[Tensor] = []
-    k: list[Tensor] = []
-    starts = range(0, len(blocks), settings.batch_size)
+    sides: tuple[list[Tensor], list[Tensor]] = ([], [])
     with models.plugged(model, recorder), torch.inference_mode():
-        for start in progress(starts, "extract"):
-            batch = blocks[start : start + settings.batch_size]
+        for start in progress(range(0, len(chosen), settings.batch_size), "extract"):
+            batch = chosen[start : start + settings.batch_size]
+            ids, valid = blocks.batch(batch, pad_token_id)
             recorder.layers.clear()
-            model.base_model(**padded(batch, pad_token_id, model.device))
-            for place, block in enumerate(batch):
-                for found, side in ((q, 0), (k, 1)):
-                    each = [recorder.layers[layer][side][place, :, : len(block)] for layer in sorted(recorder.layers)]
+            model.base_model(input_ids=ids.to(model.device), attention_mask=valid.to(model.device))
+            for place, length in enumerate(valid.sum(-1).tolist()):
+                for side, found in enumerate(sides):
+                    each = [recorder.layers[layer][side][place, :, :length] for layer in sorted(recorder.layers)]
                     file = folder / f"{'qk'[side]}{start + place}.raw"
                     found.append(_on_disk(torch.stack(each).to(DTYPES[settings.dtype]), file))
-    return Samples(q, k)
+    return Samples(*sides)
 
 
 @dataclass
@@ -118,17 +122,6 @@ class Recorder:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, layer: int) -> Tensor:
         self.layers[layer] = (q, k)
         return self.attention(q, k, v, valid, layer)
-
-
-def padded(blocks: Sequence[Sequence[int]], pad_token_id: int, device: torch.device | None = None) -> dict[str, Tensor]:
-    """Token blocks as ``input_ids`` and ``attention_mask``, both ``(B, N)``, padded on the right."""
-    longest = max(map(len, blocks))
-    ids = torch.full((len(blocks), longest), pad_token_id)
-    mask = torch.zeros_like(ids)
-    for row, block in enumerate(blocks):
-        ids[row, : len(block)] = torch.as_tensor(block)
-        mask[row, : len(block)] = 1
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
 def _on_disk(tensor: Tensor, file: Path) -> Tensor:

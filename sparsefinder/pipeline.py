@@ -20,7 +20,10 @@ log = logging.getLogger(__name__)
 
 
 class Settings(Protocol):
-    """What every stage's settings can say: the artefacts they make the stage read."""
+    """What every stage's settings can say: the artefacts they make the stage read.
+
+    Those that read something else, a corpus, name its content in a property ``inputs``, a dict of hashes.
+    """
 
     @property
     def needs(self) -> tuple[str, ...]: ...
