@@ -10,6 +10,7 @@ from typing import Any
 from sparsefinder.attention import Bucketed
 from sparsefinder.graphs import Pattern
 from sparsefinder.patterns.configuration import Configuration, Learned
+from sparsefinder.patterns.full import Full
 from sparsefinder.transforms import Normalizer
 
 
@@ -66,13 +67,17 @@ class Variant:
 def crossed(
     attentions: tuple[AttentionChoice, ...], configurations: tuple[Configuration, ...], normalizer: Normalizer
 ) -> list[Variant]:
-    """Every attention with every pattern it can run; bucketed attention only with patterns that have a bucketed form."""
+    """Every attention with every pattern it can run; bucketed attention only with patterns that have a bucketed form.
+
+    Without `Full`: that is dense attention, which is always there to compare with.
+    """
     variants = []
     for attention in attentions:
         if not attention.takes_pattern:
             variants.append(Variant(attention, None, normalizer))
             continue
         for configuration in configurations:
-            if not (attention.kind is Bucketed and configuration.quadratic):
+            impossible = attention.kind is Bucketed and configuration.quadratic
+            if not impossible and not isinstance(configuration.pattern, Full):
                 variants.append(Variant(attention, configuration, normalizer))
     return variants

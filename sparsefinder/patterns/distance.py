@@ -39,13 +39,17 @@ class Distance:
     seed: int = 0  # of the random distance
 
     dial: ClassVar[str | None] = "threshold"
-    needs: ClassVar[tuple[str, ...]] = ("projections",)
 
     def __post_init__(self) -> None:
         if self.distance not in (*PAIRWISE, "random"):
             raise UserError(f"distance={self.distance} is unknown; choose one of {', '.join(PAIRWISE)}, random")
         if self.p <= 0:
             raise UserError(f"p must be positive, got {self.p}")
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Chance needs no projections."""
+        return () if self.distance == "random" else ("projections",)
 
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool from vectors ``(B, H, N, R)``."""
