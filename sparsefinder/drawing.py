@@ -24,6 +24,10 @@ _COLOURS = {
     "kmeans": "#009E73",
     "longformer": "#56B4E9",
     "bigbird": "#CC79A7",
+    "fixed": "#999933",  # from here on Tol's muted scheme, see below
+    "lsh": "#332288",
+    "routing": "#882255",
+    "lsg": "#44AA99",
 }
 _MARKERS = {
     "full": "s",
@@ -35,8 +39,12 @@ _MARKERS = {
     "kmeans": "^",
     "longformer": "v",
     "bigbird": "P",
+    "fixed": "h",
+    "lsh": "<",
+    "routing": ">",
+    "lsg": "X",
 }
-# for patterns without a line above: Tol's muted scheme (https://personal.sron.nl/~pault/), colour-blind safe as well
+# for patterns without a line above: Tol (2021), "Colour schemes", the muted one, colour-blind safe as well
 _OTHER_COLOURS = ["#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#CC6677", "#882255", "#AA4499"]
 _OTHER_MARKERS = "<>hpdX8H"
 

@@ -26,7 +26,7 @@ _FACTS: dict[tuple[str, str], tuple[str, Callable[[Any], str]]] = {
 
 
 def recall_lines(table: pd.DataFrame, densities: Sequence[float]) -> pd.DataFrame:
-    """`frontiers.points` → recall of each pattern's frontier at equal density, as text."""
+    """`frontiers.points` → recall of each pattern's frontier at equal density, as text; in brackets the far recall."""
     numbers = recall_table(table, densities)
     gold = gold_density(table)
     lines = pd.DataFrame(
@@ -38,11 +38,7 @@ def recall_lines(table: pd.DataFrame, densities: Sequence[float]) -> pd.DataFram
     )
     for density in densities:
         name = f"{_percent(density)} (gold)" if density in gold else _percent(density)
-        lines[f"recall at {name}"] = _reached(numbers, ("recall", density))
-    united = numbers["surroundings"] != ""
-    for density in densities if united.any() else ():
-        far = _reached(numbers, ("recall_far", density))
-        lines[f"far recall at {_percent(density)}"] = far.where(united, "–")
+        lines[f"recall at {name}"] = [_recall(row, density) for row in numbers.to_dict("records")]
     return lines
 
 
@@ -66,11 +62,13 @@ def variant_lines(results: pd.DataFrame) -> pd.DataFrame:
         "computed_density": ("computed pairs", "{:.1%}".format, "not measured"),
         "output_error": ("output error", "{:.3f}".format, "not measured"),
         "latency_ms": ("latency, ms", "{:.1f}".format, "not measured"),
-        "speed_against_dense": ("speed × dense", "{:.2f}".format, "not measured"),
+        "speed_against_dense": ("speed against dense", "{:.2f} ×".format, "not measured"),
         "predictor_share": ("predictor's share", "{:.0%}".format, "–"),
         "peak_memory_mb": ("peak memory, MB", "{:.0f}".format, "not measured"),
     }
     lines = pd.DataFrame({"variant": results["variant"]})
+    if "adapt_steps" in results and (results["adapt_steps"] > 0).any():
+        lines["trained on"] = [f"{row.adapt_steps} steps of {row.finetune_part}" for row in results.itertuples()]
     for name, (title, form, missing) in columns.items():
         if name in results:
             lines[title] = [missing if pd.isna(value) else form(float(value)) for value in results[name]]
@@ -134,7 +132,8 @@ def warnings(table: pd.DataFrame | None, results: pd.DataFrame | None, manifests
 
 
 def _about_variants(results: pd.DataFrame) -> list[str]:
-    found = []
+    found: list[str] = []
+    slower: list[str] = []
     for row in results[results["attention"] != "dense"].to_dict("records"):
         away, speed = row.get("loss_minus_entmax"), row.get("speed_against_dense")
         if pd.notna(away) and away < -NOISE and row.get("sparsity") != 0:
@@ -148,13 +147,19 @@ def _about_variants(results: pd.DataFrame) -> list[str]:
                 f"{row['variant']} computes every pair and still differs from dense attention by {away:+.4f} nats"
             )
         if pd.notna(speed) and speed < 1:
-            found.append(f"{row['variant']} is slower than dense attention here: {speed:.2f} × its speed")
+            slower.append(f"{row['variant']} ({speed:.2f} × its speed)")
+    if slower:
+        found.append(f"slower than dense attention on this machine: {'; '.join(slower)}")
     return found
 
 
-def _reached(numbers: pd.DataFrame, column: tuple[str, float]) -> pd.Series[str]:
-    texts = numbers[column].map(lambda value: "not reached" if pd.isna(value) else f"{value:.3f}")
-    return texts.where(numbers["defined"], "not defined")
+def _recall(row: Mapping[Any, Any], density: float) -> str:
+    if not row["defined"]:
+        return "not defined"
+    recall, far = row["recall", density], row["recall_far", density]
+    if pd.isna(recall):
+        return "not reached"
+    return f"{recall:.3f} ({far:.3f})" if row["surroundings"] and pd.notna(far) else f"{recall:.3f}"
 
 
 def _percent(share: float) -> str:

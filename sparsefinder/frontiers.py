@@ -7,6 +7,7 @@ the straight line is used: running the one configuration on a share of the heads
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -84,7 +85,8 @@ def recall_at(front: pd.DataFrame, density: float, measure: str = "recall") -> f
     if front.empty or measure not in front:
         return float("nan")
     rising = front.iloc[::-1]
-    densities, values = rising["density"].to_numpy(float), rising[measure].to_numpy(float)
+    densities = rising["density"].to_numpy(float).round(12)  # 1 − 0.8 is a little less than 0.2
+    values = rising[measure].to_numpy(float)
     kept = 1.0 if rising["recall"].iloc[-1] >= 1 else float("nan")
     return float(np.interp(density, densities, values, left=float("nan"), right=kept))
 
@@ -95,17 +97,18 @@ def recall_table(table: pd.DataFrame, densities: Sequence[float]) -> pd.DataFram
     Columns ``(measure, density)`` hold NaN where the frontier does not come there. Patterns that always take every pair are
     left out.
     """
+    columns = ["pattern", "surroundings", "quadratic", "configurations", "defined"]
     rows = []
     for (surroundings, pattern), group in table.groupby(["surroundings", "pattern"], sort=False):
         if group["density"].min() >= 1:
             continue
         front = frontier(group)
-        row = {"pattern": pattern, "surroundings": surroundings, "quadratic": bool(group["quadratic"].any())}
-        row |= {"configurations": len(group), "defined": not front.empty}
+        described_by = [pattern, surroundings, bool(group["quadratic"].any()), len(group), not front.empty]
+        row: dict[Any, Any] = dict(zip(columns, described_by, strict=True))
         for measure in ("recall", "recall_far"):
             row |= {(measure, density): recall_at(front, density, measure) for density in densities}
         rows.append(row)
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows) if rows else pd.DataFrame(columns=columns)
 
 
 def comparable(table: pd.DataFrame, most: int = 3) -> pd.DataFrame:

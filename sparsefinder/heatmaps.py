@@ -86,7 +86,8 @@ def _ticks(count: int) -> range:
 
 
 def _bar(figure: Figure, image: AxesImage, beside: Sequence[Axes], label: str) -> None:
-    bar = figure.colorbar(image, ax=beside, location="bottom", label=label, aspect=14 * len(beside), pad=0.03)
+    aspect = 14 if image.get_size()[1] <= 8 else 32
+    bar = figure.colorbar(image, ax=beside, location="bottom", label=label, aspect=aspect * len(beside), pad=0.03)
     bar.outline.set_visible(False)
 
 

@@ -150,7 +150,9 @@ def _samples(metrics: pd.DataFrame) -> str:
     if "samples" not in metrics:
         return "the held-out samples"
     least, most = metrics["samples"].min(), metrics["samples"].max()
-    return f"{least} held-out samples" if least == most else f"{least} to {most} held-out samples"
+    if least != most:
+        return f"{least} to {most} held-out samples"
+    return "one held-out sample" if most == 1 else f"{most} held-out samples"
 
 
 def _count(patterns: int) -> str:

@@ -12,16 +12,17 @@ import pandas as pd
 _CSS = """
 :root { color-scheme: light }
 body { font: 16px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff;
-  max-width: 66rem; margin: 2rem auto; padding: 0 1rem }
+  max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.7rem; margin-bottom: .2rem } h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem }
 figure { margin: 0 0 1rem } figure img { max-width: 100%; height: auto; display: block; margin: 0 auto }
-figcaption, .note { color: #444; font-size: .9rem; max-width: 52rem }
+figcaption, .note { color: #444; font-size: .9rem; max-width: 54rem }
 figcaption { margin: .4rem auto 0 }
 .scroll { overflow-x: auto }
-table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums }
-th { text-align: right; font-weight: 600; border-bottom: 2px solid #888; padding: .25rem .6rem; vertical-align: bottom }
-td { text-align: right; border-bottom: 1px solid #e3e3e3; padding: .22rem .6rem; white-space: nowrap }
-th.words, td.words { text-align: left } td.none { color: #777 }
+table { border-collapse: collapse; font-size: .8rem; font-variant-numeric: tabular-nums }
+th { text-align: right; font-weight: 600; border-bottom: 2px solid #888; padding: .25rem .45rem; vertical-align: bottom }
+td { text-align: right; border-bottom: 1px solid #e3e3e3; padding: .22rem .45rem; white-space: nowrap }
+th.words, td.words { text-align: left }
+td.words { white-space: normal; min-width: 5rem } td.words:first-child { min-width: 13rem } td.none { color: #777 }
 dl { display: grid; grid-template-columns: max-content auto; gap: .15rem 1.2rem; font-size: .95rem } dd { margin: 0 }
 .warning { border-left: 4px solid #d55e00; background: #fdf3ec; padding: .5rem 1rem; font-size: .95rem }
 .warning ul { margin: .2rem 0; padding-left: 1.2rem }

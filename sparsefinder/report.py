@@ -89,9 +89,9 @@ def run(settings: ReportSettings, store: Store) -> None:
     results = Results.read(store)
     drawn = []
     if results.metrics is not None and results.points is not None:
-        drawn += illustrations.of_score(results.metrics, results.points, store.path("score"))
+        drawn = illustrations.of_score(results.metrics, results.points, store.path("score"))
     if results.variants is not None:
-        drawn += illustrations.of_evaluate(results.variants, results.manifests.get("evaluate"))
+        drawn[1:1] = illustrations.of_evaluate(results.variants, results.manifests.get("evaluate"))
     vectors = {illustration.name: drawing.svg(illustration.figure) for illustration in drawn}
     title = settings.title or f"sparsefinder: {store.run_dir.resolve().name}"
     with store.writing("report") as folder:
@@ -109,7 +109,7 @@ def summary(store: Store, settings: ReportSettings | None = None) -> str:
     parts = [text_table(pd.DataFrame(results.facts, columns=["run", "value"]))] if results.facts else []
     if results.points is not None:
         lines = findings.recall_lines(results.points, results.densities(settings or ReportSettings()))
-        parts.append("Recall of gold edges at equal density (* compares every pair)\n" + text_table(lines))
+        parts.append(_RECALL + "\n" + text_table(lines))
     if results.variants is not None:
         wanted = ["variant", "loss, nats", "Δ dense entmax", "accuracy", "sparsity", "recall", "latency, ms"]
         lines = findings.variant_lines(results.variants)
@@ -154,6 +154,7 @@ def _page(
     return page.page(title, lead, sections)
 
 
+_RECALL = "Recall of gold edges at equal density (outside window and global tokens in brackets; * compares every pair)"
 _UNDRAWN = {
     "recall_sparsity": "Recall at equal density",
     "loss_sparsity": "In the model",
@@ -167,8 +168,8 @@ def _tables(results: Results, settings: ReportSettings) -> dict[str, str]:
         lines = findings.recall_lines(results.points, results.densities(settings))
         words = (
             "Best recall of each pattern where it names that share of the allowed pairs, on the straight line between the "
-            "neighbouring points of its frontier. Not reached: its configurations do not come there. Far recall leaves out the "
-            "pairs that the window and the global tokens name. * compares every pair."
+            "neighbouring points of its frontier. Not reached: its configurations do not come there. In brackets: recall "
+            "of the gold edges outside the window and the global tokens. * compares every pair."
         )
         tables["recall_sparsity"] = page.table(lines, ["pattern", "united with"]) + page.note(words)
     if results.variants is not None:
