@@ -13,7 +13,6 @@ What every attention here promises:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -61,14 +60,14 @@ class Bucketed:
 
     The same output and gradients as ``Masked`` of the same pattern, to rounding. The pattern must have a ``layout``: buckets,
     a window, global tokens and unions of these. Work and memory are linear in N where buckets keep their size; a bucket with
-    all tokens costs what dense attention costs. Buckets are filled up to a few sizes so that those of like size are one
-    product; ``computed_pairs`` counts the filling (Treviso et al. 2022 fill every row up to the fullest one).
+    all tokens costs what dense attention costs. Buckets are filled up to a few sizes, so that those of like size are one
+    product (never up to the fullest one), and ``computed_pairs`` counts the filling.
     """
 
     pattern: Pattern  # who may attend to whom; must have a layout
     normalizer: Normalizer = _ENTMAX15  # how the scores on the graph become probabilities
     causal: bool = False  # whether a query sees no later key
-    queries_at_once: int = 1 << 15  # queries, of all heads together, whose scores are in memory at one time
+    queries_at_once: int = 1 << 15  # queries (once for each of their buckets) whose scores are in memory at one time
 
     def __post_init__(self) -> None:
         if not isinstance(self.pattern, HasLayout):
@@ -83,20 +82,20 @@ class Bucketed:
         """``q, k, v (B, H, N, D)``, ``valid (B, N)`` bool → ``(B, H, N, D)`` in the dtype of ``v``."""
         q, k, v = without_padding(q, valid), without_padding(k, valid), without_padding(v, valid)
         qk = QK(q, k, valid, self.causal)
-        shares = shares_of(qk, self.queries_at_once)
-        vectors = zip(*(shares.split(x) for x in (at_least_float32(q), at_least_float32(k), v)), strict=True)
-        pieces = self._pieces(qk, layer, shares)
-        return shares.join([self._attend(next(pieces), *share) for share in vectors])
+        layout, shares = self._layout_and_shares(qk, layer)
+        vectors = (shares.split(x) for x in (at_least_float32(q), at_least_float32(k), v))
+        parts = zip(shares.split_layout(layout, qk), *vectors, strict=True)
+        return shares.join([self._attend(cut(*part), *vectors) for part, *vectors in parts])
 
     @torch.no_grad()
     def graph(self, qk: QK, layer: int) -> Tensor:
         """The graph that is executed, in its dense form: ``(B, H, N, N)`` bool."""
-        return self._layout(qk, layer).graph(qk)
+        return self._layout_and_shares(qk, layer)[0].graph(qk)
 
     def computed_pairs(self, qk: QK, layer: int) -> Tensor:
         """Pairs that are multiplied, ``(B, H)`` int64: what is in several pieces or filling is counted too."""
-        shares = shares_of(qk, self.queries_at_once)
-        return shares.join([pieces.computed_pairs() for pieces in self._pieces(qk, layer, shares)])
+        layout, shares = self._layout_and_shares(qk, layer)
+        return shares.join([cut(*part).computed_pairs() for part in shares.split_layout(layout, qk)])
 
     def _attend(self, pieces: Pieces, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q = q / math.sqrt(q.shape[-1])
@@ -108,15 +107,12 @@ class Bucketed:
         probabilities_of_globals = self.normalizer(pieces.globals.query_scores(q, k))
         return pieces.globals.add(out, probabilities_of_globals.to(v.dtype) @ v)
 
-    def _pieces(self, qk: QK, layer: int, shares: Shares) -> Iterator[Pieces]:
-        with torch.no_grad():
-            layouts = shares.split_layout(self._layout(qk, layer), qk)
-        for layout, share in layouts:
-            yield cut(layout, share)
-
-    def _layout(self, qk: QK, layer: int) -> Layout:
+    @torch.no_grad()
+    def _layout_and_shares(self, qk: QK, layer: int) -> tuple[Layout, Shares]:
         assert isinstance(self.pattern, HasLayout)  # checked when made
-        return self.pattern.layout(qk, layer)
+        layout = self.pattern.layout(qk, layer)
+        slots = 1 if layout.buckets is None else max(layout.buckets.q_ids.shape[-1], 1)
+        return layout, shares_of(qk, self.queries_at_once // slots)
 
 
 def without_padding(x: Tensor, valid: Tensor) -> Tensor:

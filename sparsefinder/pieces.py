@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -89,12 +90,14 @@ class Pieces:
         flat_v = v.flatten(0, 2)
         front, in_tiles = weights.split([len(flat_v) * self._front, self._tile_scores])
         on_globals, on_band, _ = front.view(len(flat_v), self._front).split(self._front_parts, dim=1)
-        out = torch.zeros_like(v) if self.tiles is None else self.tiles.apply(in_tiles, flat_v).view(v.shape)
+        sums = []
+        if self.tiles is not None:
+            sums.append(self.tiles.apply(in_tiles, flat_v).view(v.shape))
         if self.globals is not None:
-            out = out + on_globals.view(*v.shape[:3], -1) @ self.globals.select(v)
+            sums.append(on_globals.view(*v.shape[:3], -1) @ self.globals.select(v))
         if self.band is not None:
-            out = out + self.band.apply(on_band, flat_v).view(v.shape)
-        return out
+            sums.append(self.band.apply(on_band, flat_v).view(v.shape))
+        return reduce(torch.add, sums) if sums else v * 0.0
 
     def rows(self) -> Rows:
         """Where the scores of each query lie in the flat products."""

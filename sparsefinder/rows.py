@@ -37,6 +37,8 @@ class Rows:
 
     def unpack(self, rectangles: list[Tensor]) -> Tensor:
         """Rectangles → flat pieces, zeros for scores that were in no row."""
+        if not rectangles:
+            return torch.zeros(len(self.copies) * STEP, device=self.copies.device)
         packed = torch.cat([rectangle.view(-1, STEP) for rectangle in rectangles])
         return gather(packed, self.copies, self.sources).view(-1)
 

@@ -54,5 +54,6 @@ class Shares:
 def shares_of(qk: QK, queries: int) -> Shares:
     """Parts of at most ``queries`` queries, or of one head of one example where that has more."""
     batch, heads, tokens, _ = qk.q.shape
+    tokens = max(tokens, 1)
     some_examples = min(max(queries // tokens, 1), batch)
     return Shares(heads, some_examples, min(max(queries // (tokens * some_examples), 1), heads))

@@ -89,7 +89,7 @@ class Tiles:
             torch.bmm(block.view(shape), v_block).view(-1, v.shape[1])
             for block, shape, v_block in zip(blocks, self.shapes, self._k_blocks(self.k.lay_out(v)), strict=True)
         ]
-        return self.q.collect(torch.cat(outputs) if outputs else v.new_zeros(0, v.shape[1]))
+        return self.q.collect(torch.cat(outputs) if outputs else v[:0])
 
     def hide(
         self, q_ids: Tensor, k_ids: Tensor, slots: Sequence[tuple[int, int]], positions: Tensor | None = None
