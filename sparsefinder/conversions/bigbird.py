@@ -249,5 +249,5 @@ def _check_blocks(attention_type: Any, block_size: Any, num_random_blocks: Any) 
         raise UserError(f"attention_type is {attention_type!r}; needed: {SPARSE} or {FULL}")
     if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
         raise UserError(f"block_size is {block_size!r}; needed: a number of tokens above 0, e.g. 64")
-    if isinstance(num_random_blocks, bool) or not isinstance(num_random_blocks, int) or num_random_blocks < 0:
-        raise UserError(f"num_random_blocks is {num_random_blocks!r}; needed: a whole number, 0 or more, e.g. 3")
+    if isinstance(num_random_blocks, bool) or not isinstance(num_random_blocks, int) or num_random_blocks < 1:
+        raise UserError(f"num_random_blocks is {num_random_blocks!r}; needed: a whole number, 1 or more, e.g. 3")

@@ -71,7 +71,8 @@ def convert_roberta_to_longformer(
     result has the source's dtype, device and training mode.
 
     Raises `UserError` for another family, a head that Longformer lacks, a tokenizer of another vocabulary, a length
-    below the source's, and a window that is odd, too small or too large.
+    below the source's, and a window that is odd, too small, too large or, among
+    several, does not divide the largest.
     """
     source = read_roberta(roberta_model, roberta_tokenizer, HEADS, "longformer")
     length = check_length(source.length, longformer_max_length, "longformer_max_length")
@@ -125,7 +126,7 @@ def read_longformer(model: Any, tokenizer: Any) -> Any:
 
 
 def check_window(window: Any, length: int, layers: int) -> list[int]:
-    """One window for each of `layers` layers; raises `UserError` unless all are even, at least 4 and at most `length`."""
+    """One window for each of `layers` layers; `UserError` unless they are even, 4 to `length`, and divide the largest."""
     windows = list(window) if isinstance(window, Sequence) and not isinstance(window, str) else [window] * layers
     if len(windows) != layers:
         raise UserError(f"attention_window has {len(windows)} entries for {layers} layers; give one number or one each")
@@ -139,6 +140,11 @@ def check_window(window: Any, length: int, layers: int) -> list[int]:
             raise UserError(
                 f"attention_window {size} is larger than the maximum length {length}; needed: an even number up to it"
             )
+    if any(max(windows) % size for size in windows):
+        # transformers pads the input once for all layers, to a multiple of the largest window.
+        raise UserError(
+            f"attention_window {windows}: the largest is no multiple of each; choose windows that divide it"
+        )
     return windows
 
 

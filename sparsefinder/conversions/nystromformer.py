@@ -148,13 +148,18 @@ def guard_segments(model: PreTrainedModel) -> RemovableHandle:
     return base_of(model).register_forward_pre_hook(_refuse_other_lengths, with_kwargs=True)
 
 
+def needed_length(model: nn.Module) -> int | None:
+    """The one length in tokens that a Nyströmformer's inputs must have; None if any will do, or for another model."""
+    layer = next(_attentions(model), None)
+    return None if layer is None or layer.num_landmarks == layer.seq_len else int(layer.seq_len)
+
+
 def _refuse_other_lengths(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    layer = next(_attentions(base))
-    found = input_length(args, kwargs)
-    if layer.num_landmarks != layer.seq_len and found != layer.seq_len:
+    needed, found = needed_length(base), input_length(args, kwargs)
+    if needed is not None and found != needed:
         raise UserError(
-            f"input of {found} tokens, and with {layer.num_landmarks} landmarks this Nyströmformer needs exactly "
-            f"{layer.seq_len}; pad it (padding='max_length', max_length={layer.seq_len})"
+            f"input of {found} tokens, and with its landmarks this Nyströmformer needs exactly {needed}; pad it "
+            f"(padding='max_length', max_length={needed})"
         )
 
 

@@ -254,6 +254,7 @@ def test_bad_input_is_one_clear_line(target: str, change: dict[str, Any], messag
         ({"attention_window": 2}, "4 or more"),
         ({"attention_window": 62}, "attention_window 62 is larger than the maximum length 60"),
         ({"attention_window": [4]}, "1 entries for 2 layers"),
+        ({"attention_window": [6, 8]}, "windows that divide it"),
         ({"attention_window": 8.0}, "attention_window is 8.0"),
     ],
 )
@@ -285,6 +286,8 @@ def test_further_bad_input() -> None:
         convert_roberta_to_nystromformer(make_source(), tokenizer, MAXIMUM, conv_kernel_size=4)
     with pytest.raises(UserError, match="block_sparse or original_full"):
         convert_roberta_to_bigbird(make_source(), tokenizer, MAXIMUM, attention_type="sparse")
+    with pytest.raises(UserError, match="num_random_blocks is 0"):
+        convert_roberta_to_bigbird(make_source(), tokenizer, MAXIMUM, num_random_blocks=0)
     with pytest.raises(UserError, match="is no Longformer"):
         resize_longformer(make_source(), tokenizer, MAXIMUM)
     with pytest.raises(UserError, match="is no Longformer"):
@@ -301,7 +304,7 @@ def test_landmarks_need_inputs_of_the_configured_length() -> None:
     ids = torch.randint(5, 50, (2, MAXIMUM))
     assert hidden(model, ids, torch.ones_like(ids)).isfinite().all()
     with pytest.raises(
-        UserError, match="input of 30 tokens, and with 12 landmarks this Nyströmformer needs exactly 60"
+        UserError, match="input of 30 tokens, and with its landmarks this Nyströmformer needs exactly 60"
     ):
         model(ids[:, :30])  # which transformers would take for one sentence of 60 tokens
 
