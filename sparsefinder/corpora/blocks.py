@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -129,7 +130,10 @@ def _key(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, split: str, length:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise UserError(f"{type(tokenizer).__name__} is a slow tokenizer; this needs one of the tokenizers library")
+    state = json.loads(backend.to_str())
+    for setting in ("truncation", "padding"):  # what the last call happened to ask for
+        state.pop(setting, None)
     digest = hashlib.sha256()
-    for part in (corpus.fingerprint(), backend.to_str(), split, str(length), str(limit)):
+    for part in (corpus.fingerprint(), json.dumps(state, sort_keys=True), split, str(length), str(limit)):
         digest.update(part.encode() + b"\0")
     return digest.hexdigest()[:24]

@@ -23,7 +23,7 @@ class TextFiles:
 
     train: str | None = None
     validation: str | None = None
-    test: str | None = None
+    test: str | None = None  # None: the validation file serves here too
     max_documents: int | None = None  # of each split; None for all
     max_characters: int | None = None  # of the training split, an eighth of it for each other split; None for all
 
@@ -59,10 +59,10 @@ class TextFiles:
         return digest.hexdigest()
 
     def _path(self, split: str) -> Path:
-        file = {"train": self.train, "validation": self.validation, "test": self.test}.get(split)
-        if file is None:
-            raise UserError(f"corpus=text has no file for the split {split}; give corpus.{split}=FILE")
-        return Path(file)
+        files = {"train": self.train, "validation": self.validation, "test": self.test or self.validation}
+        if split not in files:
+            raise UserError(f"there is no split {split}; choose one of {', '.join(files)}")
+        return Path(str(files[split]))
 
 
 def split_documents(text: str) -> Iterator[str]:

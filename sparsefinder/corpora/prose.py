@@ -19,6 +19,7 @@ _UNDERLINE = re.compile(r"\s*([-=~^*#_\"'`+.])\1{2,}\s*$")
 _TABLE = re.compile(r"\s*([|+]|[-=]{3,} +[-=]{3,})")
 _BULLET = re.compile(r"\s*(?:[-*+•]|\(?\d{1,2}[.)]) +")
 _ARGUMENT = re.compile(r"\s*[-*]{0,3}`{0,2}\*{0,2}[\w.]+`{0,2}(?: ?\([^)]*\)[^:]{0,60})? ?: +(?=\S)")
+_TYPED = re.compile(r"\s*[*\w][\w*.,` ]{0,60} : \S")  # `name : type` of numpydoc; the description follows, indented
 _FIELD = re.compile(r"\s*[:@](?:param|arg|return|raise|type|rtype|key|ivar|var|cvar)s?\b[^:]*: *")
 
 _MARKUP = (
@@ -123,7 +124,7 @@ def _blocks(lines: list[str]) -> Iterator[list[str]]:
         doctest = doctest or _DOCTEST.match(line) is not None
         if literal is not None and indent <= literal:
             literal = None
-        if literal is not None or doctest or _TABLE.match(line):
+        if literal is not None or doctest or _TABLE.match(line) or _TYPED.match(line):
             yield block
             block = []
             continue

@@ -1,0 +1,358 @@
+"""Corpora: what counts as prose, who is held out, which tokens come in which block, and what is masked."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tiny_models import tiny_tokenizer
+
+from sparsefinder import hub
+from sparsefinder.corpora import (
+    Docstrings,
+    Masking,
+    TextFiles,
+    WikiText103,
+    masked_batches,
+    token_blocks,
+    train_tokenizer,
+)
+from sparsefinder.corpora import docstrings as docstrings_module
+from sparsefinder.corpora.files import split_documents
+from sparsefinder.corpora.prose import docstrings, is_prose, paragraphs
+from sparsefinder.store import UserError
+
+# ---- prose ----
+
+NUMPY_STYLE = """
+    Evaluate a piecewise-defined function at :math:`x` with ``numpy``.
+
+    Each function is evaluated on the *input* wherever its condition is true,
+    see :func:`~numpy.select` and `the guide <https://numpy.org>`_ [1]_.
+
+    Parameters
+    ----------
+    x : ndarray, shape (n,)
+        The domain over which the function is evaluated.
+    condlist : list of bool arrays
+        Each boolean array corresponds to a function. Wherever it is true,
+        the function is used as the output value.
+
+    .. versionadded:: 1.2
+        Scalars are accepted for the first two of the arguments too.
+
+    .. math::
+        f(x) = \\sum_i x_i which reads like a sentence but is a formula.
+
+    Examples
+    --------
+    Define the sign function, which is one for positive arguments::
+
+        x = np.linspace(-2.5, 2.5, 6), Indented Code That Reads Like Prose.
+
+    >>> np.piecewise(x, [x < 0, x >= 0], [-1, 1])
+    array([-1., -1., -1.,  1.,  1.,  1.]) This line is output and not prose.
+
+    ===========  ==========================================
+    name         This table has a sentence that is not prose.
+    ===========  ==========================================
+"""
+MARKDOWN_STYLE = """
+    Loads the weights of a [pretrained model](https://x.org) from the hub.
+
+    Args:
+        name_or_path (`str`, *optional*, defaults to `"base"`):
+            The name of the repository, or the path of a folder on this machine.
+        force (`bool`): Whether the files should be downloaded again in any case.
+
+    ```python
+    This block of code has words, Like A Sentence would have, but it is fenced.
+    ```
+    - The first item of a list goes on
+      in the second line of the item.
+"""
+
+
+def test_prose_of_a_docstring_in_numpy_style():
+    assert list(paragraphs(NUMPY_STYLE)) == [
+        "Evaluate a piecewise-defined function at x with numpy.",
+        "Each function is evaluated on the input wherever its condition is true, see select and the guide.",
+        "The domain over which the function is evaluated.",
+        "Each boolean array corresponds to a function. Wherever it is true, the function is used as the output value.",
+        "Scalars are accepted for the first two of the arguments too.",
+        "Define the sign function, which is one for positive arguments:",
+    ]
+
+
+def test_prose_of_a_docstring_in_markdown_style():
+    assert list(paragraphs(MARKDOWN_STYLE)) == [
+        "Loads the weights of a pretrained model from the hub.",
+        "The name of the repository, or the path of a folder on this machine.",
+        "Whether the files should be downloaded again in any case.",
+        "The first item of a list goes on in the second line of the item.",
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["Too short.", "no capital letter begins this paragraph of words.", "x = f(y) + g(z) == 3 for all of the cases.",
+     "Returns_the_value_of_an_identifier_that_is_long.", "See https://example.org for the rest of the story."],
+)  # fmt: skip
+def test_what_is_no_prose(text):
+    assert not is_prose(text)
+
+
+def test_docstrings_are_found_without_executing_anything():
+    source = '''"""Of the module."""
+raise SystemExit("executed")
+class A:
+    """Of the class."""
+    def f(self):
+        """Of the method."""
+        class Inner:
+            """Of an inner class."""
+        "not a docstring"
+if True:
+    async def g():
+        """Of a coroutine."""
+attach.add_docstr(f, r"""Attached.""".format(**x))
+print("printed")
+topics = {"a": "%s", "b": 3, "c": "short"}
+''' % ("t" * 300)
+    assert list(docstrings(source)) == [
+        "Of the module.", "Of the class.", "Of the method.", "Of an inner class.", "Of a coroutine.", "Attached.", "t" * 300,
+    ]  # fmt: skip
+
+
+# ---- the docstrings corpus ----
+
+SMALL = Docstrings(train=["click", "no-such-package", "python"], validation=["joblib"], test=["rich"])
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("corpus")
+
+
+def test_docstrings_are_deterministic_cached_and_held_out(cache, monkeypatch, caplog):
+    fresh = docstrings_module._collect(SMALL)
+    assert "no-such-package is not installed" in caplog.text
+    splits = {split: list(SMALL.documents(split, cache)) for split in ("train", "validation", "test")}
+    assert splits == fresh
+    monkeypatch.setattr(docstrings_module, "_collect", lambda corpus: pytest.fail("read again"))
+    assert list(SMALL.documents("test", cache)) == splits["test"]
+    lines = {split: {line for document in found for line in document.split("\n")} for split, found in splits.items()}
+    assert not lines["train"] & (lines["validation"] | lines["test"])
+    assert sum(map(len, splits["train"])) > 200_000
+    assert all(is_prose(line) for found in lines.values() for line in found)
+
+
+def test_repeated_paragraphs_are_kept_once():
+    repetitions = docstrings_module._Repetitions()
+    base = "If set, the model returns the hidden states of all its layers as one tuple of tensors for the caller."
+    assert repetitions.new(base)
+    assert not repetitions.new(base)
+    assert not repetitions.new(base.replace("the caller", "you"))
+    assert repetitions.new("A sentence about something else, which nobody has written down before this test.")
+
+
+def test_a_limit_makes_reading_short():
+    limited = Docstrings(SMALL.train, SMALL.validation, SMALL.test, max_characters=20_000)
+    found = docstrings_module._collect(limited)
+    assert 20_000 <= sum(map(len, found["train"])) < 60_000
+    assert 2_500 <= sum(map(len, found["validation"])) < 30_000
+    assert limited.fingerprint() != SMALL.fingerprint()
+
+
+def test_fingerprint_follows_versions(monkeypatch):
+    before = SMALL.fingerprint()
+    monkeypatch.setattr(docstrings_module, "_version", lambda package: "0.0")
+    assert SMALL.fingerprint() != before
+
+
+def test_docstrings_errors():
+    with pytest.raises(UserError, match="names joblib twice"):
+        Docstrings(train=["joblib"], validation=["joblib"], test=["rich"])
+    with pytest.raises(UserError, match="max_characters must be a positive number"):
+        Docstrings(train=["joblib"], validation=[], test=[], max_characters=0)
+    with pytest.raises(UserError, match="found 0 characters for train in no-such-package"):
+        list(Docstrings(train=["no-such-package"], validation=["joblib"], test=[]).documents("train"))
+    with pytest.raises(UserError, match="no split dev"):
+        list(SMALL.documents("dev"))
+
+
+# ---- text files ----
+
+
+def test_what_a_document_is_in_a_file():
+    wiki = (
+        " \n = First = \n \n Some words . \n \n = = Part = = \n \n More words . \n \n = Second = \n \n Other words . \n"
+    )
+    assert list(split_documents(wiki)) == [
+        "= First =\nSome words .\n= = Part = =\nMore words .",
+        "= Second =\nOther words .",
+    ]
+    assert list(split_documents("one\ntwo\n\nthree\n \n\nfour\n\n")) == ["one\ntwo", "three", "four"]
+    assert list(split_documents("one\ntwo\nthree\n\n")) == ["one", "two", "three"]
+    assert list(split_documents(" \n\n")) == []
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_text_files_and_their_limits(tmp_path):
+    train = write(tmp_path / "train.txt", "".join(f"Document {i} here.\n" for i in range(50)))
+    held_out = write(tmp_path / "valid.txt", "Held out one.\nHeld out two.\n")
+    corpus = TextFiles(train, held_out)
+    assert len(list(corpus.documents("train"))) == 50
+    assert list(corpus.documents("test")) == list(corpus.documents("validation")) == ["Held out one.", "Held out two."]
+    assert len(list(TextFiles(train, held_out, max_documents=3).documents("train"))) == 3
+    limited = TextFiles(train, held_out, max_characters=80)
+    assert (len(list(limited.documents("train"))), len(list(limited.documents("validation")))) == (5, 1)
+    before = corpus.fingerprint()
+    write(tmp_path / "valid.txt", "Something new.\n")
+    assert corpus.fingerprint() != before
+
+
+def test_text_file_errors_are_one_line(tmp_path):
+    good, empty, binary = write(tmp_path / "a", "Words.\n"), write(tmp_path / "b", " \n\n"), tmp_path / "c"
+    binary.write_bytes(b"\xff\xfe\x00")
+    cases = [
+        (lambda: TextFiles(good), "give corpus.train=FILE and corpus.validation=FILE"),
+        (lambda: TextFiles(good, good), "for two splits"),
+        (lambda: TextFiles(good, empty, max_documents=0), "max_documents must be a positive number"),
+        (lambda: list(TextFiles(good, empty).documents("validation")), "is empty"),
+        (lambda: list(TextFiles(good, str(binary)).documents("validation")), "is not UTF-8 text"),
+        (lambda: list(TextFiles(str(tmp_path / "no"), good).documents("train")), "there is no such file"),
+        (lambda: list(TextFiles(str(tmp_path), good).documents("train")), "there is no such file"),
+    ]
+    for do, message in cases:
+        with pytest.raises(UserError, match=message) as caught:
+            do()
+        assert "\n" not in str(caught.value)
+
+
+def test_wikitext_without_network_is_one_line_within_seconds(monkeypatch, tmp_path):
+    monkeypatch.setattr(hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match="hub cannot be reached") as caught:
+        next(WikiText103().documents("train"))
+    assert "\n" not in str(caught.value)
+
+
+def test_wikitext_articles(monkeypatch):
+    rows = ["", " = One = \n", "", " Words . \n", " = = Part = = \n", " More . \n", " = Two = \n", " Others . \n"]
+    monkeypatch.setattr("sparsefinder.corpora.wikitext._load", lambda split: [{"text": row} for row in rows])
+    assert list(WikiText103().documents("test")) == ["= One =\nWords .\n= = Part = =\nMore .", "= Two =\nOthers ."]
+    assert len(list(WikiText103(max_documents=1).documents("test"))) == 1
+
+
+# ---- tokens ----
+
+SENTENCE = "The model attends to the keys that its query needs, and to few others. "
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    train = write(tmp_path / "train.txt", "\n\n".join(SENTENCE * (1 + i % 5) + f"Number {i}." for i in range(40)))
+    return TextFiles(train, write(tmp_path / "valid.txt", SENTENCE * 3 + "\n\n" + SENTENCE))
+
+
+def test_the_tokenizer_is_deterministic_reversible_and_saved(corpus, tmp_path):
+    tokenizer = train_tokenizer(corpus.documents("train"), 300, 64)
+    again = train_tokenizer(corpus.documents("train"), 300, 64)
+    assert tokenizer.backend_tokenizer.to_str() == again.backend_tokenizer.to_str()
+    assert len(tokenizer) == 300
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    loaded = type(tokenizer).from_pretrained(tmp_path / "tokenizer")
+    text = "Unseen: naïve 北京 🙂\n\ttabs"
+    for one in (tokenizer, loaded):
+        assert (one.model_max_length, one.pad_token_id, one.mask_token_id, one.cls_token_id) == (64, 1, 4, 0)
+        ids = one(text)["input_ids"]
+        assert (ids[0], ids[-1]) == (0, 2)
+        assert one.decode(ids[1:-1]) == text
+    with pytest.raises(UserError, match="vocabulary_size must be at least 261"):
+        train_tokenizer([], 100, 64)
+
+
+def test_blocks_hold_whole_documents_in_pieces(corpus):
+    tokenizer = tiny_tokenizer()
+    blocks = token_blocks(corpus, tokenizer, "train", 20)
+    assert len(blocks) == len(blocks.lengths)
+    assert int(blocks.lengths.max()) == 20
+    assert int(blocks.lengths.min()) >= 8
+    expected = []
+    for document in corpus.documents("train"):
+        ids = tokenizer(document, add_special_tokens=False)["input_ids"]
+        pieces = [[0, *ids[start : start + 18], 2] for start in range(0, len(ids), 18)]
+        expected += [piece for piece in pieces if len(piece) >= 8]
+    assert sorted(blocks[i].tolist() for i in range(len(blocks))) == sorted(expected)
+    with pytest.raises(IndexError):
+        blocks[len(blocks)]
+
+
+def test_a_limit_gives_the_first_blocks_and_the_cache_the_same(corpus, tmp_path, monkeypatch):
+    tokenizer = tiny_tokenizer()
+    blocks = token_blocks(corpus, tokenizer, "train", 20, cache=tmp_path / "cache")
+    some = token_blocks(corpus, tokenizer, "train", 20, limit=7)
+    assert len(some) == 7
+    assert torch.equal(some.ids, blocks.first(7).ids)
+    monkeypatch.setattr(TextFiles, "documents", lambda *_: pytest.fail("read again"))
+    again = token_blocks(corpus, tokenizer, "train", 20, cache=tmp_path / "cache")
+    assert torch.equal(again.ids, blocks.ids)
+    assert torch.equal(again.starts, blocks.starts)
+
+
+def test_blocks_need_text_and_room(tmp_path):
+    corpus = TextFiles(write(tmp_path / "a", "Few.\n"), write(tmp_path / "b", "Words.\n"))
+    with pytest.raises(UserError, match="the train part of the corpus has no text of 8 tokens"):
+        token_blocks(corpus, tiny_tokenizer(), "train", 20)
+    with pytest.raises(UserError, match="blocks of 4 tokens are too short"):
+        token_blocks(corpus, tiny_tokenizer(), "train", 4)
+
+
+# ---- masking ----
+
+
+def test_masks_do_not_depend_on_the_batch(corpus):
+    """Trap 10: every variant must be asked about the same positions."""
+    tokenizer = tiny_tokenizer()
+    blocks = token_blocks(corpus, tokenizer, "train", 30)
+
+    def examples(found):
+        return [(ids[valid].tolist(), labels[valid].tolist()) for batch in found for ids, labels, valid in zip(
+            batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True)]  # fmt: skip
+
+    one, many = (examples(masked_batches(blocks, tokenizer, seed=3, batch_size=size)) for size in (1, 7))
+    assert one == many
+    assert one[:5] == examples(masked_batches(blocks.first(5), tokenizer, seed=3, batch_size=4))
+    assert one != examples(masked_batches(blocks, tokenizer, seed=4, batch_size=1))
+
+
+def test_masking_follows_berts_recipe():
+    ids = torch.cat([torch.tensor([0]), torch.randint(5, 1000, (20_000,)), torch.tensor([2, 1, 1])])
+    masking = Masking(mask_token_id=4, vocabulary=1000, special=(0, 1, 2, 3, 4), fraction=0.15)
+    inputs, labels = masking(ids, seed=0, example=5)
+    chosen = labels != -100
+    assert int(chosen.sum()) == 3000
+    assert torch.equal(labels[chosen], ids[chosen])
+    assert torch.equal(inputs[~chosen], ids[~chosen])
+    assert not chosen[torch.isin(ids, torch.tensor([0, 1, 2]))].any()
+    masked, kept = (inputs[chosen] == 4).float().mean(), (inputs[chosen] == ids[chosen]).float().mean()
+    assert math.isclose(masked, 0.8, abs_tol=0.03)
+    assert math.isclose(kept, 0.1, abs_tol=0.03)
+    short, asked = masking(torch.tensor([0, 7, 8, 2]), seed=0, example=0)
+    assert int((asked != -100).sum()) == 1
+
+
+def test_padding_of_a_batch(corpus):
+    tokenizer = tiny_tokenizer()
+    blocks = token_blocks(corpus, tokenizer, "train", 30)
+    ids, valid = blocks.batch([0, 1, 2], tokenizer.pad_token_id)
+    assert ids.shape == valid.shape == (3, int(blocks.lengths[:3].max()))
+    for row, index in enumerate(range(3)):
+        assert torch.equal(ids[row][valid[row]], blocks[index])
+        assert (ids[row][~valid[row]] == tokenizer.pad_token_id).all()
