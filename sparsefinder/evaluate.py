@@ -26,7 +26,7 @@ from sparsefinder.corpora import Corpus, masked_batches, token_blocks
 from sparsefinder.extract import draw
 from sparsefinder.graphs import QK, Attention
 from sparsefinder.metrics import Counts, Gold, count
-from sparsefinder.patterns.configuration import Configuration, Learned, needed
+from sparsefinder.patterns.configuration import Configuration, Learned, buildable, needed
 from sparsefinder.patterns.full import Full
 from sparsefinder.resources import Stopwatch, now, peak_memory
 from sparsefinder.store import Store, UserError, progress
@@ -103,7 +103,7 @@ def run(settings: EvaluateSettings, store: Store) -> None:
     everything = [
         Variant(dense, Configuration("full", Full()), own),
         Variant(dense, Configuration("full", Full()), Normalizer(1.0)),
-        *crossed(settings.attentions, settings.configurations, normalizer),
+        *crossed(settings.attentions, buildable(settings.configurations, learned), normalizer),
     ]
     outcomes: list[Outcome] = []
     for variant in progress(everything, "evaluate"):

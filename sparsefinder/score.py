@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from sparsefinder.graphs import QK, Pattern
 from sparsefinder.metrics import BALANCE, RATIOS, Counts, Gold, balance, count
 from sparsefinder.patterns.buckets import Quantize
 from sparsefinder.patterns.combine import layout_of
-from sparsefinder.patterns.configuration import Configuration, Learned, needed
+from sparsefinder.patterns.configuration import Configuration, Learned, buildable, needed
 from sparsefinder.samples import Samples, validation_samples
 from sparsefinder.store import Store, UserError, progress
 from sparsefinder.transforms import Normalizer
@@ -60,6 +60,7 @@ def run(settings: ScoreSettings, store: Store) -> None:
     learned = Learned.load(store, needed(settings.configurations))
     if learned.projections is not None:
         learned.projections.check(*samples.shape)
+    settings = replace(settings, configurations=buildable(settings.configurations, learned))
     patterns = [
         configuration.build(learned.projections, learned.centroids) for configuration in settings.configurations
     ]
@@ -67,7 +68,7 @@ def run(settings: ScoreSettings, store: Store) -> None:
     with store.writing("score") as folder:
         folder.mkdir()
         tables.write(metrics_table(scores, settings, learned.columns), folder, "metrics")
-        tables.write(counts_table(scores, settings), folder, "counts")
+        counts_table(scores, settings).to_parquet(folder / "counts.parquet", index=False)  # long: for programs only
         tables.write(shared_buckets(samples, settings, learned), folder, "shared_buckets")
         save_maps(folder / "maps.safetensors", samples, settings, patterns)
     store.note("score", samples=len(samples), gold_sparsity=scores.gold_sparsity)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +15,8 @@ from sparsefinder.patterns.combine import Blocked, Projected, Union
 from sparsefinder.patterns.window import near_pairs, surroundings
 from sparsefinder.projections import Projections, load_projections
 from sparsefinder.store import Store, UserError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,24 @@ class Learned:
             "rounds": None if self.projections is None else self.projections.layers[0].q.out_size,
             "n_clusters": None if self.centroids is None else self.centroids.clusters,
         }
+
+
+def buildable(configurations: tuple[Configuration, ...], learned: Learned) -> tuple[Configuration, ...]:
+    """Those of several configurations that the artefacts allow; the others are left out, and the log says why.
+
+    A single one that cannot be built is an error: it was asked for.
+    """
+    found = []
+    for configuration in configurations:
+        try:
+            configuration.build(learned.projections, learned.centroids)
+        except UserError as error:
+            if len(configurations) == 1:
+                raise
+            log.warning("%s is left out: %s", configuration.label, error)
+        else:
+            found.append(configuration)
+    return tuple(found)
 
 
 def needed(configurations: tuple[Configuration, ...]) -> tuple[str, ...]:
