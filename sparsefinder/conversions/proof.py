@@ -5,9 +5,8 @@ were.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
-from sparsefinder.conversions import bigbird, led, longformer, nystromformer
-from sparsefinder.conversions.bert_names import head_is_exact
+from sparsefinder.conversions import nystromformer
 from sparsefinder.conversions.certificate import (
     Certificate,
     Check,
@@ -32,47 +30,14 @@ from sparsefinder.conversions.certificate import (
     states,
     write,
 )
-from sparsefinder.conversions.positions import POSITION_BUFFERS, audit, reserved_rows
-from sparsefinder.conversions.sources import base_of, read_roberta, word_rows
+from sparsefinder.conversions.comparisons import EXACT, Comparison, compare
+from sparsefinder.conversions.positions import POSITION_BUFFERS, audit
+from sparsefinder.conversions.sources import base_of, word_rows
 from sparsefinder.models import get_normalizer, set_normalizer
 from sparsefinder.store import UserError
 from sparsefinder.transforms import Normalizer
 
-EXACT = 1e-4
-"""Largest difference of a hidden state or logit that counts as the same function."""
-
 _RELOAD_LENGTH = 1024
-
-
-@dataclass(frozen=True)
-class _Comparison:
-    """What to compare a converted model with, and where it must be equal."""
-
-    positions: Callable[[PreTrainedModel], Mapping[str, Tensor]]
-    """Position tables of the target by what they are for."""
-    source_reserved: int
-    target_reserved: int
-    equal_up_to: int
-    """Longest input in tokens on which the hidden states must be the source's."""
-    source_length: int
-    length: int
-    """Longest input of the target in tokens."""
-    settings: dict[str, Any]
-    equal_mode: Callable[[int], Any] = lambda length: nullcontext()
-    """A context in which the target computes the source's function on inputs of that many tokens."""
-    mode: str = ""
-    """Words for `equal_mode`."""
-    own_mode: Callable[[], Any] | None = None
-    """A context for the target's own attention at the source's maximum length; None where that is no approximation."""
-    head_exact: bool = True
-    bound: float | None = EXACT
-    """Largest difference allowed; None where the target cannot be equal, so that the figure is only stated."""
-    shift: Tensor | None = None
-    """What the target's position rows hold beside the source's."""
-    global_tokens: bool = False
-    """Whether to compare with a global first token too."""
-    padded_to: int = 1
-    """The target pads to a multiple of this inside."""
 
 
 def save(model: PreTrainedModel, tokenizer: Any, source: PreTrainedModel, out: str | Path) -> Certificate:
@@ -98,20 +63,16 @@ def certify(model: PreTrainedModel, tokenizer: Any, source: PreTrainedModel) -> 
 
     Raises `UserError` for a target that this package does not make, or a source that the target is not made from.
     """
-    readers = {
-        "longformer": _compare_longformer,
-        "nystromformer": _compare_nystromformer,
-        "big_bird": _compare_bigbird,
-        "led": _compare_led,
-    }
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    if kind not in readers:
-        raise UserError(f"a {type(model).__name__} is none of the targets {', '.join(readers)}; convert a model first")
+    for given, what in ((model, "a converted model"), (source, "the model that it was made from")):
+        if not isinstance(given, PreTrainedModel):
+            raise UserError(f"a {type(given).__name__} came; needed: {what}, loaded by transformers")
     alpha = get_normalizer(source).alpha
     with _measuring(model) as target, _measuring(source) as original, _softmax(original):
-        comparison = readers[kind](target, tokenizer, original)
+        comparison = compare(target, tokenizer, original)
         name = source.name_or_path or type(source).__name__
-        certificate = Certificate(source=name, target=kind, settings=comparison.settings)
+        certificate = Certificate(
+            source=name, target=target.config.model_type.replace("_", ""), settings=comparison.settings
+        )
         if alpha != 1.0:
             remark = "the source attends with entmax, the target with softmax: compared with the source's softmax"
             certificate = certificate.with_checks(states("alpha of the source's attention", alpha, remark))
@@ -127,102 +88,7 @@ def certify(model: PreTrainedModel, tokenizer: Any, source: PreTrainedModel) -> 
         )
 
 
-def _compare_longformer(target: Any, tokenizer: Any, source: Any) -> _Comparison:
-    reserved = reserved_rows("after_padding", source.config.pad_token_id)
-    rows = len(base_of(source).embeddings.position_embeddings.weight)
-    windows = target.config.attention_window
-    source_length = rows - reserved
-    covered = source_length if source.config.model_type == "longformer" else min(source_length, min(windows) // 2 + 1)
-    return _Comparison(
-        positions=lambda model: {"position table": base_of(model).embeddings.position_embeddings.weight},
-        source_reserved=reserved,
-        target_reserved=reserved,
-        equal_up_to=covered,
-        source_length=source_length,
-        length=target.config.max_position_embeddings - reserved,
-        settings={"max_length": target.config.max_position_embeddings - reserved, "attention_window": windows},
-        mode="the window covers the input",
-        own_mode=nullcontext if covered < source_length else None,
-        global_tokens=True,
-    )
-
-
-def _compare_nystromformer(target: Any, tokenizer: Any, source: Any) -> _Comparison:
-    parts = read_roberta(source, tokenizer, nystromformer.HEADS, "nystromformer")
-    config = target.config
-    # The largest number of landmarks, up to the configured one, that cuts the source's length into equal segments.
-    number = max(n for n in range(1, min(config.num_landmarks, parts.length) + 1) if parts.length % n == 0)
-    approximate = config.num_landmarks < config.segment_means_seq_len
-    return _Comparison(
-        positions=lambda model: {"position table": base_of(model).embeddings.position_embeddings.weight},
-        own_mode=(lambda: nystromformer.landmarks(target, number, parts.length)) if approximate else None,
-        source_reserved=parts.reserved,
-        target_reserved=nystromformer.RESERVED,
-        equal_up_to=parts.length,
-        source_length=parts.length,
-        length=config.max_position_embeddings,
-        settings={"max_length": config.max_position_embeddings, "num_landmarks": config.num_landmarks},
-        equal_mode=lambda length: nystromformer.landmarks(target, length, length),
-        mode="as many landmarks as tokens",
-        head_exact=head_is_exact(parts, nystromformer.EXACT_HEADS),
-    )
-
-
-def _compare_bigbird(target: Any, tokenizer: Any, source: Any) -> _Comparison:
-    parts = read_roberta(source, tokenizer, bigbird.HEADS, "bigbird")
-    config = target.config
-    length = min(int(tokenizer.model_max_length), config.max_position_embeddings)
-    return _Comparison(
-        positions=lambda model: {"position table": base_of(model).embeddings.position_embeddings.weight},
-        source_reserved=parts.reserved,
-        target_reserved=0,
-        equal_up_to=parts.length,
-        source_length=parts.length,
-        length=length,
-        settings={
-            "max_length": length,
-            "attention_type": config.attention_type,
-            "block_size": config.block_size,
-            "num_random_blocks": config.num_random_blocks,
-        },
-        equal_mode=lambda length: bigbird.full_attention(target),
-        mode="full-attention mode",
-        own_mode=nullcontext if bigbird.runs_sparse(target, parts.length) else None,
-        head_exact=head_is_exact(parts, bigbird.EXACT_HEADS),
-        padded_to=config.block_size,
-    )
-
-
-def _compare_led(target: Any, tokenizer: Any, source: Any) -> _Comparison:
-    base = longformer.read_longformer(source, tokenizer)
-    reserved = reserved_rows("after_padding", source.config.pad_token_id)
-    length = len(base.embeddings.position_embeddings.weight) - reserved
-    same_norms = source.config.layer_norm_eps == led.LAYER_NORM_EPS
-    return _Comparison(
-        positions=lambda model: {
-            "encoder's position table": base_of(model).encoder.embed_positions.weight,
-            "decoder's position table": base_of(model).decoder.embed_positions.weight,
-        },
-        source_reserved=reserved,
-        target_reserved=0,
-        equal_up_to=length,
-        source_length=length,
-        length=length,
-        settings={
-            "max_length": length,
-            "decoder_output_max_length": target.config.max_decoder_position_embeddings,
-            "attention_window": target.config.attention_window,
-        },
-        mode="encoder" + ("" if same_norms else f"; LED's norms have eps {led.LAYER_NORM_EPS}, the source's another"),
-        head_exact=False,
-        bound=EXACT if same_norms else None,
-        shift=base.embeddings.token_type_embeddings.weight[0],
-        global_tokens=True,
-        padded_to=max(target.config.attention_window),
-    )
-
-
-def _difference_checks(target: Any, source: Any, tokenizer: Any, comparison: _Comparison) -> Iterator[Check]:
+def _difference_checks(target: Any, source: Any, tokenizer: Any, comparison: Comparison) -> Iterator[Check]:
     lengths = sorted({1, 2, comparison.equal_up_to // 2, comparison.equal_up_to - 1, comparison.equal_up_to} - {0})
     for marked in (False, True) if comparison.global_tokens else (False,):
         worst = 0.0
@@ -256,7 +122,7 @@ def _difference_checks(target: Any, source: Any, tokenizer: Any, comparison: _Co
         yield states("short-input difference of logits", difference, "the target's head computes something else")
 
 
-def _table_checks(target: Any, source: Any, tokenizer: Any, comparison: _Comparison) -> Iterator[Check]:
+def _table_checks(target: Any, source: Any, tokenizer: Any, comparison: Comparison) -> Iterator[Check]:
     source_rows = base_of(source).embeddings.position_embeddings.weight
     for name, rows in comparison.positions(target).items():
         result = audit(
