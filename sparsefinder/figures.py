@@ -110,9 +110,7 @@ def bucket_sharing(shared: pd.DataFrame) -> Figure:
         most = int(shared["shared"].max())
         base = (shared["gold_share"] * shared["pairs"]).sum() / shared["pairs"].sum()
         right.axhline(base, color="#333333", lw=1, ls=":")
-        right.annotate(
-            f"all pairs: {base:.3f}", (most, base), (0, 3), textcoords="offset points", ha="right", fontsize=8
-        )
+        left.plot([], [], color="#333333", lw=1, ls=":", label=f"all pairs, {base:.3f}")  # for the legend of both
         left.set(ylabel="mean squared distance, projected", ylim=(0, None), title="distance")
         right.set(ylabel="share of pairs that are gold edges", ylim=(0, None), title="gold edges")
         for axes in (left, right):

@@ -104,9 +104,10 @@ def _layer_heads(metrics: pd.DataFrame, chosen: pd.DataFrame) -> Illustration:
 
 def _shared(shared: pd.DataFrame, layers: int) -> Illustration:
     caption = (
-        "Queries and keys that share more buckets lie closer together (left, squared Euclidean distance in the projected "
-        f"space) and are edges more often (right). A line for each quantization; means over all allowed pairs of {layers} "
-        "layers and all heads of the first held-out samples, "
+        "Mean squared Euclidean distance of a projected query and key (left) and the share of such pairs that are gold edges "
+        "(right), by the number of buckets that the two share. Where quantization does what it should, the first falls and the "
+        f"second rises. A line for each quantization, over all allowed pairs of {layers} layers and all heads of the first "
+        "held-out samples, "
         f"{int(shared.groupby('configuration')['pairs'].sum().max()):,} pairs. Points at the right may stand for few pairs."
     )
     return Illustration("shared_buckets", "What sharing a bucket means", figures.bucket_sharing(shared), caption)
