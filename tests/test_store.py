@@ -1,0 +1,222 @@
+"""Artefacts: finished means finished, stages run only where something changed, and one process at a time."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from sparsefinder import pipeline
+from sparsefinder.pipeline import Stage, chosen_stages, run_stages
+from sparsefinder.store import ARTEFACTS, Store, UserError, content_hash, manifest_path, plain, read_manifest
+
+
+def finish(store: Store, name: str, text: str = "x") -> Path:
+    with store.writing(name) as path:
+        path.write_text(text)
+    store.finish(name, ARTEFACTS[name].stage, {}, {}, 0)
+    return store.path(name)
+
+
+class TestWriting:
+    def test_no_manifest_is_not_finished(self, tmp_path: Path) -> None:
+        store = Store(tmp_path)
+        with store.writing("projections") as path:
+            path.write_text("x")
+        assert (tmp_path / "projections.pickle").exists()
+        assert store.find("projections") is None
+        with pytest.raises(UserError, match="run stage=project first"):
+            store.path("projections")
+        store.finish("projections", "project", {}, {}, 0)
+        assert store.path("projections").read_text() == "x"
+
+    def test_an_exception_leaves_the_old_artefact_and_nothing_else(self, tmp_path: Path) -> None:
+        store = Store(tmp_path)
+        finish(store, "projections", "old")
+        with pytest.raises(ZeroDivisionError), store.writing("projections") as path:
+            path.write_text(str(1 / 0))
+        assert store.path("projections").read_text() == "old"
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["projections.pickle", "projections.pickle.json"]
+
+    def test_folders_are_replaced_whole(self, tmp_path: Path) -> None:
+        store = Store(tmp_path)
+        for name in ("a", "b"):
+            with store.writing("score") as folder:
+                folder.mkdir()
+                (folder / name).write_text(name)
+        assert [p.name for p in (tmp_path / "score").iterdir()] == ["b"]
+
+    def test_the_manifest_says_what_was_done(self, tmp_path: Path) -> None:
+        store = Store(tmp_path)
+        store.note("projections", recall=0.5)
+        path = finish(store, "projections")
+        manifest = read_manifest(path)
+        assert manifest is not None
+        assert manifest.facts == {"recall": 0.5}
+        assert manifest.content == content_hash(path)
+        assert {"torch", "sparsefinder", "python"} <= manifest.versions.keys()
+        assert manifest_path(path).name == "projections.pickle.json"
+
+    def test_a_damaged_manifest_is_none(self, tmp_path: Path) -> None:
+        path = finish(Store(tmp_path), "projections")
+        manifest_path(path).write_text("{")
+        assert Store(tmp_path).find("projections") is None
+
+    def test_a_run_dir_that_cannot_be_made(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("")
+        with pytest.raises(UserError, match="choose another run_dir"), Store(tmp_path / "file" / "run").held():
+            pass
+
+
+class TestReading:
+    def test_given_files_come_first(self, tmp_path: Path) -> None:
+        finish(Store(tmp_path), "projections")
+        (tmp_path / "mine").write_text("mine")
+        assert Store(tmp_path, {"projections": tmp_path / "mine"}).path("projections").read_text() == "mine"
+
+    def test_a_given_file_must_exist(self, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match=r"qk=.*does not exist"):
+            Store(tmp_path, {"qk": tmp_path / "none"}).path("qk_validation")
+
+    def test_content_follows_the_bytes(self, tmp_path: Path) -> None:
+        store = Store(tmp_path)
+        path = finish(store, "projections", "a")
+        before = store.content("projections")
+        path.write_text("b")
+        os.utime(path, ns=(0, 0))
+        assert store.content("projections") != before
+
+    def test_a_variation_reads_its_base_and_never_writes_there(self, tmp_path: Path) -> None:
+        base = Store(tmp_path / "base")
+        finish(base, "projections", "base")
+        point = Store(tmp_path / "base" / "sweep" / "1", base=base.run_dir)
+        assert point.path("projections").read_text() == "base"
+        assert point.borrows("projections")
+        finish(point, "projections", "point")
+        assert point.path("projections").read_text() == "point"
+        assert base.path("projections").read_text() == "base"
+
+
+def test_two_processes_cannot_share_a_run_dir(tmp_path: Path) -> None:
+    with Store(tmp_path).held():
+        code = f"from pathlib import Path; from sparsefinder.store import Store\nwith Store(Path({str(tmp_path)!r})).held(): pass"
+        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert other.returncode != 0
+    assert f"is in use by process {os.getpid()}" in other.stderr
+    with Store(tmp_path).held():
+        pass
+
+
+# ---- the pipeline, on two stages of our own ----
+
+
+@dataclass(frozen=True)
+class First:
+    value: int = 1
+    needs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Second:
+    factor: int = 10
+    needs: tuple[str, ...] = ("projections",)
+
+
+def make_first(settings: First, store: Store) -> None:
+    with store.writing("projections") as path:
+        path.write_text(str(settings.value))
+
+
+def make_second(settings: Second, store: Store) -> None:
+    with store.writing("centroids") as path:
+        path.write_text(str(int(store.path("projections").read_text()) * settings.factor))
+
+
+STAGES = [Stage("project", make_first), Stage("cluster", make_second)]
+
+
+class TestPipeline:
+    def go(
+        self, store: Store, caplog: pytest.LogCaptureFixture, first: First = First(), second: Second = Second()
+    ) -> list[str]:
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            run_stages(STAGES, {"project": first, "cluster": second}, store, seed=0)
+        return [record.getMessage() for record in caplog.records]
+
+    def test_a_second_run_skips_everything(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        assert self.go(Store(tmp_path), caplog) == ["project: makes projections", "cluster: makes centroids"]
+        skipped = ["project: done and unchanged, skipped", "cluster: done and unchanged, skipped"]
+        assert self.go(Store(tmp_path), caplog) == skipped
+
+    def test_changed_settings_run_a_stage_and_its_children(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        self.go(Store(tmp_path), caplog)
+        messages = self.go(Store(tmp_path), caplog, First(2))
+        assert messages == [
+            "project: runs again, because value 1 → 2",
+            "cluster: runs again, because projections changed",
+        ]
+        assert Store(tmp_path).path("centroids").read_text() == "20"
+
+    def test_only_the_stage_that_changed(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        self.go(Store(tmp_path), caplog)
+        messages = self.go(Store(tmp_path), caplog, second=Second(3))
+        assert messages == ["project: done and unchanged, skipped", "cluster: runs again, because factor 10 → 3"]
+
+    def test_the_same_bytes_made_again_change_nothing(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        self.go(Store(tmp_path), caplog)
+        manifest_path(tmp_path / "projections.pickle").unlink()
+        messages = self.go(Store(tmp_path), caplog)
+        assert messages == ["project: makes projections", "cluster: done and unchanged, skipped"]
+
+    def test_a_parent_replaced_by_hand_is_noticed(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        self.go(Store(tmp_path), caplog)
+        (tmp_path / "projections.pickle").write_text("7")
+        with caplog.at_level(logging.INFO):
+            run_stages(STAGES[1:], {"cluster": Second()}, Store(tmp_path), seed=0)
+        assert Store(tmp_path).path("centroids").read_text() == "70"
+
+    def test_another_version_of_the_package_makes_it_again(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.go(Store(tmp_path), caplog)
+        monkeypatch.setattr(pipeline, "versions", lambda: {"sparsefinder": "9"})
+        assert "→ 9" in self.go(Store(tmp_path), caplog)[0]
+
+    def test_what_is_given_is_not_made(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        (tmp_path / "mine").write_text("5")
+        messages = self.go(Store(tmp_path / "run", {"projections": tmp_path / "mine"}), caplog)
+        assert messages[0] == "project: skipped, projections is given by path"
+        assert Store(tmp_path / "run").path("centroids").read_text() == "50"
+
+    def test_a_missing_parent_names_its_stage(self, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match="run stage=project first"):
+            run_stages(STAGES[1:], {"cluster": Second()}, Store(tmp_path), seed=0)
+
+
+def test_stages_are_run_in_their_order() -> None:
+    assert [stage.name for stage in chosen_stages(["score", "extract"])] == ["extract", "score"]
+    assert [stage.name for stage in chosen_stages("all")] == list(pipeline.STAGES)
+    with pytest.raises(UserError, match="stage=scores is unknown; choose all or some of finetune, extract"):
+        chosen_stages("scores")
+
+
+def test_every_artefact_has_a_stage() -> None:
+    made = [name for stage in pipeline.STAGES.values() for name in stage.makes]
+    assert sorted(made) == sorted(ARTEFACTS)
+
+
+def test_settings_are_plain_json() -> None:
+    described = plain({"a": First(3), "b": (Path("x"), [1])})
+    assert json.loads(json.dumps(described)) == {
+        "a": {"type": f"{First.__module__}.First", "value": 3, "needs": []},
+        "b": ["x", [1]],
+    }
