@@ -27,6 +27,8 @@ from sparsefinder.lsg.settings import LSGSettings
 from sparsefinder.lsg.sparse_keys import choose, pick
 from sparsefinder.transforms import Normalizer
 
+SOFTMAX = Normalizer(1.0)
+
 
 @dataclass(frozen=True)
 class LSGAttention(LSGSettings):
@@ -34,14 +36,12 @@ class LSGAttention(LSGSettings):
 
     num_global_tokens: int = 0
     """How many of the first tokens see all and are seen by all."""
-    normalizer: Normalizer = Normalizer(1.0)
+    normalizer: Normalizer = SOFTMAX
     """How the scores in view become probabilities."""
     causal: bool = False
     """A query sees no later key."""
 
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, layer: int = 0, dropout: float = 0.0
-    ) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, layer: int = 0, dropout: float = 0.0) -> Tensor:
         """`q`, `k`, `v`: `(B, H, N, D)`; `valid`: `(B, N)` bool → `(B, H, N, D)`, zeros on padding.
 
         Padding may lie anywhere and hold anything: real tokens are brought together first. `layer` names the random
@@ -133,7 +133,9 @@ class LSGAttention(LSGSettings):
         else:
             sparse_valid, pair = rows[:, :0], (k.flatten(0, 1)[:, :0], v.flatten(0, 1)[:, :0])
         output = local_attention(
-            *(x.flatten(0, 1) for x in (q, k, v)),
+            q.flatten(0, 1),
+            k.flatten(0, 1),
+            v.flatten(0, 1),
             key_mask=visible(rows, sparse_valid, front, self, self.causal),
             sparse=pair,
             front=head,

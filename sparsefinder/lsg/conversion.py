@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import AutoTokenizer
 
 from sparsefinder.conversions.certificate import Certificate, refuse_existing
@@ -20,7 +19,7 @@ from sparsefinder.conversions.positions import check_target_length
 from sparsefinder.conversions.sources import lengthened_tokenizer
 from sparsefinder.lsg.configuration import config_class
 from sparsefinder.lsg.families import Family, architecture_of, family_of, plain_class
-from sparsefinder.lsg.loading import IGNORED, check_config, is_lsg, read_config
+from sparsefinder.lsg.loading import IGNORED, check_config, is_lsg, quiet, read_config
 from sparsefinder.lsg.modeling import model_class
 from sparsefinder.lsg.proof import certify, save
 from sparsefinder.lsg.tables import global_rows, global_table, lengthen_positions, position_tables, word_table
@@ -72,7 +71,7 @@ def convert(
     check_ids_fit(tokenizer, len(word_table(source)))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _load(model_class(f"LSG{plain}"), initial_model, config).eval()
+        model = _load(model_class(f"LSG{plain}"), family, initial_model, config).eval()
     table = global_table(model, family)
     if table is not None and not (was_lsg and resize_lsg):
         first = 1 if was_lsg and keep_first_global_token else 0
@@ -144,28 +143,34 @@ def _tokenizer(name: str | Path) -> Any:
 def _source(name: str | Path, raw: dict[str, Any], family: Family, plain: str, was_lsg: bool) -> Any:
     """The model to compare with: the checkpoint as it is."""
     if was_lsg:
-        return _load(model_class(f"LSG{plain}"), name, _configuration(raw, family, {})).eval()
-    return _load(plain_class(plain), name).eval()
+        return _load(model_class(f"LSG{plain}"), family, name, _configuration(raw, family, {})).eval()
+    return _load(plain_class(plain), family, name).eval()
 
 
-def _load(cls: Any, name: str | Path, config: Any = None) -> Any:
+def _load(cls: Any, family: Family, name: str | Path, config: Any = None) -> Any:
     """A model of class `cls`; weights that the checkpoint lacks are named in the log, but for the global tokens."""
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
+    model, missing = _load_as(cls, name, config)
+    words = "model.decoder.embed_tokens.weight"
+    if family.encoder_decoder and words in missing:
+        # a decoder alone, out of a checkpoint that has the words once for both sides: transformers would draw them anew
+        base = model_class(f"LSG{family.base}") if config is not None else plain_class(family.base)
+        model.get_input_embeddings().weight.data.copy_(_load_as(base, name, config)[0].shared.weight.data)
+        missing -= {words, "lm_head.weight"}
+    if missing:
+        log.warning("%s has no %s: drawn anew, train them", name, ", ".join(sorted(missing)))
+    return model
+
+
+def _load_as(cls: Any, name: str | Path, config: Any) -> tuple[Any, set[str]]:
+    given = {} if config is None else {"config": config}
     try:
-        model, report = cls.from_pretrained(
-            name, output_loading_info=True, **({} if config is None else {"config": config})
-        )
+        with quiet():
+            model, report = cls.from_pretrained(name, output_loading_info=True, **given)
     except UserError:
         raise
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{cls.__name__} cannot be loaded from {name}: {_one_line(error)}") from error
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-    missing = sorted(key for key in report["missing_keys"] if "global_embeddings" not in key)
-    if missing:
-        log.warning("%s has no %s: drawn anew, train them", name, ", ".join(missing))
-    return model
+    return model, {key for key in report["missing_keys"] if "global_embeddings" not in key}
 
 
 def _global_tokens(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import transformers
 from transformers.utils import cached_file
 
 from sparsefinder.lsg.configuration import config_class
@@ -71,6 +74,17 @@ def read_config(path: str | Path, hub: dict[str, Any] | None = None) -> dict[str
     if not isinstance(content, dict):
         raise UserError(f"config.json of {path} does not hold the settings of a model")
     return content
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' reports of missing and unexpected weights off the screen."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
 
 
 def _is_setting(made: Any, raw: dict[str, Any], name: str) -> bool:

@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface
+from transformers import AttentionInterface, GenerationMixin
 
 from sparsefinder.lsg.configuration import config_class
 from sparsefinder.lsg.families import FAMILIES, Family, plain_class
@@ -132,9 +132,7 @@ class LSGEncoderStack(LSGPreTrained):
     ) -> Any:
         """As the plain encoder's; with `pass_global_tokens_to_decoder` the global tokens are in front of the output."""
         count = self.config.num_global_tokens
-        valid = real_tokens(
-            self.config, self.lsg_family.tokens(self.config), input_ids, inputs_embeds, attention_mask
-        )
+        valid = real_tokens(self.config, self.lsg_family.tokens(self.config), input_ids, inputs_embeds, attention_mask)
         if inputs_embeds is None:
             # Pegasus scales in its forward pass, BART and mBART inside `embed_tokens`
             inputs_embeds = self.embed_tokens(input_ids) * getattr(self, "embed_scale", 1.0)
@@ -179,9 +177,7 @@ class LSGEncoderDecoderModel(LSGPreTrained):
         """As the plain model's; the mask is the text's, without the global tokens."""
         if encoder_outputs is None:
             wanted = {name: value for name, value in kwargs.items() if name.startswith("output_")}
-            encoder_outputs = self.encoder(
-                input_ids, attention_mask, inputs_embeds, return_dict=True, **wanted
-            )
+            encoder_outputs = self.encoder(input_ids, attention_mask, inputs_embeds, return_dict=True, **wanted)
         return super().forward(  # type: ignore[misc]
             input_ids=input_ids,
             attention_mask=self._mask_of_decoder(attention_mask, encoder_outputs[0]),
@@ -215,11 +211,22 @@ class LSGHead(LSGPreTrained):
             setattr(self, self.base_model_prefix, model_class(f"LSG{family.base}")(config, **without_pooler))
             self.post_init()
 
+
+class LSGGeneratingHead(LSGHead):
+    """A head that generates text."""
+
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; a decoder without encoder runs without cache (departure 3)."""
         if not self.config.is_encoder_decoder:
             kwargs["use_cache"] = False
         return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+    def prepare_inputs_for_generation(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As in transformers, but RoBERTa's kin count positions themselves: `generate` forgets their reserved rows."""
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
+        if self.lsg_family.positions == "after_padding":
+            inputs.pop("position_ids", None)
+        return inputs
 
 
 def install_attention(stack: nn.Module, family: Family, config: Any) -> None:
@@ -229,7 +236,8 @@ def install_attention(stack: nn.Module, family: Family, config: Any) -> None:
     private._attn_implementation_internal = ATTENTION_NAME
     modules = [module for module in stack.modules() if type(module).__name__ == f"{family.stem}{family.attention}"]
     for layer, module in enumerate(modules):
-        module.config, module.lsg, module.lsg_layer = private, attention, layer
+        for attribute, value in (("config", private), ("lsg", attention), ("lsg_layer", layer)):
+            setattr(module, attribute, value)
 
 
 def real_tokens(
@@ -268,7 +276,9 @@ def padding_that_counts(config: Any, tokens: int) -> int:
 def refuse_cache(cache: Any) -> None:
     """Raise `UserError` if `cache` holds keys: an LSG decoder keeps none."""
     if cache is not None and cache.get_seq_length() > 0:
-        raise UserError("an LSG decoder recomputes the text at each step; call it with the whole text and use_cache=False")
+        raise UserError(
+            "an LSG decoder recomputes the text at each step; call it with the whole text and use_cache=False"
+        )
 
 
 def _put_globals_in_front(count: int, embeddings: Any, args: Any, output: Tensor) -> Tensor:
@@ -289,9 +299,7 @@ def _take_globals_off(count: int, config: Any, stack: Any, args: Any, output: An
     """Hook of the encoder's end; with `pool_with_global` the first token's output becomes that of the first global token."""
     states = output.last_hidden_state
     text = states[:, count:]
-    output.last_hidden_state = (
-        torch.cat([states[:, :1], text[:, 1:]], dim=1) if config.pools_with_global else text
-    )
+    output.last_hidden_state = torch.cat([states[:, :1], text[:, 1:]], dim=1) if config.pools_with_global else text
     return output
 
 
@@ -319,6 +327,7 @@ def model_class(name: str) -> Any:
 
 def _make(name: str) -> Any:
     family = _family_of_name(name)
+    role: type
     plain_name = name.removeprefix("LSG")
     if plain_name == f"{family.stem}Encoder":
         module = __import__(plain_class(family.base).__module__, fromlist=[plain_name])
@@ -326,7 +335,8 @@ def _make(name: str) -> Any:
     else:
         plain = plain_class(plain_name)
         base_role = LSGEncoderDecoderModel if family.encoder_decoder else LSGEncoderModel
-        role = base_role if plain_name == family.base else LSGHead
+        head_role = LSGGeneratingHead if issubclass(plain, GenerationMixin) else LSGHead
+        role = base_role if plain_name == family.base else head_role
     namespace = {
         "__module__": __name__,
         "__doc__": f"`{plain_name}` with LSG attention in its encoder ({role.__name__}).",

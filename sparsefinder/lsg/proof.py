@@ -112,9 +112,7 @@ class _TextOnly:
         self.front = attention.num_global_tokens
         self.causal = attention.causal
 
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, layer: int = 0, dropout: float = 0.0
-    ) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, layer: int = 0, dropout: float = 0.0) -> Tensor:
         seen = valid.clone()
         seen[:, : self.front] = False
         dense = LSGAttention("none", block_size=q.shape[2], sparsity_factor=1, causal=self.causal)
@@ -148,7 +146,9 @@ def _positions(model: Any, source: Any, family: Family) -> Iterator[Check]:
     for name, table in position_tables(model, family).items():
         before, after = sources[name].weight, table.weight
         if family.positions == "sinusoidal":
-            found = audit_sinusoidal(before, after, layout="halves", tolerance=1e-6 if after.dtype == torch.float32 else 1e-2)
+            found = audit_sinusoidal(
+                before, after, layout="halves", tolerance=1e-6 if after.dtype == torch.float32 else 1e-2
+            )
         else:
             found = audit(before, after, reserved=reserved)
         yield check_positions(found, f"{name}, rows that differ")

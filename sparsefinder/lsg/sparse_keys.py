@@ -123,7 +123,7 @@ def pool_lsh(q: Tensor, k: Tensor, v: Tensor, valid: Tensor, settings: LSGSettin
     chunk, factor = settings.chunk_size, settings.sparsity_factor
     if chunk == factor:
         return pool_bos(q, k, v, valid, settings, layer)
-    batch, heads, tokens, size = k.shape
+    batch, heads, _, size = k.shape
     real = valid[:, None, :, None].expand(-1, heads, -1, -1).float().reshape(batch, heads, -1, chunk, 1)
     merged = torch.cat([k, v], dim=-1).float().view(batch, heads, -1, chunk, 2 * size)
     merged = merged * real

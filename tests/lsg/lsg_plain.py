@@ -5,7 +5,6 @@ import math
 import torch
 
 
-
 def plain_lsg(q, k, v, valid, spec, layer=0):
     """The same as `spec(q, k, v, valid, layer)`, for right-padded batches; one example, head, query and key at a time."""
     output = torch.zeros_like(q)
@@ -62,7 +61,9 @@ def sparse_list(q, k, v, spec, layer, head, heads, hidden):
     if spec.sparsity_type == "norm":
         chunk = min(block, spec.sparse_block_size)
         for start in range(0, text, chunk):
-            by_norm = sorted(range(start, start + chunk), key=lambda t: float(k[front + t].norm()) if present[t] else -1.0)
+            by_norm = sorted(
+                range(start, start + chunk), key=lambda t: float(k[front + t].norm()) if present[t] else -1.0
+            )
             result += [token(t) for t in by_norm[-(chunk // factor) :]]
     elif spec.sparsity_type == "stride":
         result = [token(t) for t in range(text) if t % factor == head % factor]
@@ -102,7 +103,9 @@ def _clusters(token, text, size, spec, layer, head, heads):
                 sides = torch.nn.functional.normalize(key, dim=0) @ plane
                 bucket = int(torch.cat([sides, -sides]).argmax())
                 old = merged[bucket]
-                merged[bucket] = (key, value, tokens) if old is None else (old[0] + key, old[1] + value, old[2] + tokens)
+                merged[bucket] = (
+                    (key, value, tokens) if old is None else (old[0] + key, old[1] + value, old[2] + tokens)
+                )
             clusters = [cluster for cluster in merged if cluster is not None]
         result += [None if c is None else (c[0] / c[2], c[1] / c[2]) for c in merged]
     return result

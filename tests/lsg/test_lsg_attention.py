@@ -4,13 +4,13 @@ import dataclasses
 
 import pytest
 import torch
+from lsg_plain import plain_lsg
 
 from sparsefinder.graphs import QK
 from sparsefinder.lsg.attention import LSGAttention
 from sparsefinder.lsg.settings import SPARSITY_TYPES
 from sparsefinder.store import UserError
 from sparsefinder.transforms import Normalizer
-from lsg_plain import plain_lsg
 
 LAYOUTS = {
     "usual": {"block_size": 4, "sparse_block_size": 4, "sparsity_factor": 2, "num_global_tokens": 1},
@@ -98,12 +98,12 @@ def test_left_padded_graph_is_the_shifted_graph():
 
 
 def test_short_inputs_run_dense_and_say_so():
-    q, k, v, valid = tensors((9, 4))
+    q, k, _, valid = tensors((9, 4))
     spec = LSGAttention("pooling", **LAYOUTS["usual"])
     qk = QK(q, k, valid)
     assert torch.equal(spec.graph(qk), qk.allowed.expand(-1, 3, -1, -1))
     assert (spec.computed_pairs(qk) == 81).all()
-    q, k, v, valid = tensors((10,))
+    q, k, _, valid = tensors((10,))
     assert spec.graph(QK(q, k, valid)) is None
     # 9 tokens fill three blocks of 4; each query has 1 global + 2 × 4 sparse + 12 local keys in view; the global one has 10
     assert (spec.computed_pairs(QK(q, k, valid)) == 12 * 21 + 10).all()
