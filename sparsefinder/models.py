@@ -209,16 +209,20 @@ def describe(model: PreTrainedModel) -> ModelShape:
     calls = _attention_calls(model)
     depths = tuple(depth for depth, module in enumerate(calls) if not _is_sliding(module))
     config = model.config
-    reserved = config.pad_token_id + 1 if config.model_type in _OFFSET_POSITIONS else 0
     heads = config.num_attention_heads
     return ModelShape(
         family=config.model_type,
         layers=len(depths),
         heads=heads,
         head_size=config.hidden_size // heads,
-        max_length=config.max_position_embeddings - reserved,
+        max_length=config.max_position_embeddings - reserved_positions(config.model_type, config.pad_token_id),
         depths=depths,
     )
+
+
+def reserved_positions(family: str, pad_token_id: int) -> int:
+    """Rows at the start of a family's position table that no token uses: up to the padding's, in RoBERTa's kin."""
+    return pad_token_id + 1 if family in _OFFSET_POSITIONS else 0
 
 
 class _Plugged(Protocol):

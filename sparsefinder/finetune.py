@@ -1,0 +1,198 @@
+"""Stage ``finetune``: a masked language model whose attention is truly sparse.
+
+A model that starts from nothing (`NewModel`) or a pretrained one (`Pretrained`) is trained with masked-LM under α-entmax,
+by the Trainer of transformers: either with every softmax replaced at once, or with α annealed from 1.01 to its end value
+over the first half of the steps (``alpha_schedule``). ``steps=0`` takes the model as it is and only changes its attention.
+
+A killed run goes on from its last complete checkpoint and ends with the weights it would have had: what is read and masked
+at a step depends on the seed and the step alone, and the Trainer restores the state of everything else (`training`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from sparsefinder import models
+from sparsefinder.corpora import Corpus, masked_batches, token_blocks, train_tokenizer
+from sparsefinder.masked_lm import gold_sparsity, unigram_entropy, validation_loss
+from sparsefinder.store import Store, UserError, plain, remove
+from sparsefinder.training import train
+from sparsefinder.transforms import Normalizer
+
+log = logging.getLogger(__name__)
+
+SCHEDULES = ("linear", "cosine", "constant_with_warmup")
+_SPARSITY_BATCHES = 4  # validation batches on which the mean gold sparsity is measured
+
+
+@dataclass(frozen=True)
+class NewModel:
+    """A model of one of `models.FAMILIES` with random weights, and a vocabulary learned from the training part."""
+
+    family: str = "roberta"
+    vocabulary_size: int = 6000  # tokens, special ones included
+    max_length: int = 256  # tokens of input, special ones included
+    layers: int = 4
+    heads: int = 4
+    hidden_size: int = 128
+    intermediate_size: int = 512
+    dropout: float = 0.0  # of hidden states and attention; a small model on much text needs none
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.family not in models.FAMILIES:
+            raise UserError(f"model.family={self.family} is unknown; choose one of {', '.join(models.FAMILIES)}")
+        for name in ("vocabulary_size", "max_length", "layers", "heads", "hidden_size", "intermediate_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"model.{name} must be 1 or more, got {getattr(self, name)}")
+        if self.hidden_size % self.heads:
+            raise UserError(f"model.hidden_size={self.hidden_size} is not a multiple of model.heads={self.heads}")
+
+    def make(self, corpus: Corpus, cache: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The model, from the random state of the moment, and its tokenizer."""
+        tokenizer = train_tokenizer(corpus.documents("train", cache), self.vocabulary_size, self.max_length)
+        config = AutoConfig.for_model(
+            self.family,
+            vocab_size=len(tokenizer),
+            hidden_size=self.hidden_size,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            intermediate_size=self.intermediate_size,
+            max_position_embeddings=self.max_length + models.reserved_positions(self.family, tokenizer.pad_token_id),
+            type_vocab_size=1,
+            hidden_dropout_prob=self.dropout,
+            attention_probs_dropout_prob=self.dropout,
+            initializer_range=self.initializer_range,
+            layer_norm_eps=1e-5,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        return AutoModelForMaskedLM.from_config(config), tokenizer
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A folder written by ``save_pretrained`` or a name on the Hugging Face hub."""
+
+    name_or_path: str
+
+    def make(self, corpus: Corpus, cache: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The model and its tokenizer; nothing is learned from ``corpus``."""
+        return models.load_masked_lm(self.name_or_path)
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """What is trained, on what, and how."""
+
+    corpus: Corpus
+    model: NewModel | Pretrained
+    alpha: float = 1.5  # of the entmax that the model ends with; 1 is softmax
+    alpha_schedule: bool = False  # anneal α from 1.01 to `alpha` over the first half of the steps
+    length: int | None = None  # tokens of a block; None: what the model can take
+    steps: int = 3000  # updates; 0 takes the model as it is
+    batch_size: int = 64  # blocks at once, on each device
+    accumulation: int = 1  # batches that make one update
+    learning_rate: float = 3e-5
+    schedule: str = "linear"  # of the learning rate after its warm-up: one of SCHEDULES
+    warmup: int = 500  # steps
+    weight_decay: float = 0.01
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-6
+    clip: float = 5.0  # of the gradient's norm
+    mask_fraction: float = 0.15  # of the tokens are asked for in training; validation always asks for 15 %
+    eval_steps: int = 500  # between two looks at the validation loss, and two checkpoints
+    eval_blocks: int = 200  # blocks of the validation part that the loss is taken on
+    report_to: str | tuple[str, ...] = "none"  # trackers, as transformers names them: tensorboard, wandb, …
+    bf16: bool = False  # mixed precision where the device has it; the normalizer stays in float32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accumulation", "eval_steps", "eval_blocks"):
+            if getattr(self, name) < 1:
+                raise UserError(f"finetune.{name} must be 1 or more, got {getattr(self, name)}")
+        for name in ("steps", "warmup", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise UserError(f"finetune.{name} must not be negative, got {getattr(self, name)}")
+        for name in ("learning_rate", "clip", "adam_epsilon"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"finetune.{name} must be positive, got {getattr(self, name)}")
+        if not 1.0 <= self.alpha <= 2.0:
+            raise UserError(f"finetune.alpha must lie between 1 (softmax) and 2 (sparsemax), got {self.alpha}")
+        if not 0.0 < self.mask_fraction < 1.0:
+            raise UserError(f"finetune.mask_fraction must lie between 0 and 1, got {self.mask_fraction}")
+        if self.schedule not in SCHEDULES:
+            raise UserError(f"finetune.schedule={self.schedule} is unknown; choose one of {', '.join(SCHEDULES)}")
+        if not isinstance(self.report_to, str):
+            object.__setattr__(self, "report_to", tuple(self.report_to))
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Artefacts read by the stage: none."""
+        return ()
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """What else the result depends on, by content."""
+        return {"corpus": self.corpus.fingerprint()}
+
+
+def run(settings: FinetuneSettings, store: Store) -> None:
+    """Make ``model``, and note its validation loss, the unigram entropy of the same tokens, and its gold sparsity."""
+    began = time.monotonic()
+    cache = store.scratch("corpus")
+    set_seed(settings.seed)
+    model, tokenizer = settings.model.make(settings.corpus, cache)
+    length = _length(settings, models.describe(model).max_length)
+    validation = token_blocks(settings.corpus, tokenizer, "validation", length, settings.eval_blocks, cache)
+    held_out = masked_batches(validation, tokenizer, seed=settings.seed, batch_size=settings.batch_size)
+    models.set_normalizer(model, Normalizer(settings.alpha))
+    if settings.steps:
+        training = token_blocks(settings.corpus, tokenizer, "train", length, cache=cache)
+        model = train(settings, model, tokenizer, training, held_out, _checkpoints(settings, store))
+    loss, entropy = validation_loss(model, held_out), unigram_entropy(held_out)
+    sparsity = gold_sparsity(model, held_out[:_SPARSITY_BATCHES])
+    with store.writing("model") as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    remove(store.scratch("finetune"))
+    seconds = time.monotonic() - began
+    store.note(
+        "model",
+        validation_loss=loss,
+        unigram_entropy=entropy,
+        gold_sparsity=sparsity,
+        steps=settings.steps,
+        parameters=model.num_parameters(),
+        seconds=round(seconds, 1),
+    )
+    log.info(
+        "finetune: %d steps, %.0f s; validation loss %.3f, unigram entropy %.3f: %.3f nats below; mean gold sparsity %.3f",
+        *(settings.steps, seconds, loss, entropy, entropy - loss, sparsity),
+    )
+
+
+def _checkpoints(settings: FinetuneSettings, store: Store) -> Path:
+    """A folder that belongs to these settings and this text; checkpoints of others are of no use and go."""
+    scratch = store.scratch("finetune")
+    identity = json.dumps([plain(settings), settings.corpus.fingerprint()], sort_keys=True, default=str)
+    folder = scratch / hashlib.sha256(identity.encode()).hexdigest()[:16]
+    for other in scratch.iterdir():
+        if other != folder:
+            remove(other)
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def _length(settings: FinetuneSettings, most: int) -> int:
+    if settings.length is not None and settings.length > most:
+        raise UserError(f"finetune.length={settings.length}, but the model takes at most {most} tokens")
+    return settings.length or most

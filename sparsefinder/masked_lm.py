@@ -1,0 +1,84 @@
+"""How good a masked language model is, and how sparse its attention: loss, the entropy to beat, gold sparsity."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsefinder import models
+from sparsefinder.corpora import Batch
+from sparsefinder.corpora.masking import IGNORED
+from sparsefinder.graphs import QK
+
+
+def masked_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Logits ``(M, V)`` and labels ``(M,)`` of the ``M`` tokens asked for; the head is spared all the other tokens.
+
+    A vocabulary is large, and only one token in seven is asked for: this is a third of a small model's work, and most of
+    the memory of a large one.
+    """
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    chosen = batch["labels"] != IGNORED
+
+    def keep(_: nn.Module, __: Any, output: Any) -> Any:
+        output["last_hidden_state"] = output["last_hidden_state"][chosen][None]
+        return output
+
+    inner: Any = getattr(model, "module", model)  # the model inside a distributed wrapper
+    hook = inner.base_model.register_forward_hook(keep)
+    try:
+        logits = model(**inputs).logits[0]
+    finally:
+        hook.remove()
+    return logits, batch["labels"][chosen]
+
+
+@torch.no_grad()
+def validation_loss(model: Any, batches: Sequence[Batch]) -> float:
+    """Mean cross-entropy, in nats, over all tokens asked for."""
+    model.eval()
+    total, count = 0.0, 0
+    for batch in batches:
+        logits, labels = masked_logits(model, _on(batch, model.device))
+        total += nn.functional.cross_entropy(logits.float(), labels, reduction="sum").item()
+        count += len(labels)
+    return total / count
+
+
+def unigram_entropy(batches: Sequence[Batch]) -> float:
+    """Entropy, in nats, of the distribution of the tokens asked for: the loss of the best guess that ignores context.
+
+    From the counts of these tokens themselves, so it is a little too low on a small sample: a strict measure to beat.
+    """
+    counts = torch.cat([batch["labels"][batch["labels"] != IGNORED] for batch in batches]).bincount().double()
+    return float(torch.distributions.Categorical(probs=counts).entropy())
+
+
+@torch.no_grad()
+def gold_sparsity(model: Any, batches: Sequence[Batch]) -> float:
+    """Share of allowed pairs to which the model's own dense attention gives probability zero; the mean over examples,
+    layers and heads, on inputs without masks."""
+    model.eval()
+    normalizer = models.get_normalizer(model)
+    found: list[Tensor] = []
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor, layer: int) -> Tensor:
+        qk = QK(q.float(), k.float(), valid)
+        probabilities = normalizer(qk.scores())
+        found.append(1.0 - (probabilities > 0).sum((-2, -1)) / qk.allowed.sum((-2, -1)))
+        return probabilities.to(v.dtype) @ v
+
+    with models.plugged(model, attention):
+        for batch in batches:
+            on_device = _on(batch, model.device)
+            labels = on_device["labels"]
+            whole = torch.where(labels == IGNORED, on_device["input_ids"], labels)
+            model.base_model(input_ids=whole, attention_mask=on_device["attention_mask"])
+    return torch.cat([sparsity.flatten() for sparsity in found]).mean().item()
+
+
+def _on(batch: Batch, device: torch.device) -> Batch:
+    return {name: tensor.to(device) for name, tensor in batch.items()}

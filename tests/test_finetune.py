@@ -1,0 +1,231 @@
+"""Training: what is read and masked follows from the seed and the step, a killed run ends the same, loss is counted right."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from tiny_models import save_tiny, tiny_batch, tiny_model
+from torch import nn
+
+from sparsefinder import finetune, masked_lm, training
+from sparsefinder.corpora import Masking, TextFiles, TokenBlocks
+from sparsefinder.finetune import FinetuneSettings, NewModel, Pretrained
+from sparsefinder.models import FAMILIES, get_normalizer, load_masked_lm, set_normalizer
+from sparsefinder.store import Store, UserError
+from sparsefinder.transforms import Normalizer
+
+SENTENCE = "The model attends to the keys that its query needs, and to few others. "
+TINY = NewModel(
+    vocabulary_size=300, max_length=24, layers=2, heads=2, hidden_size=16, intermediate_size=24, dropout=0.1
+)
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    for name, count in (("train", 60), ("valid", 12)):
+        text = "\n\n".join(SENTENCE * (1 + i % 3) + f"{name} {i}." for i in range(count))
+        (tmp_path / name).write_text(text)
+    return TextFiles(str(tmp_path / "train"), str(tmp_path / "valid"))
+
+
+def settings_for(corpus, **changes):
+    values = {"steps": 6, "batch_size": 4, "learning_rate": 1e-2, "warmup": 2, "eval_steps": 2, "eval_blocks": 8}
+    return FinetuneSettings(corpus, **{"model": TINY, **values, **changes})
+
+
+def run(settings, folder):
+    store = Store(folder)
+    finetune.run(settings, store)
+    return store
+
+
+def weights(store):
+    return load_masked_lm(store.run_dir / "model")[0].state_dict()
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        torch.testing.assert_close(tensor, second[name], rtol=0, atol=0, msg=lambda text, name=name: f"{name}: {text}")
+
+
+# ---- the stage ----
+
+
+def test_a_new_model_is_trained_saved_and_measured(corpus, tmp_path, caplog):
+    caplog.set_level("INFO")
+    store = run(settings_for(corpus), tmp_path / "run")
+    model, tokenizer = load_masked_lm(tmp_path / "run" / "model")
+    assert get_normalizer(model) == Normalizer(1.5)
+    assert (len(tokenizer), tokenizer.model_max_length) == (300, 24)
+    facts = store._facts["model"]
+    assert {"validation_loss", "unigram_entropy", "gold_sparsity"} <= facts.keys()
+    assert facts["validation_loss"] < math.log(300)
+    assert 0 <= facts["gold_sparsity"] < 1
+    assert "nats below; mean gold sparsity" in caplog.text
+    assert "step 4 of 6: training loss" in caplog.text
+    assert not (tmp_path / "run" / "scratch" / "finetune").exists()
+
+
+def test_the_same_settings_give_the_same_model(corpus, tmp_path):
+    first, second = (weights(run(settings_for(corpus), tmp_path / name)) for name in "ab")
+    assert_same(first, second)
+    other = weights(run(settings_for(corpus, seed=1), tmp_path / "c"))
+    assert any(not torch.equal(tensor, other[name]) for name, tensor in first.items())
+
+
+@pytest.mark.parametrize("kill_at", [3, 5])
+def test_a_killed_run_ends_with_the_same_weights(corpus, tmp_path, monkeypatch, kill_at):
+    """Killed in the step after a checkpoint, and once more while the next checkpoint is half written."""
+    changes = {"accumulation": 2, "alpha_schedule": True}
+    expected = weights(run(settings_for(corpus, **changes), tmp_path / "whole"))
+
+    class Killed(BaseException):
+        pass
+
+    loss = training.MaskedLMTrainer.compute_loss
+
+    def dies(self, model, *arguments, **named):
+        if self.state.global_step == kill_at and model.training:
+            raise Killed
+        return loss(self, model, *arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.MaskedLMTrainer, "compute_loss", dies)
+        with pytest.raises(Killed):
+            run(settings_for(corpus, **changes), tmp_path / "killed")
+    assert not (tmp_path / "killed" / "model").exists()
+    (folder,) = (tmp_path / "killed" / "scratch" / "finetune").iterdir()
+    half = folder / "checkpoint-99"
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"half")
+    assert training.last_checkpoint(folder).name == f"checkpoint-{kill_at - 1}"
+    assert not half.exists()
+    assert_same(weights(run(settings_for(corpus, **changes), tmp_path / "killed")), expected)
+
+
+def test_checkpoints_of_other_settings_are_not_used(corpus, tmp_path):
+    store = Store(tmp_path)
+    first = finetune._checkpoints(settings_for(corpus), store)
+    assert finetune._checkpoints(settings_for(corpus), store) == first
+    second = finetune._checkpoints(settings_for(corpus, learning_rate=1e-4), store)
+    assert second != first
+    assert not first.exists()
+
+
+def test_no_steps_take_the_model_as_it_is(corpus, tmp_path):
+    model = tiny_model()
+    save_tiny(tmp_path / "given", model)
+    settings = settings_for(corpus, model=Pretrained(str(tmp_path / "given")), steps=0, alpha=1.3)
+    store = run(settings, tmp_path / "run")
+    assert_same(weights(store), model.state_dict())
+    assert get_normalizer(load_masked_lm(store.run_dir / "model")[0]) == Normalizer(1.3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_can_be_made_and_trained(corpus, tmp_path, family):
+    model = dataclasses.replace(TINY, family=family)
+    store = run(settings_for(corpus, model=model, steps=1), tmp_path)
+    assert load_masked_lm(store.run_dir / "model")[0].config.model_type == family
+
+
+def test_training_learns(corpus, tmp_path):
+    before = run(settings_for(corpus, steps=0), tmp_path / "a")._facts["model"]
+    after = run(settings_for(corpus, steps=60, eval_steps=60), tmp_path / "b")._facts["model"]
+    assert after["validation_loss"] < before["validation_loss"] - 1.0
+
+
+def test_settings_check_themselves(corpus):
+    for changes, message in (
+        ({"steps": -1}, "finetune.steps must not be negative"),
+        ({"batch_size": 0}, "finetune.batch_size must be 1 or more"),
+        ({"learning_rate": 0.0}, "finetune.learning_rate must be positive"),
+        ({"alpha": 0.5}, "finetune.alpha must lie between 1"),
+        ({"schedule": "steps"}, "choose one of linear, cosine"),
+        ({"mask_fraction": 1.0}, "finetune.mask_fraction"),
+    ):
+        with pytest.raises(UserError, match=message):
+            settings_for(corpus, **changes)
+    for changes, message in (
+        ({"family": "gpt2"}, "model.family=gpt2 is unknown; choose one of roberta"),
+        ({"layers": 0}, "model.layers must be 1 or more"),
+        ({"hidden_size": 15}, "is not a multiple of model.heads"),
+    ):
+        with pytest.raises(UserError, match=message):
+            dataclasses.replace(TINY, **changes)
+
+
+def test_blocks_longer_than_the_model_are_refused(corpus, tmp_path):
+    with pytest.raises(UserError, match="finetune.length=100, but the model takes at most 24 tokens"):
+        run(settings_for(corpus, length=100), tmp_path)
+
+
+# ---- what is read, and when ----
+
+
+def test_examples_follow_from_seed_and_index():
+    lengths = torch.randint(8, 30, (23,), generator=torch.Generator().manual_seed(0))
+    starts = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
+    blocks = TokenBlocks(torch.randint(5, 90, (int(starts[-1]),), dtype=torch.int32), starts)
+    masking = Masking(4, 90, (0, 1, 2, 3, 4))
+    some, more = (training.Examples(blocks, masking, count, batch_size=4, seed=3) for count in (40, 100))
+    assert some.order == more.order[:40]
+    assert len(some) == 40
+    first_pass = more.order[:24]  # 23 blocks, and one again to fill the last batch
+    assert set(first_pass) == set(range(23))
+    assert more.order[24:48] != first_pass
+    spread = [lengths[first_pass[start : start + 4]] for start in range(0, 24, 4)]
+    assert sum(int(part.max() - part.min()) for part in spread) < 40  # at random about 80
+    for one, two in zip(some[7], more[7], strict=True):
+        assert torch.equal(one, two)
+
+
+def test_alpha_is_annealed_over_the_first_half():
+    values = [training.annealed(1.5, step, 100) for step in range(101)]
+    assert values[0] == 1.01
+    assert values == sorted(values)
+    assert values[50] == values[100] == 1.5
+    assert max(values[:45]) < 1.5
+    assert len(set(values)) <= 12
+    assert training.annealed(1.0, 3, 100) == 1.0
+
+
+# ---- what is measured ----
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_head_on_chosen_tokens_equals_the_whole_loss(family):
+    """The plain reference: transformers' own loss over all positions."""
+    model, batch = tiny_model(family), tiny_batch()
+    set_normalizer(model, Normalizer(1.5))
+    batch["labels"] = torch.full_like(batch["input_ids"], -100)
+    batch["labels"][0, 2], batch["labels"][0, 5], batch["labels"][1, 3] = 7, 8, 9
+    expected = model(**batch).loss
+    logits, labels = masked_lm.masked_logits(model, batch)
+    assert logits.shape == (3, model.config.vocab_size)
+    torch.testing.assert_close(nn.functional.cross_entropy(logits, labels), expected)
+    assert masked_lm.validation_loss(model, [batch]) == pytest.approx(expected.item(), rel=1e-5)
+    assert model(**batch).logits.shape[1] == 9
+
+
+def test_unigram_entropy_is_that_of_the_labels():
+    labels = torch.tensor([[5, 5, -100, 6, 7, -100]])
+    assert masked_lm.unigram_entropy([{"labels": labels}]) == pytest.approx(1.5 * math.log(2))
+
+
+def test_gold_sparsity_against_a_count_by_hand():
+    model, batch = tiny_model(), tiny_batch((9, 5))
+    batch["labels"] = torch.full_like(batch["input_ids"], -100)
+    set_normalizer(model, Normalizer(1.0))
+    assert masked_lm.gold_sparsity(model, [batch]) == 0.0
+    set_normalizer(model, Normalizer(2.0))
+    found = []
+    for length, row in ((9, 0), (5, 1)):
+        with torch.no_grad():
+            attentions = model(input_ids=batch["input_ids"][row : row + 1, :length], output_attentions=True).attentions
+        found += [(layer == 0).float().mean((-2, -1)).flatten() for layer in attentions]
+    assert masked_lm.gold_sparsity(model, [batch]) == pytest.approx(torch.cat(found).mean().item(), abs=1e-6)
+    assert torch.cat(found).mean() > 0.1
