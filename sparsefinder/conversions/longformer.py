@@ -6,9 +6,10 @@ by all, through projections of their own. These start as copies of the local one
 covers gets exactly RoBERTa's hidden states on its real tokens, with and without global tokens.
 
 Differences from LennartKeller/roberta2longformer, whose names and arguments these are: the position table repeats the
-rows of tokens and is written at all (the published function leaves it random); the whole configuration comes from the
-source, so that every size loads; token types, pooler and heads come along; `sep_token_id`, which the
-question-answering heads look for, comes from the tokenizer; `resize_longformer` refuses to shorten.
+rows of tokens and is written at all (the published versions that we read leave it as the new model has it); the whole
+configuration comes from the source, so that every size loads; token types, pooler and heads come along;
+`sep_token_id`, which the question-answering heads look for, comes from the tokenizer; `resize_longformer` refuses to
+shorten.
 """
 
 from collections.abc import Sequence

@@ -92,7 +92,8 @@ def read_roberta(model: Any, tokenizer: Any, heads: Mapping[str, Any], target: s
         valid = ", ".join(family + name for name in heads)
         raise UserError(f"{family}{head} has no counterpart in {target}; convert one of {valid}")
     if model.config.add_cross_attention:
-        # BigBird, the only target with a decoder, hands the encoder's states to self-attention as well (transformers 5.23).
+        # BigBird, the only target with a decoder, hands the encoder's states to self-attention as well (transformers
+        # 5.23).
         raise UserError(
             f"the source attends to an encoder (add_cross_attention=True), which {target} cannot; convert it without"
         )
