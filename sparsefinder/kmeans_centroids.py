@@ -15,10 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from joblib import Parallel, delayed
-from sklearn.cluster import KMeans
-from sklearn.exceptions import ConvergenceWarning
-from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from sparsefinder.graphs import QK
@@ -143,6 +139,12 @@ def _points(samples: Samples, projections: Projections, layer: int, block_size: 
 
 
 def _fit_layer(points: np.ndarray, settings: ClusterSettings) -> Tensor:
+    from joblib import (
+        Parallel,
+        delayed,
+    )  # here and below: scikit-learn takes a second to import, and patterns need none of it
+    from threadpoolctl import threadpool_limits
+
     if points.shape[1] < settings.n_clusters:
         raise UserError(
             f"n_clusters={settings.n_clusters}, but there are only {points.shape[1]} projected queries and keys to cluster: "
@@ -158,6 +160,9 @@ def _fit_layer(points: np.ndarray, settings: ClusterSettings) -> Tensor:
 
 
 def _fit_head(points: np.ndarray, settings: ClusterSettings, run: int) -> np.ndarray:
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
+
     kmeans = KMeans(
         n_clusters=settings.n_clusters,
         init="k-means++" if run == 0 else "random",

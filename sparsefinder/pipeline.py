@@ -7,13 +7,13 @@ says what changed.
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from sparsefinder import evaluate, extract, finetune, kmeans_centroids, quantization, report, score
 from sparsefinder.store import ARTEFACTS, Manifest, Store, UserError, plain, versions
 
 log = logging.getLogger(__name__)
@@ -31,28 +31,39 @@ class Settings(Protocol):
 
 @dataclass(frozen=True)
 class Stage:
-    """One step: its name, its artefacts, and the function that makes them."""
+    """One step: its name, the module whose ``run(settings, store)`` makes its artefacts, and what it reads if it is there.
+
+    The module is imported when the stage is run, so that scoring does not wait for transformers.
+    """
 
     name: str
-    run: Callable[[Any, Store], None]
-    optional: tuple[str, ...] = ()  # artefacts that it reads where they are there
+    module: str
+    optional: tuple[str, ...] = ()
 
     @property
     def makes(self) -> tuple[str, ...]:
         """Names of the artefacts it writes."""
         return tuple(artefact.name for artefact in ARTEFACTS.values() if artefact.stage == self.name)
 
+    def run(self, settings: Settings, store: Store) -> None:
+        """Make the artefacts."""
+        importlib.import_module(self.module).run(settings, store)
+
 
 STAGES = {
     stage.name: stage
     for stage in (
-        Stage("finetune", finetune.run),
-        Stage("extract", extract.run),
-        Stage("project", quantization.run),
-        Stage("cluster", kmeans_centroids.run),
-        Stage("score", score.run),
-        Stage("evaluate", evaluate.run),
-        Stage("report", report.run, optional=("model", "projections", "score", "evaluate")),
+        Stage("finetune", "sparsefinder.finetune"),
+        Stage("extract", "sparsefinder.extract"),
+        Stage("project", "sparsefinder.quantization"),
+        Stage("cluster", "sparsefinder.kmeans_centroids"),
+        Stage("score", "sparsefinder.score"),
+        Stage("evaluate", "sparsefinder.evaluate"),
+        Stage(
+            "report",
+            "sparsefinder.report",
+            optional=("model", "qk", "qk_validation", "projections", "centroids", "score", "evaluate"),
+        ),
     )
 }
 

@@ -128,17 +128,17 @@ class Second:
     needs: tuple[str, ...] = ("projections",)
 
 
-def make_first(settings: First, store: Store) -> None:
-    with store.writing("projections") as path:
-        path.write_text(str(settings.value))
+def run(settings: First | Second, store: Store) -> None:
+    """The stage of either settings; the pipeline finds it here by its name."""
+    if isinstance(settings, First):
+        with store.writing("projections") as path:
+            path.write_text(str(settings.value))
+    else:
+        with store.writing("centroids") as path:
+            path.write_text(str(int(store.path("projections").read_text()) * settings.factor))
 
 
-def make_second(settings: Second, store: Store) -> None:
-    with store.writing("centroids") as path:
-        path.write_text(str(int(store.path("projections").read_text()) * settings.factor))
-
-
-STAGES = [Stage("project", make_first), Stage("cluster", make_second)]
+STAGES = [Stage("project", __name__), Stage("cluster", __name__)]
 
 
 class TestPipeline:
