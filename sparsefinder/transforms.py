@@ -22,6 +22,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -91,7 +92,8 @@ def entmax(scores: Tensor, alpha: float = 1.5) -> Tensor:
 class _Entmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scores: Tensor, alpha: float) -> Tensor:
-        rows = scores.reshape(-1, scores.shape[-1])
+        # detached: a form compiled for scores with gradients would be another one
+        rows = scores.detach().reshape(-1, scores.shape[-1])
         probabilities = _threshold_and_project(rows, alpha).view(scores.shape)
         ctx.save_for_backward(probabilities)
         ctx.alpha = alpha
@@ -173,9 +175,15 @@ def _jacobian_product(probabilities: Tensor, gradient: Tensor, *, alpha: float) 
 def _kernel(function: Callable[..., Any], alpha: float) -> Callable[..., Any]:
     """``function`` for one α, compiled where a C++ compiler is at hand (about 20 times faster on CPU), else eager."""
     eager = functools.partial(function, alpha=alpha)
-    # a fresh function object for each α, so that torch._dynamo keeps their compiled forms apart
-    compiled = torch.compile(lambda *rows: function(*rows, alpha=alpha), dynamic=True)
-    state = {"kernel": compiled}
+
+    def bound(*rows: Tensor) -> Any:
+        return function(*rows, alpha=alpha)
+
+    # torch._dynamo keeps at most eight compiled forms of a *code* object, then runs it uncompiled for good: without a copy
+    # of its own, each kernel and each α would use up the forms of all others
+    code = bound.__code__.replace(co_name=f"{function.__name__}_{alpha}")
+    own = types.FunctionType(code, bound.__globals__, code.co_name, None, bound.__closure__)
+    state = {"kernel": torch.compile(own, dynamic=True)}
 
     def run(*rows: Tensor) -> Any:
         if rows[0].numel() < _WORTH_COMPILING or state["kernel"] is eager:

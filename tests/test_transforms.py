@@ -47,6 +47,16 @@ def test_runs_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     transforms._kernel.cache_clear()
 
 
+def test_kernels_do_not_share_their_compiled_forms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch keeps eight compiled forms of a code object, and runs what shares it uncompiled from then on."""
+    codes = []
+    monkeypatch.setattr(torch, "compile", lambda function, **_: codes.append(function.__code__))
+    for alpha in (1.25, 1.5, 2.0):
+        transforms._kernel.__wrapped__(transforms._project, alpha)
+        transforms._kernel.__wrapped__(transforms._jacobian_product, alpha)
+    assert len({id(code) for code in codes}) == len(set(codes)) == 6
+
+
 @pytest.mark.parametrize("normalize", [softmax, entmax15, sparsemax, lambda z: entmax(z, 1.3)])
 class TestPromises:
     def test_sums_to_one(self, normalize) -> None:
