@@ -1,0 +1,205 @@
+"""Bucketed Sparsefinder attention against dense softmax (SDPA) and dense entmax, side by side in one run.
+
+    python benchmarks/bucketed.py                       # 2,048 to 16,384 tokens, forward; forward and backward up to 4,096
+    python benchmarks/bucketed.py --tokens 4096 32768 --backward
+
+12 heads of 64, one text, window 11, one global token, buckets of about 64 tokens, float32. Queries, keys and values are normal
+noise, projected to 4 numbers at random; the centroids of k-means are N / 64 of the projected tokens, so its clusters are
+uneven. The predictor (projection and buckets) is inside every bucketed time, and is also timed alone.
+
+Every round runs each variant once, in the same order; a ratio is the median over rounds of that round's ratio. Peak memory
+is what a call adds to the resident memory of the process (Linux only). Dense entmax goes head by head, or 16,384 tokens
+would not fit; its own time is the same either way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import math
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsefinder.attention import Bucketed
+from sparsefinder.graphs import QK, Pattern
+from sparsefinder.kmeans_centroids import Centroids
+from sparsefinder.patterns.buckets import Quantize
+from sparsefinder.patterns.combine import Projected, Union
+from sparsefinder.patterns.kmeans import KMeans
+from sparsefinder.patterns.window import GlobalTokens, Window
+from sparsefinder.projections import LayerProjections, Linear, Projections
+from sparsefinder.transforms import Normalizer
+
+HEADS, SIZE, BUCKET, WINDOW = 12, 64, 64, 11
+BASELINE = "SDPA softmax"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds of each round, and bytes that a call adds at its peak (None where the system does not tell)."""
+
+    seconds: list[float]
+    peak: int | None
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+@torch.no_grad()
+def patterns(q: Tensor, k: Tensor, valid: Tensor) -> dict[str, Pattern]:
+    """The predictors, each united with the window and the global token."""
+    torch.manual_seed(0)
+    tokens = q.shape[2]
+    surroundings = (Window(WINDOW), GlobalTokens(1))
+    found: dict[str, Pattern] = {}
+    for coordinates in (1, 4):
+        linear = Linear(HEADS, SIZE, coordinates)
+        projections = Projections([LayerProjections(linear, linear)])
+        quantized = Projected(Quantize(bucket_size=BUCKET), projections)
+        found[f"quantize, {coordinates} round{'s' * (coordinates > 1)}"] = Union((quantized, *surroundings))
+    projected = projections(QK(q, k, valid), 0)
+    some = torch.randperm(tokens)[: tokens // BUCKET]
+    centroids = Centroids(
+        [torch.where(some[:, None] % 2 == 0, projected.q[0, :, some], projected.k[0, :, some])[:, None]]
+    )
+    for top in (1, 2):
+        kmeans = Projected(KMeans(top, centroids), projections)
+        found[f"kmeans, top {top}"] = Union((kmeans, *surroundings))
+    return found
+
+
+def dense_entmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Entmax over all keys, one head at a time."""
+    heads = zip(q.unbind(1), k.unbind(1), v.unbind(1), strict=True)
+    return torch.stack([Normalizer(1.5)(a / math.sqrt(SIZE) @ b.transpose(-1, -2)) @ c for a, b, c in heads], dim=1)
+
+
+def measure(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, Measured]:
+    """Warm up and find the peaks, then time every call once a round."""
+    peaks = {}
+    for name, call in calls.items():
+        call()  # compiles
+        peaks[name] = peak_memory(call)
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: Measured(seconds[name], peaks[name]) for name in calls}
+
+
+def peak_memory(call: Callable[[], object]) -> int | None:
+    """Bytes that ``call`` adds to the resident memory at its peak."""
+    try:
+        gc.collect()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what earlier calls left would hide what this one needs
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        before = _status("VmRSS")
+        call()
+        return _status("VmHWM") - before
+    except OSError:
+        return None
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def report(title: str, results: dict[str, Measured], pairs: dict[str, float]) -> None:
+    baseline = results[BASELINE]
+    print(f"\n### {title}\n")
+    print("| attention | median ms | min – max | SDPA ÷ this | peak MB | pairs per query |")
+    print("|---|---|---|---|---|---|")
+    for name, measured in results.items():
+        ratio = statistics.median(a / b for a, b in zip(baseline.seconds, measured.seconds, strict=True))
+        low, high = 1e3 * min(measured.seconds), 1e3 * max(measured.seconds)
+        peak = "" if measured.peak is None else f"{measured.peak / 2**20:,.0f}"
+        each = f"{pairs[name]:,.0f}" if name in pairs else ""
+        print(
+            f"| {name} | {1e3 * measured.median:,.1f} | {low:,.1f} – {high:,.1f} | {ratio:.2f} | {peak} | {each} |",
+            flush=True,
+        )
+
+
+def compare(tokens: int, rounds: int, backward: bool) -> dict[str, Measured]:
+    """One table: every variant at one length."""
+    torch.manual_seed(tokens)
+    q, k, v = (torch.randn(1, HEADS, tokens, SIZE, requires_grad=backward) for _ in range(3))
+    valid = torch.ones(1, tokens, dtype=torch.bool)
+    attentions: dict[str, Callable[[], Tensor]] = {
+        BASELINE: lambda: F.scaled_dot_product_attention(q, k, v),
+        "dense entmax": lambda: dense_entmax(q, k, v),
+    }
+    layouts: dict[str, Callable[[], object]] = {}
+    pairs = {BASELINE: float(tokens), "dense entmax": float(tokens)}
+    for name, pattern in patterns(q, k, valid).items():
+        bucketed = Bucketed(pattern)
+        attentions[name] = lambda bucketed=bucketed: bucketed(q, k, v, valid, 0)  # type: ignore[misc]
+        layouts[f"{name}: predictor alone"] = lambda pattern=pattern: pattern.layout(QK(q, k, valid), 0)  # type: ignore[misc]
+        pairs[name] = bucketed.computed_pairs(QK(q, k, valid), 0).double().mean().item() / tokens
+
+    def with_gradients(attention: Callable[[], Tensor]) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(attention().sum(), (q, k, v))
+
+    calls = {name: with_gradients(call) if backward else call for name, call in attentions.items()}
+    with torch.set_grad_enabled(backward):
+        results = measure({**calls, **({} if backward else layouts)}, rounds)
+    report(f"{tokens:,} tokens, {'forward and backward' if backward else 'forward'}, {rounds} rounds", results, pairs)
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096, 8192, 16384])
+    parser.add_argument(
+        "--backward", action="store_true", help="forward and backward at every length, and nothing else"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=7, help="rounds up to 4,096 tokens; half as many, at least 3, beyond"
+    )
+    arguments = parser.parse_args()
+    cpu = next(
+        (line.split(":")[1].strip() for line in _cpu_lines() if line.startswith("model name")), platform.processor()
+    )
+    print(f"{cpu}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {sys.version.split()[0]}")
+    print(f"load average before: {os.getloadavg()[0]:.1f}")
+
+    def rounds(tokens: int) -> int:
+        return arguments.rounds if tokens <= 4096 else max(3, arguments.rounds // 2)
+
+    if arguments.backward:
+        for tokens in arguments.tokens:
+            compare(tokens, rounds(tokens), backward=True)
+        return
+    forward = {tokens: compare(tokens, rounds(tokens), backward=False) for tokens in arguments.tokens}
+    for tokens in (n for n in arguments.tokens if n <= 4096):
+        compare(tokens, rounds(tokens), backward=True)
+    shorter, longer = min((n for n in forward if n >= 4096), default=0), max(forward)
+    if shorter and longer > shorter:
+        print(f"\n### Growth from {shorter:,} to {longer:,} tokens: exponent of the median time\n")
+        for name in forward[longer]:
+            ratio = forward[longer][name].median / forward[shorter][name].median
+            print(f"- {name}: {math.log(ratio) / math.log(longer / shorter):.2f}")
+
+
+def _cpu_lines() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+if __name__ == "__main__":
+    main()
