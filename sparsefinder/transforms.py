@@ -121,83 +121,92 @@ def _threshold_and_project(scores: Tensor, alpha: float) -> Tensor:
     return result
 
 
-# ---- kernels on (M, N) float rows; `alpha` is bound as a constant, so 1.5 and 2 become squares and comparisons ----
+# ---- kernels on (M, N) float rows; `alpha` is one of _CONSTANTS, or a tensor () for any other value ----
 
 
-def _first_steps(scores: Tensor, *, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
+def _first_steps(scores: Tensor, alpha: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     peak = scores.amax(-1, keepdim=True)
     peak = torch.where(peak == -math.inf, torch.zeros_like(peak), peak)
     threshold, step = _newton(scores, peak, torch.full_like(peak, -1.0), alpha)
     return peak, threshold, step
 
 
-def _more_steps(scores: Tensor, peak: Tensor, threshold: Tensor, *, alpha: float) -> tuple[Tensor, Tensor]:
+def _more_steps(scores: Tensor, peak: Tensor, threshold: Tensor, alpha: float | Tensor) -> tuple[Tensor, Tensor]:
     return _newton(scores, peak, threshold, alpha)
 
 
-def _newton(scores: Tensor, peak: Tensor, threshold: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+def _newton(scores: Tensor, peak: Tensor, threshold: Tensor, alpha: float | Tensor) -> tuple[Tensor, Tensor]:
     x = (scores - peak) * (alpha - 1.0)
     step = threshold
     for _ in range(_STEPS):
         excess = (x - threshold).clamp_min(0.0)
-        if alpha == 1.5:
-            value, slope = (excess * excess).sum(-1, keepdim=True), 2.0 * excess.sum(-1, keepdim=True)
-        elif alpha == 2.0:
-            value, slope = excess.sum(-1, keepdim=True), (excess > 0).to(excess.dtype).sum(-1, keepdim=True)
-        else:
+        if isinstance(alpha, Tensor):
             root = excess.pow(1.0 / (alpha - 1.0) - 1.0)
             value, slope = (root * excess).sum(-1, keepdim=True), root.sum(-1, keepdim=True) / (alpha - 1.0)
+        elif alpha == 1.5:
+            value, slope = (excess * excess).sum(-1, keepdim=True), 2.0 * excess.sum(-1, keepdim=True)
+        else:
+            value, slope = excess.sum(-1, keepdim=True), (excess > 0).to(excess.dtype).sum(-1, keepdim=True)
         # an empty row has no slope: leave it where it is
         step = torch.where(slope > 0, (value - 1.0) / slope, torch.zeros_like(slope))
         threshold = threshold + step
     return threshold, step
 
 
-def _project(scores: Tensor, peak: Tensor, threshold: Tensor, *, alpha: float) -> Tensor:
+def _project(scores: Tensor, peak: Tensor, threshold: Tensor, alpha: float | Tensor) -> Tensor:
     excess = ((scores - peak) * (alpha - 1.0) - threshold).clamp_min(0.0)
-    if alpha == 1.5:
-        return excess * excess
-    return excess if alpha == 2.0 else excess.pow(1.0 / (alpha - 1.0))
+    if isinstance(alpha, Tensor):
+        powers = excess.pow(1.0 / (alpha - 1.0))
+        # near α = 1 the power is large and makes much of the last digit of τ; almost all of that is one common factor
+        return powers / powers.sum(-1, keepdim=True).clamp_min(1e-30)
+    return excess * excess if alpha == 1.5 else excess
 
 
-def _jacobian_product(probabilities: Tensor, gradient: Tensor, *, alpha: float) -> Tensor:
-    if alpha == 1.5:
-        s = probabilities.sqrt()
-    elif alpha == 2.0:
-        s = (probabilities > 0).to(probabilities.dtype)
+def _jacobian_product(probabilities: Tensor, gradient: Tensor, alpha: float | Tensor) -> Tensor:
+    support = (probabilities > 0).to(probabilities.dtype)
+    if isinstance(alpha, Tensor):
+        s = probabilities.pow(2.0 - alpha) * support
     else:
-        s = torch.where(probabilities > 0, probabilities.pow(2.0 - alpha), torch.zeros_like(probabilities))
+        s = probabilities.sqrt() if alpha == 1.5 else support
     weighted = (s * gradient).sum(-1, keepdim=True) / s.sum(-1, keepdim=True).clamp_min(1e-30)
     return s * (gradient - weighted)
 
 
-@functools.cache
 def _kernel(function: Callable[..., Any], alpha: float) -> Callable[..., Any]:
-    """``function`` for one α, compiled where a C++ compiler is at hand (about 20 times faster on CPU), else eager."""
-    eager = functools.partial(function, alpha=alpha)
+    """``function(*rows, alpha)`` for one α; one compiled form serves every α but 1.5 and 2, which have their own."""
+    if alpha in _CONSTANTS:
+        return _compiled(function, alpha)
+    kernel = _compiled(function, None)
+    return lambda *rows: kernel(*rows, torch.tensor(alpha, dtype=rows[0].dtype, device=rows[0].device))
 
-    def bound(*rows: Tensor) -> Any:
-        return function(*rows, alpha=alpha)
+
+@functools.cache
+def _compiled(function: Callable[..., Any], constant: float | None) -> Callable[..., Any]:
+    """``function``, compiled where a C++ compiler is at hand (about 20 times faster on CPU), else eager."""
+
+    def bound(*inputs: Tensor) -> Any:
+        return function(*inputs) if constant is None else function(*inputs, constant)
 
     # torch._dynamo keeps at most eight compiled forms of a *code* object, then runs it uncompiled for good: without a copy
-    # of its own, each kernel and each α would use up the forms of all others
-    code = bound.__code__.replace(co_name=f"{function.__name__}_{alpha}")
+    # of its own, each kernel would use up the forms of all others
+    code = bound.__code__.replace(co_name=f"{function.__name__}_{constant}")
     own = types.FunctionType(code, bound.__globals__, code.co_name, None, bound.__closure__)
     state = {"kernel": torch.compile(own, dynamic=True)}
 
-    def run(*rows: Tensor) -> Any:
-        if rows[0].numel() < _WORTH_COMPILING or state["kernel"] is eager:
-            return eager(*rows)
+    def run(*inputs: Tensor) -> Any:
+        if inputs[0].numel() < _WORTH_COMPILING or state["kernel"] is bound:
+            return bound(*inputs)
         try:
-            return state["kernel"](*rows)
+            return state["kernel"](*inputs)
         except Exception as error:  # torch has no one exception for "no compiler here"
             log.warning("torch.compile does not work here (%s): entmax runs uncompiled, slower", type(error).__name__)
-            state["kernel"] = eager
-            return eager(*rows)
+            state["kernel"] = bound
+            return bound(*inputs)
 
     return run
 
 
+_CONSTANTS = (1.5, 2.0)  # values of α that make squares and comparisons of the powers
 _WORTH_COMPILING = 1 << 16  # scores; below this the eager kernels take less than a millisecond
 
 

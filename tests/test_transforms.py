@@ -36,24 +36,33 @@ def test_compiled_and_eager_agree() -> None:
     torch.testing.assert_close(entmax15(z), one_by_one, atol=1e-6, rtol=0)
 
 
+def test_many_alphas_share_one_compiled_form() -> None:
+    z = rows(transforms._WORTH_COMPILING // 256 + 1, 256)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for alpha in (1.01, 1.2, 1.3, 1.4, 1.6, 1.7):
+        expected = package.entmax_bisect(z.double(), alpha=alpha, dim=-1, n_iter=80).float()
+        torch.testing.assert_close(entmax(z, alpha), expected, atol=1e-6, rtol=0)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before <= 3, "first steps, more steps, projection"
+
+
 def test_runs_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_compiler(*_: object, **__: object) -> None:
         raise RuntimeError("no C++ compiler")
 
     monkeypatch.setattr(torch, "compile", lambda *_, **__: no_compiler)
-    transforms._kernel.cache_clear()
+    transforms._compiled.cache_clear()
     z = rows(transforms._WORTH_COMPILING // 64 + 1, 64)
     torch.testing.assert_close(entmax15(z), package.entmax15(z, dim=-1), atol=1e-6, rtol=0)
-    transforms._kernel.cache_clear()
+    transforms._compiled.cache_clear()
 
 
 def test_kernels_do_not_share_their_compiled_forms(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch keeps eight compiled forms of a code object, and runs what shares it uncompiled from then on."""
     codes = []
     monkeypatch.setattr(torch, "compile", lambda function, **_: codes.append(function.__code__))
-    for alpha in (1.25, 1.5, 2.0):
-        transforms._kernel.__wrapped__(transforms._project, alpha)
-        transforms._kernel.__wrapped__(transforms._jacobian_product, alpha)
+    for constant in (None, 1.5, 2.0):
+        transforms._compiled.__wrapped__(transforms._project, constant)
+        transforms._compiled.__wrapped__(transforms._jacobian_product, constant)
     assert len({id(code) for code in codes}) == len(set(codes)) == 6
 
 
