@@ -83,7 +83,7 @@ class Pieces:
             front.append(self.band.scores(flat_q, flat_k))
         front.append(flat_q.new_full((len(flat_q), self._front - sum(part.shape[1] for part in front)), -math.inf))
         scores = torch.cat(front, dim=1).view(-1)
-        return scores if self.tiles is None else torch.cat([scores, self.tiles.scores(flat_q, flat_k)])
+        return scores if self.tiles is None else torch.cat([scores, *self.tiles.scores(flat_q, flat_k)])
 
     def apply(self, weights: Tensor, v: Tensor) -> Tensor:
         """Flat ``weights`` (zeros on pairs that do not count), ``v (B, H, N, D)`` → ``(B, H, N, D)`` sums."""

@@ -53,8 +53,8 @@ class Tiles:
     """The blocks of all buckets that hold both queries and keys, in the order of their sizes.
 
     ``count``: bucket ids in all. ``buckets``: ``(A,)`` int64, id of each. ``q_sizes``, ``k_sizes``: ``(A,)`` int64, places of
-    each. ``shapes``: for each pair of sizes ``(buckets, queries, keys)``. Scores are one flat tensor: block after block, each
-    ``(queries, keys)`` row by row. ``hidden``: flat bool, True on pairs that do not count; None where only filling does not.
+    each. ``shapes``: for each pair of sizes ``(buckets, queries, keys)``. ``hidden``: for each of ``shapes`` a flat bool, True on
+    pairs that do not count; None where only filling does not. Scores are flat too: block after block, each row by row.
     """
 
     count: int
@@ -64,23 +64,27 @@ class Tiles:
     q: Members
     k: Members
     shapes: tuple[tuple[int, int, int], ...]
-    hidden: Tensor | None = None
+    hidden: tuple[Tensor, ...] | None = None
 
     @property
     def size(self) -> int:
         """Scores in all blocks, filling included."""
         return sum(number * rows * columns for number, rows, columns in self.shapes)
 
-    def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        """``q, k (M, D)`` → flat scores, ``-inf`` on filling keys and hidden pairs; nobody reads those of filling queries."""
+    def scores(self, q: Tensor, k: Tensor) -> list[Tensor]:
+        """``q, k (M, D)`` → flat scores for each of ``shapes``, ``-inf`` on filling keys and hidden pairs.
+
+        Filling queries get scores that nobody reads.
+        """
         bias = torch.zeros_like(self.k.tokens, dtype=q.dtype).masked_fill(self.k.tokens < 0, -math.inf).squeeze(-1)
         q_blocks, k_blocks = self._q_blocks(self.q.lay_out(q)), self._k_blocks(self.k.lay_out(k))
-        blocks = [
+        scores = [
             torch.baddbmm(bias_block.unsqueeze(1), q_block, k_block.transpose(1, 2)).view(-1)
             for q_block, k_block, bias_block in zip(q_blocks, k_blocks, self._k_blocks(bias), strict=True)
         ]
-        scores = torch.cat(blocks) if blocks else q.new_zeros(0)
-        return scores if self.hidden is None else scores.masked_fill(self.hidden, -math.inf)
+        if self.hidden is None:
+            return scores
+        return [block.masked_fill_(mask, -math.inf) for block, mask in zip(scores, self.hidden, strict=True)]
 
     def apply(self, weights: Tensor, v: Tensor) -> Tensor:
         """Flat ``weights`` (zero for filling queries), ``v (M, D)`` → ``(M, D)``, the sum over all blocks."""
@@ -111,14 +115,12 @@ class Tiles:
             mask = torch.zeros(*q_block.shape[:2], k_block.shape[1], dtype=torch.bool, device=q_ids.device)
             for q_slot, k_slot in slots:
                 mask |= q_block[:, :, None, q_slot] == k_block[:, None, :, k_slot]
-            masks.append(mask.view(-1))
-        hidden = torch.cat(masks)
+            masks.append(mask)
         if positions is not None:
-            at = zip(
-                self._q_blocks(self.q.look_up(positions, 0)), self._k_blocks(self.k.look_up(positions, 0)), strict=True
-            )
-            hidden |= torch.cat([(q[:, :, None] < k[:, None, :]).view(-1) for q, k in at])
-        return replace(self, hidden=hidden)
+            q_at, k_at = self._q_blocks(self.q.look_up(positions, 0)), self._k_blocks(self.k.look_up(positions, 0))
+            for mask, q_block, k_block in zip(masks, q_at, k_at, strict=True):
+                mask |= q_block[:, :, None] < k_block[:, None, :]
+        return replace(self, hidden=tuple(mask.view(-1) for mask in masks))
 
     def row_segments(self) -> tuple[Tensor, Tensor]:
         """Where the scores of each membership of a query lie, in units of ``STEP``: starts and counts, ``(M, P)`` int64."""
