@@ -1,11 +1,11 @@
 """Where each target must equal its source, and which tables are to be audited: what `proof` measures by."""
 
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparsefinder.conversions import bigbird, led, longformer, nystromformer
@@ -39,8 +39,6 @@ class Comparison:
     own_mode: Callable[[], Any] | None = None
     """A context for the target's own attention at the source's maximum length; None where that is no approximation."""
     head_exact: bool = True
-    bound: float | None = EXACT
-    """Largest difference allowed; None where the target cannot be equal, so that the figure is only stated."""
     shift: Tensor | None = None
     """What the target's position rows hold beside the source's."""
     global_tokens: bool = False
@@ -152,10 +150,25 @@ def _compare_led(target: Any, tokenizer: Any, source: Any) -> Comparison:
             "decoder_output_max_length": target.config.max_decoder_position_embeddings,
             "attention_window": target.config.attention_window,
         },
-        mode="encoder" + ("" if same_norms else f"; LED's norms have eps {led.LAYER_NORM_EPS}, the source's another"),
+        equal_mode=lambda length: _norms(target, source.config.layer_norm_eps),
+        mode="encoder" if same_norms else "encoder, with the source's layer_norm_eps, which LED cannot keep",
+        own_mode=None if same_norms else nullcontext,
         head_exact=False,
-        bound=EXACT if same_norms else None,
         shift=base.embeddings.token_type_embeddings.weight[0],
         global_tokens=True,
         padded_to=max(target.config.attention_window),
     )
+
+
+@contextmanager
+def _norms(model: nn.Module, eps: float) -> Iterator[None]:
+    """Every layer norm of the model with `eps`, for a while."""
+    norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
+    before = [norm.eps for norm in norms]
+    try:
+        for norm in norms:
+            norm.eps = eps
+        yield
+    finally:
+        for norm, own in zip(norms, before, strict=True):
+            norm.eps = own

@@ -309,6 +309,17 @@ def test_landmarks_need_inputs_of_the_configured_length() -> None:
         model(ids[:, :30])  # which transformers would take for one sentence of 60 tokens
 
 
+def test_led_states_what_its_layer_norms_cost(tmp_path: Path) -> None:
+    longformer, tokenizer = convert_roberta_to_longformer(make_source(layer_norm_eps=1e-3), make_tokenizer(), 30, 8)
+    model, led_tokenizer = convert_longformer_to_led(longformer, tokenizer, 10)
+    checks = {check.name: check for check in save(model, led_tokenizer, longformer, tmp_path / "out").checks}
+    assert checks["short-input difference of hidden states"].measured < 1e-4
+    assert checks["difference at the source's maximum length"].measured > 1e-4
+    model.encoder.layers[1].fc1.weight.data[0, 0] += 1
+    with pytest.raises(UserError, match="difference of hidden states"):
+        save(model, led_tokenizer, longformer, tmp_path / "other")
+
+
 def test_led_reads_no_row_beyond_its_tables(tmp_path: Path) -> None:
     longformer, tokenizer = convert_roberta_to_longformer(make_source("ForMaskedLM"), make_tokenizer(), 30, 8)
     model, led_tokenizer = convert_longformer_to_led(longformer, tokenizer, 10)
