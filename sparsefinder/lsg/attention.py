@@ -53,8 +53,10 @@ class LSGAttention(LSGSettings):
             return self._on_packed(q, k, v, valid, layer, dropout)
         packed = _pack(valid)
         padding = ~packed.valid[:, None, :, None]
-        # zeros on padding, because a score of NaN stays NaN under any mask
-        q, k, v = (packed.bring(x).masked_fill(padding, 0.0) for x in (q, k, v))
+        q, k, v = (packed.bring(x) for x in (q, k, v))
+        if not bool(packed.valid.all()):
+            # zeros on padding, because a score of NaN stays NaN under any mask
+            q, k, v = (x.masked_fill(padding, 0.0) for x in (q, k, v))
         output = self._on_packed(q, k, v, packed.valid, layer, dropout)
         output = output.masked_fill(padding, 0.0)
         return packed.put_back(output, tokens)
@@ -123,7 +125,7 @@ class LSGAttention(LSGSettings):
         front = self.num_global_tokens
         fill = -(tokens - front) % self.block_size
         head = (k[:, :, :front].flatten(0, 1), v[:, :, :front].flatten(0, 1))
-        q, k, v = (F.pad(x[:, :, front:], (0, 0, 0, fill)) for x in (q, k, v))
+        q, k, v = (F.pad(x[:, :, front:], (0, 0, 0, fill)) if fill else x[:, :, front:] for x in (q, k, v))
         seen = F.pad(seen[:, front:], (0, fill))
         rows = seen[:, None].expand(-1, heads, -1).flatten(0, 1)
         if self.has_sparse:

@@ -38,6 +38,8 @@ def from_pretrained(path: str | Path, *, architecture: str | None = None, **kwar
     made = config_class(family)
     settings = {name: value for name, value in raw.items() if name not in IGNORED}
     overrides = {name: kwargs.pop(name) for name in list(kwargs) if _is_setting(made, raw, name)}
+    if "num_labels" in overrides:
+        settings = {name: value for name, value in settings.items() if name not in ("id2label", "label2id")}
     config = check_config(made, {**settings, **overrides})
     return model_class(f"LSG{architecture_of(family, named)}").from_pretrained(path, config=config, **kwargs)
 
@@ -88,4 +90,7 @@ def quiet() -> Iterator[None]:
 
 
 def _is_setting(made: Any, raw: dict[str, Any], name: str) -> bool:
-    return name in made.__dataclass_fields__ or name in made.attribute_map or name in raw
+    """Whether a keyword belongs to the configuration, and not to transformers' loading."""
+    if name in ("dtype", "torch_dtype"):
+        return False
+    return name == "num_labels" or name in made.__dataclass_fields__ or name in made.attribute_map or name in raw

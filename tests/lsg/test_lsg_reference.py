@@ -1,5 +1,6 @@
 """Agreement with the published converter and its models, on its own numbers (`tests/data/lsg`)."""
 
+import shutil
 from functools import cache
 from pathlib import Path
 
@@ -70,3 +71,25 @@ def test_published_padding_of_bos_pooling_can_be_switched_off():
         alone = model(ids[1:, :real], mask[1:, :real]).logits
         padded = model(ids, mask).logits[1:, :real]
     torch.testing.assert_close(alone, padded, atol=2e-5, rtol=1e-4)
+
+
+def test_a_published_checkpoint_loads_with_another_head_and_dtype():
+    path = DATA / "roberta" / "lsg-norm"
+    model = from_pretrained(path, architecture="RobertaForSequenceClassification", num_labels=5, dtype=torch.bfloat16)
+    assert type(model).__name__ == "LSGRobertaForSequenceClassification"
+    assert model.classifier.out_proj.weight.shape[0] == 5
+    assert model.dtype == torch.bfloat16
+    assert not model.training
+    assert torch.isfinite(model(torch.arange(5, 65)[None]).logits).all()
+
+
+def test_a_published_checkpoint_can_be_lengthened(tmp_path):
+    for source in ("lsg-norm", "base"):  # the reference keeps the tokenizer with the base model only
+        for file in (DATA / "roberta" / source).iterdir():
+            if source == "lsg-norm" or "token" in file.name:
+                shutil.copy(file, tmp_path / file.name)
+    model, tokenizer = convert(tmp_path, tmp_path / "longer", 2000, resize_lsg=True)
+    longest = next(case for case in cases("roberta") if case["inputs"]["input_ids"].shape[1] == 700)
+    assert worst_difference(model, longest) < 1e-4
+    assert tokenizer.model_max_length == 2000
+    assert torch.isfinite(model(torch.arange(2000)[None] % 90 + 5).logits).all()
