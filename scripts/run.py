@@ -75,6 +75,7 @@ def run(cfg: DictConfig, point: list[str] | None) -> None:
             extra = {
                 "configurations": tuple(all_configurations(cfg, sweep=False)),
                 "attentions": tuple(attentions(cfg)),
+                "conversions": tuple(conversions(cfg)),
             }
         settings[stage.name] = build(cfg[stage.name], **extra)
     if point is not None:
@@ -104,7 +105,7 @@ def point_name(overrides: list[str]) -> str:
     return " ".join(o for o in overrides if not swept or o.partition("=")[0] in swept)
 
 
-# ---- patterns and attentions: a file of conf/pattern or conf/attention, or all of them ----
+# ---- patterns, attentions and conversions: a file of their folder in conf, or all of them ----
 
 
 def all_configurations(cfg: DictConfig, sweep: bool) -> Iterable[Any]:
@@ -138,11 +139,22 @@ def attentions(cfg: DictConfig) -> Iterable[Any]:
         yield AttentionChoice(name, hydra.utils.get_class(node._target_), options)
 
 
+def conversions(cfg: DictConfig) -> Iterable[Any]:
+    """The chosen conversion, none of them, or every one with ``conversion=all``."""
+    from sparsefinder.variants import Conversion
+
+    if cfg.conversion.get("none"):
+        return
+    nodes = files(cfg, "conversion") if cfg.conversion.get("every") else [(chosen("conversion"), cfg.conversion)]
+    for name, node in nodes:
+        yield Conversion(name, build(node))
+
+
 def files(cfg: DictConfig, group: str) -> Iterable[tuple[str, DictConfig]]:
     """Every file of a folder of conf, resolved against the rest of the configuration."""
     for path in sorted((CONF / group).glob("*.yaml")):
         node = OmegaConf.load(path)
-        if not node.get("every"):
+        if not node.get("every") and not node.get("none"):
             whole = OmegaConf.merge(without(cfg, group), {group: node})
             yield path.stem, whole[group]
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,12 +49,12 @@ class AdaptSettings:
 
 def adapt(
     model: Any,
-    attention: Attention,
+    attention: Attention | None,
     batches: Sequence[dict[str, Tensor]],
     settings: AdaptSettings,
     projections: Projections | None = None,
 ) -> None:
-    """Train ``model`` in place for ``settings.steps`` steps with ``attention`` plugged in; ``batches`` are cycled.
+    """Train ``model`` in place for ``settings.steps`` steps under ``attention`` (None: its own); ``batches`` are cycled.
 
     A predicted graph is discrete, so no gradient of the model's loss reaches the projections. With ``part="all"`` they are
     trained in place beside the model on the contrastive loss of the queries and keys they are given; centroids stay.
@@ -66,8 +68,8 @@ def adapt(
         )
     frozen = [p for p in model.parameters() if not any(p is q for q in trained)]
     groups: list[dict[str, Any]] = [{"params": trained}]
-    listener = _Listener(attention)
     learning = projections if settings.part == "all" else None
+    listener = None if learning is None or attention is None else _Listener(attention)
     if learning is not None:
         parameters = [p for layer in learning.layers for p in layer.requires_grad_(True).parameters()]
         groups.append({"params": parameters, "lr": settings.projection_learning_rate, "weight_decay": 0.0})
@@ -77,11 +79,11 @@ def adapt(
     for parameter in frozen:
         parameter.requires_grad_(False)
     try:
-        with models.plugged(model, listener if learning is not None else attention), torch.random.fork_rng(devices=[]):
+        with attending(model, listener or attention), torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             for step in progress(range(settings.steps), "adapt"):
                 loss = model(**batches[step % len(batches)]).loss
-                if learning is not None:
+                if learning is not None and listener is not None:
                     loss = loss + _projection_loss(listener.met, learning, models.get_normalizer(model), generator)
                 loss.backward()
                 nn.utils.clip_grad_norm_(trained, settings.clip)
@@ -94,6 +96,11 @@ def adapt(
         if learning is not None:
             for layer in learning.layers:
                 layer.requires_grad_(False)
+
+
+def attending(model: Any, attention: Attention | None) -> AbstractContextManager[None]:
+    """The attention plugged in for a while; None leaves the model as it is."""
+    return contextlib.nullcontext() if attention is None else models.plugged(model, attention)
 
 
 @dataclass

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sparsefinder import models, tables
-from sparsefinder.adapt import AdaptSettings, adapt
+from sparsefinder.adapt import AdaptSettings, adapt, attending
 from sparsefinder.attention import Masked
 from sparsefinder.corpora import Corpus, masked_batches, token_blocks
 from sparsefinder.extract import draw
@@ -31,7 +31,7 @@ from sparsefinder.patterns.full import Full
 from sparsefinder.resources import Stopwatch, now, peak_memory
 from sparsefinder.store import Store, UserError, progress
 from sparsefinder.transforms import Normalizer
-from sparsefinder.variants import AttentionChoice, Variant, crossed
+from sparsefinder.variants import AttentionChoice, Conversion, Variant, crossed
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +45,7 @@ class EvaluateSettings:
     corpus: Corpus
     configurations: tuple[Configuration, ...]
     attentions: tuple[AttentionChoice, ...]
+    conversions: tuple[Conversion, ...] = ()
     alpha: float | None = None  # of every variant's normalizer; None: the model's own
     split: str = "test"  # train, validation or test
     samples: int = 64  # text blocks
@@ -109,6 +110,9 @@ def run(settings: EvaluateSettings, store: Store) -> None:
     for variant in progress(everything, "evaluate"):
         outcomes.append(evaluate_variant(model, variant, learned, held_out, training, own, settings))
         log.info("%s: loss %.4f, accuracy %.4f", variant.label, outcomes[-1].row["loss"], outcomes[-1].row["accuracy"])
+    for conversion in settings.conversions:
+        outcomes.append(evaluate_converted(model, tokenizer, conversion, held_out, training, length, settings))
+        log.info("%s: loss %.4f", conversion.columns["variant"], outcomes[-1].row["loss"])
     results = compared(outcomes)
     with store.writing("evaluate") as folder:
         folder.mkdir()
@@ -156,14 +160,34 @@ def evaluate_variant(
     return Outcome(row | observer.means(), layers)
 
 
+def evaluate_converted(
+    model: Any,
+    tokenizer: Any,
+    conversion: Conversion,
+    held_out: Sequence[Batch],
+    training: Sequence[Batch],
+    length: int,
+    settings: EvaluateSettings,
+) -> Outcome:
+    """The finetuned model as another architecture; its graph is not ours to see, so its metrics are not defined."""
+    converted = conversion.convert(model, tokenizer, length)
+
+    if training:
+        adapt(converted.model, None, [converted.read(batch) for batch in training], settings.adapt)
+    part = settings.adapt.part if training else None
+    row = {**conversion.columns, "adapt_steps": settings.adapt.steps, "finetune_part": part}
+    cost = _quality_and_cost(converted.model, None, None, [converted.read(batch) for batch in held_out])
+    return Outcome(row | cost, [])
+
+
 @torch.inference_mode()
 def _quality_and_cost(
-    model: Any, attention: Attention, watch: Stopwatch | None, batches: Sequence[Batch]
+    model: Any, attention: Attention | None, watch: Stopwatch | None, batches: Sequence[Batch]
 ) -> dict[str, Any]:
     device = model.device
     total_loss, right, masked = 0.0, 0, 0
     times: list[float] = []
-    with models.plugged(model, attention):
+    with attending(model, attention):
         model(**_on(batches[0], device))  # warm-up
         if watch is not None:
             watch.seconds = 0.0

@@ -138,5 +138,7 @@ def _differences(old: Any, new: Any, where: str = "") -> list[tuple[str, Any, An
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, (list, dict)) and value:
+        return f"{len(value)} entries"
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 40 else f"{text[:37]}…"

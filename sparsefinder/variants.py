@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ from sparsefinder.attention import Bucketed
 from sparsefinder.graphs import Pattern
 from sparsefinder.patterns.configuration import Configuration, Learned
 from sparsefinder.patterns.full import Full
+from sparsefinder.store import plain
 from sparsefinder.transforms import Normalizer
 
 
@@ -34,6 +35,20 @@ class AttentionChoice:
         """The attention, ready to be plugged into a model."""
         given = {"pattern": pattern} if self.takes_pattern else {}
         return self.kind(**given, normalizer=normalizer, **self.options)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A file of conf/conversion: the finetuned model as another architecture, with softmax attention of its own."""
+
+    name: str  # of the file
+    convert: Callable[[Any, Any, int], Any]  # (model, tokenizer, length) → sparsefinder.conversions.variants.Converted
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """What tells this row from the others."""
+        settings = {k: v for k, v in plain(self.convert).items() if k != "type"}
+        return {"variant": f"converted {self.name} (softmax)", "attention": self.name, "alpha": 1.0, **settings}
 
 
 @dataclass(frozen=True)

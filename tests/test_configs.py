@@ -65,6 +65,7 @@ def settings_of(cfg: DictConfig, stage: str, script: ModuleType) -> Any:
         extra["configurations"] = tuple(script.all_configurations(cfg, sweep=stage == "score"))
     if stage == "evaluate":
         extra["attentions"] = tuple(script.attentions(cfg))
+        extra["conversions"] = tuple(script.conversions(cfg))
     return script.build(cfg[stage], **extra)
 
 
