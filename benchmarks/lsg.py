@@ -88,18 +88,18 @@ def variants(sparsity_types: list[str]) -> dict[str, Callable[[Tensor, Tensor, T
 
 def times(
     functions: dict[str, Callable], inputs: tuple[Tensor, ...], repeats: int, backward: bool
-) -> dict[str, list[float]]:
-    """Seconds of each function, `repeats` rounds in which they take turns, after one that is not counted."""
-    found: dict[str, list[float]] = {name: [] for name in functions}
+) -> dict[str, list[tuple[float, float]]]:
+    """Seconds by the clock and of the processor, of `repeats` rounds in which the functions take turns, after one uncounted."""
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
     for turn in range(repeats + 1):
         for name, function in functions.items():
             given = [x.detach().requires_grad_(backward) if x.is_floating_point() else x for x in inputs]
-            begin = time.perf_counter()
+            begin = time.perf_counter(), time.process_time()
             output = function(*given)
             if backward:
                 output.sum().backward()
             if turn:
-                found[name].append(time.perf_counter() - begin)
+                found[name].append((time.perf_counter() - begin[0], time.process_time() - begin[1]))
     return found
 
 
@@ -155,7 +155,9 @@ def main() -> None:
     print(
         f"torch {torch.__version__}, {given.threads} threads, {HEADS} heads of {SIZE}, blocks of {BLOCK}, factor {FACTOR}"
     )
-    print(f"{'tokens':>7} {'attention':<18} {'median s':>9} {'min–max s':>17} {'peak MB':>8} {'× published':>12}")
+    print(
+        f"{'tokens':>7} {'attention':<18} {'median s':>9} {'min–max s':>17} {'CPU s':>7} {'peak MB':>8} {'× published':>12}"
+    )
     for tokens in given.lengths:
         inputs = tensors(tokens)
         if "ours norm" in functions:
@@ -163,13 +165,15 @@ def main() -> None:
                 torch.testing.assert_close(functions["ours norm"](*inputs), published(*inputs), atol=1e-5, rtol=1e-4)
         with torch.set_grad_enabled(given.backward):
             found = times(functions, inputs, given.repeats, given.backward)
-        reference = statistics.median(found["published"])
-        for name, seconds in found.items():
-            median = statistics.median(seconds)
-            spread = f"{min(seconds):.3f}–{max(seconds):.3f}"
+        clock = {name: [seconds for seconds, _ in both] for name, both in found.items()}
+        reference = statistics.median(clock["published"])
+        for name, seconds in clock.items():
+            median, spread = statistics.median(seconds), f"{min(seconds):.3f}–{max(seconds):.3f}"
+            processor = statistics.median(cpu for _, cpu in found[name])
             memory = peak_memory(name, tokens, given.threads, given.sparsity_types)
             print(
-                f"{tokens:>7} {name:<18} {median:>9.3f} {spread:>17} {memory:>8.0f} {reference / median:>11.1f}×",
+                f"{tokens:>7} {name:<18} {median:>9.3f} {spread:>17} {processor:>7.3f} {memory:>8.0f} "
+                f"{reference / median:>11.1f}×",
                 flush=True,
             )
 
