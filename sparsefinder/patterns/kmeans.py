@@ -47,7 +47,8 @@ class KMeans:
 
     def _nearest(self, x: Tensor, centres: Tensor) -> Tensor:
         runs, clusters = centres.shape[1:3]
-        distances = torch.cdist(x[:, :, None], centres[None], compute_mode="donot_use_mm_for_euclid_dist")
-        nearest = distances.topk(self.top_clusters, dim=-1, largest=False).indices  # (B, H, runs, N, top)
+        # ‖x − c‖² = ‖x‖² − 2 (x·c − ‖c‖²/2): the nearest centroids are those of the largest bracket, one matrix product
+        closeness = x[:, :, None] @ centres.transpose(-1, -2)[None] - centres.square().sum(-1)[:, :, None] / 2
+        nearest = closeness.topk(self.top_clusters, dim=-1).indices  # (B, H, runs, N, top)
         first = torch.arange(runs, device=x.device)[:, None, None] * clusters
         return (nearest + first).movedim(2, 3).flatten(3)
