@@ -143,18 +143,15 @@ def _fit_layer(points: np.ndarray, settings: ClusterSettings) -> Tensor:
         Parallel,
         delayed,
     )  # here and below: scikit-learn takes a second to import, and patterns need none of it
-    from threadpoolctl import threadpool_limits
 
     if points.shape[1] < settings.n_clusters:
         raise UserError(
             f"n_clusters={settings.n_clusters}, but there are only {points.shape[1]} projected queries and keys to cluster: "
             "choose fewer clusters or extract more samples"
         )
-    # one OpenMP thread for each head: heads run side by side, and a sum has one order, so a seed has one result
-    with threadpool_limits(limits=1):
-        centres = Parallel(n_jobs=settings.jobs, prefer="threads")(
-            delayed(_fit_head)(head, settings, run) for head in points for run in range(settings.runs)
-        )
+    centres = Parallel(n_jobs=settings.jobs, prefer="threads")(
+        delayed(_fit_head)(head, settings, run) for head in points for run in range(settings.runs)
+    )
     stacked = np.stack(list(centres)).reshape(points.shape[0], settings.runs, settings.n_clusters, -1)
     return torch.from_numpy(stacked).float()
 
@@ -162,6 +159,7 @@ def _fit_layer(points: np.ndarray, settings: ClusterSettings) -> Tensor:
 def _fit_head(points: np.ndarray, settings: ClusterSettings, run: int) -> np.ndarray:
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
+    from threadpoolctl import threadpool_limits
 
     kmeans = KMeans(
         n_clusters=settings.n_clusters,
@@ -170,7 +168,9 @@ def _fit_head(points: np.ndarray, settings: ClusterSettings, run: int) -> np.nda
         max_iter=settings.max_iterations,
         random_state=settings.seed + run,
     )
-    with warnings.catch_warnings():
+    # one OpenMP thread for each head (a limit is the calling thread's own): heads run side by side, and a sum has one
+    # order, so a seed has one result
+    with threadpool_limits(limits=1), warnings.catch_warnings():
         # fewer distinct points than clusters: some centroids coincide, and their ties go to the first one
         warnings.simplefilter("ignore", ConvergenceWarning)
         centres: np.ndarray = kmeans.fit(points).cluster_centers_
