@@ -35,5 +35,10 @@ lock:
 	mv requirements.new requirements.lock
 	rm .torch-constraint
 
+# ratios measured side by side in one run, on a quiet machine; minutes
+bench: setup
+	$(BIN)/python benchmarks/bucketed.py
+	$(BIN)/python benchmarks/lsg.py
+
 clean:
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache
