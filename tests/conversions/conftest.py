@@ -1,6 +1,5 @@
 """One thread, one seed, no chatter."""
 
-import logging
 
 import pytest
 import torch
@@ -17,4 +16,3 @@ def one_thread() -> None:
 def quiet() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("sparsefinder").setLevel(logging.ERROR)
