@@ -22,12 +22,14 @@ from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel, PreT
 from sparsefinder import models
 from sparsefinder.corpora import Corpus, masked_batches, token_blocks, train_tokenizer
 from sparsefinder.masked_lm import gold_sparsity, unigram_entropy, validation_loss
+from sparsefinder.starts import from_statistics
 from sparsefinder.store import Store, UserError, plain, remove
 from sparsefinder.training import train
 from sparsefinder.transforms import Normalizer
 
 log = logging.getLogger(__name__)
 
+STARTS = ("random", "statistics")
 SCHEDULES = ("linear", "cosine", "constant_with_warmup")
 _SPARSITY_BATCHES = 4  # validation batches on which the mean gold sparsity is measured
 
@@ -45,6 +47,7 @@ class NewModel:
     intermediate_size: int = 512
     dropout: float = 0.0  # of hidden states and attention; a small model on much text needs none
     initializer_range: float = 0.02
+    start: str = "random"  # or statistics: frequencies and word vectors are counted first, see `sparsefinder.starts`
 
     def __post_init__(self) -> None:
         if self.family not in models.FAMILIES:
@@ -52,6 +55,8 @@ class NewModel:
         for name in ("vocabulary_size", "max_length", "layers", "heads", "hidden_size", "intermediate_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name} must be 1 or more, got {getattr(self, name)}")
+        if self.start not in STARTS:
+            raise UserError(f"model.start={self.start} is unknown; choose one of {', '.join(STARTS)}")
         if self.hidden_size % self.heads:
             raise UserError(f"model.hidden_size={self.hidden_size} is not a multiple of model.heads={self.heads}")
 
@@ -75,7 +80,11 @@ class NewModel:
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )
-        return AutoModelForMaskedLM.from_config(config), tokenizer
+        model = AutoModelForMaskedLM.from_config(config)
+        if self.start == "statistics":
+            blocks = token_blocks(corpus, tokenizer, "train", self.max_length, cache=cache)
+            from_statistics(model, blocks, tokenizer.all_special_ids)
+        return model, tokenizer
 
 
 @dataclass(frozen=True)

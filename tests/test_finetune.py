@@ -10,8 +10,8 @@ import torch
 from tiny_models import save_tiny, tiny_batch, tiny_model
 from torch import nn
 
-from sparsefinder import finetune, masked_lm, training
-from sparsefinder.corpora import Masking, TextFiles, TokenBlocks
+from sparsefinder import finetune, masked_lm, starts, training
+from sparsefinder.corpora import Masking, TextFiles, TokenBlocks, token_blocks
 from sparsefinder.finetune import FinetuneSettings, NewModel, Pretrained
 from sparsefinder.models import FAMILIES, get_normalizer, load_masked_lm, set_normalizer
 from sparsefinder.store import Store, UserError
@@ -152,6 +152,7 @@ def test_settings_check_themselves(corpus):
     for changes, message in (
         ({"family": "gpt2"}, "model.family=gpt2 is unknown; choose one of roberta"),
         ({"layers": 0}, "model.layers must be 1 or more"),
+        ({"start": "cold"}, "model.start=cold is unknown; choose one of random, statistics"),
         ({"hidden_size": 15}, "is not a multiple of model.heads"),
     ):
         with pytest.raises(UserError, match=message):
@@ -159,7 +160,7 @@ def test_settings_check_themselves(corpus):
 
 
 def test_blocks_longer_than_the_model_are_refused(corpus, tmp_path):
-    with pytest.raises(UserError, match="finetune.length=100, but the model takes at most 24 tokens"):
+    with pytest.raises(UserError, match=r"finetune\.length=100, but the model takes at most 24 tokens"):
         run(settings_for(corpus, length=100), tmp_path)
 
 
@@ -229,3 +230,56 @@ def test_gold_sparsity_against_a_count_by_hand():
         found += [(layer == 0).float().mean((-2, -1)).flatten() for layer in attentions]
     assert masked_lm.gold_sparsity(model, [batch]) == pytest.approx(torch.cat(found).mean().item(), abs=1e-6)
     assert torch.cat(found).mean() > 0.1
+
+
+# ---- a start from statistics ----
+
+
+def test_cooccurrences_against_a_count_by_hand():
+    rows = torch.randint(0, 9, (5, 12), generator=torch.Generator().manual_seed(0)).tolist()
+    words = torch.tensor([3, 5, 8, 4])
+    expected = torch.zeros(4, 4)
+    for row in rows:
+        for i, left in enumerate(row):
+            for j, right in enumerate(row):
+                if 0 < abs(i - j) <= 4 and left in words and right in words:
+                    expected[words.tolist().index(left), words.tolist().index(right)] += 1 / abs(i - j)
+    lengths = torch.full((5,), 12)
+    blocks = TokenBlocks(torch.tensor(rows).flatten().int(), torch.cat([torch.zeros(1).long(), lengths.cumsum(0)]))
+    torch.testing.assert_close(starts.cooccurrences(blocks, words), expected)
+
+
+def test_words_in_the_same_company_get_the_same_vector():
+    """Words 5 and 6 stand between the same neighbours, 20 and 21 between others."""
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for _ in range(400):
+        group = int(torch.randint(2, (1,), generator=generator))
+        company = torch.randint(7 + 5 * group, 12 + 5 * group, (4,), generator=generator).tolist()
+        company.insert(2, 5 + 15 * group + int(torch.randint(2, (1,), generator=generator)))
+        rows += company
+    blocks = TokenBlocks(torch.tensor(rows).int(), torch.arange(0, len(rows) + 1, 5))
+    torch.manual_seed(0)
+    vectors = starts.word_vectors(blocks, torch.tensor([5, 6, 20, 21, *range(7, 17)]), 8)
+    torch.testing.assert_close(vectors.norm(dim=1), torch.ones(14))
+    assert vectors[0] @ vectors[1] > 0.8 > 0.3 > vectors[0] @ vectors[2]
+    assert vectors[2] @ vectors[3] > 0.8
+
+
+def test_a_start_from_statistics_writes_all_five_things(corpus, tmp_path):
+    new = dataclasses.replace(TINY, start="statistics", dropout=0.0)
+    torch.manual_seed(0)
+    model, tokenizer = new.make(corpus, tmp_path)
+    embeddings, layer = model.roberta.embeddings, model.roberta.encoder.layer[1].attention
+    assert torch.equal(layer.self.query.weight, layer.self.key.weight)
+    assert torch.equal(layer.output.dense.weight, layer.self.value.weight.T)
+    table = embeddings.position_embeddings.weight
+    assert len(table) == 24 + 2
+    first, second = (table[2:-3] * table[3:-2]).sum(1), (table[2:-3] * table[5:]).sum(1)
+    assert first.std() < 1e-6 < 1e-5 < (first - second).min()  # products follow the distance alone, and fall with it
+    counts = token_blocks(corpus, tokenizer, "train", 24).ids.long().bincount(minlength=300)
+    offset = model.lm_head.decoder.bias - (counts + 0.5).log()
+    torch.testing.assert_close(offset, offset[:1].expand(300), rtol=0, atol=1e-5)
+    for family in ("albert", "distilbert", "modernbert"):
+        with pytest.raises(UserError, match="start=statistics works for the families roberta, bert"):
+            dataclasses.replace(new, family=family).make(corpus, tmp_path)
