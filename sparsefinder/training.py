@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _START_ALPHA = 1.01  # of `alpha_schedule`: next to softmax
-_ALPHA_STEP = 0.05  # α moves in steps, because each value of it compiles its own kernels
+_ALPHA_STEP = 0.01  # α moves in steps, because setting it looks the attention layers up
 _POOL = 8  # batches whose blocks are sorted by length together, so that little is padded
 
 
@@ -193,7 +193,7 @@ class _Annealing(TrainerCallback):
 
 
 def annealed(alpha: float, step: int, steps: int) -> float:
-    """α at ``step`` of ``steps``: a ramp from 1.01 that ends at half of the steps, in multiples of 0.05."""
+    """α at ``step`` of ``steps``: a ramp from 1.01 that ends at half of the steps, in multiples of 0.01."""
     reached = _START_ALPHA + (alpha - _START_ALPHA) * min(1.0, 2.0 * step / steps)
     if reached >= alpha:
         return alpha
