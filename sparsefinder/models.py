@@ -26,6 +26,7 @@ import contextlib
 import logging
 import math
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +44,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.masking_utils import sdpa_mask
+from transformers.utils.logging import disable_progress_bar
 
 from sparsefinder import hub
 from sparsefinder.graphs import Attention
@@ -340,6 +342,9 @@ def _valid(query: Tensor, mask: Tensor | None) -> Tensor:
         return torch.ones(batch, tokens, dtype=torch.bool, device=query.device)
     return mask[:, 0].any(-2).expand(batch, tokens)
 
+
+if not sys.stderr.isatty():
+    disable_progress_bar()  # transformers draws its bars for loading and saving into log files too
 
 AttentionInterface.register(REGISTERED, _attend)
 AttentionMaskInterface.register(REGISTERED, sdpa_mask)

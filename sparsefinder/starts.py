@@ -1,19 +1,20 @@
 """A start for small models on small budgets: what can be counted need not be learned.
 
 A masked language model that starts from plain random weights first spends most of a short training on its word frequencies,
-and then sits on a plateau until its embeddings mean something and its attention passes anything useful on. Five facts can be
+and then sits on a plateau until its embeddings mean something and its attention passes anything useful on. Six things can be
 written into the weights beforehand; all of them stay free to change:
 
 1. the bias of the head is the logarithm of the words' frequencies;
 2. the embedding of a word is its row in a factorization of positive pointwise mutual information, counted in the training
    part (Levy and Goldberg 2014, Neural word embedding as implicit matrix factorization);
 3. positions are sinusoids, which make "so many words to the left" the same direction everywhere (Vaswani et al. 2017);
-4. queries start out equal to keys, so attention begins with what is alike in meaning and position; and
+4. queries start out equal to keys, so attention begins with what is alike in meaning and position;
 5. the output of attention starts out as the transpose of its values, so it passes on what it looked at (4 and 5: Trockman
    and Kolter 2023, Mimetic initialization of self-attention layers, https://arxiv.org/abs/2305.09828; there by a spectral
-   factorization with noise, here by equal random matrices).
+   factorization with noise, here by equal random matrices); and
+6. the heads of the first layer start out looking at the words beside them, one offset each (a rotation of the sinusoids).
 
-On the tiny experiment this is the difference between a loss below the unigram entropy after a minute or after the whole run.
+On the tiny experiment this is the difference between a loss below the unigram entropy after one minute of training or five.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ _MOST_WORDS = 8192  # that get a counted embedding, the most frequent ones: memo
 _SMOOTHING = 0.75  # exponent of the context's frequency (Levy, Goldberg and Dagan 2015)
 _ALIKE = 2.0  # variance of the entries of a query: a token's score with itself starts at 2√D
 _PASSED = 0.8  # share of a value that attention passes on
+_BESIDE = 1.4  # weight of "look beside you" in the first layer's queries and keys
+_OFFSETS = (-1, 1, -2, 2, -3, 3, -4, 4)  # of its heads, in turn
 
 
 @torch.no_grad()
@@ -73,6 +76,8 @@ def from_statistics(model: PreTrainedModel, blocks: TokenBlocks, special: list[i
         attention.key.weight.copy_(attention.query.weight)
         attention.value.weight.normal_(0.0, math.sqrt(_PASSED / hidden))
         layer.attention.output.dense.weight.copy_(attention.value.weight.T)
+    first = encoder.encoder.layer[0].attention.self
+    look_beside(first.query.weight, first.key.weight, config.num_attention_heads, len(table) - reserved)
 
 
 def word_vectors(blocks: TokenBlocks, words: Tensor, size: int) -> Tensor:
@@ -116,6 +121,26 @@ def mutual_information(counts: Tensor) -> Tensor:
 
 def sinusoids(positions: int, size: int) -> Tensor:
     """``(positions, size)``: sines and cosines with wavelengths from 2π to 2π times the number of positions."""
-    rates = torch.exp(-math.log(positions) * torch.arange(0, size, 2) / size)
-    angles = torch.arange(positions)[:, None] * rates
+    angles = torch.arange(positions)[:, None] * _rates(positions, size)
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :size]
+
+
+def look_beside(query: Tensor, key: Tensor, heads: int, positions: int) -> None:
+    """Add to ``query`` and ``key``, ``(H·D, hidden)``, what makes head ``h`` look ``_OFFSETS[h]`` words away, in place.
+
+    Keys see the ``D`` fastest coordinates of the position, queries see them turned by the offset; the product is largest
+    where the two agree.
+    """
+    size = query.shape[0] // heads // 2 * 2
+    rates = _rates(positions, query.shape[1])[: size // 2]
+    for head in range(heads):
+        angles = rates * _OFFSETS[head % len(_OFFSETS)]
+        turns = [torch.tensor([[c, s], [-s, c]]) for c, s in zip(angles.cos(), angles.sin(), strict=True)]
+        start = head * (query.shape[0] // heads)
+        query[start : start + size, :size] += _BESIDE * torch.block_diag(*turns)
+        key[start : start + size, :size] += _BESIDE * torch.eye(size)
+
+
+def _rates(positions: int, size: int) -> Tensor:
+    """The angle by which each pair of coordinates turns from one position to the next."""
+    return torch.exp(-math.log(positions) * torch.arange(0, size, 2) / size)

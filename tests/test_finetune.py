@@ -266,7 +266,18 @@ def test_words_in_the_same_company_get_the_same_vector():
     assert vectors[2] @ vectors[3] > 0.8
 
 
-def test_a_start_from_statistics_writes_all_five_things(corpus, tmp_path):
+def test_heads_that_look_beside_them():
+    query, key = torch.zeros(2, 4 * 8, 32)
+    starts.look_beside(query, key, heads=4, positions=50)
+    table = starts.sinusoids(50, 32)
+    for head, offset in enumerate((-1, 1, -2, 2)):
+        rows = slice(8 * head, 8 * head + 8)
+        scores = (table @ query[rows].T) @ (table @ key[rows].T).T
+        best = scores.argmax(1)
+        assert torch.equal(best[5:45], torch.arange(5, 45) + offset)
+
+
+def test_a_start_from_statistics_writes_all_it_promises(corpus, tmp_path):
     new = dataclasses.replace(TINY, start="statistics", dropout=0.0)
     torch.manual_seed(0)
     model, tokenizer = new.make(corpus, tmp_path)

@@ -121,7 +121,7 @@ def _read(packages: Sequence[str], split: str, limit: int | None, repetitions: _
 
 
 def _new_paragraphs(text: str, repetitions: _Repetitions) -> Iterator[str]:
-    if text not in repetitions.texts:  # a fifth of all docstrings are copies: no need to clean them again
+    if text not in repetitions.texts:  # many docstrings are copies: no need to clean them again
         repetitions.texts.add(text)
         yield from (paragraph for paragraph in prose.paragraphs(text) if repetitions.new(paragraph))
 
