@@ -207,7 +207,8 @@ def _compiled(function: Callable[..., Any], constant: float | None) -> Callable[
 
 
 _CONSTANTS = (1.5, 2.0)  # values of α that make squares and comparisons of the powers
-_WORTH_COMPILING = 1 << 18  # scores; below this the eager kernels take a few milliseconds, and compiling takes some twenty seconds
+# scores; below this the eager kernels take a few milliseconds, and compiling takes some twenty seconds
+_WORTH_COMPILING = 1 << 18
 
 
 def _at_least_float32(scores: Tensor) -> Tensor:

@@ -344,7 +344,7 @@ def test_masking_follows_berts_recipe():
     masked, kept = (inputs[chosen] == 4).float().mean(), (inputs[chosen] == ids[chosen]).float().mean()
     assert math.isclose(masked, 0.8, abs_tol=0.03)
     assert math.isclose(kept, 0.1, abs_tol=0.03)
-    short, asked = masking(torch.tensor([0, 7, 8, 2]), seed=0, example=0)
+    _short, asked = masking(torch.tensor([0, 7, 8, 2]), seed=0, example=0)
     assert int((asked != -100).sum()) == 1
 
 

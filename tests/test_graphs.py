@@ -84,7 +84,8 @@ class TestRandomNumbers:
 
     def test_are_uniform_and_independent(self) -> None:
         numbers = uniform(0, 0, torch.arange(300)[:, None], torch.arange(300))
-        assert numbers.min() >= 0 and numbers.max() < 1
+        assert numbers.min() >= 0
+        assert numbers.max() < 1
         histogram = torch.histc(numbers, 10, 0, 1) / numbers.numel()
         torch.testing.assert_close(histogram, torch.full((10,), 0.1, dtype=torch.float64), atol=0.005, rtol=0)
         assert abs(torch.corrcoef(torch.stack([numbers[:, 1:].flatten(), numbers[:, :-1].flatten()]))[0, 1]) < 0.02

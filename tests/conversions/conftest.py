@@ -1,6 +1,5 @@
 """One thread, one seed, no chatter."""
 
-
 import pytest
 import torch
 import transformers
