@@ -119,12 +119,10 @@ def all_configurations(cfg: DictConfig, sweep: bool) -> Iterable[Any]:
         return
     around += [more for more in plain(cfg.pattern.also_with) if around[0] | more not in around]
     for name, node in files(cfg, "pattern"):
-        pattern = build(without(node, "sweep"))
-        values = (
-            plain(node.get("sweep")) if sweep and node.get("sweep") else [getattr(pattern, pattern.dial or "", None)]
-        )
-        for value in values:
-            changed = build(without(node, "sweep"), **({pattern.dial: value} if pattern.dial else {}))
+        settings = without(node, "sweep")
+        pattern = build(settings)
+        values = plain(node.get("sweep", [])) if sweep else []
+        for changed in [build(settings, **{pattern.dial: value}) for value in values] or [pattern]:
             for surrounding in around if pattern.needs else around[:1]:
                 yield construct(Configuration, {"name": name, "pattern": changed} | around[0] | surrounding)
 
