@@ -101,9 +101,10 @@ class Attention(Protocol):
 class Buckets:
     """A graph as memberships: a query and a key are joined iff they share a bucket.
 
-    ``q_ids``, ``k_ids``: ``(B, H, N, P)`` int64, the ``P`` buckets of each token, in ``[0, count)``. Ids are unique over
-    rounds (round ``r`` of a method with ``m`` buckets uses ``r·m … r·m + m − 1``) and a token names a bucket at most once.
-    Ids of padded tokens are arbitrary: whoever reads them masks with ``valid``.
+    ``q_ids``: ``(B, H, N, P)`` and ``k_ids``: ``(B, H, N, P')`` int64, the buckets of each token in ``[0, count)``, or -1
+    where a token is in fewer buckets than others. Ids are unique over rounds (round ``r`` of a method with ``m`` buckets
+    uses ``r·m … r·m + m − 1``) and a token names a bucket at most once. Ids of padded tokens are arbitrary: whoever reads
+    them masks with ``valid``.
     """
 
     q_ids: Tensor
@@ -115,7 +116,7 @@ class Buckets:
         edges = torch.zeros(*self.q_ids.shape[:3], self.k_ids.shape[2], dtype=torch.bool, device=self.q_ids.device)
         for q_slot in self.q_ids.unbind(-1):
             for k_slot in self.k_ids.unbind(-1):
-                edges |= q_slot[..., :, None] == k_slot[..., None, :]
+                edges |= (q_slot[..., :, None] == k_slot[..., None, :]) & (q_slot >= 0)[..., :, None]
         return edges & allowed
 
 
@@ -171,8 +172,12 @@ def band(tokens: int, window: int, device: torch.device | None = None) -> Tensor
 def _join_buckets(first: Buckets | None, second: Buckets | None) -> Buckets | None:
     if first is None or second is None:
         return first or second
+    q_ids, k_ids = (shifted(ids, first.count) for ids in (second.q_ids, second.k_ids))
     return Buckets(
-        torch.cat([first.q_ids, second.q_ids + first.count], dim=-1),
-        torch.cat([first.k_ids, second.k_ids + first.count], dim=-1),
-        first.count + second.count,
+        torch.cat([first.q_ids, q_ids], dim=-1), torch.cat([first.k_ids, k_ids], dim=-1), first.count + second.count
     )
+
+
+def shifted(ids: Tensor, by: int | Tensor) -> Tensor:
+    """Bucket ids moved to another range; -1, no bucket, stays."""
+    return torch.where(ids < 0, ids, ids + by)

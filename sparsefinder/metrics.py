@@ -116,9 +116,9 @@ def balance(buckets: Buckets, valid: Tensor) -> dict[str, Tensor]:
     ``bucket_largest``: share of the memberships in the fullest one; ``bucket_empty``: share of buckets without a key.
     """
     batch, heads = buckets.k_ids.shape[:2]
-    ones = valid[:, None, :, None].expand(buckets.k_ids.shape).double()
+    ones = (valid[:, None, :, None] & (buckets.k_ids >= 0)).double()
     sizes = torch.zeros(batch, heads, buckets.count, dtype=torch.float64, device=ones.device)
-    sizes.scatter_add_(-1, buckets.k_ids.flatten(2), ones.flatten(2))
+    sizes.scatter_add_(-1, buckets.k_ids.clamp_min(0).flatten(2), ones.flatten(2))
     shares = sizes / sizes.sum(-1, keepdim=True)
     entropy = -torch.special.xlogy(shares, shares).sum(-1)
     return {

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sparsefinder.banded import TILE, Band, neighbours
-from sparsefinder.graphs import QK, Layout
+from sparsefinder.graphs import QK, Layout, shifted
 from sparsefinder.rows import Rows, lay_out_rows
 from sparsefinder.tiles import STEP, Tiles, lay_out_tiles, slots_in_common
 
@@ -153,7 +153,7 @@ def cut(layout: Layout, qk: QK) -> Pieces:
         buckets = layout.buckets
         # every head has bucket ids of its own
         own = torch.arange(batch * heads, device=device).view(batch, heads, 1, 1) * buckets.count
-        q_ids, k_ids = ((ids + own).flatten(0, 2) for ids in (buckets.q_ids, buckets.k_ids))
+        q_ids, k_ids = (shifted(ids, own).flatten(0, 2) for ids in (buckets.q_ids, buckets.k_ids))
         slots = slots_in_common(buckets.q_ids, buckets.k_ids)
         tiles = lay_out_tiles(q_ids, k_ids, flat_alive, batch * heads * buckets.count)
         tiles = tiles.hide(q_ids, k_ids, slots, positions if qk.causal else None)
@@ -163,7 +163,9 @@ def cut(layout: Layout, qk: QK) -> Pieces:
         keys = positions[:, None] + torch.arange(first, last + 1, device=device)
         hidden = ~neighbours(flat_alive, first, last, False) | (keys < 0) | (keys >= tokens)
         for q_slot, k_slot in slots:
-            hidden |= q_ids[:, q_slot, None] == neighbours(k_ids[:, k_slot], first, last, -1)
+            # a query in no bucket is -1; a key in none, or beyond either end, -2
+            keys_in = k_ids[:, k_slot].masked_fill(k_ids[:, k_slot] < 0, -2)
+            hidden |= q_ids[:, q_slot, None] == neighbours(keys_in, first, last, -2)
         band = Band(first, last, hidden)
     chosen = None if is_global is None or not bool(is_global.any()) else _globals(is_global, qk)
     return Pieces(qk.q.shape, flat_alive, chosen, band, tiles)

@@ -109,7 +109,9 @@ class Tiles:
             return self
         smaller = self.q.look_up(q_ids, -1)
         smaller[smaller >= self.buckets.repeat_interleave(self.q_sizes)[:, None]] = -1
-        ids = zip(self._q_blocks(smaller), self._k_blocks(self.k.look_up(k_ids, -2)), strict=True)
+        # a query in no bucket is -1, a key in none is -2
+        keys_in = self.k.look_up(k_ids.masked_fill(k_ids < 0, -2), -2)
+        ids = zip(self._q_blocks(smaller), self._k_blocks(keys_in), strict=True)
         masks = []
         for q_block, k_block in ids:
             mask = torch.zeros(*q_block.shape[:2], k_block.shape[1], dtype=torch.bool, device=q_ids.device)
@@ -142,7 +144,7 @@ class Tiles:
 
 def lay_out_tiles(q_ids: Tensor, k_ids: Tensor, alive: Tensor, count: int) -> Tiles:
     """Tiles of memberships ``(M, P)`` int64 in ``[0, count)``; only tokens that are ``alive (M,)`` take part."""
-    q_ids, k_ids = (ids.masked_fill(~alive[:, None], count).view(-1) for ids in (q_ids, k_ids))
+    q_ids, k_ids = (ids.masked_fill(~alive[:, None] | (ids < 0), count).view(-1) for ids in (q_ids, k_ids))
     q_counts, k_counts = (torch.bincount(ids, minlength=count + 1)[:count] for ids in (q_ids, k_ids))
     buckets = ((q_counts > 0) & (k_counts > 0)).nonzero().squeeze(-1)
     q_sizes, k_sizes = round_up(q_counts[buckets], STEP), round_up(k_counts[buckets], STEP)
@@ -167,12 +169,18 @@ def slots_in_common(q_ids: Tensor, k_ids: Tensor) -> list[tuple[int, int]]:
 
     Rounds use ranges of their own, so each meets itself alone and comparing ids costs P instead of P².
     """
-    q_ranges, k_ranges = (torch.stack(ids.flatten(0, -2).aminmax(dim=0)).T.tolist() for ids in (q_ids, k_ids))
+    q_ranges, k_ranges = (_ranges(ids.flatten(0, -2)) for ids in (q_ids, k_ids))
     return [
         (i, j)
         for (i, (q_low, q_high)), (j, (k_low, k_high)) in product(enumerate(q_ranges), enumerate(k_ranges))
         if q_low <= k_high and k_low <= q_high
     ]
+
+
+def _ranges(ids: Tensor) -> list[list[int]]:
+    """Smallest and largest id of each slot; an empty range where nobody is in a bucket."""
+    lowest = ids.masked_fill(ids < 0, torch.iinfo(ids.dtype).max).amin(dim=0)
+    return torch.stack([lowest, ids.amax(dim=0)]).T.tolist()
 
 
 def round_up(sizes: Tensor, step: int) -> Tensor:

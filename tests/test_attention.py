@@ -102,6 +102,14 @@ def nearest(batch: int, heads: int, tokens: int, top: int, buckets: int, seed: i
     return Buckets(q_ids, k_ids, buckets)
 
 
+def routed(batch: int, heads: int, tokens: int, top: int, buckets: int, seed: int = 0) -> Buckets:
+    """Every key in one bucket or none, every query in ``top`` buckets at most: some slots are empty (-1)."""
+    chosen = nearest(batch, heads, tokens, top, buckets, seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    empty_q, empty_k = (torch.rand(batch, heads, tokens, n, generator=generator) < 0.3 for n in (top, 1))
+    return Buckets(chosen.q_ids.masked_fill(empty_q, -1), chosen.k_ids[..., :1].masked_fill(empty_k, -1), buckets)
+
+
 def same_buckets(queries: list[int], keys: list[int], count: int) -> Buckets:
     """One head whose queries and keys are in the listed buckets."""
     return Buckets(torch.tensor(queries)[None, None, :, None], torch.tensor(keys)[None, None, :, None], count)
@@ -113,6 +121,8 @@ LAYOUTS = {
     "one bucket each": Fixed(rounds(2, 2, TOKENS, 1, 5)),
     "rounds": Fixed(rounds(2, 2, TOKENS, 3, 4)),
     "top clusters": Fixed(nearest(2, 2, TOKENS, 3, 9)),
+    "queries in several buckets, keys in one": Fixed(routed(2, 2, TOKENS, 3, 9)),
+    "the same, window, globals": Fixed(routed(2, 2, TOKENS, 3, 9), 9, GLOBALS),
     "rounds, window, globals": Fixed(rounds(2, 2, TOKENS, 2, 3), 7, GLOBALS),
     "clusters, window, globals": Fixed(nearest(2, 2, TOKENS, 2, 9), 41, GLOBALS),
     "window": Fixed(window=5),

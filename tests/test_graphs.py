@@ -26,6 +26,7 @@ def test_a_layout_is_the_union_of_its_parts(causal: bool) -> None:
     generator = torch.Generator().manual_seed(1)
     # two rounds of four buckets; ids are unique over rounds
     q_ids, k_ids = (torch.randint(4, (2, 2, 9, 2), generator=generator) + torch.tensor([0, 4]) for _ in range(2))
+    q_ids[:, :, ::3, 0] = k_ids[:, :, ::2, 0] = -1  # in no bucket of the first round
     is_global = torch.zeros(2, 9, dtype=torch.bool)
     is_global[:, 0] = True
     layout = Layout(Buckets(q_ids, k_ids, 8)).union(Layout(window=3)).union(Layout(is_global=is_global))
@@ -34,18 +35,18 @@ def test_a_layout_is_the_union_of_its_parts(causal: bool) -> None:
         for h in range(2):
             for i in range(9):
                 for j in range(9):
-                    shares = bool(set(q_ids[b, h, i].tolist()) & set(k_ids[b, h, j].tolist()))
+                    shares = bool({*q_ids[b, h, i].tolist()} & {*k_ids[b, h, j].tolist()} - {-1})
                     expected = (shares or abs(i - j) <= 1 or 0 in (i, j)) and bool(qk.allowed[b, 0, i, j])
                     assert graph[b, h, i, j] == expected
 
 
 def test_joined_buckets_keep_their_ids_apart() -> None:
     ids = torch.zeros(1, 1, 2, 1, dtype=torch.int64)
-    joined = Layout(Buckets(ids, ids, 1)).union(Layout(Buckets(ids + 1, ids, 2))).buckets
+    joined = Layout(Buckets(ids, ids, 1)).union(Layout(Buckets(ids + 1, torch.tensor([[[[0], [-1]]]]), 2))).buckets
     assert joined is not None
     assert joined.count == 3
     assert joined.q_ids[0, 0, 0].tolist() == [0, 2]
-    assert joined.k_ids[0, 0, 0].tolist() == [0, 1]
+    assert joined.k_ids[0, 0].tolist() == [[0, 1], [0, -1]]
 
 
 def test_blocks_concatenate_tokens_and_zero_padding() -> None:
