@@ -12,7 +12,7 @@ import logging
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
@@ -81,8 +81,7 @@ def run(settings: EvaluateSettings, store: Store) -> None:
     model, tokenizer = models.load_masked_lm(store.path("model"))
     learned = Learned.load(store, needed(settings.configurations))
     shape = models.describe(model)
-    if learned.projections is not None:
-        learned.projections.check(shape.layers, shape.heads, shape.head_size)
+    learned.check(shape.layers, shape.heads, shape.head_size)
     own = models.get_normalizer(model)
     length = min(settings.length or 1 << 30, shape.max_length)
 
@@ -141,11 +140,11 @@ def evaluate_variant(
 ) -> Outcome:
     """Adapt a copy of the model if asked to, then measure quality, cost, and the graphs that were run."""
     if training:
-        model, learned = copy.deepcopy(model), replace(learned, projections=copy.deepcopy(learned.projections))
+        model, learned = copy.deepcopy(model), copy.deepcopy(learned)
     pattern = variant.pattern(learned)
     attention = variant.attention.build(pattern, variant.normalizer)
     if training:
-        adapt(model, attention, training, settings.adapt, learned.projections)
+        adapt(model, attention, training, settings.adapt, learned.artefacts.get("projections"))
     row = {
         **variant.columns,
         "adapt_steps": settings.adapt.steps,

@@ -81,6 +81,20 @@ def load_centroids(path: Path) -> Centroids:
     return Centroids([centres.float() for centres in content], str(path))
 
 
+def nearest(x: Tensor, centres: Tensor, top: int) -> Tensor:
+    """The ``top`` nearest centroids in each run, the nearest first: ``x (B, H, N, R)`` → ``(B, H, N, runs · top)`` int64.
+
+    ``centres``: ``(H, runs, C, R)``; run ``u`` uses the ids ``u · C … u · C + C − 1``.
+    """
+    runs, clusters = centres.shape[1:3]
+    centres = centres.to(x.dtype)
+    # ‖x − c‖² = ‖x‖² − 2 (x·c − ‖c‖²/2): the nearest centroids are those of the largest bracket, one matrix product
+    closeness = x[:, :, None] @ centres.mT[None] - centres.square().sum(-1)[:, :, None] / 2
+    found = closeness.topk(top, dim=-1).indices  # (B, H, runs, N, top)
+    first = torch.arange(runs, device=x.device)[:, None, None] * clusters
+    return (found + first).movedim(2, 3).flatten(3)
+
+
 @dataclass(frozen=True)
 class ClusterSettings:
     """Settings of the stage ``cluster``."""
@@ -113,11 +127,13 @@ def run(settings: ClusterSettings, store: Store) -> None:
         centroids.save(path)
 
 
-def fit_centroids(samples: Samples, projections: Projections, settings: ClusterSettings) -> Centroids:
-    """One k-means per layer, head and run on all projected queries and keys, heads in parallel."""
+def fit_centroids(
+    samples: Samples, projections: Projections, settings: ClusterSettings, sides: Sequence[str] = ("q", "k")
+) -> Centroids:
+    """One k-means per layer, head and run on all projected tokens, heads in parallel; ``sides``: queries, keys or both."""
     layers = samples.shape[0]
     found = [
-        _fit_layer(_points(samples, projections, layer, settings.block_size), settings)
+        _fit_layer(_points(samples, projections, layer, settings.block_size, sides), settings)
         for layer in progress(range(layers), "cluster", layers)
     ]
     log.info("clustered %d layers × %d heads into %d clusters", layers, samples.shape[1], settings.n_clusters)
@@ -125,14 +141,16 @@ def fit_centroids(samples: Samples, projections: Projections, settings: ClusterS
 
 
 @torch.no_grad()
-def _points(samples: Samples, projections: Projections, layer: int, block_size: int) -> np.ndarray:
-    """``(H, points, R)``: every projected query and key of the layer."""
+def _points(
+    samples: Samples, projections: Projections, layer: int, block_size: int, sides: Sequence[str]
+) -> np.ndarray:
+    """``(H, points, R)``: every projected token of the layer."""
 
     def of_each_sample() -> Iterator[Tensor]:
         for index in range(len(samples)):
             projected = projections(samples.layer(index, layer), layer)
             chunks = projected.in_blocks(block_size) if block_size > 1 else projected
-            yield from (chunks.q[0], chunks.k[0])
+            yield from (getattr(chunks, side)[0] for side in sides)
 
     points: np.ndarray = torch.cat(list(of_each_sample()), dim=1).numpy()
     return points

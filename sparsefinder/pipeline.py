@@ -57,12 +57,13 @@ STAGES = {
         Stage("extract", "sparsefinder.extract"),
         Stage("project", "sparsefinder.quantization"),
         Stage("cluster", "sparsefinder.kmeans_centroids"),
+        Stage("route", "sparsefinder.lowrank"),
         Stage("score", "sparsefinder.score"),
         Stage("evaluate", "sparsefinder.evaluate"),
         Stage(
             "report",
             "sparsefinder.report",
-            optional=("model", "qk", "qk_validation", "projections", "centroids", "score", "evaluate"),
+            optional=tuple(name for name in ARTEFACTS if name != "report"),
         ),
     )
 }

@@ -58,16 +58,13 @@ def run(settings: ScoreSettings, store: Store) -> None:
     held_out = validation_samples(store)
     samples = held_out.part(0, settings.samples or len(held_out))
     learned = Learned.load(store, needed(settings.configurations))
-    if learned.projections is not None:
-        learned.projections.check(*samples.shape)
+    learned.check(*samples.shape)
     settings = replace(settings, configurations=buildable(settings.configurations, learned))
-    patterns = [
-        configuration.build(learned.projections, learned.centroids) for configuration in settings.configurations
-    ]
+    patterns = [configuration.build(learned) for configuration in settings.configurations]
     scores = score(samples, settings, patterns)
     with store.writing("score") as folder:
         folder.mkdir()
-        tables.write(metrics_table(scores, settings, learned.columns), folder, "metrics")
+        tables.write(metrics_table(scores, settings, learned), folder, "metrics")
         counts_table(scores, settings).to_parquet(folder / "counts.parquet", index=False)  # long: for programs only
         tables.write(shared_buckets(samples, settings, learned), folder, "shared_buckets")
         save_maps(folder / "maps.safetensors", samples, settings, patterns)
@@ -112,7 +109,7 @@ def score(samples: Samples, settings: ScoreSettings, patterns: list[Pattern]) ->
     )
 
 
-def metrics_table(scores: Scores, settings: ScoreSettings, sizes: Mapping[str, Any]) -> pd.DataFrame:
+def metrics_table(scores: Scores, settings: ScoreSettings, learned: Learned) -> pd.DataFrame:
     """One row per configuration × layer × head; metrics are means over samples (see `sparsefinder.metrics`)."""
     rows = []
     for (place, layer), counts in scores.counts.items():
@@ -120,10 +117,9 @@ def metrics_table(scores: Scores, settings: ScoreSettings, sizes: Mapping[str, A
         means = counts.macro() | {
             name: values.nanmean(0) for name, values in scores.balance.get((place, layer), {}).items()
         }
-        own_sizes = {key: value for key, value in sizes.items() if _uses(configuration, key)}
         for head in range(counts.gold.shape[1]):
             rows.append(
-                {"configuration": place, **configuration.columns, **own_sizes}
+                {"configuration": place, **configuration.columns, **learned.sizes(configuration.needs)}
                 | {"causal": settings.causal, "alpha": settings.alpha, "quadratic": configuration.quadratic}
                 | {"samples": counts.gold.shape[0], "layer": layer, "head": head}
                 | {name: means[name][head].item() for name in (*RATIOS, *BALANCE) if name in means}
@@ -153,14 +149,15 @@ def shared_buckets(samples: Samples, settings: ScoreSettings, learned: Learned, 
     """
     rows: list[dict[str, Any]] = []
     for place, configuration in enumerate(settings.configurations):
-        if not isinstance(configuration.pattern, Quantize) or learned.projections is None or configuration.window:
+        if not isinstance(configuration.pattern, Quantize) or configuration.window:
             continue
+        projections = learned.get("projections", configuration.name)
         for layer in range(samples.shape[0]):
-            rounds = learned.projections.layers[layer].q.out_size or samples.shape[2]
+            rounds = projections.layers[layer].q.out_size or samples.shape[2]
             totals = torch.zeros(3, rounds + 1, dtype=torch.float64)
             for index in range(min(most, len(samples))):
                 qk = samples.layer(index, layer, settings.causal)
-                projected = learned.projections(qk, layer)
+                projected = projections(qk, layer)
                 totals += _by_shared(qk, projected, configuration.pattern, layer, settings.alpha, rounds + 1)
             for shared, (pairs, distance, edges) in enumerate(totals.T.tolist()):
                 if pairs:
@@ -197,7 +194,3 @@ def save_maps(path: Path, samples: Samples, settings: ScoreSettings, patterns: l
         graph = torch.stack([pattern(qk, layer)[0, :, :tokens, :tokens] for layer, qk in enumerate(layers)])
         maps[f"predicted_{place}"] = graph.contiguous()
     save_file(maps, path)
-
-
-def _uses(configuration: Configuration, size: str) -> bool:
-    return {"rounds": "projections", "n_clusters": "centroids"}[size] in configuration.needs

@@ -52,6 +52,8 @@ ARTEFACTS = {
         Artefact("qk_validation", "qk_validation_enc-attn.pt", "extract"),
         Artefact("projections", "projections.pickle", "project"),
         Artefact("centroids", "centroids.pickle", "cluster"),
+        Artefact("lowrank", "lowrank.pickle", "route"),
+        Artefact("key_centroids", "key_centroids.pickle", "route"),
         Artefact("score", "score", "score"),
         Artefact("evaluate", "evaluate", "evaluate"),
         Artefact("report", "report", "report"),

@@ -76,7 +76,7 @@ class Variant:
         """The pattern as it is run; None for an attention with a graph of its own."""
         if self.configuration is None:
             return None
-        return self.configuration.build(learned.projections, learned.centroids)
+        return self.configuration.build(learned)
 
 
 def crossed(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -14,7 +16,7 @@ from sparsefinder.kmeans_centroids import Centroids, load_centroids
 from sparsefinder.patterns.combine import Blocked, Projected, Union
 from sparsefinder.patterns.window import near_pairs, surroundings
 from sparsefinder.projections import Projections, load_projections
-from sparsefinder.store import Store, UserError
+from sparsefinder.store import ARTEFACTS, Store, UserError
 
 log = logging.getLogger(__name__)
 
@@ -45,9 +47,9 @@ class Configuration:
     def columns(self) -> dict[str, Any]:
         """What tells this row of a table from the others: the pattern's settings and its surroundings."""
         own = {
-            field.name: getattr(self.pattern, field.name)
-            for field in dataclasses.fields(self.pattern)
-            if field.name not in self.needs
+            own.name: getattr(self.pattern, own.name)
+            for own in dataclasses.fields(self.pattern)
+            if own.name not in self.needs
         }
         return {
             "pattern": self.name,
@@ -73,13 +75,12 @@ class Configuration:
         """Pairs that the window and the global tokens name, ``(B, H, N, N)`` bool; None without them."""
         return near_pairs(qk, surroundings(self.window, self.global_tokens, self.last_token))
 
-    def build(self, projections: Projections | None = None, centroids: Centroids | None = None) -> Pattern:
+    def build(self, learned: Learned | None = None) -> Pattern:
         """The pattern as it is run: its artefacts attached, in its space, on its blocks, united with its surroundings."""
-        whole: Pattern = self.pattern
-        if "centroids" in self.needs:
-            whole = replace(self.pattern, centroids=_present(centroids, self.name, "centroids", "cluster"))
-        if "projections" in self.needs:
-            space = _present(projections, self.name, "projections", "project")
+        found = {name: (learned or Learned()).get(name, self.name) for name in self.needs}
+        own = {its.name for its in dataclasses.fields(self.pattern)}
+        whole: Pattern = replace(self.pattern, **{name: value for name, value in found.items() if name in own})
+        for space in (value for value in found.values() if isinstance(value, Projections)):
             whole = Projected(Blocked(whole, self.block_size) if self.block_size > 1 else whole, space)
         fixed = surroundings(self.window, self.global_tokens, self.last_token)
         return Union((whole, *fixed)) if fixed else whole
@@ -90,28 +91,44 @@ class Configuration:
         return not isinstance(self.pattern, HasLayout)
 
 
+LOADERS: Mapping[str, Callable[[Path], Any]] = {
+    "projections": load_projections,
+    "centroids": load_centroids,
+    "lowrank": load_projections,
+    "key_centroids": load_centroids,
+}
+
+
 @dataclass(frozen=True)
 class Learned:
-    """The artefacts that patterns work with; None where no pattern needs them."""
+    """The artefacts that patterns work with, by name; only those that some pattern needs."""
 
-    projections: Projections | None
-    centroids: Centroids | None
+    artefacts: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def load(cls, store: Store, needs: tuple[str, ...]) -> Learned:
         """Read what ``needs`` names; a missing file is a `UserError` that names the stage making it."""
-        return cls(
-            load_projections(store.path("projections")) if "projections" in needs else None,
-            load_centroids(store.path("centroids")) if "centroids" in needs else None,
-        )
+        return cls({name: LOADERS[name](store.path(name)) for name in needs})
 
-    @property
-    def columns(self) -> dict[str, Any]:
-        """Sizes for the tables."""
-        return {
-            "rounds": None if self.projections is None else self.projections.layers[0].q.out_size,
-            "n_clusters": None if self.centroids is None else self.centroids.clusters,
-        }
+    def get(self, name: str, pattern: str) -> Any:
+        """The artefact of that name; without it a `UserError` that names the pattern and the stage."""
+        if name not in self.artefacts:
+            stage = ARTEFACTS[name].stage
+            raise UserError(f"{pattern} needs {name}: run stage={stage} first, or give a file with {name}=PATH")
+        return self.artefacts[name]
+
+    def check(self, layers: int, heads: int, size: int) -> None:
+        """Raise a `UserError` where projections do not fit queries and keys of that shape."""
+        for artefact in self.artefacts.values():
+            if isinstance(artefact, Projections):
+                artefact.check(layers, heads, size)
+
+    def sizes(self, needs: tuple[str, ...]) -> dict[str, Any]:
+        """Columns of the tables: the size of the projected space, and the number of clusters."""
+        found = [self.artefacts[name] for name in needs if name in self.artefacts]
+        rounds = [artefact.layers[0].q.out_size for artefact in found if isinstance(artefact, Projections)]
+        clusters = [artefact.clusters for artefact in found if isinstance(artefact, Centroids)]
+        return {"rounds": rounds[0] if rounds else None, "n_clusters": clusters[0] if clusters else None}
 
 
 def buildable(configurations: tuple[Configuration, ...], learned: Learned) -> tuple[Configuration, ...]:
@@ -122,7 +139,7 @@ def buildable(configurations: tuple[Configuration, ...], learned: Learned) -> tu
     found = []
     for configuration in configurations:
         try:
-            configuration.build(learned.projections, learned.centroids)
+            configuration.build(learned)
         except UserError as error:
             if len(configurations) == 1:
                 raise
@@ -135,9 +152,3 @@ def buildable(configurations: tuple[Configuration, ...], learned: Learned) -> tu
 def needed(configurations: tuple[Configuration, ...]) -> tuple[str, ...]:
     """The artefacts that any of the configurations works with."""
     return tuple(sorted({name for configuration in configurations for name in configuration.needs}))
-
-
-def _present(artefact: Any, pattern: str, name: str, stage: str) -> Any:
-    if artefact is None:
-        raise UserError(f"{pattern} needs {name}: run stage={stage} first, or give a file with {name}=PATH")
-    return artefact

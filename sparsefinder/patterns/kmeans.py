@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from sparsefinder.graphs import QK, Buckets, Layout
-from sparsefinder.kmeans_centroids import Centroids
+from sparsefinder.kmeans_centroids import Centroids, nearest
 from sparsefinder.store import UserError
 
 
@@ -37,18 +36,9 @@ class KMeans:
         if self.centroids is None:
             raise UserError("kmeans needs centroids: run stage=cluster first, or give a file with centroids=PATH")
         centres = self.centroids(qk, layer)
-        return Layout(
-            Buckets(self._nearest(qk.q, centres), self._nearest(qk.k, centres), centres.shape[1] * centres.shape[2])
-        )
+        q_ids, k_ids = (nearest(x, centres, self.top_clusters) for x in (qk.q, qk.k))
+        return Layout(Buckets(q_ids, k_ids, centres.shape[1] * centres.shape[2]))
 
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool from vectors ``(B, H, N, R)``."""
         return self.layout(qk, layer).graph(qk)
-
-    def _nearest(self, x: Tensor, centres: Tensor) -> Tensor:
-        runs, clusters = centres.shape[1:3]
-        # ‖x − c‖² = ‖x‖² − 2 (x·c − ‖c‖²/2): the nearest centroids are those of the largest bracket, one matrix product
-        closeness = x[:, :, None] @ centres.transpose(-1, -2)[None] - centres.square().sum(-1)[:, :, None] / 2
-        nearest = closeness.topk(self.top_clusters, dim=-1).indices  # (B, H, runs, N, top)
-        first = torch.arange(runs, device=x.device)[:, None, None] * clusters
-        return (nearest + first).movedim(2, 3).flatten(3)

@@ -1,0 +1,124 @@
+"""The stage ``route``: projections in closed form whose inner product is nearest to the scores, and clusters of keys there.
+
+For queries and keys with second moments ``C_q = E[q qᵀ]`` and ``C_k = E[(k − k̄)(k − k̄)ᵀ]`` the matrix ``M`` of rank R that makes
+``E (qᵀ k − qᵀ M k)²`` least, over independent queries and centred keys, comes from one singular value decomposition:
+
+    ``C_q^{½} C_k^{½} = U S Vᵀ``,   ``q' = √(R/D) · q C_q^{-½} U_R``,   ``k' = k C_k^{-½} V_R S_R``,   ``q'·k' / √R ≈ q·k / √D``
+
+Keys are centred because the mean key adds the same number to all scores of a query, which no normalizer sees. Nothing is
+trained, so it takes seconds; with ``R = D`` the projection is exact. All of the singular values go to the keys: queries are
+white then, so the squared distance of two projected keys is the mean squared difference of the scores they get. In that
+distance the keys (not the queries) are clustered; a query is *routed* to clusters by its scores, see
+`sparsefinder.patterns.routed`.
+
+Compared with the published Sparsefinder: an inner product instead of a distance, separate projections instead of a shared
+one, clusters of keys alone. The file of the projections has the same form, biases zero.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparsefinder.kmeans_centroids import ClusterSettings, fit_centroids
+from sparsefinder.projections import LayerProjections, Linear, Projections
+from sparsefinder.samples import Samples, training_samples
+from sparsefinder.store import Store, UserError, progress
+
+log = logging.getLogger(__name__)
+
+_NEGLIGIBLE = 1e-9  # share of the largest variance below which a direction counts as empty
+
+
+@dataclass(frozen=True)
+class RouteSettings:
+    """Settings of the stage ``route``."""
+
+    rank: int = 32  # R, numbers that queries and keys are compared by; at most the head size
+    n_clusters: int = 64  # clusters of keys
+    max_iterations: int = 100  # of Lloyd's algorithm
+    seed: int = 0
+    jobs: int = -1  # heads clustered at the same time; -1: one for each core
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "n_clusters", "max_iterations"):
+            if getattr(self, name) < 1:
+                raise UserError(f"route.{name} must be 1 or more, got {getattr(self, name)}")
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Artefacts read by the stage."""
+        return ("qk",)
+
+    @property
+    def clusters(self) -> ClusterSettings:
+        """How the keys are clustered."""
+        return ClusterSettings(
+            n_clusters=self.n_clusters, max_iterations=self.max_iterations, seed=self.seed, jobs=self.jobs
+        )
+
+
+def run(settings: RouteSettings, store: Store) -> None:
+    """Make ``lowrank`` and ``key_centroids`` from ``qk``."""
+    samples = training_samples(store)
+    lowrank = fit_lowrank(samples, settings.rank)
+    centroids = fit_centroids(samples, lowrank, settings.clusters, sides=("k",))
+    with store.writing("lowrank") as path:
+        lowrank.save(path)
+    with store.writing("key_centroids") as path:
+        centroids.save(path)
+
+
+def fit_lowrank(samples: Samples, rank: int) -> Projections:
+    """The closed form for every layer and head; ``rank`` is cut to the head size."""
+    layers, _, size = samples.shape
+    if rank > size:
+        log.info("rank %d is more than the head size: %d, where nothing is lost", rank, size)
+    fitted = [
+        _closed_form(*_moments(samples, layer), min(rank, size)) for layer in progress(range(layers), "lowrank", layers)
+    ]
+    return Projections(fitted)
+
+
+def _moments(samples: Samples, layer: int) -> tuple[Tensor, Tensor]:
+    """``E[q qᵀ]`` and ``Cov[k]`` of all tokens, ``(H, D, D)`` float64; one sample in memory at a time."""
+    _, heads, size = samples.shape
+    tokens = 0
+    q_sum, k_sum, k_mean = (
+        torch.zeros(heads, *rest, dtype=torch.float64) for rest in ((size, size), (size, size), (size,))
+    )
+    for index in range(len(samples)):
+        qk = samples.layer(index, layer)
+        q, k = qk.q[0].double(), qk.k[0].double()
+        tokens += q.shape[1]
+        q_sum, k_sum = q_sum + q.mT @ q, k_sum + k.mT @ k
+        k_mean = k_mean + k.sum(1)
+    mean = k_mean / tokens
+    return q_sum / tokens, k_sum / tokens - mean[:, :, None] * mean[:, None, :]
+
+
+def _closed_form(q_moment: Tensor, k_moment: Tensor, rank: int) -> LayerProjections:
+    heads, size, _ = q_moment.shape
+    (q_root, q_inverse), (k_root, k_inverse) = _roots(q_moment), _roots(k_moment)
+    left, values, right = torch.linalg.svd(q_root @ k_root)
+    sides = []
+    for weight in (
+        math.sqrt(rank / size) * q_inverse @ left[..., :rank],
+        k_inverse @ right.mT[..., :rank] * values[:, None, :rank],
+    ):
+        side = Linear(heads, size, rank)
+        side.load_state_dict({"w": weight.float(), "b": torch.zeros(heads, 1, rank)})
+        sides.append(side)
+    return LayerProjections(*sides).requires_grad_(False)
+
+
+def _roots(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """``C^{½}`` and ``C^{-½}`` of symmetric ``(H, D, D)``; empty directions get next to no room instead of none."""
+    values, vectors = torch.linalg.eigh(moment)
+    largest = values.amax(-1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
+    roots = values.clamp_min(largest * _NEGLIGIBLE).sqrt()
+    return (vectors * roots[:, None]) @ vectors.mT, (vectors / roots[:, None]) @ vectors.mT

@@ -1,0 +1,93 @@
+"""Sub-quadratic prediction: keys are clustered, queries are routed to clusters by their scores."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from sparsefinder.graphs import QK, Buckets, Layout
+from sparsefinder.kmeans_centroids import Centroids, nearest
+from sparsefinder.selection import check_rule, select
+from sparsefinder.store import UserError
+
+
+@dataclass(frozen=True)
+class Routed:
+    """Edge iff the query is routed to the cluster of the key.
+
+    Each key joins its nearest centroid ``c``. A query scores each cluster by what its best keys may be worth,
+
+        ``s_ic = (q'_i·μ_c + √(Σ_r q'_ir² σ_cr²)) / √R``,
+
+    the mean and spread of the scores of that sentence's keys in it (``μ_c``, ``σ_c²``: their mean and variance), and takes
+    clusters by ``rule`` and ``level`` (see `sparsefinder.selection`; a cluster counts as many keys as it holds). The cost is
+    ``N·C·R`` instead of ``N²·D``. In causal attention the mean of a sentence would show the future: there the centroids stand
+    for their keys, without spread, and a query counts the keys up to itself.
+
+    Ours. What it owes: routing to clusters of keys to Roy et al. 2021 (https://arxiv.org/abs/2003.05997), though with a budget
+    that follows the threshold of entmax instead of equal shares; the closed-form space to `sparsefinder.lowrank`.
+    """
+
+    rule: str = "margin"  # margin or budget
+    level: float = 0.2  # how far below the estimated threshold (margin), or which share of the keys (budget)
+    alpha: float = 1.5  # of the entmax whose threshold is estimated
+    key_centroids: Centroids | None = None  # attached by a `Configuration`
+
+    dial: ClassVar[str | None] = "level"
+    needs: ClassVar[tuple[str, ...]] = ("lowrank", "key_centroids")
+
+    def __post_init__(self) -> None:
+        check_rule(self.rule, self.level, self.alpha)
+
+    def layout(self, qk: QK, layer: int) -> Layout:
+        """Clusters as buckets: each key in one, each query in those that it is routed to."""
+        if self.key_centroids is None:
+            raise UserError("routed needs key_centroids: run stage=route first, or give a file with key_centroids=PATH")
+        centres = self.key_centroids(qk, layer).flatten(1, 2)  # several runs are as many clusters more
+        count = centres.shape[1]
+        cluster = nearest(qk.k, centres[:, None], 1)[..., 0].masked_fill(~qk.valid[:, None], count)  # (B, H, N)
+        scores, numbers = (_causal if qk.causal else _whole)(qk, cluster, centres)
+        chosen = select(scores, numbers, self.rule, self.level, self.alpha)
+        return Layout(Buckets(_slots(chosen), cluster.masked_fill(cluster == count, -1)[..., None], count))
+
+    def __call__(self, qk: QK, layer: int) -> Tensor:
+        """``(B, H, N, N)`` bool from vectors ``(B, H, N, R)``."""
+        return self.layout(qk, layer).graph(qk)
+
+
+def _whole(qk: QK, cluster: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores of the clusters ``(B, H, N, C)`` and their keys ``(B, H, 1, C)``; ``cluster`` is C on padding."""
+    batch, heads, _, size = qk.k.shape
+    count = centres.shape[1]
+
+    def sums(x: Tensor) -> Tensor:
+        found = x.new_zeros(batch, heads, count + 1, x.shape[-1])
+        return found.scatter_add_(2, cluster[..., None].expand(x.shape), x)[:, :, :count]
+
+    keys = qk.k.masked_fill(~qk.valid[:, None, :, None], 0.0)
+    numbers = sums(torch.ones_like(keys[..., :1]))
+    mean = sums(keys) / numbers.clamp_min(1)
+    of_each = torch.cat([mean, mean.new_zeros(batch, heads, 1, size)], dim=2)
+    deviation = keys - of_each.gather(2, cluster[..., None].expand(keys.shape))
+    variance = sums(deviation.square()) / numbers.clamp_min(1)
+    spread = (qk.q.square() @ variance.mT).sqrt()
+    return (qk.q @ mean.mT + spread) / math.sqrt(size), numbers.mT
+
+
+def _causal(qk: QK, cluster: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores of the centroids ``(B, H, N, C)`` and the keys in each up to the query, of the same shape."""
+    members = cluster[..., None] == torch.arange(centres.shape[1], device=cluster.device)
+    scores = qk.q @ centres.to(qk.q.dtype).mT / math.sqrt(qk.q.shape[-1])
+    return scores, members.to(scores.dtype).cumsum(2)
+
+
+def _slots(chosen: Tensor) -> Tensor:
+    """``(B, H, N, C)`` bool → the ids of the chosen columns, ``(B, H, N, P)`` int64, then -1; P is the most of any query."""
+    count = chosen.shape[-1]
+    most = int(chosen.sum(-1).max()) if chosen.numel() else 0
+    ids = torch.where(chosen, torch.arange(count, device=chosen.device), count).sort(dim=-1).values[..., :most]
+    return ids.masked_fill(ids == count, -1)

@@ -1,0 +1,70 @@
+"""Which columns of a matrix of scores to keep, where a column stands for one key or for several.
+
+The scores are estimates, ``s_im ≈ q_i·k_j / √D`` for the ``n_m`` keys ``j`` behind column ``m``: keys themselves (``n = 1``) or
+clusters of keys. Two rules say what a query takes:
+
+- ``margin``: entmax of the estimates has a threshold ``τ_i``, the number with ``Σ_m n_m [(α − 1) s_im − τ_i]₊^{1/(α−1)} = 1``;
+  a column is kept iff ``(α − 1) s_im ≥ τ_i − level``. The support of entmax is what lies above the true threshold, so at
+  ``level = 0`` this is the estimated support, and a larger level forgives larger errors of the estimates (a negative one asks
+  for certainty). A query that looks at many keys gets many, one that looks at few gets few.
+- ``budget``: the columns of largest score, until they stand for a share ``level`` of the query's allowed keys.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsefinder.store import UserError
+
+RULES = ("margin", "budget")
+_SWEEPS = 50  # Newton's method needs about ten; it stops when no threshold moves
+
+
+def check_rule(rule: str, level: float, alpha: float) -> None:
+    """Raise a `UserError` for a rule that does not exist or a level that it cannot have."""
+    if rule not in RULES:
+        raise UserError(f"rule={rule} is unknown; choose one of {', '.join(RULES)}")
+    if rule == "budget" and not 0 < level <= 1:
+        raise UserError(f"with rule=budget the level is a share of the keys, above 0 and at most 1, got {level}")
+    if rule == "margin" and not 1 < alpha <= 2:
+        raise UserError(f"alpha must be greater than 1 and at most 2, got {alpha}: softmax has no threshold")
+
+
+def select(scores: Tensor, numbers: Tensor, rule: str, level: float, alpha: float) -> Tensor:
+    """The columns kept by each row, bool of the shape of ``scores``.
+
+    ``scores``: ``(..., rows, M)``; ``numbers``: keys behind each column, broadcastable to it. A column of no key is never kept.
+    """
+    scores = scores.masked_fill(numbers == 0, -torch.inf)
+    if rule == "margin":
+        scaled = (alpha - 1) * scores
+        return (scaled >= thresholds(scaled, numbers, alpha) - level) & (numbers > 0)
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    ordered = numbers.expand(scores.shape).gather(-1, order)
+    # a column is kept where that brings the row nearer to its budget than stopping before it; the first one always is
+    before = ordered.cumsum(-1) - ordered
+    kept = before + ordered / 2 <= level * numbers.sum(-1, keepdim=True)
+    kept[..., :1] = True
+    return torch.zeros_like(kept).scatter_(-1, order, kept) & (numbers > 0)
+
+
+def thresholds(scaled: Tensor, numbers: Tensor, alpha: float) -> Tensor:
+    """``τ (..., rows, 1)`` of entmax over ``numbers`` equal copies of each of ``scaled (..., rows, M)`` = ``(α − 1) s``.
+
+    Newton's method from the left: ``f(τ) = Σ n [x − τ]₊^{1/(α−1)} − 1`` falls and is convex, and ``f(max x − 1) ≥ 0``, so the
+    steps never pass the root. ``-inf`` in a row without any key.
+    """
+    exponent = 1 / (alpha - 1)
+    tau = scaled.amax(-1, keepdim=True) - 1
+    for _ in range(_SWEEPS):
+        above = (scaled - tau).clamp_min(0)
+        above = torch.where(above > 0, above, 0.0)  # a row of -inf alone has no number here
+        total = (numbers * above**exponent).sum(-1, keepdim=True)
+        slope = exponent * (numbers * torch.where(above > 0, above ** (exponent - 1), 0.0)).sum(-1, keepdim=True)
+        step = ((total - 1) / slope.clamp_min(1e-12)).clamp_min(0)
+        moved = tau + torch.where(slope > 0, step, 0.0)
+        if torch.equal(moved, tau):
+            break
+        tau = moved
+    return tau
