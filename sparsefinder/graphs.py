@@ -48,6 +48,11 @@ class QK:
         return self.valid.sum(-1)
 
     @property
+    def places(self) -> Tensor:
+        """Where each token stands among the real ones of its example, ``(B, N)`` int64 from 0; on padding any place there is."""
+        return (self.valid.long().cumsum(-1) - 1).clamp_min(0)
+
+    @property
     def allowed(self) -> Tensor:
         """Pairs that may attend at all, ``(B, 1, N, N)`` bool."""
         return allowed_pairs(self.valid, self.causal)

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from sparsefinder.attention import at_least_float32
 from sparsefinder.graphs import QK
 from sparsefinder.samples import load_tensors
 from sparsefinder.store import UserError
@@ -50,7 +51,7 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, H, N, D)`` → ``(B, H, N, R)``."""
-        return x @ self.w + self.b
+        return x @ self.w.to(x.dtype) + self.b.to(x.dtype)
 
 
 class Hidden(nn.Module):
@@ -73,7 +74,8 @@ class Hidden(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, H, N, D)`` → ``(B, H, N, R)``."""
-        return torch.tanh(x @ self.w1 + self.b1) @ self.w2 + self.b2
+        hidden = torch.tanh(x @ self.w1.to(x.dtype) + self.b1.to(x.dtype))
+        return hidden @ self.w2.to(x.dtype) + self.b2.to(x.dtype)
 
 
 Projection = Identity | Linear | Hidden
@@ -91,13 +93,14 @@ class LayerProjections(nn.Module):
         self.k = k
 
     def forward(self, qk: QK) -> QK:
-        """The same tokens with vectors ``(B, H, N, R)``; padded positions get zeros, so that blocks may be cut from them."""
-        size = qk.q.shape[-1]
-        if self.q.in_size == 2 * size:
-            both = torch.cat([qk.q, qk.k], dim=-1)
-            q, k = self.q(both), self.k(both)
-        else:
-            q, k = self.q(qk.q), self.k(qk.k)
+        """The same tokens with vectors ``(B, H, N, R)``; padded positions get zeros, so that blocks may be cut from them.
+
+        Half precision becomes float32 first, float64 stays.
+        """
+        q, k = at_least_float32(qk.q), at_least_float32(qk.k)
+        if self.q.in_size == 2 * q.shape[-1]:
+            q = k = torch.cat([q, k], dim=-1)
+        q, k = self.q(q), self.k(k)
         padded = ~qk.valid[:, None, :, None]
         return qk.with_vectors(q.masked_fill(padded, 0.0), k.masked_fill(padded, 0.0))
 

@@ -1,8 +1,9 @@
-"""Every pattern of conf/pattern through one conformance suite; a new file there is found by itself."""
+"""Every pattern of conf/pattern through the conformance suite of the package; a new file there is found by itself."""
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from sparsefinder.conformance import CHECKS, Check, Subject
 from sparsefinder.graphs import QK, Pattern
 from sparsefinder.kmeans_centroids import Centroids
 from sparsefinder.patterns.combine import Blocked, Projected, Union, layout_of
@@ -22,7 +24,7 @@ from sparsefinder.patterns.kmeans import KMeans
 from sparsefinder.patterns.window import GlobalTokens, Window
 from sparsefinder.projections import LayerProjections, Linear, Projections
 from sparsefinder.store import UserError
-from tests.conftest import ROOT, alone, random_qk
+from tests.conftest import ROOT, random_qk
 
 HEADS, SIZE, ROUNDS = 2, 8, 3
 FILES = sorted(path for path in (ROOT / "conf" / "pattern").glob("*.yaml") if not OmegaConf.load(path).get("every"))
@@ -46,6 +48,7 @@ def learned() -> tuple[Projections, dict[int, Centroids]]:
     return Projections([layer.requires_grad_(False) for layer in layers]), centroids
 
 
+@cache
 def settings(path: Path) -> tuple[Any, list[Any]]:
     """The pattern of a file, and the values of its dial."""
     node = OmegaConf.load(path)
@@ -60,82 +63,74 @@ def build(pattern: Any, **around: Any) -> Pattern:
     return configuration.build(projections, centroids[configuration.block_size])
 
 
-@pytest.fixture(params=FILES, ids=lambda path: path.stem)
-def pattern(request: pytest.FixtureRequest) -> Any:
-    return settings(request.param)[0]
+OF_ATTENTION = ("dense", "empty_rows", "gradients", "bucketed")
 
 
-@pytest.fixture(params=AROUND, ids=str)
-def whole(request: pytest.FixtureRequest, pattern: Any) -> Pattern:
-    return build(pattern, **AROUND[request.param])
+def random(path: Path) -> bool:
+    """Whether a file's settings draw numbers: there is a seed, and they use it."""
+    pattern = settings(path)[0]
+    return hasattr(pattern, "seed") and path.stem not in SEED_UNUSED
 
 
-@pytest.mark.parametrize("causal", [False, True])
-class TestConformance:
-    LENGTHS = (5, 17, 11, 1)
+# files with a seed that their own settings do not use
+SEED_UNUSED = {"distance"}
 
-    def test_a_graph_is_bool_on_allowed_pairs_only(self, whole: Pattern, causal: bool) -> None:
-        qk = random_qk(list(self.LENGTHS), HEADS, SIZE, causal)
-        graph = whole(qk, 1)
-        assert graph.dtype == torch.bool
-        assert graph.shape == (4, HEADS, 17, 17)
-        assert not (graph & ~qk.allowed).any()
+# settings of a file with which every allowed pair is an edge
+DENSE: dict[str, dict[str, Any]] = {
+    "full": {},
+    "random": {"threshold": 1.0},
+    "distance": {"threshold": 1e9},
+    "quantize": {"bucket_size": 99},
+    "kmeans": {"top_clusters": 6},
+    "window": {"width": 99},
+}
 
-    def test_padding_is_never_seen(self, whole: Pattern, causal: bool) -> None:
-        graphs = [
-            whole(random_qk(list(self.LENGTHS), HEADS, SIZE, causal, padding=value), 0) for value in (0.0, -3.0, 1e6)
-        ]
-        assert all(torch.equal(graphs[0], graph) for graph in graphs[1:])
 
-    def test_a_sentence_alone_in_a_batch_and_padded(self, whole: Pattern, causal: bool) -> None:
-        qk = random_qk(list(self.LENGTHS), HEADS, SIZE, causal)
-        together = whole(qk, 1)
-        for index, length in enumerate(self.LENGTHS):
-            assert torch.equal(together[index : index + 1, :, :length, :length], whole(alone(qk, index), 1))
+def subject(path: Path, around: str) -> Subject:
+    pattern, sweep = settings(path)
+    dense = replace(pattern, **DENSE[path.stem]) if path.stem in DENSE else None
+    return Subject(pattern, lambda each: build(each, **AROUND[around]), sweep, dense, random(path), HEADS, SIZE)
 
-    def test_the_order_of_a_batch_does_not_matter(self, whole: Pattern, causal: bool) -> None:
-        qk = random_qk(list(self.LENGTHS), HEADS, SIZE, causal)
-        order = torch.tensor([2, 0, 3, 1])
-        mixed = QK(qk.q[order], qk.k[order], qk.valid[order], causal)
-        assert torch.equal(whole(qk, 0)[order], whole(mixed, 0))
 
-    def test_no_memory_of_other_batches(self, whole: Pattern, causal: bool) -> None:
-        qk = random_qk(list(self.LENGTHS), HEADS, SIZE, causal)
-        before = whole(qk, 0)
-        whole(random_qk([3], HEADS, SIZE, causal, seed=9), 0)
-        torch.manual_seed(123)
-        assert torch.equal(before, whole(qk, 0))
+def cases() -> Iterator[Any]:
+    """Every file with every surroundings; checks of attention only with those that are all or none of them."""
+    for path in FILES:
+        for around in AROUND:
+            if around == "blocks" and "projections" not in settings(path)[0].needs:
+                continue  # only projections are cut into blocks
+            for check in CHECKS:
+                if around in ("alone", "all", "blocks") or check.name not in OF_ATTENTION:
+                    yield pytest.param(path, around, check, id=f"{path.stem}-{around}-{check}")
 
-    def test_a_layout_is_the_graph(self, pattern: Any, causal: bool) -> None:
-        for around in AROUND.values():
-            configuration = Configuration("tested", pattern, **around)
-            tested = build(pattern, **around)
-            qk = random_qk(list(self.LENGTHS), HEADS, SIZE, causal)
-            if configuration.quadratic:
-                with pytest.raises(UserError, match="attention=masked"):
-                    layout_of(tested, qk, 0)
-            else:
-                assert torch.equal(layout_of(tested, qk, 0).graph(qk), tested(qk, 0))
 
-    def test_surroundings_only_add(self, pattern: Any, causal: bool) -> None:
-        qk = random_qk(list(self.LENGTHS), HEADS, SIZE, causal)
-        for around in ({"window": 5}, {"global_tokens": 2}, {"last_token": True}):
-            configuration = Configuration("tested", pattern, **around)
-            near = configuration.near(qk)
-            assert torch.equal(build(pattern, **around)(qk, 0), build(pattern)(qk, 0) | near)
+@pytest.mark.parametrize(("path", "around", "check"), list(cases()))
+def test_conformance(path: Path, around: str, check: Check) -> None:
+    check(subject(path, around))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_the_dial_is_monotone(path: Path) -> None:
+def test_a_file_has_a_dial_to_turn(path: Path) -> None:
     pattern, sweep = settings(path)
-    qk = random_qk([40, 33], HEADS, SIZE)
-    if pattern.dial is None:
-        assert not sweep
-        return
-    assert len(sweep) >= 3, "pattern=all draws a frontier from the values of `sweep`"
-    densities = [build(dataclasses.replace(pattern, **{pattern.dial: value}))(qk, 0).sum() for value in sweep]
-    assert densities == sorted(densities)
-    assert densities[0] < densities[-1]
+    assert (len(sweep) >= 3) == (pattern.dial is not None), "pattern=all draws a frontier from the values of `sweep`"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_without_a_layout_it_can_only_be_a_mask(path: Path) -> None:
+    pattern = settings(path)[0]
+    for around in AROUND.values():
+        if Configuration("tested", pattern, **around).quadratic:
+            with pytest.raises(UserError, match="attention=masked"):
+                layout_of(build(pattern, **around), random_qk([5], HEADS, SIZE), 0)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_surroundings_only_add(path: Path, causal: bool) -> None:
+    pattern = settings(path)[0]
+    qk = random_qk([5, 17, 11, 1], HEADS, SIZE, causal)
+    for around in ({"window": 5}, {"global_tokens": 2}, {"last_token": True}):
+        near = Configuration("tested", pattern, **around).near(qk)
+        assert torch.equal(build(pattern, **around)(qk, 0), build(pattern)(qk, 0) | near)
 
 
 def test_a_window_pair_by_pair() -> None:

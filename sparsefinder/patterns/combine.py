@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 
+import torch
 from torch import Tensor
 
 from sparsefinder.graphs import QK, Buckets, HasLayout, Layout, Pattern
@@ -47,7 +48,8 @@ class Projected:
 class Blocked:
     """Any pattern, applied to chunks of ``size`` consecutive tokens: an edge between two chunks is all their pairs.
 
-    The vector of a chunk is the concatenation of its tokens' vectors, zeros for padding, as published.
+    The vector of a chunk is the concatenation of its tokens' vectors, zeros for padding, as published. Chunks are counted from
+    a sentence's first real token, so padding on the left moves nothing.
     """
 
     pattern: Pattern
@@ -58,7 +60,7 @@ class Blocked:
             raise UserError(f"block_size must be 1 token or more, got {self.size}")
 
     def layout(self, qk: QK, layer: int) -> Layout:
-        layout = layout_of(self.pattern, qk.in_blocks(self.size), layer)
+        layout = layout_of(self.pattern, self._chunks(qk), layer)
         if layout.window or layout.is_global is not None:
             raise UserError("a window or global tokens of blocks have no bucketed form: unite them outside the blocks")
         if layout.buckets is None:
@@ -68,11 +70,17 @@ class Blocked:
 
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool."""
-        edges = self.pattern(qk.in_blocks(self.size), layer)
+        edges = self.pattern(self._chunks(qk), layer)
         return self._to_tokens(self._to_tokens(edges, 2, qk), 3, qk) & qk.allowed
 
+    def _chunks(self, qk: QK) -> QK:
+        back = -_first_real(qk)
+        q, k = (_turned(x, back, 2) for x in (qk.q, qk.k))
+        return QK(q, k, _turned(qk.valid, back, 1), qk.causal).in_blocks(self.size)
+
     def _to_tokens(self, x: Tensor, dim: int, qk: QK) -> Tensor:
-        return x.repeat_interleave(self.size, dim=dim).narrow(dim, 0, qk.q.shape[2])
+        tokens = x.repeat_interleave(self.size, dim=dim).narrow(dim, 0, qk.q.shape[2])
+        return _turned(tokens, _first_real(qk), dim)
 
 
 def layout_of(pattern: Pattern, qk: QK, layer: int) -> Layout:
@@ -82,3 +90,17 @@ def layout_of(pattern: Pattern, qk: QK, layer: int) -> Layout:
             f"{type(pattern).__name__} compares every pair and has no bucketed form: use attention=masked for it"
         )
     return pattern.layout(qk, layer)
+
+
+def _first_real(qk: QK) -> Tensor:
+    """Place of the first real token of each example, ``(B,)``."""
+    return qk.valid.long().argmax(-1)
+
+
+def _turned(x: Tensor, by: Tensor, dim: int) -> Tensor:
+    """``x (B, …)`` with each example moved ``by (B,)`` places along ``dim``, around the end."""
+    if not bool(by.any()):
+        return x
+    places = (torch.arange(x.shape[dim], device=x.device) - by[:, None]) % x.shape[dim]
+    shape = [size if d in (0, dim) else 1 for d, size in enumerate(x.shape)]
+    return x.gather(dim, places.view(shape).expand(x.shape))

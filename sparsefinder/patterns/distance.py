@@ -59,7 +59,5 @@ class Distance:
 
     def _random(self, qk: QK, layer: int) -> Tensor:
         heads = torch.arange(qk.q.shape[1], device=qk.q.device)
-        place = (qk.valid.long().cumsum(-1) - 1).clamp_min(
-            0
-        )  # counted over real tokens, so that padding changes nothing
+        place = qk.places  # counted over real tokens, so that padding changes nothing
         return uniform(self.seed, layer, heads[:, None, None], place[:, None, :, None], place[:, None, None, :])
