@@ -21,7 +21,7 @@ from sparsefinder.extract import ExtractSettings, draw
 from sparsefinder.finetune import FinetuneSettings, NewModel
 from sparsefinder.finetune import run as finetune
 from sparsefinder.patterns.buckets import Quantize
-from sparsefinder.patterns.configuration import Configuration
+from sparsefinder.patterns.configuration import Configuration, Learned
 from sparsefinder.patterns.distance import Distance
 from sparsefinder.patterns.kmeans import KMeans
 from sparsefinder.patterns.oracle import Oracle
@@ -207,7 +207,7 @@ class TestAdapt:
         before = copy.deepcopy(projections)
         blocks = token_blocks(corpus, tokenizer, "train", 32, limit=8)
         batches = masked_batches(blocks, tokenizer, batch_size=4)
-        pattern = Configuration("quantize", Quantize(4), window=3).build(projections)
+        pattern = Configuration("quantize", Quantize(4), window=3).build(Learned({"projections": projections}))
         adapt(trained, Bucketed(pattern), batches, AdaptSettings(2, part, learning_rate=1e-2), projections)
         changed = self.changed(model, trained)
         encoder = {name for name in changed if name.startswith("roberta.encoder")}

@@ -17,7 +17,7 @@ from sparsefinder.conformance import CHECKS, Check, Subject
 from sparsefinder.graphs import QK, Pattern
 from sparsefinder.kmeans_centroids import Centroids
 from sparsefinder.patterns.combine import Blocked, Projected, Union, layout_of
-from sparsefinder.patterns.configuration import Configuration
+from sparsefinder.patterns.configuration import LOADERS, Configuration, Learned
 from sparsefinder.patterns.distance import Distance
 from sparsefinder.patterns.full import Full
 from sparsefinder.patterns.kmeans import KMeans
@@ -26,6 +26,7 @@ from sparsefinder.projections import LayerProjections, Linear, Projections
 from sparsefinder.store import UserError
 from tests.conftest import ROOT, random_qk
 
+SPACES = {"projections", "lowrank"}  # artefacts that are projections
 HEADS, SIZE, ROUNDS = 2, 8, 3
 FILES = sorted(path for path in (ROOT / "conf" / "pattern").glob("*.yaml") if not OmegaConf.load(path).get("every"))
 AROUND = {
@@ -39,13 +40,17 @@ AROUND = {
 
 
 @cache
-def learned() -> tuple[Projections, dict[int, Centroids]]:
+def learned() -> dict[int, Learned]:
+    """Artefacts of random numbers for single tokens and for chunks of three: a space, and two runs of six clusters each."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         layers = [LayerProjections(Linear(HEADS, SIZE, ROUNDS), Linear(HEADS, SIZE, ROUNDS)) for _ in range(2)]
-        # two runs of six clusters each, for single tokens and for chunks of three
+        space = Projections([layer.requires_grad_(False) for layer in layers])
         centroids = {b: Centroids([torch.randn(HEADS, 2, 6, ROUNDS * b) / 2 for _ in range(2)]) for b in (1, 3)}
-    return Projections([layer.requires_grad_(False) for layer in layers]), centroids
+    return {
+        block_size: Learned({name: space if name in SPACES else clusters for name in LOADERS})
+        for block_size, clusters in centroids.items()
+    }
 
 
 @cache
@@ -58,9 +63,8 @@ def settings(path: Path) -> tuple[Any, list[Any]]:
 
 
 def build(pattern: Any, **around: Any) -> Pattern:
-    projections, centroids = learned()
     configuration = Configuration("tested", pattern, **around)
-    return configuration.build(projections, centroids[configuration.block_size])
+    return configuration.build(learned()[configuration.block_size])
 
 
 OF_ATTENTION = ("dense", "empty_rows", "gradients", "bucketed")
@@ -83,6 +87,9 @@ DENSE: dict[str, dict[str, Any]] = {
     "quantize": {"bucket_size": 99},
     "kmeans": {"top_clusters": 6},
     "window": {"width": 99},
+    "lowrank": {"level": 1e9},
+    "routed": {"level": 1e9},
+    "routed_budget": {"level": 1.0},
 }
 
 
@@ -96,7 +103,7 @@ def cases() -> Iterator[Any]:
     """Every file with every surroundings; checks of attention only with those that are all or none of them."""
     for path in FILES:
         for around in AROUND:
-            if around == "blocks" and "projections" not in settings(path)[0].needs:
+            if around == "blocks" and not SPACES & {*settings(path)[0].needs}:
                 continue  # only projections are cut into blocks
             for check in CHECKS:
                 if around in ("alone", "all", "blocks") or check.name not in OF_ATTENTION:
@@ -151,12 +158,13 @@ def test_global_tokens_are_the_first_real_ones_and_the_last_real_one() -> None:
 
 
 def test_kmeans_shares_any_of_the_nearest_centroids() -> None:
-    projections, centroids = learned()
+    artefacts = learned()[1].artefacts
+    projections, centroids = artefacts["projections"], artefacts["centroids"]
     qk = random_qk([9], HEADS, SIZE)
     projected = projections(qk, 0)
-    graph = Projected(KMeans(2, centroids[1]), projections)(qk, 0)
+    graph = Projected(KMeans(2, centroids), projections)(qk, 0)
     for head in range(HEADS):
-        centres = centroids[1].layers[0][head]
+        centres = centroids.layers[0][head]
 
         def near(x: torch.Tensor, centres: torch.Tensor = centres) -> set[tuple[int, int]]:
             found = set()
@@ -195,7 +203,7 @@ def test_a_union_of_patterns() -> None:
         (lambda: Distance("minkowski", p=0.0), "p must be positive"),
         (lambda: KMeans(0), "top_clusters must be"),
         (lambda: Configuration("x", Full(), block_size=0), "block_size must be"),
-        (lambda: Configuration("x", KMeans(1)).build(), "needs centroids: run stage=cluster"),
+        (lambda: Configuration("x", KMeans(1)).build(), "needs projections: run stage=project"),
         (lambda: Configuration("x", Distance()).build(), "needs projections: run stage=project"),
     ],
 )
