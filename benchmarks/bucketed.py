@@ -5,7 +5,7 @@
 
 12 heads of 64, one text, window 11, one global token, buckets of about 64 tokens, float32. Queries, keys and values are normal
 noise, projected to 4 numbers at random; the centroids of k-means are N / 64 of the projected tokens, so its clusters are
-uneven. The predictor (projection and buckets) is inside every bucketed time, and is also timed alone.
+uneven; routed queries are compared with as many centroids of the keys by 32 numbers. The predictor (projection and buckets) is inside every bucketed time, and is also timed alone.
 
 Every round runs each variant once, in the same order; a ratio is the median over rounds of that round's ratio. Peak memory
 is what a call adds to the resident memory of the process (Linux only). Dense entmax goes head by head, or 16,384 tokens
@@ -37,11 +37,12 @@ from sparsefinder.kmeans_centroids import Centroids
 from sparsefinder.patterns.buckets import Quantize
 from sparsefinder.patterns.combine import Projected, Union
 from sparsefinder.patterns.kmeans import KMeans
+from sparsefinder.patterns.routed import Routed
 from sparsefinder.patterns.window import GlobalTokens, Window
 from sparsefinder.projections import LayerProjections, Linear, Projections
 from sparsefinder.transforms import Normalizer
 
-HEADS, SIZE, BUCKET, WINDOW = 12, 64, 64, 11
+HEADS, SIZE, BUCKET, WINDOW, RANK = 12, 64, 64, 11, 32
 BASELINE = "SDPA softmax"
 
 
@@ -77,6 +78,12 @@ def patterns(q: Tensor, k: Tensor, valid: Tensor) -> dict[str, Pattern]:
     for top in (1, 2):
         kmeans = Projected(KMeans(top, centroids), projections)
         found[f"kmeans, top {top}"] = Union((kmeans, *surroundings))
+    linear = Linear(HEADS, SIZE, RANK)
+    space = Projections([LayerProjections(linear, Linear(HEADS, SIZE, RANK))])
+    key_centroids = Centroids([space(QK(q, k, valid), 0).k[0, :, some][:, None]])
+    for keys in (BUCKET, 2 * BUCKET):
+        routed = Projected(Routed("budget", keys / tokens, key_centroids=key_centroids), space)
+        found[f"routed, {keys} keys"] = Union((routed, *surroundings))
     return found
 
 

@@ -40,13 +40,21 @@ def select(scores: Tensor, numbers: Tensor, rule: str, level: float, alpha: floa
     if rule == "margin":
         scaled = (alpha - 1) * scores
         return (scaled >= thresholds(scaled, numbers, alpha) - level) & (numbers > 0)
-    order = scores.argsort(dim=-1, descending=True, stable=True)
+    order = scores.topk(_most_columns(numbers, level), dim=-1).indices
     ordered = numbers.expand(scores.shape).gather(-1, order)
     # a column is kept where that brings the row nearer to its budget than stopping before it; the first one always is
     before = ordered.cumsum(-1) - ordered
     kept = before + ordered / 2 <= level * numbers.sum(-1, keepdim=True)
     kept[..., :1] = True
-    return torch.zeros_like(kept).scatter_(-1, order, kept) & (numbers > 0)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, kept) & (numbers > 0)
+
+
+def _most_columns(numbers: Tensor, level: float) -> int:
+    """Columns that a budget can reach: as many as its smallest ones fit, so that no row needs to be sorted whole."""
+    smallest = numbers.masked_fill(numbers == 0, torch.inf).sort(dim=-1).values
+    before = (smallest.cumsum(-1) - smallest).nan_to_num(torch.inf)
+    fitting = before + smallest / 2 <= level * numbers.sum(-1, keepdim=True)
+    return max(1, int(fitting.sum(-1).max()))
 
 
 def thresholds(scaled: Tensor, numbers: Tensor, alpha: float) -> Tensor:

@@ -103,8 +103,8 @@ class Tiles:
         A pair counts where its bucket is the smallest that it shares. ``q_ids``, ``k_ids``: ``(M, P)`` int64. ``slots``: the
         pairs of slots that can name the same bucket. ``positions``: ``(M,)`` int64 where attention is causal.
         """
-        # a pair needs two slots in common to share two buckets
-        slots = slots if len(slots) > 1 else []
+        # a pair needs two slots on either side to share two buckets
+        slots = slots if min(len({q for q, _ in slots}), len({k for _, k in slots})) > 1 else []
         if not self.shapes or (not slots and positions is None):
             return self
         smaller = self.q.look_up(q_ids, -1)

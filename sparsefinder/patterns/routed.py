@@ -68,14 +68,14 @@ def _whole(qk: QK, cluster: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
         found = x.new_zeros(batch, heads, count + 1, x.shape[-1])
         return found.scatter_add_(2, cluster[..., None].expand(x.shape), x)[:, :, :count]
 
-    keys = qk.k.masked_fill(~qk.valid[:, None, :, None], 0.0)
+    keys = qk.k.masked_fill(~qk.valid[:, None, :, None], 0.0) / math.sqrt(size)
     numbers = sums(torch.ones_like(keys[..., :1]))
     mean = sums(keys) / numbers.clamp_min(1)
     of_each = torch.cat([mean, mean.new_zeros(batch, heads, 1, size)], dim=2)
     deviation = keys - of_each.gather(2, cluster[..., None].expand(keys.shape))
     variance = sums(deviation.square()) / numbers.clamp_min(1)
-    spread = (qk.q.square() @ variance.mT).sqrt()
-    return (qk.q @ mean.mT + spread) / math.sqrt(size), numbers.mT
+    scores = (qk.q.square() @ variance.mT).sqrt_()  # the spread; N × C numbers, so nothing is copied
+    return scores.add_(qk.q @ mean.mT), numbers.mT
 
 
 def _causal(qk: QK, cluster: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,7 +87,9 @@ def _causal(qk: QK, cluster: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
 
 def _slots(chosen: Tensor) -> Tensor:
     """``(B, H, N, C)`` bool → the ids of the chosen columns, ``(B, H, N, P)`` int64, then -1; P is the most of any query."""
-    count = chosen.shape[-1]
-    most = int(chosen.sum(-1).max()) if chosen.numel() else 0
-    ids = torch.where(chosen, torch.arange(count, device=chosen.device), count).sort(dim=-1).values[..., :most]
-    return ids.masked_fill(ids == count, -1)
+    numbers = chosen.sum(-1).flatten()
+    ids = torch.full((len(numbers), int(numbers.max()) if len(numbers) else 0), -1, device=chosen.device)
+    rows, columns = chosen.flatten(0, 2).nonzero(as_tuple=True)  # row by row, so the ids of a row lie side by side
+    first = numbers.cumsum(0) - numbers
+    ids[rows, torch.arange(len(rows), device=rows.device) - first[rows]] = columns
+    return ids.unflatten(0, chosen.shape[:3])
