@@ -12,29 +12,22 @@ lies between. Three promises hold for each of them, and none of them in the ``en
 3. whatever the dtype of the scores, the threshold, the support and the probabilities are float32 (float64 stays), since
    half precision loses 2 % of a row's sum. Cast the result to the values' dtype where it is multiplied.
 
-The threshold is found by Newton's method from the left, not by sorting. With ``x = (α−1)(z − max z) ≤ 0`` the function
-``f(τ) = Σ (x − τ)₊^{1/(α−1)} − 1`` is convex and decreasing for α ≤ 2 and ``f(−1) ≥ 0``, so the iteration rises
-monotonically to the root from ``τ = −1``; it is stopped when no row moves, not after a fixed count.
+How the threshold is found, without sorting, is told in `sparsefinder.entmax_kernels`; it is stopped when no row moves, not after
+a fixed count.
 """
 
 from __future__ import annotations
 
-import functools
-import logging
 import math
-import types
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-log = logging.getLogger(__name__)
+from sparsefinder.entmax_kernels import STEPS, alpha_derivative_product, jacobian_product, kernel, solve
 
-_STEPS = 8  # Newton steps between two looks at convergence: enough for ordinary rows, so that one look is the rule
-_LIMIT = 160  # steps after which a row is given up: flat rows need ½·log₂ n + 4; α near 1 needs about ln n + 10
-_STILL = 3e-7  # a step of τ (which lies in [−1, 0]) that is rounding noise in float32
+_LIMIT = 160  # steps after which a row is given up; ordinary rows need 5, sparsemax of long and flat rows some 15
 
 
 @dataclass(frozen=True)
@@ -60,9 +53,39 @@ class Normalizer:
         return self.alpha > 1.0
 
 
+@dataclass(frozen=True, eq=False)
+class PerHead:
+    """α-entmax with an α for each head, given or learned: ``PerHead(alpha)(scores) → probabilities``.
+
+    ``alpha``: ``(H,)`` floating point, each 1 < α ≤ 2; give it a gradient to learn it. Correia et al. 2019 keep it in the range
+    with ``alpha = 1 + torch.sigmoid(parameter)``. Needs scores with a dimension of heads: `Masked`, not `Bucketed`, whose
+    rows are those of several heads.
+    """
+
+    alpha: Tensor
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        """``(..., H, N, M)`` scores, ``-inf`` where absent → float32 probabilities, zeros for an empty row."""
+        heads = self.alpha.shape[0] if self.alpha.ndim == 1 else 0
+        if scores.ndim < 3 or scores.shape[-3] != heads:
+            raise ValueError(
+                f"alpha must be (H,) and scores (..., H, N, M), got {tuple(self.alpha.shape)} and {tuple(scores.shape)}"
+            )
+        return entmax(scores, self.alpha[:, None, None])
+
+    @property
+    def sparse(self) -> bool:
+        """Whether probabilities can be exactly zero."""
+        return True
+
+
 def softmax(scores: Tensor) -> Tensor:
     """``p_j ∝ exp z_j`` over the last dimension; an all ``-inf`` row gives zeros."""
     scores = _at_least_float32(scores)
+    probabilities = torch.softmax(scores, dim=-1)
+    # torch gives NaN for the whole of an empty row: one column tells, at a small part of the price of looking at all scores
+    if scores.shape[-1] == 0 or not bool(probabilities[..., 0].isnan().any()):
+        return probabilities
     empty = (scores == -math.inf).all(-1, keepdim=True)
     return torch.softmax(scores.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0)
 
@@ -77,24 +100,30 @@ def entmax15(scores: Tensor) -> Tensor:
     return entmax(scores, 1.5)
 
 
-def entmax(scores: Tensor, alpha: float = 1.5) -> Tensor:
-    """α-entmax over the last dimension, 1 < α ≤ 2; differentiable in the scores.
+def entmax(scores: Tensor, alpha: float | Tensor = 1.5) -> Tensor:
+    """α-entmax over the last dimension, 1 < α ≤ 2; differentiable in the scores, and in α where that is a tensor.
 
-    ``scores``: ``(..., N)``, ``-inf`` where a key is absent. Returns ``(..., N)`` float32 (float64 for float64 scores).
-    The gradient is ``s ∘ (g − (s·g)/Σs)`` with ``s = p^{2−α}`` on the support.
+    ``scores``: ``(..., N)``, ``-inf`` where a key is absent. ``alpha``: a number, or a floating-point tensor that broadcasts to
+    ``(..., 1)``, an α for each row. Returns ``(..., N)`` float32 (float64 for float64 scores). The gradient is
+    ``s ∘ (g − (s·g)/Σs)`` with ``s = p^{2−α}`` on the support; that of α is
+    `sparsefinder.entmax_kernels.alpha_derivative_product`.
     """
+    scores = _at_least_float32(scores)
+    if isinstance(alpha, Tensor):
+        if not bool(((alpha > 1.0) & (alpha <= 2.0)).all()):
+            raise ValueError(f"entmax needs 1 < alpha <= 2, got {alpha.detach().flatten().tolist()}")
+        by_row: Tensor = _EntmaxByRow.apply(scores, alpha.to(scores).expand(*scores.shape[:-1], 1))
+        return by_row
     if not 1.0 < alpha <= 2.0:
         raise ValueError(f"entmax needs 1 < alpha <= 2, got {alpha}; for alpha = 1 use softmax")
-    result: Tensor = _Entmax.apply(_at_least_float32(scores), alpha)
+    result: Tensor = _Entmax.apply(scores, alpha)
     return result
 
 
 class _Entmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scores: Tensor, alpha: float) -> Tensor:
-        # detached: a form compiled for scores with gradients would be another one
-        rows = scores.detach().reshape(-1, scores.shape[-1])
-        probabilities = _threshold_and_project(rows, alpha).view(scores.shape)
+        probabilities = _rows_to_probabilities(scores, alpha)
         ctx.save_for_backward(probabilities)
         ctx.alpha = alpha
         return probabilities
@@ -102,113 +131,49 @@ class _Entmax(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (probabilities,) = ctx.saved_tensors
+        rows, gradient = _rows(probabilities), _rows(gradients[0])
+        return kernel(jacobian_product, ctx.alpha)(rows, gradient).view(probabilities.shape), None
+
+
+class _EntmaxByRow(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, alpha: Tensor) -> Tensor:
+        column = alpha.detach().reshape(-1, 1)
+        probabilities = _rows_to_probabilities(scores, column)
+        ctx.save_for_backward(probabilities, column)
+        return probabilities
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        probabilities, column = ctx.saved_tensors
         shape = probabilities.shape
-        rows = probabilities.reshape(-1, shape[-1])
-        gradient = gradients[0].reshape(-1, shape[-1])
-        return _kernel(_jacobian_product, ctx.alpha)(rows, gradient).view(shape), None
+        rows, gradient = _rows(probabilities), _rows(gradients[0])
+        of_scores, of_alpha = ctx.needs_input_grad
+        return (
+            kernel(jacobian_product, column)(rows, gradient).view(shape) if of_scores else None,
+            kernel(alpha_derivative_product, column)(rows, gradient).view(*shape[:-1], 1) if of_alpha else None,
+        )
 
 
-def _threshold_and_project(scores: Tensor, alpha: float) -> Tensor:
-    """``(M, N)`` → ``(M, N)`` probabilities: Newton until no row's threshold moves."""
+def _rows_to_probabilities(scores: Tensor, alpha: float | Tensor) -> Tensor:
+    """``(..., N)`` → the same shape: Newton's steps until no row's threshold moves. A tensor ``alpha`` is ``(M, 1)``."""
     if scores.numel() == 0:
         return scores.clone()
-    peak, threshold, step = _kernel(_first_steps, alpha)(scores)
-    taken = _STEPS
-    while taken < _LIMIT and bool(step.max() > _STILL):
-        threshold, step = _kernel(_more_steps, alpha)(scores, peak, threshold)
-        taken += _STEPS
-    result: Tensor = _kernel(_project, alpha)(scores, peak, threshold)
-    return result
+    rows = _rows(scores)
+    step_by_step = kernel(solve, alpha)
+    still = 2 * torch.finfo(rows.dtype).eps  # a step of τ, which lies in [−1, 0], that is rounding noise
+    height = rows.new_ones(rows.shape[0], 1)
+    for _ in range(0, _LIMIT, STEPS):
+        probabilities, total, slope, height = step_by_step(rows, height)
+        # an empty row has no slope: its sum stays 0
+        if not bool(((total - 1.0) * (alpha - 1.0) > still * slope).any()):
+            break
+    return probabilities.view(scores.shape)
 
 
-# ---- kernels on (M, N) float rows; `alpha` is one of _CONSTANTS, or a tensor () for any other value ----
-
-
-def _first_steps(scores: Tensor, alpha: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    peak = scores.amax(-1, keepdim=True)
-    peak = torch.where(peak == -math.inf, torch.zeros_like(peak), peak)
-    threshold, step = _newton(scores, peak, torch.full_like(peak, -1.0), alpha)
-    return peak, threshold, step
-
-
-def _more_steps(scores: Tensor, peak: Tensor, threshold: Tensor, alpha: float | Tensor) -> tuple[Tensor, Tensor]:
-    return _newton(scores, peak, threshold, alpha)
-
-
-def _newton(scores: Tensor, peak: Tensor, threshold: Tensor, alpha: float | Tensor) -> tuple[Tensor, Tensor]:
-    x = (scores - peak) * (alpha - 1.0)
-    step = threshold
-    for _ in range(_STEPS):
-        excess = (x - threshold).clamp_min(0.0)
-        if isinstance(alpha, Tensor):
-            root = excess.pow(1.0 / (alpha - 1.0) - 1.0)
-            value, slope = (root * excess).sum(-1, keepdim=True), root.sum(-1, keepdim=True) / (alpha - 1.0)
-        elif alpha == 1.5:
-            value, slope = (excess * excess).sum(-1, keepdim=True), 2.0 * excess.sum(-1, keepdim=True)
-        else:
-            value, slope = excess.sum(-1, keepdim=True), (excess > 0).to(excess.dtype).sum(-1, keepdim=True)
-        # an empty row has no slope: leave it where it is
-        step = torch.where(slope > 0, (value - 1.0) / slope, torch.zeros_like(slope))
-        threshold = threshold + step
-    return threshold, step
-
-
-def _project(scores: Tensor, peak: Tensor, threshold: Tensor, alpha: float | Tensor) -> Tensor:
-    excess = ((scores - peak) * (alpha - 1.0) - threshold).clamp_min(0.0)
-    if isinstance(alpha, Tensor):
-        powers = excess.pow(1.0 / (alpha - 1.0))
-        # near α = 1 the power is large and makes much of the last digit of τ; almost all of that is one common factor
-        return powers / powers.sum(-1, keepdim=True).clamp_min(1e-30)
-    return excess * excess if alpha == 1.5 else excess
-
-
-def _jacobian_product(probabilities: Tensor, gradient: Tensor, alpha: float | Tensor) -> Tensor:
-    support = (probabilities > 0).to(probabilities.dtype)
-    if isinstance(alpha, Tensor):
-        s = probabilities.pow(2.0 - alpha) * support
-    else:
-        s = probabilities.sqrt() if alpha == 1.5 else support
-    weighted = (s * gradient).sum(-1, keepdim=True) / s.sum(-1, keepdim=True).clamp_min(1e-30)
-    return s * (gradient - weighted)
-
-
-def _kernel(function: Callable[..., Any], alpha: float) -> Callable[..., Any]:
-    """``function(*rows, alpha)`` for one α; one compiled form serves every α but 1.5 and 2, which have their own."""
-    if alpha in _CONSTANTS:
-        return _compiled(function, alpha)
-    kernel = _compiled(function, None)
-    return lambda *rows: kernel(*rows, torch.tensor(alpha, dtype=rows[0].dtype, device=rows[0].device))
-
-
-@functools.cache
-def _compiled(function: Callable[..., Any], constant: float | None) -> Callable[..., Any]:
-    """``function``, compiled where a C++ compiler is at hand (about 20 times faster on CPU), else eager."""
-
-    def bound(*inputs: Tensor) -> Any:
-        return function(*inputs) if constant is None else function(*inputs, constant)
-
-    # torch._dynamo keeps at most eight compiled forms of a *code* object, then runs it uncompiled for good: without a copy
-    # of its own, each kernel would use up the forms of all others
-    code = bound.__code__.replace(co_name=f"{function.__name__}_{constant}")
-    own = types.FunctionType(code, bound.__globals__, code.co_name, None, bound.__closure__)
-    state = {"kernel": torch.compile(own, dynamic=True)}
-
-    def run(*inputs: Tensor) -> Any:
-        if inputs[0].numel() < _WORTH_COMPILING or state["kernel"] is bound:
-            return bound(*inputs)
-        try:
-            return state["kernel"](*inputs)
-        except Exception as error:  # torch has no one exception for "no compiler here"
-            log.warning("torch.compile does not work here (%s): entmax runs uncompiled, slower", type(error).__name__)
-            state["kernel"] = bound
-            return bound(*inputs)
-
-    return run
-
-
-_CONSTANTS = (1.5, 2.0)  # values of α that make squares and comparisons of the powers
-# scores; below this the eager kernels take a few milliseconds, and compiling takes some twenty seconds
-_WORTH_COMPILING = 1 << 18
+def _rows(x: Tensor) -> Tensor:
+    """``(..., N)`` → ``(M, N)``, detached: a form compiled for tensors with gradients would be another one."""
+    return x.detach().reshape(-1, x.shape[-1])
 
 
 def _at_least_float32(scores: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparsefinder import transforms
+from sparsefinder import entmax_kernels
 from sparsefinder.attention import Bucketed, Masked
 from sparsefinder.graphs import QK, Buckets, Layout
 from sparsefinder.store import UserError
@@ -328,7 +328,7 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_never_of_size_n_by_n(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transforms, "_WORTH_COMPILING", 1 << 40)
+    monkeypatch.setattr(entmax_kernels, "WORTH_COMPILING", 1 << 40)
     largest = []
     for tokens in (2048, 4096, 8192):
         pattern = Fixed(rounds(1, 1, tokens, 2, tokens // 64), 11, positions(tokens, [0, tokens - 1]))

@@ -1,0 +1,152 @@
+"""Kernels of α-entmax on rows ``(M, N)``, compiled where a C++ compiler is at hand.
+
+The threshold is found by Newton's method from the left, not by sorting. With ``x = (α−1)(z − max z) ≤ 0`` and
+``p = 1/(α−1)`` it is the root of
+
+    h(τ) = ‖(x − τ)₊‖_p − 1 = 0,
+
+the same root as that of ``f(τ) = Σ (x − τ)₊^p − 1``, which entmax is usually written with. Both are convex and decreasing with
+``h(−1) ≥ 0``, so Newton's steps from ``τ = −1`` rise monotonically to the root. But ``h`` is the straighter one: where all scores
+are equal it *is* a line, and one step is enough where ``f`` needs ½·log₂ n + 4. A step costs one pass over the row for either.
+
+A whole solution, `solve`, is one function of a row, so that torch.compile makes one parallel loop of it in which a row stays
+in the first cache for all of its passes. That holds only while no intermediate is of shape ``(M, 1)`` but the sums themselves
+(inductor gives those a loop of their own): hence it is the row that is shifted from step to step, not a threshold that moves.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+# Newton steps between two looks at convergence: enough for ordinary rows, so that one look is the rule (docs/performance.md)
+STEPS, STEPS_OF_SPARSEMAX = 5, 8
+CONSTANTS = (1.5, 2.0)  # values of α that make squares and comparisons of the powers
+# scores; below this the eager kernels take a few milliseconds, and compiling takes some twenty seconds
+WORTH_COMPILING = 1 << 18
+
+
+def solve(scores: Tensor, height: Tensor, alpha: float | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``STEPS`` Newton steps (``STEPS_OF_SPARSEMAX`` where α = 2), then the probabilities.
+
+    ``scores``: ``(M, N)``. ``height``: ``(M, 1)``, ``max x − τ`` to start from; 1 is the warm start from the row's maximum.
+    ``alpha``: one of ``CONSTANTS``, or a tensor ``(M, 1)`` for any other values. Returns probabilities ``(M, N)``, their sum, the
+    slope ``Σ (x − τ)₊^{p−1}`` and the new height, each ``(M, 1)``. The next step would be ``(sum − 1) / (p · slope)`` or less.
+    """
+    peak = scores.amax(-1, keepdim=True)
+    # an empty row stays at -inf, and -inf - -inf would be NaN
+    below_peak = (scores - torch.where(peak == -math.inf, 0.0, peak)) * (alpha - 1.0)
+    x: Tensor = below_peak + height
+    steps = STEPS_OF_SPARSEMAX if not isinstance(alpha, Tensor) and alpha == 2.0 else STEPS
+    for _ in range(steps):
+        total, slope = _sums(x.clamp_min(0.0), alpha)
+        x = x - (total - _power_of_total(total, alpha)) / slope.clamp_min(1e-30)
+    height = x.amax(-1, keepdim=True)
+    # from the scores again: the rounding of each shift differs from entry to entry, that of their sum is the same for all
+    excess = (below_peak + height).clamp_min(0.0)
+    total, slope = _sums(excess, alpha)
+    probabilities = _power(excess, alpha)
+    if isinstance(alpha, Tensor):
+        # near α = 1 the power is large and makes much of the last digit of τ; almost all of that is one common factor
+        probabilities = probabilities / total.clamp_min(1e-30)
+    return probabilities, total, slope, height
+
+
+def jacobian_product(probabilities: Tensor, gradient: Tensor, alpha: float | Tensor) -> Tensor:
+    """``s ∘ (g − (s·g)/Σs)`` with ``s = p^{2−α}`` on the support: ``(M, N)`` twice → ``(M, N)``."""
+    support = (probabilities > 0).to(probabilities.dtype)
+    if isinstance(alpha, Tensor):
+        s = probabilities.pow(2.0 - alpha) * support
+    else:
+        s = probabilities.sqrt() if alpha == 1.5 else support
+    weighted = (s * gradient).sum(-1, keepdim=True) / s.sum(-1, keepdim=True).clamp_min(1e-30)
+    return s * (gradient - weighted)
+
+
+def alpha_derivative_product(probabilities: Tensor, gradient: Tensor, alpha: Tensor) -> Tensor:
+    """``Σ_j g_j · ∂p_j/∂α`` of each row (Correia, Niculae and Martins 2019, Proposition 1): ``(M, N)`` twice → ``(M, 1)``.
+
+    With ``s = p^{2−α}`` on the support, ``p̃ = s/Σs`` and ``h_j = −p_j log p_j``,
+    ``∂p/∂α = (p − p̃)/(α−1)² + (h − p̃·Σh)/(α−1)``. ``alpha``: ``(M, 1)``.
+    """
+    support = (probabilities > 0).to(probabilities.dtype)
+    s = probabilities.pow(2.0 - alpha) * support
+    entropies = -probabilities * torch.where(probabilities > 0, probabilities, 1.0).log()
+    along_s = (s * gradient).sum(-1, keepdim=True) / s.sum(-1, keepdim=True).clamp_min(1e-30)
+    rescaled = (probabilities * gradient).sum(-1, keepdim=True) - along_s * probabilities.sum(-1, keepdim=True)
+    spread = (entropies * gradient).sum(-1, keepdim=True) - along_s * entropies.sum(-1, keepdim=True)
+    return rescaled / (alpha - 1.0) ** 2 + spread / (alpha - 1.0)
+
+
+def _power(excess: Tensor, alpha: float | Tensor) -> Tensor:
+    """``excess^p`` with ``p = 1/(α−1)``."""
+    if isinstance(alpha, Tensor):
+        return excess.pow(1.0 / (alpha - 1.0))
+    return excess * excess if alpha == 1.5 else excess
+
+
+def _sums(excess: Tensor, alpha: float | Tensor) -> tuple[Tensor, Tensor]:
+    """``Σ excess^p`` and ``Σ excess^{p−1}`` over each row."""
+    if isinstance(alpha, Tensor):
+        root = excess.pow((2.0 - alpha) / (alpha - 1.0)) * (excess > 0)
+        return (root * excess).sum(-1, keepdim=True), root.sum(-1, keepdim=True)
+    one_less = excess if alpha == 1.5 else (excess > 0).to(excess.dtype)
+    return _power(excess, alpha).sum(-1, keepdim=True), one_less.sum(-1, keepdim=True)
+
+
+def _power_of_total(total: Tensor, alpha: float | Tensor) -> Tensor | float:
+    """``total^{2−α}``: Newton's step for ``h`` is ``(S − S^{1−1/p}) / Σ excess^{p−1}``, and ``1 − 1/p = 2 − α``."""
+    if isinstance(alpha, Tensor):
+        return total.pow(2.0 - alpha)
+    return total.sqrt() if alpha == 1.5 else 1.0
+
+
+def kernel(function: Callable[..., Any], alpha: float | Tensor) -> Callable[..., Any]:
+    """``function(*rows, alpha)`` for one α; one compiled form serves every α but 1.5 and 2, which have their own.
+
+    A tensor ``alpha (M, 1)`` is an α for each row.
+    """
+    if not isinstance(alpha, Tensor) and alpha in CONSTANTS:
+        return compiled(function, alpha)
+    general = compiled(function, None)
+
+    def run(rows: Tensor, *others: Tensor) -> Any:
+        column = alpha if isinstance(alpha, Tensor) else rows.new_full((rows.shape[0], 1), alpha)
+        return general(rows, *others, column)
+
+    return run
+
+
+@functools.cache
+def compiled(function: Callable[..., Any], constant: float | None) -> Callable[..., Any]:
+    """``function``, compiled where a C++ compiler is at hand (about 20 times faster on CPU), else eager."""
+
+    def bound(*inputs: Tensor) -> Any:
+        return function(*inputs) if constant is None else function(*inputs, constant)
+
+    # torch._dynamo keeps at most eight compiled forms of a *code* object, then runs it uncompiled for good: without a copy
+    # of its own, each kernel would use up the forms of all others
+    code = bound.__code__.replace(co_name=f"{function.__name__}_{constant}")
+    own = types.FunctionType(code, bound.__globals__, code.co_name, None, bound.__closure__)
+    state = {"kernel": torch.compile(own, dynamic=True)}
+
+    def run(*inputs: Tensor) -> Any:
+        if inputs[0].numel() < WORTH_COMPILING or state["kernel"] is bound:
+            return bound(*inputs)
+        try:
+            return state["kernel"](*inputs)
+        except Exception as error:  # torch has no one exception for "no compiler here"
+            log.warning("torch.compile does not work here (%s): entmax runs uncompiled, slower", type(error).__name__)
+            state["kernel"] = bound
+            return bound(*inputs)
+
+    return run
