@@ -70,6 +70,8 @@ def patterns(q: Tensor, k: Tensor, valid: Tensor) -> dict[str, Pattern]:
         projections = Projections([LayerProjections(linear, linear)])
         quantized = Projected(Quantize(bucket_size=BUCKET), projections)
         found[f"quantize, {coordinates} round{'s' * (coordinates > 1)}"] = Union((quantized, *surroundings))
+    quarter = Projected(Quantize(bucket_size=BUCKET // 4), projections)
+    found[f"quantize, 4 rounds of {BUCKET // 4}"] = Union((quarter, *surroundings))
     projected = projections(QK(q, k, valid), 0)
     some = torch.randperm(tokens)[: tokens // BUCKET]
     centroids = Centroids(

@@ -111,8 +111,10 @@ class Bucketed:
     def _layout_and_shares(self, qk: QK, layer: int) -> tuple[Layout, Shares]:
         assert isinstance(self.pattern, HasLayout)  # checked when made
         layout = self.pattern.layout(qk, layer)
-        slots = 1 if layout.buckets is None else max(layout.buckets.q_ids.shape[-1], 1)
-        return layout, shares_of(qk, self.queries_at_once // slots)
+        times = 1.0  # that a query is multiplied, once for each of its buckets
+        if layout.buckets is not None and layout.buckets.q_ids.numel():
+            times = max((layout.buckets.q_ids >= 0).sum(-1).double().mean().item(), 1.0)
+        return layout, shares_of(qk, max(int(self.queries_at_once / times), 1))
 
 
 def without_padding(x: Tensor, valid: Tensor) -> Tensor:

@@ -90,7 +90,8 @@ def nearest(x: Tensor, centres: Tensor, top: int) -> Tensor:
     centres = centres.to(x.dtype)
     # ‖x − c‖² = ‖x‖² − 2 (x·c − ‖c‖²/2): the nearest centroids are those of the largest bracket, one matrix product
     closeness = x[:, :, None] @ centres.mT[None] - centres.square().sum(-1)[:, :, None] / 2
-    found = closeness.topk(top, dim=-1).indices  # (B, H, runs, N, top)
+    # (B, H, runs, N, top); the largest one alone is found twice as fast
+    found = closeness.argmax(-1, keepdim=True) if top == 1 else closeness.topk(top, dim=-1).indices
     first = torch.arange(runs, device=x.device)[:, None, None] * clusters
     return (found + first).movedim(2, 3).flatten(3)
 

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sparsefinder.graphs import QK, Buckets, Layout
 from sparsefinder.kmeans_centroids import Centroids, nearest
 from sparsefinder.selection import check_rule, select
 from sparsefinder.store import UserError
+
+_AT_ONCE = 1 << 20  # scores of queries and clusters in memory at one time: what fits the cache is faster
 
 
 @dataclass(frozen=True)
@@ -50,9 +53,17 @@ class Routed:
         centres = self.key_centroids(qk, layer).flatten(1, 2)  # several runs are as many clusters more
         count = centres.shape[1]
         cluster = nearest(qk.k, centres[:, None], 1)[..., 0].masked_fill(~qk.valid[:, None], count)  # (B, H, N)
+        some = max(_AT_ONCE // max(cluster.shape[0] * cluster.shape[2] * count, 1), 1)  # heads
+        parts = zip(*(x.split(some, dim=1) for x in (qk.q, qk.k, cluster)), centres.split(some), strict=True)
+        slots = [self._routes(qk.with_vectors(q, k), *rest) for q, k, *rest in parts]
+        most = max(part.shape[-1] for part in slots)
+        q_ids = torch.cat([F.pad(part, (0, most - part.shape[-1]), value=-1) for part in slots], dim=1)
+        return Layout(Buckets(q_ids, cluster.masked_fill(cluster == count, -1)[..., None], count))
+
+    def _routes(self, qk: QK, cluster: Tensor, centres: Tensor) -> Tensor:
+        """The clusters of each query of some heads, ``(B, h, N, P)`` int64, -1 in slots that a query does not need."""
         scores, numbers = (_causal if qk.causal else _whole)(qk, cluster, centres)
-        chosen = select(scores, numbers, self.rule, self.level, self.alpha)
-        return Layout(Buckets(_slots(chosen), cluster.masked_fill(cluster == count, -1)[..., None], count))
+        return _slots(select(scores, numbers, self.rule, self.level, self.alpha))
 
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool from vectors ``(B, H, N, R)``."""
