@@ -5,7 +5,8 @@
 
 12 heads of 64, one text, window 11, one global token, buckets of about 64 tokens, float32. Queries, keys and values are normal
 noise, projected to 4 numbers at random; the centroids of k-means are N / 64 of the projected tokens, so its clusters are
-uneven; routed queries are compared with as many centroids of the keys by 32 numbers. The predictor (projection and buckets) is inside every bucketed time, and is also timed alone.
+uneven. Routed queries are compared, by 32 numbers, with as many centroids of the keys. The predictor (projection and buckets)
+is inside every bucketed time, and is also timed alone.
 
 Every round runs each variant once, in the same order; a ratio is the median over rounds of that round's ratio. Peak memory
 is what a call adds to the resident memory of the process (Linux only). Dense entmax goes head by head, or 16,384 tokens
