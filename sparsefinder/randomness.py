@@ -25,6 +25,11 @@ def uniform(seed: int, layer: int, *axes: Tensor) -> Tensor:
     return ((state >> 11) & ((1 << 53) - 1)).double() / float(1 << 53)
 
 
+def normal(seed: int, layer: int, *axes: Tensor) -> Tensor:
+    """Standard normal numbers, float64: the quantiles of `uniform`, with the same ``axes``."""
+    return torch.special.ndtri(uniform(seed, layer, *axes).clamp_min(2.0**-54))
+
+
 def _mix(x: Tensor) -> Tensor:
     x = x + _ODD[0]
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * _ODD[1]

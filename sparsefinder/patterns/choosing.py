@@ -1,0 +1,80 @@
+"""What patterns that choose tokens share: how many a share of a sentence is, who ranks where, and memberships as ids.
+
+All counts are of real tokens of that sentence, and all orders are stable: of equal values the earlier token comes first, so
+neither padding nor the other sentences of a batch change a choice.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsefinder.attention import at_least_float32, without_padding
+from sparsefinder.graphs import QK
+from sparsefinder.store import UserError
+
+
+def check_share(name: str, share: float) -> None:
+    """A `UserError` unless ``share`` lies in (0, 1]."""
+    if not 0 < share <= 1:
+        raise UserError(f"{name} must be a share, more than 0 and at most 1, got {share}")
+
+
+def check_counts(**counts: int) -> None:
+    """A `UserError` for the first setting that is below 1."""
+    for name, value in counts.items():
+        if value < 1:
+            raise UserError(f"{name} must be 1 or more, got {value}")
+
+
+def vectors(qk: QK) -> tuple[Tensor, Tensor]:
+    """Queries and keys ``(B, H, N, D)``, float32 at least, zeros on padding: even NaN there cannot reach a sum."""
+    return at_least_float32(without_padding(qk.q, qk.valid)), at_least_float32(without_padding(qk.k, qk.valid))
+
+
+def share_of(counts: Tensor, share: float) -> Tensor:
+    """``⌈share · counts⌉`` int64, not fooled by the rounding of the product: 0.07 · 100 is 7, not 8."""
+    return (counts.double() * share - 1e-9).ceil().long()
+
+
+def first_share(values: Tensor, qk: QK, share: float) -> Tensor:
+    """The ``⌈share · n⌉`` tokens of largest value for each column of ``values (B, H, N, C)``: bool of the same shape.
+
+    Where attention is causal, a token is compared with those before it only: it is in iff it was among the
+    ``⌈share · (j + 1)⌉`` largest of the tokens ``0 … j`` when it arrived, and later ones change nothing.
+    """
+    values = values.masked_fill(~qk.valid[:, None, :, None], -math.inf).transpose(-1, -2)
+    if qk.causal:
+        ranks, seen = _rank_on_arrival(values), qk.places + 1
+    else:
+        order = values.argsort(dim=-1, descending=True, stable=True)
+        ranks, seen = order.argsort(dim=-1, stable=True), qk.lengths[:, None]
+    inside = (ranks < share_of(seen, share)[:, None, None]) & qk.valid[:, None, None]
+    return inside.transpose(-1, -2)
+
+
+def as_ids(member: Tensor) -> Tensor:
+    """Memberships ``(B, H, N, C)`` bool as bucket ids ``(B, H, N, P)`` int64; P is what the busiest token needs, at least 1."""
+    most = max(int(member.sum(-1).max()), 1) if member.numel() else 1
+    buckets = torch.arange(member.shape[-1], device=member.device)
+    return torch.where(member, buckets, -1).sort(dim=-1, descending=True).values[..., :most]
+
+
+def _rank_on_arrival(values: Tensor) -> Tensor:
+    """For each place of ``(…, N)``, the earlier places whose value is no smaller: a merge sort's count, ``N log² N`` work."""
+    tokens = values.shape[-1]
+    width = 1 << max(tokens - 1, 0).bit_length()
+    values = F.pad(values, (0, width - tokens), value=-math.inf).contiguous()
+    ranks = torch.zeros_like(values, dtype=torch.int64)
+    half = 1
+    while half < width:
+        left, right = values.unflatten(-1, (-1, 2, half)).unbind(-2)
+        smaller = torch.searchsorted(
+            left.contiguous().sort(dim=-1).values, right.contiguous()
+        )  # earlier ones that are smaller
+        ranks.unflatten(-1, (-1, 2, half))[..., 1, :] += half - smaller
+        half *= 2
+    return ranks[..., :tokens]
