@@ -288,8 +288,8 @@ def test_equal_values_go_to_the_earlier_token(causal: bool) -> None:
 
 def test_memberships_as_ids() -> None:
     member = torch.tensor([[[[True, False, True], [False, False, False], [False, True, False]]]])
-    assert as_ids(member).tolist() == [[[[2, 0], [-1, -1], [1, -1]]]]
-    assert as_ids(torch.zeros(1, 1, 2, 3, dtype=torch.bool)).shape[-1] == 1
+    assert as_ids(member).tolist() == [[[[0, 2], [-1, -1], [1, -1]]]]
+    assert as_ids(torch.zeros(1, 1, 2, 3, dtype=torch.bool)).shape == (1, 1, 2, 0)
 
 
 def test_lloyd_finds_groups_and_leaves_an_empty_centre_alone() -> None:

@@ -90,7 +90,7 @@ DENSE: dict[str, dict[str, Any]] = {
     "lowrank": {"level": 1e9},
     "routed": {"level": 1e9},
     "routed_budget": {"level": 1.0},
-}
+} | {name: {"share": 1.0} for name in ("topk_norm", "quest", "block_pool", "clustered", "routing", "routing_learned")}
 
 
 def subject(path: Path, around: str) -> Subject:

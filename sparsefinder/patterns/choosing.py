@@ -57,10 +57,13 @@ def first_share(values: Tensor, qk: QK, share: float) -> Tensor:
 
 
 def as_ids(member: Tensor) -> Tensor:
-    """Memberships ``(B, H, N, C)`` bool as bucket ids ``(B, H, N, P)`` int64; P is what the busiest token needs, at least 1."""
-    most = max(int(member.sum(-1).max()), 1) if member.numel() else 1
-    buckets = torch.arange(member.shape[-1], device=member.device)
-    return torch.where(member, buckets, -1).sort(dim=-1, descending=True).values[..., :most]
+    """Memberships ``(B, H, N, C)`` bool as bucket ids ``(B, H, N, P)`` int64, then -1; P is what the busiest token needs."""
+    numbers = member.sum(-1).flatten()
+    ids = torch.full((len(numbers), int(numbers.max()) if len(numbers) else 0), -1, device=member.device)
+    rows, columns = member.flatten(0, 2).nonzero(as_tuple=True)  # row by row, so the ids of a row lie side by side
+    first = numbers.cumsum(0) - numbers
+    ids[rows, torch.arange(len(rows), device=rows.device) - first[rows]] = columns
+    return ids.unflatten(0, member.shape[:3])
 
 
 def _rank_on_arrival(values: Tensor) -> Tensor:

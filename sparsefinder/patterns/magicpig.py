@@ -47,21 +47,24 @@ class MagicPIG:
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool."""
         q, k = vectors(qk)
-        k = k - _mean_keys(k, qk)
+        planes = self._planes(qk, layer).to(q.dtype)
+        q_codes, k_codes = (self._codes(x, planes) for x in (q, k - _mean_keys(k, qk)))
         shared = torch.zeros(*q.shape[:3], q.shape[2], dtype=torch.int32, device=q.device)
-        for table in range(self.n_tables):
-            planes = self._planes(qk, layer, table).to(q.dtype)
-            q_code, k_code = (_code(x @ planes) for x in (q, k))
+        for q_code, k_code in zip(q_codes, k_codes, strict=True):
             shared += q_code[..., :, None] == k_code[..., None, :]
         return (shared >= self.collisions) & qk.allowed
 
-    def _planes(self, qk: QK, layer: int, table: int) -> Tensor:
-        """``(H, D, bits)`` float64."""
-        which, head, size, bit = (
-            torch.tensor(table, device=qk.q.device),
-            *(torch.arange(n, device=qk.q.device) for n in (qk.q.shape[1], qk.q.shape[-1], self.bits)),
+    def _planes(self, qk: QK, layer: int) -> Tensor:
+        """``(H, D, n_tables · bits)`` float64."""
+        table, head, size, bit = (
+            torch.arange(n, device=qk.q.device) for n in (self.n_tables, qk.q.shape[1], qk.q.shape[-1], self.bits)
         )
-        return normal(self.seed, layer, which, head[:, None, None], size[:, None], bit)
+        return normal(self.seed, layer, table[:, None], head[:, None, None, None], size[:, None, None], bit).flatten(2)
+
+    def _codes(self, x: Tensor, planes: Tensor) -> tuple[Tensor, ...]:
+        """The signs of ``x (B, H, N, D)`` in each table as one integer, ``(B, H, N)`` for each."""
+        signs = (x @ planes > 0).unflatten(-1, (-1, self.bits)).long()
+        return (signs << torch.arange(self.bits, device=x.device)).sum(-1).unbind(-1)
 
 
 def _mean_keys(k: Tensor, qk: QK) -> Tensor:
@@ -69,8 +72,3 @@ def _mean_keys(k: Tensor, qk: QK) -> Tensor:
     if qk.causal:
         return k.cumsum(2) / (qk.places + 1)[:, None, :, None]
     return k.sum(2, keepdim=True) / qk.lengths.clamp_min(1)[:, None, None, None]
-
-
-def _code(sides: Tensor) -> Tensor:
-    """Signs ``(…, bits)`` as one integer ``(…)``."""
-    return ((sides > 0).long() << torch.arange(sides.shape[-1], device=sides.device)).sum(-1)

@@ -45,26 +45,25 @@ class Reformer:
 
     def layout(self, qk: QK, layer: int) -> Layout:
         """Hashes as buckets: round ``r`` uses the ids ``r · n_buckets … r · n_buckets + n_buckets − 1``."""
-        q, k = vectors(qk)
-        rotations = [self._rotation(qk, layer, round).to(q.dtype) for round in range(self.n_rounds)]
-        q_ids, k_ids = (
-            torch.stack([_side(x @ rotation) + r * self.n_buckets for r, rotation in enumerate(rotations)], dim=-1)
-            for x in (q, k)
-        )
+        rotations = self._rotations(qk, layer)
+        first = torch.arange(self.n_rounds, device=qk.q.device) * self.n_buckets
+        q_ids, k_ids = (self._hashes(x, rotations.to(x.dtype)) + first for x in vectors(qk))
         return Layout(Buckets(q_ids, k_ids, self.n_rounds * self.n_buckets))
 
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool."""
         return self.layout(qk, layer).graph(qk)
 
-    def _rotation(self, qk: QK, layer: int, round: int) -> Tensor:
-        """``(H, D, n_buckets / 2)``."""
-        head, size, column = (
-            torch.arange(n, device=qk.q.device) for n in (qk.q.shape[1], qk.q.shape[-1], self.n_buckets // 2)
+    def _rotations(self, qk: QK, layer: int) -> Tensor:
+        """``(H, D, n_rounds · n_buckets / 2)`` float64."""
+        rounds, head, size, column = (
+            torch.arange(n, device=qk.q.device)
+            for n in (self.n_rounds, qk.q.shape[1], qk.q.shape[-1], self.n_buckets // 2)
         )
-        which = torch.tensor(round, device=qk.q.device)
-        return normal(self.seed, layer, which, head[:, None, None], size[:, None], column)
+        drawn = normal(self.seed, layer, rounds[:, None], head[:, None, None, None], size[:, None, None], column)
+        return drawn.flatten(2)
 
-
-def _side(rotated: Tensor) -> Tensor:
-    return torch.cat([rotated, -rotated], dim=-1).argmax(-1)
+    def _hashes(self, x: Tensor, rotations: Tensor) -> Tensor:
+        """``(B, H, N, D)`` → the bucket in each round, ``(B, H, N, n_rounds)`` int64."""
+        sides = (x @ rotations).unflatten(-1, (self.n_rounds, -1))
+        return torch.cat([sides, -sides], dim=-1).argmax(-1)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sparsefinder.graphs import QK, Buckets, Layout
 from sparsefinder.kmeans_centroids import Centroids, nearest
+from sparsefinder.patterns.choosing import as_ids
 from sparsefinder.selection import check_rule, select
 from sparsefinder.store import UserError
 
@@ -63,7 +64,7 @@ class Routed:
     def _routes(self, qk: QK, cluster: Tensor, centres: Tensor) -> Tensor:
         """The clusters of each query of some heads, ``(B, h, N, P)`` int64, -1 in slots that a query does not need."""
         scores, numbers = (_causal if qk.causal else _whole)(qk, cluster, centres)
-        return _slots(select(scores, numbers, self.rule, self.level, self.alpha))
+        return as_ids(select(scores, numbers, self.rule, self.level, self.alpha))
 
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool from vectors ``(B, H, N, R)``."""
@@ -94,13 +95,3 @@ def _causal(qk: QK, cluster: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
     members = cluster[..., None] == torch.arange(centres.shape[1], device=cluster.device)
     scores = qk.q @ centres.to(qk.q.dtype).mT / math.sqrt(qk.q.shape[-1])
     return scores, members.to(scores.dtype).cumsum(2)
-
-
-def _slots(chosen: Tensor) -> Tensor:
-    """``(B, H, N, C)`` bool → the ids of the chosen columns, ``(B, H, N, P)`` int64, then -1; P is the most of any query."""
-    numbers = chosen.sum(-1).flatten()
-    ids = torch.full((len(numbers), int(numbers.max()) if len(numbers) else 0), -1, device=chosen.device)
-    rows, columns = chosen.flatten(0, 2).nonzero(as_tuple=True)  # row by row, so the ids of a row lie side by side
-    first = numbers.cumsum(0) - numbers
-    ids[rows, torch.arange(len(rows), device=rows.device) - first[rows]] = columns
-    return ids.unflatten(0, chosen.shape[:3])
