@@ -117,12 +117,14 @@ class Buckets:
     count: int
 
     def graph(self, allowed: Tensor) -> Tensor:
-        """The dense form, ``(B, H, N, N)`` bool; one slot of the queries at a time, so memory stays at a few graphs."""
-        edges = torch.zeros(*self.q_ids.shape[:3], self.k_ids.shape[2], dtype=torch.bool, device=self.q_ids.device)
-        for q_slot in self.q_ids.unbind(-1):
-            for k_slot in self.k_ids.unbind(-1):
-                edges |= (q_slot[..., :, None] == k_slot[..., None, :]) & (q_slot >= 0)[..., :, None]
-        return edges & allowed
+        """The dense form, ``(B, H, N, N)`` bool: a product of memberships, one row for each token and one column a bucket."""
+        q_in, k_in = (self._memberships(ids) for ids in (self.q_ids, self.k_ids))
+        return (q_in @ k_in.mT > 0) & allowed
+
+    def _memberships(self, ids: Tensor) -> Tensor:
+        """``(B, H, N, P)`` ids → ``(B, H, N, count)`` float32, 1 where the token is in the bucket."""
+        inside = torch.zeros(*ids.shape[:3], self.count + 1, device=ids.device)
+        return inside.scatter_(-1, torch.where(ids < 0, self.count, ids), 1.0)[..., : self.count]
 
 
 @dataclass(frozen=True)
