@@ -14,6 +14,11 @@ from sparsefinder.conformance import alone, random_qk
 
 __all__ = ["GRAPH", "ROOT", "alone", "graph_files", "random_qk"]
 
+if not torch.cuda.is_available():
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "1"
+    )  # before any import of triton, where that is installed: kernels on the CPU
+
 ROOT = Path(__file__).resolve().parent.parent
 GRAPH = Path(__file__).resolve().parent / "data" / "graph"
 

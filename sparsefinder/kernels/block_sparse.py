@@ -46,7 +46,7 @@ def block_sparse(q: Tensor, k: Tensor, v: Tensor, plan: Plan, alpha: float, bloc
 class _BlockSparse(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: Plan, alpha: float, block: int) -> Tensor:
-        walk = _Walk(plan, alpha, block, q.shape[-1])
+        walk = Walk(plan, alpha, block, q.shape[-1])
         peaks, thresholds, _ = walk.thresholds(q, k)
         ctx.save_for_backward(q, k, v, peaks, thresholds)
         ctx.walk = walk
@@ -60,7 +60,7 @@ class _BlockSparse(torch.autograd.Function):
         return dq, dk, dv, None, None, None
 
 
-class _Walk:
+class Walk:
     """The launches of one plan at one α."""
 
     def __init__(self, plan: Plan, alpha: float, block: int, size: int) -> None:
