@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: run test check setup lock bench clean
+.PHONY: run test check setup lock bench bench-gpu clean
 
 run: setup
 	$(BIN)/python scripts/run.py $(ARGS)
@@ -37,8 +37,14 @@ lock:
 
 # ratios measured side by side in one run, on a quiet machine; minutes
 bench: setup
+	$(BIN)/python benchmarks/normalizers.py
+	$(BIN)/python benchmarks/entmax_steps.py
 	$(BIN)/python benchmarks/bucketed.py
 	$(BIN)/python benchmarks/lsg.py
+
+# needs CUDA, triton, and for all rows of its table adasplash
+bench-gpu: setup
+	$(BIN)/python benchmarks/gpu.py
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache

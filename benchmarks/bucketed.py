@@ -8,28 +8,19 @@ noise, projected to 4 numbers at random; the centroids of k-means are N / 64 of 
 uneven. Routed queries are compared, by 32 numbers, with as many centroids of the keys. The predictor (projection and buckets)
 is inside every bucketed time, and is also timed alone.
 
-Every round runs each variant once, in the same order; a ratio is the median over rounds of that round's ratio. Peak memory
-is what a call adds to the resident memory of the process (Linux only). Dense entmax goes head by head, or 16,384 tokens
+How it is measured is told in `measuring.py`. Dense entmax goes head by head, or 16,384 tokens
 would not fit; its own time is the same either way.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import math
-import os
-import platform
-import statistics
-import sys
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from measuring import Measured, machine, measure
 from torch import Tensor
 
 from sparsefinder.attention import Bucketed
@@ -45,18 +36,6 @@ from sparsefinder.transforms import Normalizer
 
 HEADS, SIZE, BUCKET, WINDOW, RANK = 12, 64, 64, 11, 32
 BASELINE = "SDPA softmax"
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Seconds of each round, and bytes that a call adds at its peak (None where the system does not tell)."""
-
-    seconds: list[float]
-    peak: int | None
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.seconds)
 
 
 @torch.no_grad()
@@ -96,51 +75,15 @@ def dense_entmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.stack([Normalizer(1.5)(a / math.sqrt(SIZE) @ b.transpose(-1, -2)) @ c for a, b, c in heads], dim=1)
 
 
-def measure(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, Measured]:
-    """Warm up and find the peaks, then time every call once a round."""
-    peaks = {}
-    for name, call in calls.items():
-        call()  # compiles
-        peaks[name] = peak_memory(call)
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: Measured(seconds[name], peaks[name]) for name in calls}
-
-
-def peak_memory(call: Callable[[], object]) -> int | None:
-    """Bytes that ``call`` adds to the resident memory at its peak."""
-    try:
-        gc.collect()
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what earlier calls left would hide what this one needs
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-        before = _status("VmRSS")
-        call()
-        return _status("VmHWM") - before
-    except OSError:
-        return None
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
-
 def report(title: str, results: dict[str, Measured], pairs: dict[str, float]) -> None:
     baseline = results[BASELINE]
     print(f"\n### {title}\n")
     print("| attention | median ms | min – max | SDPA ÷ this | peak MB | pairs per query |")
     print("|---|---|---|---|---|---|")
     for name, measured in results.items():
-        ratio = statistics.median(a / b for a, b in zip(baseline.seconds, measured.seconds, strict=True))
-        low, high = 1e3 * min(measured.seconds), 1e3 * max(measured.seconds)
-        peak = "" if measured.peak is None else f"{measured.peak / 2**20:,.0f}"
         each = f"{pairs[name]:,.0f}" if name in pairs else ""
         print(
-            f"| {name} | {1e3 * measured.median:,.1f} | {low:,.1f} – {high:,.1f} | {ratio:.2f} | {peak} | {each} |",
+            f"| {name} | {measured.times} | {measured.faster_than(baseline):.2f} | {measured.megabytes} | {each} |",
             flush=True,
         )
 
@@ -182,11 +125,7 @@ def main() -> None:
         "--rounds", type=int, default=7, help="rounds up to 4,096 tokens; half as many, at least 3, beyond"
     )
     arguments = parser.parse_args()
-    cpu = next(
-        (line.split(":")[1].strip() for line in _cpu_lines() if line.startswith("model name")), platform.processor()
-    )
-    print(f"{cpu}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {sys.version.split()[0]}")
-    print(f"load average before: {os.getloadavg()[0]:.1f}")
+    print(machine())
 
     def rounds(tokens: int) -> int:
         return arguments.rounds if tokens <= 4096 else max(3, arguments.rounds // 2)
@@ -204,11 +143,6 @@ def main() -> None:
         for name in forward[longer]:
             ratio = forward[longer][name].median / forward[shorter][name].median
             print(f"- {name}: {math.log(ratio) / math.log(longer / shorter):.2f}")
-
-
-def _cpu_lines() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
 
 
 if __name__ == "__main__":

@@ -9,10 +9,15 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any import of transformers: nothing is downloaded at test time
 
 import pytest
+import torch
 
 from sparsefinder.conformance import alone, random_qk
 
 __all__ = ["GRAPH", "ROOT", "alone", "graph_files", "random_qk"]
+
+if not torch.cuda.is_available():
+    # before any import of triton, where that is installed: its kernels run interpreted, on the CPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 GRAPH = Path(__file__).resolve().parent / "data" / "graph"
