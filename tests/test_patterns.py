@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -107,23 +106,27 @@ DENSE: dict[str, dict[str, Any]] = {
 def subject(path: Path, around: str) -> Subject:
     pattern, sweep = settings(path)
     dense = replace(pattern, **DENSE[path.stem]) if path.stem in DENSE else None
-    return Subject(pattern, lambda each: build(each, **AROUND[around]), sweep, dense, random(path), HEADS, SIZE)
+    return Subject(
+        pattern,
+        lambda each: build(each, **AROUND[around]),
+        sweep,
+        dense,
+        random(path),
+        HEADS,
+        SIZE,
+        f"{path.stem}, {around}",
+    )
 
 
-def cases() -> Iterator[Any]:
+@pytest.mark.parametrize("check", CHECKS, ids=str)
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_conformance(path: Path, check: Check) -> None:
     """Every file with every surroundings; checks of attention only with those that are all or none of them."""
-    for path in FILES:
-        for around in AROUND:
-            if around == "blocks" and not SPACES & {*settings(path)[0].needs}:
-                continue  # only projections are cut into blocks
-            for check in CHECKS:
-                if around in ("alone", "all", "blocks") or check.name not in OF_ATTENTION:
-                    yield pytest.param(path, around, check, id=f"{path.stem}-{around}-{check}")
-
-
-@pytest.mark.parametrize(("path", "around", "check"), list(cases()))
-def test_conformance(path: Path, around: str, check: Check) -> None:
-    check(subject(path, around))
+    for around in AROUND:
+        if around == "blocks" and not SPACES & {*settings(path)[0].needs}:
+            continue  # only projections are cut into blocks
+        if around in ("alone", "all", "blocks") or check.name not in OF_ATTENTION:
+            check(subject(path, around))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
