@@ -50,6 +50,7 @@ class Subject:
     random: bool | None = None  # whether these settings draw numbers; None: they do if there is a field `seed`
     heads: int = 2
     size: int = 8  # of a query vector
+    name: str = ""  # in messages; empty: the name of its class
 
     @cached_property
     def whole(self) -> Pattern:
@@ -87,9 +88,10 @@ class Check:
                 self.test(subject, causal)
             except Exception as error:
                 found = str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
+                name = subject.name or type(subject.pattern).__name__
                 way = "causal" if causal else "bidirectional"
                 raise AssertionError(
-                    f"{type(subject.pattern).__name__} breaks the promise “{self.name}: {self.promise}” ({way}): {found}"
+                    f"{name} breaks the promise “{self.name}: {self.promise}” ({way}): {found}"
                 ) from error
 
 

@@ -70,7 +70,8 @@ class Variant:
     def columns(self) -> dict[str, Any]:
         """What tells this row from the others."""
         own = self.configuration.columns if self.configuration else dict(self.attention.options)
-        return {"variant": self.label, "attention": self.attention.name, "alpha": self.normalizer.alpha, **own}
+        # last, because the alpha of an oracle says what it looks for, not how the model attends
+        return {"variant": self.label, "attention": self.attention.name, **own} | {"alpha": self.normalizer.alpha}
 
     def pattern(self, learned: Learned) -> Pattern | None:
         """The pattern as it is run; None for an attention with a graph of its own."""

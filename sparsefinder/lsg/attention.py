@@ -51,7 +51,7 @@ class LSGAttention(LSGSettings):
         tokens = q.shape[2]
         if self.pools_padding and not self._dense(tokens):
             return self._on_packed(q, k, v, valid, layer, dropout)
-        packed = _pack(valid)
+        packed = pack(valid)
         padding = ~packed.valid[:, None, :, None]
         q, k, v = (packed.bring(x) for x in (q, k, v))
         if not bool(packed.valid.all()):
@@ -66,7 +66,7 @@ class LSGAttention(LSGSettings):
 
         `qk.causal` is not read: the attention knows whether it is causal.
         """
-        packed = _pack(qk.valid)
+        packed = pack(qk.valid)
         k = packed.bring(qk.k)
         if self._dense(k.shape[2]):
             graph = self._allowed(packed.valid).expand(-1, k.shape[1], -1, -1)
@@ -148,24 +148,34 @@ class LSGAttention(LSGSettings):
         )
         return output.view(batch, heads, -1, size)[:, :, : tokens - front]
 
+    def view(self, k: Tensor, valid: Tensor) -> Tensor:
+        """Keys after the global ones that each block of queries sees, `(B, H, blocks, T)` bool, `T` the text in whole blocks.
+
+        For types that pick tokens. `k (B, H, N, D)`, `valid (B, N)`: real tokens together, see `pack`. Padding and causality
+        inside the local blocks are not taken out yet.
+        """
+        front, block = self.num_global_tokens, self.block_size
+        fill = -(k.shape[2] - front) % block
+        text = k.shape[2] - front + fill
+        block_of = torch.arange(text, device=k.device) // block
+        each = torch.arange(text // block, device=k.device)
+        local = ((each[:, None] - block_of).abs() <= 1).expand(*k.shape[:2], -1, -1)
+        if not self.has_sparse:
+            return local
+        seen = F.pad(self._visible_keys(valid)[:, front:], (0, fill))
+        return local | self._sparse_view(pick(F.pad(k[:, :, front:], (0, 0, 0, fill)), seen, self), text)
+
     def _block_graph(self, k: Tensor, valid: Tensor) -> Tensor:
         """Edges of global, local and sparse keys before padding and causality are taken out, `(B, H, N, N)` bool."""
         batch, heads, tokens, _ = k.shape
-        front, block = self.num_global_tokens, self.block_size
-        fill = -(tokens - front) % block
-        text = tokens - front + fill
-        block_of = torch.arange(text, device=k.device) // block
-        edges = ((block_of[:, None] - block_of).abs() <= 1).expand(batch, heads, -1, -1).clone()
-        if self.has_sparse:
-            seen = F.pad(self._visible_keys(valid)[:, front:], (0, fill))
-            picked = pick(F.pad(k[:, :, front:], (0, 0, 0, fill)), seen, self)
-            edges |= self._sparse_edges(picked, text)
+        front = self.num_global_tokens
+        edges = self.view(k, valid).repeat_interleave(self.block_size, dim=2)
         graph = edges.new_ones(batch, heads, tokens, tokens)
         graph[:, :, front:, front:] = edges[:, :, : tokens - front, : tokens - front]
         return graph
 
-    def _sparse_edges(self, picked: Tensor, text: int) -> Tensor:
-        """`picked (B, H, S)` positions → `(B, H, text, text)` bool: each block's queries to the sparse keys in view."""
+    def _sparse_view(self, picked: Tensor, text: int) -> Tensor:
+        """`picked (B, H, S)` positions → `(B, H, blocks, text)` bool: the sparse keys in each block's view."""
         width, per_block = self.sparse_block_size, self.sparse_per_block
         index = torch.arange(picked.shape[-1], device=picked.device)
         start = torch.arange(text // self.block_size, device=picked.device)[:, None] * per_block
@@ -175,7 +185,7 @@ class LSGAttention(LSGSettings):
         edges = torch.zeros(*picked.shape[:2], len(start), text, dtype=torch.int32, device=picked.device)
         position = picked[:, :, None].expand(-1, -1, len(start), -1)
         edges.scatter_add_(3, position, in_view.int().expand_as(position).contiguous())
-        return edges.bool().repeat_interleave(self.block_size, dim=2)
+        return edges.bool()
 
 
 class _Packed(NamedTuple):
@@ -186,7 +196,7 @@ class _Packed(NamedTuple):
     put_back: Callable[[Tensor, int], Tensor]
 
 
-def _pack(valid: Tensor) -> _Packed:
+def pack(valid: Tensor) -> _Packed:
     """Bring the real tokens of each example together and cut what no example needs.
 
     Blocks are then counted from an example's own first token, so padding, on whichever side, moves nothing.

@@ -1,9 +1,9 @@
-"""Patterns made of patterns: a union, a pattern in a projected space, a pattern of blocks."""
+"""Patterns made of patterns: a union, a pattern in a projected space, a pattern of blocks, a pattern without the future."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 
 import torch
@@ -81,6 +81,29 @@ class Blocked:
     def _to_tokens(self, x: Tensor, dim: int, qk: QK) -> Tensor:
         tokens = x.repeat_interleave(self.size, dim=dim).narrow(dim, 0, qk.q.shape[2])
         return _turned(tokens, _first_real(qk), dim)
+
+
+@dataclass(frozen=True)
+class Causal:
+    """Any pattern, without the future: edge iff the pattern has it in causal attention, and ``j ≤ i``.
+
+    In a causal model every pattern is causal (`QK.causal`) and this changes nothing. Around one part of a union it lets that
+    part alone look back, and around a whole pattern it shows what the past alone would give in a bidirectional model.
+    """
+
+    pattern: Pattern
+
+    def layout(self, qk: QK, layer: int) -> Layout:
+        """The pattern's layout; a `UserError` in bidirectional attention, since a layout cannot say which side to see."""
+        if not qk.causal:
+            raise UserError(
+                "a causal pattern in bidirectional attention has no bucketed form: use attention=masked for it"
+            )
+        return layout_of(self.pattern, qk, layer)
+
+    def __call__(self, qk: QK, layer: int) -> Tensor:
+        """``(B, H, N, N)`` bool."""
+        return self.pattern(replace(qk, causal=True), layer)
 
 
 def layout_of(pattern: Pattern, qk: QK, layer: int) -> Layout:

@@ -1,0 +1,45 @@
+"""Oracle with a share of the probability for each query: the fewest keys that hold it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from sparsefinder.graphs import QK
+from sparsefinder.patterns.best import best
+from sparsefinder.store import UserError
+from sparsefinder.transforms import Normalizer
+
+
+@dataclass(frozen=True)
+class OracleTopP:
+    """Edge iff ``j ∈ S_i``, the smallest set with ``Σ_{j∈S_i} p_ij ≥ p``, where ``p_i = α-entmax(K q_i / √D)`` is dense.
+
+    The bound of every method with a share of the probability as its goal (top-p, after Holtzman et al. 2020,
+    https://arxiv.org/abs/1904.09751). With ``alpha = 1`` the probabilities are those of softmax, as elsewhere in the field, and
+    ``p = 1`` gives every key whose probability is more than 0 in float32; with ``alpha = 1.5`` it gives the gold graph. It needs
+    every score, so it saves no work.
+    """
+
+    p: float = 0.9  # share of each query's probability
+    alpha: float = 1.0  # of the entmax that gives the probabilities; 1 is softmax
+
+    dial: ClassVar[str | None] = "p"
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        Normalizer(self.alpha)
+        if not 0 <= self.p <= 1:
+            raise UserError(f"p must lie between 0 and 1, got {self.p}")
+
+    def __call__(self, qk: QK, layer: int) -> Tensor:
+        """``(B, H, N, N)`` bool."""
+        scores = qk.scores()
+        # sums in float64: the last keys of a row are smaller than the rounding of a float32 sum near 1
+        held = Normalizer(self.alpha)(scores).double().sort(-1, descending=True).values.cumsum(-1)
+        enough = self.p * held[..., -1:]
+        # a key is needed as long as those before it hold too little
+        kept = (held < enough).sum(-1, keepdim=True) + (enough > 0)
+        return best(scores, kept) & qk.allowed
