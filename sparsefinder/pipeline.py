@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from sparsefinder.store import ARTEFACTS, Manifest, Store, UserError, plain, versions
+from sparsefinder.store import ARTEFACTS, Store, UserError, plain, versions
 
 log = logging.getLogger(__name__)
 
@@ -92,11 +92,9 @@ def _run(stage: Stage, settings: Settings, store: Store, seed: int) -> None:
     if len(given) == len(stage.makes):
         log.info("%s: skipped, %s is given by path", stage.name, " and ".join(given))
         return
-    parents = {name: store.content(name) for name in settings.needs}
-    parents |= {name: store.content(name) for name in stage.optional if store.find(name) is not None}
-    parents |= getattr(settings, "inputs", {})
+    parents = _parents(stage, settings, store)
     described = json.loads(json.dumps(plain(settings)))
-    stale = [_changes(store.manifest(name), described, parents, name) for name in stage.makes]
+    stale = [_changes(store, described, parents, name) for name in stage.makes]
     if not any(stale):
         log.info("%s: done and unchanged, skipped", stage.name)
         return
@@ -104,15 +102,44 @@ def _run(stage: Stage, settings: Settings, store: Store, seed: int) -> None:
         f"makes {name}" if store.borrows(name) else why for name, why in zip(stage.makes, stale, strict=True) if why
     ]
     log.info("%s: %s", stage.name, reasons[0])
-    stage.run(settings, store)
+    try:
+        stage.run(settings, store)
+    except Exception as error:
+        if why := _replaced(stage, settings, store, parents):
+            raise UserError(why) from error
+        raise
+    if why := _replaced(stage, settings, store, parents):
+        raise UserError(why)
     for name in stage.makes:
         store.finish(name, stage.name, described, parents, seed)
 
 
-def _changes(manifest: Manifest | None, settings: dict[str, Any], parents: dict[str, str], name: str) -> str:
+def _parents(stage: Stage, settings: Settings, store: Store) -> dict[str, str]:
+    """What the stage reads, by content."""
+    parents = {name: store.content(name) for name in settings.needs}
+    parents |= {name: store.content(name) for name in stage.optional if store.find(name) is not None}
+    return parents | getattr(settings, "inputs", {})
+
+
+def _replaced(stage: Stage, settings: Settings, store: Store, parents: dict[str, str]) -> str:
+    """What somebody replaced while the stage read it, in words: its result belongs to no parent; empty where all is well."""
+    try:
+        now = _parents(stage, settings, store)
+    except UserError as error:
+        return f"while {stage.name} was running, {error}; its result is not kept"
+    changed = [name for name in {**parents, **now} if parents.get(name) != now.get(name)]
+    if not changed:
+        return ""
+    return f"{' and '.join(changed)} changed while {stage.name} was running: its result is not kept; run it again"
+
+
+def _changes(store: Store, settings: dict[str, Any], parents: dict[str, str], name: str) -> str:
     """Why an artefact has to be made, in words; empty where it is done."""
+    manifest = store.manifest(name)
     if manifest is None:
         return f"makes {name}"
+    if store.damaged(name):
+        return f"runs again, because {name} was damaged or replaced"
     reasons = [f"{key} {old} → {new}" for key, old, new in _differences(manifest.settings, settings)]
     reasons += [f"{parent} changed" for parent, content in parents.items() if manifest.parents.get(parent) != content]
     reasons += [f"{parent} is gone" for parent in manifest.parents if parent not in parents]

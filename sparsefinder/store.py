@@ -3,36 +3,55 @@
 An artefact is a file or a folder of a run directory. It is written beside its place under a temporary name and renamed, and
 its manifest (``<artefact>.json``) is written last: **no manifest, not finished**. A manifest holds the facts about the
 artefact (stage, resolved settings, parents with content hashes, seed, versions), never its name, so a stage whose settings
-and parents are unchanged can be skipped, and a changed parent makes its children stale.
+and parents are unchanged can be skipped, and a changed parent makes its children stale. An artefact whose bytes are not
+those of its manifest is never read: it was damaged, or replaced by hand.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import errno
 import fcntl
-import hashlib
-import importlib.metadata
-import json
 import os
-import shutil
-import sys
+import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from sparsefinder.files import UserError, files_of, make_folder, remove, sync, why_not_written, write_text
+from sparsefinder.manifests import (
+    Manifest,
+    content_hash,
+    file_stats,
+    manifest_path,
+    plain,
+    read_manifest,
+    versions,
+    write_manifest,
+)
+
+__all__ = [
+    "ARTEFACTS",
+    "Artefact",
+    "Manifest",
+    "Store",
+    "UserError",
+    "content_hash",
+    "file_stats",
+    "make_folder",
+    "manifest_path",
+    "plain",
+    "progress",
+    "read_manifest",
+    "remove",
+    "versions",
+    "write_text",
+]
+
 T = TypeVar("T")
-
-_CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
-
-
-class UserError(ValueError):
-    """Wrong input: one clear line saying what came, what was needed and what to do next."""
 
 
 @dataclass(frozen=True)
@@ -61,22 +80,6 @@ ARTEFACTS = {
 }
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """What an artefact was made from. ``content`` is the SHA-256 of its bytes, ``stat`` the sizes and times it had then."""
-
-    artefact: str
-    stage: str
-    settings: dict[str, Any]
-    parents: dict[str, str]
-    content: str
-    stat: dict[str, list[int]]
-    seed: int | None = None
-    versions: dict[str, str] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
-    created: str = ""
-
-
 class Store:
     """The artefacts of one run.
 
@@ -94,6 +97,7 @@ class Store:
         if self.splits_qk:
             self.given["qk_validation"] = self.given["qk"]
         self._facts: dict[str, dict[str, Any]] = {}
+        self._hashed: dict[Path, tuple[dict[str, list[int]], str]] = {}  # files without a manifest that fits
 
     # ---- reading ----
 
@@ -111,10 +115,12 @@ class Store:
         """As `path`, None where there is no such artefact."""
         if name in self.given:
             path = Path(self.given[name])
-            if not path.exists() and name != "model":  # a model may also be the name of a repository
+            known = path.is_file() or path.is_dir()  # a pipe or a device may never end
+            if not known and (name != "model" or path.exists()):  # a model may also be the name of a repository
                 shown = "qk" if name == "qk_validation" and self.splits_qk else name
+                wrong = "is no ordinary file" if path.exists() else "does not exist"
                 raise UserError(
-                    f"{shown}={path} does not exist: give the path of a file made by stage={ARTEFACTS[name].stage}"
+                    f"{shown}={path} {wrong}: give the path of a file made by stage={ARTEFACTS[name].stage}"
                 )
             return path
         for root in (self.run_dir, self.base):
@@ -133,14 +139,36 @@ class Store:
         return path is not None and self.base is not None and path == self.base / ARTEFACTS[name].path
 
     def content(self, name: str) -> str:
-        """Hash of the artefact's bytes, taken from its manifest as long as no size or time of its files changed."""
+        """Hash of the artefact's bytes. A `UserError` where one of this run is not what its stage wrote."""
         path = self.path(name)
         if not path.exists():
             return f"name:{path}"
         manifest = read_manifest(path)
-        if manifest is not None and manifest.stat == file_stats(path):
+        found = self._hash(path, manifest)
+        if name not in self.given and manifest is not None and found != manifest.content:
+            raise UserError(
+                f"{path} is not what stage={manifest.stage} wrote: it was damaged or replaced; run that stage again, "
+                f"or give the file with {name}=PATH to use it as it is"
+            )
+        return found
+
+    def damaged(self, name: str) -> bool:
+        """Whether the artefact that `find` finds is not what its stage wrote."""
+        try:
+            self.content(name)
+        except UserError:
+            return True
+        return False
+
+    def _hash(self, path: Path, manifest: Manifest | None) -> str:
+        """The content of ``path``; not hashed again while nothing about its files changes (see `file_stats`)."""
+        stats = file_stats(path)
+        if manifest is not None and manifest.stat == stats:
             return manifest.content
-        return content_hash(path)
+        known = self._hashed.get(path)
+        if known is None or known[0] != stats:
+            known = self._hashed[path] = (stats, content_hash(path))
+        return known[1]
 
     # ---- writing ----
 
@@ -148,23 +176,28 @@ class Store:
     def writing(self, name: str) -> Iterator[Path]:
         """A temporary path for ``name``: renamed into place when the block ends well, removed when it does not.
 
-        The old artefact's manifest goes first, so that a kill at any moment leaves either the old one, or none.
+        The old artefact's manifest goes first, so that a kill at any moment leaves either the old one, or none. The bytes are
+        on the disk before the name is.
         """
         target = self.run_dir / ARTEFACTS[name].path
         temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         make_folder(self.run_dir)
-        remove(temporary)
         try:
+            remove(temporary)
             yield temporary
+            for file in files_of(temporary):
+                sync(file)
             manifest_path(target).unlink(missing_ok=True)
             remove(target)
             temporary.rename(target)
-        except OSError as error:
-            if error.errno not in _CANNOT_WRITE:
-                raise
-            raise UserError(f"cannot write {target}: {error.strerror}; free space or choose another run_dir") from error
+            sync(self.run_dir)
+        except Exception as error:
+            if why := why_not_written(error):
+                raise UserError(f"cannot write {target}: {why}; free space or choose another run_dir") from error
+            raise
         finally:
-            remove(temporary)
+            with contextlib.suppress(OSError):  # a folder that turned read-only keeps it
+                remove(temporary)
 
     def note(self, name: str, **facts: Any) -> None:
         """Plain facts (numbers, strings, lists) about ``name`` for its manifest, such as a validation loss."""
@@ -175,19 +208,20 @@ class Store:
     ) -> None:
         """Write the manifest of ``name``: from now on it is finished."""
         target = self.run_dir / ARTEFACTS[name].path
+        stat = file_stats(target)  # before the hash: a change in between is seen the next time
         manifest = Manifest(
             artefact=name,
             stage=stage,
             settings=settings,
             parents=parents,
             content=content_hash(target),
-            stat=file_stats(target),
+            stat=stat,
             seed=seed,
             versions=versions(),
             facts=self._facts.pop(name, {}),
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         )
-        write_text(manifest_path(target), json.dumps(dataclasses.asdict(manifest), indent=2, ensure_ascii=False) + "\n")
+        write_manifest(target, manifest)
 
     def scratch(self, name: str) -> Path:
         """A folder for what must survive a kill and is nobody's artefact: checkpoints, caches."""
@@ -197,119 +231,46 @@ class Store:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Keep every other process out of the run directory until the block ends."""
+        """Keep every other process out of the run directory until the block ends.
+
+        What a killed process left half written is removed. A full disk or a folder that turns read-only within the block is a
+        `UserError`, whatever was being written.
+        """
         make_folder(self.run_dir)
-        lock = self.run_dir / ".lock"
-        try:
-            handle = lock.open("a+")
+        with self._lock():
+            try:
+                for rubbish in self.run_dir.glob(".*.tmp"):
+                    remove(rubbish)
+                yield
+            except Exception as error:
+                if why := why_not_written(error):
+                    raise UserError(
+                        f"cannot write in {self.run_dir}: {why}; free space or choose another run_dir=PATH"
+                    ) from error
+                raise
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[None]:
+        try:  # not through a link: the name of the holder would be written into somebody's file
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            handle = os.open(self.run_dir / ".lock", flags, 0o666)
         except OSError as error:
             raise UserError(f"cannot write in {self.run_dir}: {error.strerror}; choose another run_dir=PATH") from error
-        with handle:
+        try:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                handle.seek(0)
-                holder = handle.read().strip() or "another process"
+                found = os.pread(handle, 200, 0).decode(errors="replace")
+                holder = " ".join(found.split()) or "another process"
                 raise UserError(
                     f"{self.run_dir} is in use by {holder}: wait for it, or choose another run_dir=PATH"
                 ) from None
-            handle.truncate(0)
-            handle.write(f"process {os.getpid()}")
-            handle.flush()
+            with contextlib.suppress(OSError):  # a full disk must not keep anybody from reading what is done
+                os.ftruncate(handle, 0)
+                os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
             yield
-
-
-# ---- manifests and hashes ----
-
-
-def manifest_path(artefact: Path) -> Path:
-    """``qk_enc-attn.pt`` → ``qk_enc-attn.pt.json``."""
-    return artefact.with_name(artefact.name + ".json")
-
-
-def read_manifest(artefact: Path) -> Manifest | None:
-    """The manifest beside ``artefact``; None if there is none, or the artefact is gone, or it cannot be read."""
-    path = manifest_path(artefact)
-    if not path.is_file() or not artefact.exists():
-        return None
-    try:
-        return Manifest(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, OSError):
-        return None
-
-
-def content_hash(path: Path) -> str:
-    """SHA-256 over the names and bytes of a file, or of all files of a folder in sorted order."""
-    digest = hashlib.sha256()
-    for file in _files(path):
-        if path.is_dir():
-            digest.update(str(file.relative_to(path)).encode() + b"\0")
-        with file.open("rb") as handle:
-            while block := handle.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-def file_stats(path: Path) -> dict[str, list[int]]:
-    """Size and time of change of each file: equal stats mean that hashing again is not needed."""
-    stats = {}
-    for file in _files(path):
-        status = file.stat()
-        stats[str(file.relative_to(path)) if path.is_dir() else file.name] = [status.st_size, status.st_mtime_ns]
-    return stats
-
-
-def versions() -> dict[str, str]:
-    """Versions that a number may depend on."""
-    found = {"python": sys.version.split()[0]}
-    for package in ("sparsefinder", "torch", "transformers", "entmax", "scikit-learn", "datasets", "numpy"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
-
-
-def plain(value: Any) -> Any:
-    """A setting as JSON can hold it: a dataclass becomes its type's name and fields, a path its text."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {"type": f"{type(value).__module__}.{type(value).__qualname__}", **fields}
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(value, type):
-        return f"{value.__module__}.{value.__qualname__}"
-    return str(value) if isinstance(value, Path) else value
-
-
-# ---- small file helpers ----
-
-
-def make_folder(folder: Path) -> None:
-    """``mkdir -p``, with one clear line where that is not allowed."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot create {folder}: {error.strerror}; choose another run_dir=PATH") from error
-
-
-def remove(path: Path) -> None:
-    """Remove a file or a folder if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write under a temporary name and rename, so that a reader never sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-
-
-def _files(path: Path) -> list[Path]:
-    return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        finally:
+            os.close(handle)
 
 
 def progress(iterable: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:

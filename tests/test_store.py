@@ -63,9 +63,11 @@ class TestWriting:
         assert {"torch", "sparsefinder", "python"} <= manifest.versions.keys()
         assert manifest_path(path).name == "projections.pickle.json"
 
-    def test_a_damaged_manifest_is_none(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("old", ["project", "settings", '"seed": 0', "}", '"x"'])
+    def test_a_damaged_manifest_is_none(self, old: str, tmp_path: Path) -> None:
         path = finish(Store(tmp_path), "projections")
-        manifest_path(path).write_text("{")
+        text = manifest_path(path).read_text()
+        manifest_path(path).write_text(text.replace(old, "1") if old in text else "[" * 100_000)
         assert Store(tmp_path).find("projections") is None
 
     def test_a_run_dir_that_cannot_be_made(self, tmp_path: Path) -> None:
@@ -84,13 +86,35 @@ class TestReading:
         with pytest.raises(UserError, match=r"qk=.*does not exist"):
             Store(tmp_path, {"qk": tmp_path / "none"}).path("qk_validation")
 
-    def test_content_follows_the_bytes(self, tmp_path: Path) -> None:
-        store = Store(tmp_path)
-        path = finish(store, "projections", "a")
+    def test_content_follows_the_bytes_of_a_given_file(self, tmp_path: Path) -> None:
+        (tmp_path / "mine").write_text("a")
+        store = Store(tmp_path / "run", {"projections": tmp_path / "mine"})
         before = store.content("projections")
-        path.write_text("b")
-        os.utime(path, ns=(0, 0))
+        assert store.content("projections") == before == content_hash(tmp_path / "mine")
+        (tmp_path / "mine").write_text("b")
+        os.utime(tmp_path / "mine", ns=(0, 0))
         assert store.content("projections") != before
+
+    def test_other_bytes_than_were_written_are_not_read(self, tmp_path: Path) -> None:
+        path = finish(Store(tmp_path), "projections", "a")
+        status = path.stat()
+        path.write_text("b")
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # of the same size and time
+        with pytest.raises(UserError, match="is not what stage=project wrote"):
+            Store(tmp_path).content("projections")
+        assert Store(tmp_path, {"projections": path}).content("projections") == content_hash(path)
+
+    def test_another_time_of_the_same_bytes_changes_nothing(self, tmp_path: Path) -> None:
+        path = finish(Store(tmp_path), "projections", "a")
+        before = Store(tmp_path).content("projections")
+        os.utime(path, (4e9, 4e9))  # in the year 2096
+        assert Store(tmp_path).content("projections") == before
+
+    def test_what_is_no_file_is_not_read(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "pipe")
+        for path in (tmp_path / "pipe", "/dev/zero"):
+            with pytest.raises(UserError, match="is no ordinary file"):
+                Store(tmp_path, {"qk": path}).content("qk")
 
     def test_a_variation_reads_its_base_and_never_writes_there(self, tmp_path: Path) -> None:
         base = Store(tmp_path / "base")
@@ -177,12 +201,18 @@ class TestPipeline:
         messages = self.go(Store(tmp_path), caplog)
         assert messages == ["project: makes projections", "cluster: done and unchanged, skipped"]
 
-    def test_a_parent_replaced_by_hand_is_noticed(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def test_a_parent_replaced_by_hand_is_made_again_or_given(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
         self.go(Store(tmp_path), caplog)
-        (tmp_path / "projections.pickle").write_text("7")
-        with caplog.at_level(logging.INFO):
+        file = tmp_path / "projections.pickle"
+        file.write_text("7")
+        with pytest.raises(UserError, match="run that stage again, or give the file with projections=PATH"):
             run_stages(STAGES[1:], {"cluster": Second()}, Store(tmp_path), seed=0)
+        run_stages(STAGES[1:], {"cluster": Second()}, Store(tmp_path, {"projections": file}), seed=0)
         assert Store(tmp_path).path("centroids").read_text() == "70"
+        assert self.go(Store(tmp_path), caplog)[0] == "project: runs again, because projections was damaged or replaced"
+        assert Store(tmp_path).path("centroids").read_text() == "10"
 
     def test_another_version_of_the_package_makes_it_again(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
