@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: run test check setup lock bench bench-gpu clean
+.PHONY: run test test-faults check setup lock bench bench-gpu clean
 
 run: setup
 	$(BIN)/python scripts/run.py $(ARGS)
 
 test: check
 	$(BIN)/python -m pytest $(ARGS)
+
+# a hundred kills, and every fault and mutation; a quarter of an hour
+test-faults: setup
+	SPARSEFINDER_KILLS=100 $(BIN)/python -m pytest tests/faults -s $(ARGS)
 
 check: setup
 	$(BIN)/ruff check .

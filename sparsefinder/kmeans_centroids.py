@@ -19,8 +19,9 @@ from torch import Tensor
 
 from sparsefinder.graphs import QK
 from sparsefinder.projections import Projections, load_projections
-from sparsefinder.samples import Samples, load_tensors, training_samples
+from sparsefinder.samples import Samples, training_samples
 from sparsefinder.store import Store, UserError, progress
+from sparsefinder.tensor_files import load_tensors
 
 log = logging.getLogger(__name__)
 

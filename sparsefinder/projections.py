@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from sparsefinder.attention import at_least_float32
 from sparsefinder.graphs import QK
-from sparsefinder.samples import load_tensors
 from sparsefinder.store import UserError
+from sparsefinder.tensor_files import load_tensors
 
 
 class Identity(nn.Module):

@@ -1,33 +1,45 @@
 """Queries and keys on disk, in the form of the published Sparsefinder.
 
-``torch.save`` of ``{"length_src": (num_samples,) tensor or list of ints, "q": [tensor (L, H, n_i, D)], "k": [...]}``. The
-file is mapped into memory, not read: a sample costs memory when it is taken, so files larger than memory work.
+``torch.save`` of ``{"length_src": (num_samples,) tensor or list of ints, "q": [tensor (L, H, n_i, D)], "k": [...]}``. A
+layer of a sample costs memory when it is taken, and only as long as it is used, so files larger than memory work.
+
+Queries and keys that are too many for one file lie in a folder of such files, whose samples follow one another in the
+order of the files' names. `Samples` does not tell one from the other, and `join` makes a file of a folder.
 """
 
 from __future__ import annotations
 
 import logging
-import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from sparsefinder.graphs import QK
 from sparsefinder.store import Store, UserError
+from sparsefinder.tensor_files import StoredTensor, load_tensors, stored
 
 log = logging.getLogger(__name__)
+
+
+class Layers(Protocol):
+    """A tensor ``(L, H, n, D)`` of which single layers are taken: one in memory, or a `StoredTensor`."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+    def __getitem__(self, layer: int, /) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Samples:
     """Ragged queries and keys of all layers: ``q[i]``, ``k[i]`` are ``(L, H, n_i, D)`` without padding."""
 
-    q: Sequence[Tensor]
-    k: Sequence[Tensor]
+    q: Sequence[Layers]
+    k: Sequence[Layers]
     source: str = "memory"
 
     def __len__(self) -> int:
@@ -76,17 +88,34 @@ class Samples:
         return self.part(0, len(self) - held_out), self.part(len(self) - held_out, len(self))
 
     def save(self, path: Path) -> None:
-        """Write the published form; tensors that are mapped from files are streamed, not read into memory."""
+        """Write the published form. Tensors that lie in files are mapped one by one: memory can be taken back."""
         lengths = torch.tensor(self.lengths)
-        torch.save({"length_src": lengths, "q": list(self.q), "k": list(self.k)}, path)
+        q, k = ([_mapped(tensor) for tensor in side] for side in (self.q, self.k))
+        torch.save({"length_src": lengths, "q": q, "k": k}, path)
 
 
 def load_samples(path: Path) -> Samples:
-    """Read a file of queries and keys (ours or the published Sparsefinder's).
+    """Queries and keys in a file (ours or the published Sparsefinder's), or in a folder of files.
 
     Raises a `UserError` in one line for a file that is missing, truncated, carries code, has another structure, or whose
     shapes or ``length_src`` disagree. Values are checked when a sample is taken.
     """
+    if not path.is_dir():
+        return _load_file(path)
+    files = sorted(path.glob("*.pt"))
+    if not files:
+        raise UserError(f"{path}: a folder of queries and keys needs files *.pt; this one has none")
+    parts = [_load_file(file) for file in files]
+    for file, part in zip(files, parts, strict=True):
+        if part.shape != parts[0].shape:
+            raise UserError(
+                f"{file} has (layers, heads, head size) {part.shape}, {files[0].name} beside it has {parts[0].shape}: they "
+                "were not recorded together"
+            )
+    return Samples([s for part in parts for s in part.q], [s for part in parts for s in part.k], str(path))
+
+
+def _load_file(path: Path) -> Samples:
     content = load_tensors(path, "queries and keys")
     if not isinstance(content, dict) or not {"length_src", "q", "k"} <= content.keys():
         raise UserError(
@@ -100,9 +129,11 @@ def load_samples(path: Path) -> Samples:
     if len(q) != len(k):
         raise UserError(f"{path}: {len(q)} samples of q but {len(k)} of k; they must come in pairs")
     _check_tensors(path, q, k)
-    counts = lengths.tolist() if isinstance(lengths, Tensor) else list(lengths)
+    counts = lengths.tolist() if isinstance(lengths, Tensor) else lengths
+    if not isinstance(counts, (list, tuple)) or not all(isinstance(count, int) for count in counts):
+        raise UserError(f"{path}: length_src must hold one whole number for each sample, got {_outline(lengths)}")
     found = [sample.shape[2] for sample in q]
-    if counts != found:
+    if list(counts) != found:
         where = next(
             (i for i, (a, b) in enumerate(zip(counts, found, strict=False)) if a != b), min(len(counts), len(found))
         )
@@ -111,7 +142,13 @@ def load_samples(path: Path) -> Samples:
             + (f"; {counts[where]} against {found[where]} tokens" if where < min(len(counts), len(found)) else "")
             + "); extract the file again"
         )
-    return Samples(q, k, str(path))
+    places = stored(path, content, [*q, *k])
+    return Samples(places[: len(q)], places[len(q) :], str(path))
+
+
+def join(folder: Path, file: Path) -> None:
+    """Write the queries and keys of a folder of files as one file of the published form."""
+    load_samples(folder).save(file)
 
 
 def training_samples(store: Store) -> Samples:
@@ -133,32 +170,6 @@ def validation_samples(store: Store) -> Samples:
     held_out = samples.split_last_tenth()[1]
     log.info("%s is given without qk_validation: its last %d samples are held out", samples.source, len(held_out))
     return held_out
-
-
-def load_tensors(path: Path, what: str) -> Any:
-    """``torch.load`` that executes nothing (``weights_only``) and maps the file; one clear line when it cannot be read."""
-    if not path.is_file():
-        raise UserError(f"{path}: there is no such file of {what}")
-    try:
-        return torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path}: refused, it is not a plain file of tensors (it needs code to load, or is damaged); "
-            f"save {what} again with torch.save of tensors, lists and dicts only"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        if "mmap can only be used with files saved with" in str(error):  # the format of torch before 1.6
-            return _load_old_format(path, what)
-        raise UserError(
-            f"{path}: cannot be read as {what} (truncated, or not saved by torch.save); make it again"
-        ) from error
-
-
-def _load_old_format(path: Path, what: str) -> Any:
-    try:
-        return torch.load(path, weights_only=True, map_location="cpu")
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise UserError(f"{path}: refused or damaged, cannot be read as {what}; make it again") from error
 
 
 def _check_tensors(path: Path, q: Sequence[Any], k: Sequence[Any]) -> None:
@@ -183,6 +194,13 @@ def _check_tensors(path: Path, q: Sequence[Any], k: Sequence[Any]) -> None:
                 f"{path}: sample {index} has {layers} layers, {heads} heads of size {size}, but sample 0 has "
                 f"{first[0]} layers, {first[1]} heads of size {first[2]}"
             )
+
+
+def _mapped(tensor: Layers) -> Tensor:
+    if not isinstance(tensor, StoredTensor):
+        assert isinstance(tensor, Tensor)
+        return tensor
+    return tensor.mapped()
 
 
 def _outline(value: Any) -> str:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -35,15 +31,6 @@ def command(*arguments: str) -> list[str]:
 
 def call(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command(*arguments), capture_output=True, text=True, check=False, cwd=cwd, timeout=280)
-
-
-def numbers(run_dir: Path) -> dict[str, pd.DataFrame]:
-    """The tables of a run without what differs from run to run: time and memory."""
-    found = {
-        name: pd.read_csv(run_dir / f"{name}.csv") for name in ("score/metrics", "evaluate/results", "evaluate/layers")
-    }
-    measured = ["latency_ms", "latency_spread_ms", "predictor_share", "peak_memory_mb", "speed_against_dense"]
-    return {name: table.drop(columns=measured, errors="ignore") for name, table in found.items()}
 
 
 @pytest.fixture(scope="module")
@@ -108,24 +95,6 @@ class TestWholeRun:
         done = call(f"model={smoke / 'model'}", *settings)
         assert done.returncode == 0, done.stderr
         assert len(torch.load(tmp_path / "qk_enc-attn.pt", weights_only=True)["q"]) == 2
-
-    def test_killed_at_random_moments_and_started_again(self, smoke: Path, tmp_path: Path) -> None:
-        """The full form, ten kills and more, is a matter of minutes; three are in the suite."""
-        clock, run_dir = random.Random(0), tmp_path / "run"
-        for _ in range(3):
-            process = subprocess.Popen(
-                command(*SMOKE, f"run_dir={run_dir}"),
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-            time.sleep(clock.uniform(6, 20))
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        done = call(*SMOKE, f"run_dir={run_dir}")
-        assert done.returncode == 0, done.stderr
-        for name, table in numbers(smoke).items():
-            pd.testing.assert_frame_equal(numbers(run_dir)[name], table)
 
 
 class TestSweep:

@@ -1,0 +1,38 @@
+"""One nursery and one undisturbed run for all tests of faults."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.faults.nursery import Nursery, nursery
+from tests.faults.tiny_runs import settings
+
+
+@pytest.fixture(scope="session")
+def runs() -> Iterator[Nursery]:
+    """Starts runs of the command line."""
+    with nursery() as started:
+        yield started
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """A finished run of every stage: what is typed (but for ``run_dir``), where it lies, and the seconds it took."""
+
+    command: list[str]
+    run_dir: Path
+    seconds: float
+
+
+@pytest.fixture(scope="session")
+def undisturbed(runs: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    """Every stage, nothing in its way."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    command = settings(folder / "text")
+    done = runs.run(*command, f"run_dir={folder / 'run'}")
+    assert done.status == 0, done.output
+    return Undisturbed(command, folder / "run", done.seconds)
