@@ -72,7 +72,7 @@ def load_centroids(path: Path) -> Centroids:
             or not centres.numel()
         ):
             raise UserError(f"{path}: layer {index} must be a floating point tensor (H, runs, C, R); run stage=cluster")
-        if not torch.isfinite(centres).all():
+        if not torch.isfinite(centres.float()).all():
             raise UserError(f"{path}: layer {index} contains NaN or infinity; run stage=cluster again")
         if centres.shape[1:3] != content[0].shape[1:3]:
             raise UserError(

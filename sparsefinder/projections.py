@@ -159,9 +159,9 @@ def load_projections(path: Path) -> Projections:
                 f"{path}: layer {index} must be a dict with 'q' and 'k'; run stage=project to make projections"
             )
         q, k = (_from_state(layer[side], f"{path}: layer {index}, {side}") for side in ("q", "k"))
-        if (q.in_size, q.out_size) != (k.in_size, k.out_size):
+        if _sizes(q) != _sizes(k):
             raise UserError(
-                f"{path}: layer {index} projects q from {q.in_size} to {q.out_size}, but k from {k.in_size} to {k.out_size}"
+                f"{path}: layer {index} projects q by (heads, from, to) {_sizes(q)}, but k by {_sizes(k)}; run stage=project"
             )
         layers.append(LayerProjections(q, k).requires_grad_(False))
     return Projections(layers, str(path))
@@ -170,7 +170,9 @@ def load_projections(path: Path) -> Projections:
 def _from_state(state: object, where: str) -> Projection:
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) and t.is_floating_point() for t in state.values()):
         raise UserError(f"{where} must be a dict of floating point tensors (w and b, or w1, b1, w2 and b2)")
-    if not all(torch.isfinite(tensor).all() for tensor in state.values()):
+    if not all(tensor.numel() for tensor in state.values()):
+        raise UserError(f"{where} has an empty tensor; train the projections again with stage=project")
+    if not all(torch.isfinite(tensor.float()).all() for tensor in state.values()):
         raise UserError(f"{where} contains NaN or infinity; train the projections again with stage=project")
     module: Projection
     if not state:
@@ -203,6 +205,16 @@ def _check_shapes(projection: LayerProjections, qk: QK, source: str) -> None:
             f"{source} projects {heads} heads of size {in_size}, the queries and keys have {qk.q.shape[1]} heads of size "
             f"{qk.q.shape[-1]}: run stage=project on these queries and keys"
         )
+
+
+def _sizes(projection: Projection) -> tuple[int, ...]:
+    if isinstance(projection, Identity):
+        return ()
+    return (
+        len(projection.w if isinstance(projection, Linear) else projection.w1),
+        projection.in_size,
+        projection.out_size,
+    )
 
 
 def _uniform(heads: int, rows: int, columns: int) -> Tensor:

@@ -57,6 +57,9 @@ class Results:
         score, evaluate = store.find("score"), store.find("evaluate")
         if score is None and evaluate is None:
             raise UserError(f"nothing to report in {store.run_dir}: run stage=score or stage=evaluate first")
+        for name, found in (("score", score), ("evaluate", evaluate)):
+            if found is not None:
+                store.content(name)  # no number from tables that are not those that were written
         metrics = None if score is None else pd.read_parquet(score / "metrics.parquet")
         variants = None if evaluate is None else pd.read_parquet(evaluate / "results.parquet")
         return cls(

@@ -10,6 +10,7 @@ order of the files' names. `Samples` does not tell one from the other, and `join
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,15 +186,24 @@ def _check_tensors(path: Path, q: Sequence[Any], k: Sequence[Any]) -> None:
             raise UserError(
                 f"{path}: sample {index} has q of shape {tuple(sample_q.shape)} but k of shape {tuple(sample_k.shape)}"
             )
-        layers, heads, _, size = sample_q.shape
+        layers, heads, tokens, size = sample_q.shape
         first = first or (layers, heads, size)
         if 0 in sample_q.shape:
             raise UserError(f"{path}: sample {index} is empty, its shape is {tuple(sample_q.shape)}")
+        if (needed := 4 * heads * tokens**2) > _memory():
+            raise UserError(
+                f"{path}: sample {index} has {tokens} tokens: the attention of one layer takes {needed / 1e9:.0f} GB, more than "
+                "this machine has; extract shorter samples (extract.length)"
+            )
         if (layers, heads, size) != first:
             raise UserError(
                 f"{path}: sample {index} has {layers} layers, {heads} heads of size {size}, but sample 0 has "
                 f"{first[0]} layers, {first[1]} heads of size {first[2]}"
             )
+
+
+def _memory() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _mapped(tensor: Layers) -> Tensor:
@@ -207,7 +217,8 @@ def _outline(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
     if isinstance(value, dict):
-        return f"a dict with {', '.join(map(str, list(value)[:5])) or 'no keys'}"
+        keys = [key[:20] if isinstance(key, str) else f"a {type(key).__name__}" for key in list(value)[:5]]
+        return f"a dict with {', '.join(keys) or 'no keys'}"
     if isinstance(value, (list, tuple)):
         return f"a {type(value).__name__} of {len(value)}"
     return f"a {type(value).__name__}"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from sparsefinder.store import UserError, read_manifest
+from sparsefinder.store import UserError, content_hash, file_stats, read_manifest
 
 
 def tidy(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
@@ -41,7 +41,11 @@ def collect(run_dir: Path | str, table: str = "score/metrics") -> pd.DataFrame:
     folder, name = table.split("/")
     found = []
     for path in sorted(Path(run_dir).rglob(f"{folder}/{name}.parquet")):
-        if read_manifest(path.parent) is not None:
+        if (manifest := read_manifest(path.parent)) is not None:
+            if manifest.stat != file_stats(path.parent) and manifest.content != content_hash(path.parent):
+                raise UserError(
+                    f"{path.parent} is not what stage={folder} wrote: it was damaged or replaced; run that stage there again"
+                )
             part = pd.read_parquet(path)
             part.insert(0, "run", str(path.parent.parent.relative_to(run_dir)))
             found.append(part)

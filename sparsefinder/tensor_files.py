@@ -24,6 +24,7 @@ from torch import Tensor
 from sparsefinder.files import UserError
 
 _LARGEST_PICKLE = 64 << 20  # bytes of the structure around the tensors; that of a million samples has less
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MOST_COPIES = 8  # times that a file's tensors together may exceed it: shared tensors are saved once
 
 
@@ -79,6 +80,8 @@ def load_tensors(path: Path, what: str) -> Any:
             "to load; make it again, of tensors, lists and dicts only"
         ) from error
     _check_sizes(path, content, what)
+    if archive:
+        _offsets(path, content)
     return content
 
 
@@ -87,9 +90,9 @@ def stored(path: Path, content: Any, tensors: Sequence[Tensor]) -> Sequence[Tens
 
     Tensors without a place, as in files of old versions of torch, stay as they are.
     """
-    offsets = _offsets(path, list(_tensors(content)))
-    if offsets is None or not all(tensor.is_contiguous() for tensor in tensors):
+    if not zipfile.is_zipfile(path) or not all(tensor.is_contiguous() for tensor in tensors):
         return tensors
+    offsets = _offsets(path, content)
     with path.open("rb") as file:
         identity = _identity(file.fileno())
     return [
@@ -109,20 +112,23 @@ def _identity(handle: int) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def _offsets(path: Path, tensors: Sequence[Tensor]) -> dict[int, int] | None:
-    """Where each storage (by its address) begins in the file; None where that is not certain.
+def _offsets(path: Path, content: Any) -> dict[int, int]:
+    """Where each storage (by its address) begins in an archive. A `UserError` where its entry is not all there.
 
-    torch maps the file as a whole. So the storages lie in memory as their entries lie in the file, at one and the same
-    distance; where any does not, or there are more entries than storages, nothing is certain.
+    torch maps the file as a whole, and does not look whether an entry is as long as its tensor. Storages lie in memory as
+    their entries lie in the file, at one and the same distance; where they do not, entries were taken out or put in.
     """
-    if not zipfile.is_zipfile(path):
-        return None
     reader: Any = torch._C.PyTorchFileReader(str(path))
-    entries = [name for name in reader.get_all_records() if name.startswith("data/")]
-    places = sorted(reader.get_record_offset(name) for name in entries)
-    addresses = sorted({tensor.untyped_storage().data_ptr() for tensor in tensors})
-    if len(places) != len(addresses) or len({a - p for a, p in zip(addresses, places, strict=True)}) != 1:
-        return None
+    sizes = {
+        reader.get_record_offset(name): reader.get_record_size(name)
+        for name in reader.get_all_records()
+        if name.startswith("data/")
+    }
+    storages = {s.data_ptr(): s.nbytes() for tensor in _tensors(content) for s in (tensor.untyped_storage(),)}
+    places, addresses = sorted(sizes), sorted(storages)
+    same = len(places) == len(addresses) and len({a - p for a, p in zip(addresses, places, strict=True)}) <= 1
+    if not same or any(storages[a] > sizes[p] for a, p in zip(addresses, places, strict=True)):
+        raise UserError(f"{path} is damaged: its tensors are not where its list of tensors says; make it again")
     return dict(zip(addresses, places, strict=True))
 
 
@@ -149,6 +155,8 @@ def _check_sizes(path: Path, content: Any, what: str) -> None:
             raise UserError(
                 f"{path}: {what} must be plain dense tensors, got one that is {tensor.layout}, {tensor.device}"
             )
+        if tensor.is_floating_point() and tensor.dtype not in _FLOATS:
+            raise UserError(f"{path}: {what} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
         bytes_ = tensor.numel() * tensor.itemsize
         total += bytes_
         if bytes_ > size or total > _MOST_COPIES * size:

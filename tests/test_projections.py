@@ -52,7 +52,7 @@ WRONG = {
     "no k": ([{"q": LINEAR}], "'q' and 'k'"),
     "unknown names": ([{"q": {"weight": torch.zeros(2)}, "k": LINEAR}], "known are w, b"),
     "bad bias": ([{"q": LINEAR | {"b": torch.zeros(2, 3)}, "k": LINEAR}], "do not fit together"),
-    "other sizes": ([{"q": LINEAR, "k": {"w": torch.zeros(2, 8, 4), "b": torch.zeros(2, 1, 4)}}], "but k from"),
+    "other sizes": ([{"q": LINEAR, "k": {"w": torch.zeros(2, 8, 4), "b": torch.zeros(2, 1, 4)}}], "but k by"),
     "nan": ([{"q": LINEAR | {"b": torch.full((2, 1, 3), torch.nan)}, "k": LINEAR}], "NaN"),
 }
 
