@@ -57,6 +57,18 @@ FAMILIES = ("roberta", "bert", "xlm-roberta", "camembert", "electra", "albert", 
 REGISTERED = "sparsefinder"  # the name in both registries, and of `attn_implementation` in config.json
 SOFTMAX = "sdpa"  # what transformers calls its own dense softmax attention
 
+_LARGEST = {  # sizes in a configuration that can be meant
+    "num_hidden_layers": 1000,
+    "num_attention_heads": 1000,
+    "hidden_size": 100_000,
+    "intermediate_size": 1_000_000,
+    "embedding_size": 100_000,
+    "vocab_size": 10_000_000,
+    "max_position_embeddings": 10_000_000,
+    "type_vocab_size": 1000,
+    "num_hidden_groups": 1000,
+    "inner_group_num": 1000,
+}
 _PLUG = "_sparsefinder_plug"  # attribute of an attention module while something is plugged in
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert")  # the first rows of their position tables are reserved
 
@@ -87,6 +99,7 @@ def load_masked_lm(name_or_path: str | Path) -> tuple[PreTrainedModel, PreTraine
     options = {"local_files_only": _must_be_local(name)}
     config = _read("configuration", name, AutoConfig.from_pretrained, **options)
     _check_family(config, name)
+    _check_sizes(config, name)
     try:
         normalizer = _normalizer(config)
     except (TypeError, ValueError) as error:
@@ -99,8 +112,9 @@ def load_masked_lm(name_or_path: str | Path) -> tuple[PreTrainedModel, PreTraine
     tokenizer = _read("tokenizer", name, AutoTokenizer.from_pretrained, **options)
     if tokenizer.mask_token_id is None or tokenizer.pad_token_id is None:
         raise UserError(f"model={name}: its tokenizer has no mask or padding token; a masked language model needs both")
+    _check_that_it_runs(model.eval(), len(tokenizer), name)
     set_normalizer(model, normalizer)
-    return model.eval(), tokenizer
+    return model, tokenizer
 
 
 def _must_be_local(name: str) -> bool:
@@ -141,6 +155,16 @@ def _check_family(config: Any, name: str) -> None:
         raise UserError(f"model={name} is configured as a decoder; a masked language model needs is_decoder=false")
 
 
+def _check_sizes(config: Any, name: str) -> None:
+    """A damaged number must not build a million layers before the weights are found not to fit."""
+    for key, most in _LARGEST.items():
+        value = getattr(config, key, 1)
+        if not isinstance(value, int) or not 0 < value <= most:
+            raise UserError(
+                f"model={name}: {key} in its config.json is {value!r:.40}; a whole number up to {most} is needed"
+            )
+
+
 def _check_weights(model: PreTrainedModel, found: dict[str, Any], name: str) -> None:
     missing = sorted(found["missing_keys"])
     encoder = [key for key in missing if key.startswith(model.base_model_prefix + ".")]
@@ -151,6 +175,26 @@ def _check_weights(model: PreTrainedModel, found: dict[str, Any], name: str) -> 
         )
     if missing:
         log.warning("%s has no masked-LM head: %s start at random", name, ", ".join(missing))
+
+
+def _check_that_it_runs(model: PreTrainedModel, vocabulary: int, name: str) -> None:
+    """A damaged configuration may fit the weights and fail at the first input; a damaged weight may be no number."""
+    if vocabulary > model.config.vocab_size:
+        raise UserError(
+            f"model={name}: its tokenizer has {vocabulary} tokens and its weights {model.config.vocab_size}: they belong to "
+            "different models"
+        )
+    try:
+        with torch.inference_mode():
+            finite = model(input_ids=torch.full((1, 2), min(4, vocabulary - 1))).logits.isfinite().all()
+            finite = finite and all(weight.isfinite().all() for weight in model.parameters())
+    except Exception as error:  # whatever the model's code does with a value it was not made for
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"model={name}: cannot be run, its config.json may be damaged ({reason})") from error
+    if not finite:
+        raise UserError(
+            f"model={name}: its weights contain NaN or infinity, or lead to them; the checkpoint is damaged"
+        )
 
 
 # ---- the normalizer ----

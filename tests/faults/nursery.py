@@ -65,7 +65,8 @@ class Nursery:
         """The command line with ``arguments``.
 
         ``kill_after``: SIGKILL after so many seconds. ``file_size``: no file may grow beyond so many bytes. ``memory``: no more
-        than so many bytes may be allocated beyond what is there at the start. ``before``: Python code to execute first.
+        than so many bytes may be allocated beyond what is there at the start. ``before``: Python code to execute first, with
+        the command line as ``main``.
         """
         request = {"arguments": arguments, "kill_after": kill_after, "file_size": file_size, "memory": memory}
         assert self.process.stdin is not None
@@ -145,7 +146,7 @@ def _become(main: Any, request: dict[str, Any], output: int) -> None:
         if request["memory"] is not None:
             size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + request["memory"]
             resource.setrlimit(resource.RLIMIT_AS, (size, size))
-        exec(request["before"], {})
+        exec(request["before"], {"main": main})
         sys.argv = [str(ROOT / "scripts" / "run.py")]
         code = main(request["arguments"])
     except SystemExit as leave:

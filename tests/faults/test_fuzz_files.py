@@ -41,12 +41,16 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
+class Hangs(BaseException):
+    """No `Exception`, which would be taken for that of a file."""
+
+
 @pytest.fixture(autouse=True)
 def _small_and_quick() -> Iterator[None]:
     """Each test within half a minute and half a gigabyte more than the one before it."""
 
     def late(*_: object) -> None:
-        raise TimeoutError("hangs")
+        raise Hangs
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     signal.signal(signal.SIGALRM, late)
