@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import logging
+import os
 import re
 import sys
 import types
@@ -28,6 +29,8 @@ CONF = Path(__file__).resolve().parent.parent / "conf"
 MULTIRUN = ("-m", "--multirun")
 INPUTS = ("qk", "qk_validation", "projections", "centroids", "lowrank", "key_centroids")
 
+SPEAKS = os.environ.get("RANK", "0") == "0"  # of several processes, started by torchrun, the first one
+
 log = logging.getLogger("sparsefinder")
 swept: list[str] = []  # the settings that a sweep varies, for its messages
 failures: list[str] = []  # points of a sweep that failed; the others went on
@@ -43,7 +46,7 @@ def main(argv: list[str]) -> int:
         return complain(error)
     sys.argv = [sys.argv[0], *argv]
     hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
-    for failure in failures:
+    for failure in failures if SPEAKS else ():
         print(f"error: {failure}", file=sys.stderr)
     return 2 if failures else 0
 
@@ -60,8 +63,9 @@ def job(cfg: DictConfig) -> None:
 
 def run(cfg: DictConfig, point: list[str] | None) -> None:
     """Run the stages of ``cfg``; a ``point`` of a sweep writes into a folder of its own and reads what it shares."""
-    from sparsefinder import pipeline, report  # here, so that --help does not wait for torch
+    from sparsefinder import pipeline, processes, report  # here, so that --help does not wait for torch
 
+    processes.start()
     refuse_unknown_keys(cfg)
     stages = pipeline.chosen_stages(plain(cfg.stage))
     store = store_of(cfg, [stage.name for stage in stages], point)
@@ -81,7 +85,7 @@ def run(cfg: DictConfig, point: list[str] | None) -> None:
     if point is not None:
         log.info("%s → %s", point_name(point), store.run_dir)
     pipeline.run_stages(stages, settings, store, cfg.seed)
-    if any(stage.name in ("score", "evaluate", "report") for stage in stages):
+    if processes.first() and any(stage.name in ("score", "evaluate", "report") for stage in stages):
         print(report.summary(store), flush=True)
 
 
@@ -279,7 +283,8 @@ def one_line(error: BaseException) -> str:
 
 
 def complain(error: UserError) -> int:
-    print(f"error: {one_line(error)}", file=sys.stderr)
+    if SPEAKS:
+        print(f"error: {one_line(error)}", file=sys.stderr)
     return 2
 
 

@@ -13,13 +13,13 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 import torch
 from torch import Tensor
 
-from sparsefinder import models, tables
+from sparsefinder import models, processes, tables
 from sparsefinder.adapt import AdaptSettings, adapt, attending
 from sparsefinder.attention import Masked
 from sparsefinder.corpora import Corpus, masked_batches, token_blocks
@@ -36,6 +36,7 @@ from sparsefinder.variants import AttentionChoice, Conversion, Variant, crossed
 log = logging.getLogger(__name__)
 
 Batch = dict[str, Tensor]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,8 @@ def run(settings: EvaluateSettings, store: Store) -> None:
     length = min(settings.length or 1 << 30, shape.max_length)
 
     def batches(split: str, wanted: int, batch_size: int) -> list[Batch]:
-        blocks = token_blocks(settings.corpus, tokenizer, split, length, cache=store.scratch("corpus"))
+        cache = store.scratch("corpus")
+        blocks = processes.first_then_all(lambda: token_blocks(settings.corpus, tokenizer, split, length, cache=cache))
         chosen = draw(len(blocks), min(wanted, len(blocks)), settings.seed, f"the {split} split of the corpus")
         return masked_batches(
             [blocks[index] for index in chosen], tokenizer, settings.mask_probability, settings.seed, batch_size
@@ -113,6 +115,8 @@ def run(settings: EvaluateSettings, store: Store) -> None:
         outcomes.append(evaluate_converted(model, tokenizer, conversion, held_out, training, length, settings))
         log.info("%s: loss %.4f", conversion.columns["variant"], outcomes[-1].row["loss"])
     results = compared(outcomes)
+    if not processes.first():
+        return
     with store.writing("evaluate") as folder:
         folder.mkdir()
         tables.write(results, folder, "results")
@@ -184,24 +188,27 @@ def _quality_and_cost(
     model: Any, attention: Attention | None, watch: Stopwatch | None, batches: Sequence[Batch]
 ) -> dict[str, Any]:
     device = model.device
-    total_loss, right, masked = 0.0, 0, 0
-    times: list[float] = []
+    found: list[tuple[float, int, int, float]] = []  # of each batch: summed loss, right guesses, tokens, seconds
     with attending(model, attention):
         model(**_on(batches[0], device))  # warm-up
         if watch is not None:
             watch.seconds = 0.0
         with peak_memory(device) as peak:
-            for batch in batches:
+            for batch in processes.share(batches):
                 batch = _on(batch, device)
                 start = now(device)
                 logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-                times.append(now(device) - start)
+                seconds = now(device) - start
                 chosen = batch["labels"] != -100
                 guesses, truth = logits[chosen].float(), batch["labels"][chosen]
-                total_loss += torch.nn.functional.cross_entropy(guesses, truth, reduction="sum").item()
-                right += int((guesses.argmax(-1) == truth).sum())
-                masked += len(truth)
-    loss = total_loss / masked
+                loss = torch.nn.functional.cross_entropy(guesses, truth, reduction="sum").item()
+                found.append((loss, int((guesses.argmax(-1) == truth).sum()), len(truth), seconds))
+    everywhere = processes.parts(lambda: (found, 0.0 if watch is None else watch.seconds, peak.bytes))
+    of_batches = [batch for part, _, _ in everywhere for batch in part]
+    right, masked = (sum(batch[i] for batch in of_batches) for i in (1, 2))
+    loss = sum(batch[0] for batch in of_batches) / masked
+    times = [batch[3] for batch in of_batches]
+    peaks = [bytes_ for _, _, bytes_ in everywhere if bytes_ is not None]
     quarter = statistics.quantiles(times, n=4) if len(times) > 1 else [times[0]] * 3
     return {
         "loss": loss,
@@ -210,8 +217,8 @@ def _quality_and_cost(
         "masked_tokens": masked,
         "latency_ms": 1e3 * statistics.median(times),
         "latency_spread_ms": 1e3 * (quarter[2] - quarter[0]),
-        "predictor_share": None if watch is None else watch.seconds / sum(times),
-        "peak_memory_mb": None if peak.bytes is None else peak.bytes / 1e6,
+        "predictor_share": None if watch is None else sum(part[1] for part in everywhere) / sum(times),
+        "peak_memory_mb": max(peaks) / 1e6 if peaks else None,
     }
 
 
@@ -246,6 +253,12 @@ class Observer:
             self.counts.setdefault(layer, []).append(count(graph, Gold(probabilities, probabilities > 0), qk, near))
         return output
 
+    def gather(self) -> None:
+        """Take in what the observers of the other processes measured."""
+        self.counts = _joined(processes.parts(lambda: self.counts))
+        self.errors = _joined(processes.parts(lambda: self.errors))
+        self.densities = _joined(processes.parts(lambda: self.densities))
+
     def rows(self) -> list[dict[str, Any]]:
         """One row per layer and head."""
         rows = []
@@ -271,13 +284,20 @@ class Observer:
 
 @torch.inference_mode()
 def _measure_graphs(model: Any, observer: Observer, batches: Sequence[Batch], most: int) -> None:
+    some: list[Batch] = []
+    for batch in batches:
+        wanted = most - sum(len(part["labels"]) for part in some)
+        if wanted > 0:
+            some.append({name: tensor[:wanted] for name, tensor in batch.items()})
     with models.plugged(model, observer):
-        for batch in batches:
-            wanted = most - sum(len(part) for part in observer.errors.get(0, []))
-            if wanted <= 0:
-                return
-            part = {name: tensor[:wanted] for name, tensor in _on(batch, model.device).items()}
+        for batch in processes.share(some):
+            part = _on(batch, model.device)
             model(input_ids=part["input_ids"], attention_mask=part["attention_mask"])
+    observer.gather()
+
+
+def _joined(parts: list[dict[int, list[T]]]) -> dict[int, list[T]]:
+    return {layer: [each for part in parts for each in part.get(layer, [])] for layer in {k for p in parts for k in p}}
 
 
 def compared(outcomes: Sequence[Outcome]) -> pd.DataFrame:

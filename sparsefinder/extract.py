@@ -2,7 +2,9 @@
 
 Samples are text blocks of the training split (``qk``, what projections and centroids learn from) and of the validation split
 (``qk_validation``, what ``score`` reads), drawn over the whole split by a seed, so that a subset is no single document.
-Memory is bounded: each batch is written as it comes, and the file is put together from mapped pieces.
+Memory is bounded: queries and keys are written in files of ``shard_size`` as they come. Where they are few, these are put
+together to the one file of the published form; where they are more than ``file_size``, they stay as they are, a folder of such
+files (see `samples`). Several processes record neighbouring batches each, and the samples are the same.
 """
 
 from __future__ import annotations
@@ -16,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsefinder import models
+from sparsefinder import models, processes
 from sparsefinder.attention import Masked
 from sparsefinder.corpora import Corpus, TokenBlocks, token_blocks
 from sparsefinder.graphs import Attention
 from sparsefinder.patterns.full import Full
-from sparsefinder.samples import Samples
+from sparsefinder.samples import ShardWriter, join
 from sparsefinder.store import Store, UserError, make_folder, progress, remove
 
 log = logging.getLogger(__name__)
@@ -39,6 +41,8 @@ class ExtractSettings:
     length: int | None = None  # most tokens of a sample; None: what the model can take
     batch_size: int = 8  # samples that the model reads at a time
     dtype: str = "float32"  # of the file: float32, float16 or bfloat16
+    shard_size: float = 64.0  # MiB that are collected in memory before they are written
+    file_size: float = 1024.0  # MiB up to which there is one file, as published; a folder of files beyond
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -46,6 +50,9 @@ class ExtractSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} must be 1 or more, got {value}")
+        for name in ("shard_size", "file_size"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"extract.{name} must be a number of MiB, 0 or more, got {getattr(self, name)}")
         if self.dtype not in DTYPES:
             raise UserError(f"extract.dtype={self.dtype} is unknown; choose one of {', '.join(DTYPES)}")
 
@@ -70,17 +77,37 @@ def run(settings: ExtractSettings, store: Store) -> None:
     model, tokenizer = models.load_masked_lm(store.path("model"))
     length = min(settings.length or 1 << 30, models.describe(model).max_length)
     for name, split, wanted in (("qk", "train", settings.nsamples), ("qk_validation", "validation", settings.held_out)):
-        blocks = token_blocks(settings.corpus, tokenizer, split, length, cache=store.scratch("corpus"))
-        chosen = draw(len(blocks), wanted, settings.seed, f"the {split} split of the corpus")
-        _announce(model, blocks.lengths[chosen].tolist(), settings, name)
-        pieces = store.scratch(f"{name}_pieces")
-        try:
-            samples = record(model, blocks, chosen, tokenizer.pad_token_id, settings, pieces)
-            with store.writing(name) as path:
-                samples.save(path)
-        finally:
-            remove(pieces)
-        store.note(name, samples=len(samples), tokens=sum(samples.lengths), split=split)
+        _extract(name, split, wanted, length, model, tokenizer, settings, store)
+
+
+def _extract(
+    name: str, split: str, wanted: int, length: int, model: Any, tokenizer: Any, settings: ExtractSettings, store: Store
+) -> None:
+    cache, shards = store.scratch("corpus"), store.scratch(f"{name}_shards")
+    blocks = processes.first_then_all(lambda: token_blocks(settings.corpus, tokenizer, split, length, cache=cache))
+    chosen = draw(len(blocks), wanted, settings.seed, f"the {split} split of the corpus")
+    lengths = blocks.lengths[chosen].tolist()
+    size = estimated_size(model, lengths, settings)
+    log.info("%s: %d samples, %d tokens: %.1f MiB", name, wanted, sum(lengths), size)
+    processes.once(lambda: _emptied(shards))
+    processes.parts(lambda: record(model, blocks, chosen, tokenizer.pad_token_id, settings, shards))
+    if processes.first():
+        _keep(store, name, shards, size <= settings.file_size)
+        store.note(name, samples=wanted, tokens=sum(lengths), split=split)
+
+
+def _emptied(folder: Path) -> None:
+    remove(folder)
+    make_folder(folder)
+
+
+def _keep(store: Store, name: str, shards: Path, as_file: bool) -> None:
+    with store.writing(name) as path:
+        if as_file:
+            join(shards, path)
+        else:
+            shards.rename(path)
+    remove(shards)
 
 
 def draw(available: int, wanted: int, seed: int, what: str) -> list[int]:
@@ -93,23 +120,28 @@ def draw(available: int, wanted: int, seed: int, what: str) -> list[int]:
 
 def record(
     model: Any, blocks: TokenBlocks, chosen: Sequence[int], pad_token_id: int, settings: ExtractSettings, folder: Path
-) -> Samples:
-    """The queries and keys of each chosen block, ``(L, H, n_i, D)``, in tensors mapped from files of ``folder``."""
+) -> None:
+    """Write the queries and keys ``(L, H, n_i, D)`` of this process's part of the chosen blocks to files in ``folder``.
+
+    A batch holds the same blocks however many processes there are, because what is beside a block may change its last digits.
+    """
     recorder = Recorder(Masked(Full(), models.get_normalizer(model)))
-    make_folder(folder)
-    sides: tuple[list[Tensor], list[Tensor]] = ([], [])
+    batches = [chosen[start : start + settings.batch_size] for start in range(0, len(chosen), settings.batch_size)]
+    writer = ShardWriter(folder, f"{processes.rank():04d}-", int(settings.shard_size * (1 << 20)))
     with models.plugged(model, recorder), torch.inference_mode():
-        for start in progress(range(0, len(chosen), settings.batch_size), "extract"):
-            batch = chosen[start : start + settings.batch_size]
+        for batch in progress(processes.share(batches), "extract"):
             ids, valid = blocks.batch(batch, pad_token_id)
             recorder.layers.clear()
             model.base_model(input_ids=ids.to(model.device), attention_mask=valid.to(model.device))
             for place, length in enumerate(valid.sum(-1).tolist()):
-                for side, found in enumerate(sides):
-                    each = [recorder.layers[layer][side][place, :, :length] for layer in sorted(recorder.layers)]
-                    file = folder / f"{'qk'[side]}{start + place}.raw"
-                    found.append(_on_disk(torch.stack(each).to(DTYPES[settings.dtype]), file))
-    return Samples(*sides)
+                q, k = (
+                    torch.stack(
+                        [recorder.layers[layer][side][place, :, :length].cpu() for layer in sorted(recorder.layers)]
+                    )
+                    for side in (0, 1)
+                )
+                writer.add(q.to(DTYPES[settings.dtype]), k.to(DTYPES[settings.dtype]))
+    writer.close()
 
 
 @dataclass
@@ -124,16 +156,8 @@ class Recorder:
         return self.attention(q, k, v, valid, layer)
 
 
-def _on_disk(tensor: Tensor, file: Path) -> Tensor:
-    mapped = torch.from_file(str(file), shared=True, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
-    return mapped.copy_(tensor)
-
-
-def _announce(model: Any, lengths: Sequence[int], settings: ExtractSettings, name: str) -> None:
+def estimated_size(model: Any, lengths: Sequence[int], settings: ExtractSettings) -> float:
+    """MiB that the queries and keys of samples of these lengths will take."""
     shape = models.describe(model)
     numbers = 2 * shape.layers * shape.heads * shape.head_size * sum(lengths)
-    log.info(
-        "%s: %d samples, %d tokens, %d layers × %d heads × %d: the file will take %.1f MB",
-        *(name, len(lengths), sum(lengths), shape.layers, shape.heads, shape.head_size),
-        numbers * DTYPES[settings.dtype].itemsize / 1e6,
-    )
+    return numbers * DTYPES[settings.dtype].itemsize / (1 << 20)

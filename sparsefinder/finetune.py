@@ -4,6 +4,9 @@ A model that starts from nothing (`NewModel`) or a pretrained one (`Pretrained`)
 by the Trainer of transformers: either with every softmax replaced at once, or with α annealed from 1.01 to its end value
 over the first half of the steps (``alpha_schedule``). ``steps=0`` takes the model as it is and only changes its attention.
 
+Several processes (`processes`) train together; each takes ``batch_size`` blocks of a step, so that two of them with half the
+batch do what one does with the whole, but for the order of its sums.
+
 A killed run goes on from its last complete checkpoint and ends with the weights it would have had: what is read and masked
 at a step depends on the seed and the step alone, and the Trainer restores the state of everything else (`training`).
 """
@@ -19,7 +22,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from sparsefinder import models
+from sparsefinder import models, processes
 from sparsefinder.corpora import Corpus, masked_batches, token_blocks, train_tokenizer
 from sparsefinder.masked_lm import gold_sparsity, unigram_entropy, validation_loss
 from sparsefinder.starts import from_statistics
@@ -158,15 +161,21 @@ def run(settings: FinetuneSettings, store: Store) -> None:
     """Make ``model``, and note its validation loss, the unigram entropy of the same tokens, and its gold sparsity."""
     began = time.monotonic()
     cache = store.scratch("corpus")
-    set_seed(settings.seed)
-    model, tokenizer = settings.model.make(settings.corpus, cache)
+    model, tokenizer = processes.first_then_all(lambda: _made(settings, cache))
     length = _length(settings, models.describe(model).max_length)
-    validation = token_blocks(settings.corpus, tokenizer, "validation", length, settings.eval_blocks, cache)
+    validation = processes.first_then_all(
+        lambda: token_blocks(settings.corpus, tokenizer, "validation", length, settings.eval_blocks, cache)
+    )
     held_out = masked_batches(validation, tokenizer, seed=settings.seed, batch_size=settings.batch_size)
     models.set_normalizer(model, Normalizer(settings.alpha))
     if settings.steps:
-        training = token_blocks(settings.corpus, tokenizer, "train", length, cache=cache)
-        model = train(settings, model, tokenizer, training, held_out, _checkpoints(settings, store))
+        training = processes.first_then_all(
+            lambda: token_blocks(settings.corpus, tokenizer, "train", length, cache=cache)
+        )
+        checkpoints = processes.once(lambda: _checkpoints(settings, store))
+        model = train(settings, model, tokenizer, training, held_out, checkpoints)
+    if not processes.first():
+        return
     loss, entropy = validation_loss(model, held_out), unigram_entropy(held_out)
     sparsity = gold_sparsity(model, held_out[:_SPARSITY_BATCHES])
     with store.writing("model") as folder:
@@ -187,6 +196,11 @@ def run(settings: FinetuneSettings, store: Store) -> None:
         "finetune: %d steps, %.0f s; validation loss %.3f, unigram entropy %.3f: %.3f nats below; mean gold sparsity %.3f",
         *(settings.steps, seconds, loss, entropy, entropy - loss, sparsity),
     )
+
+
+def _made(settings: FinetuneSettings, cache: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    set_seed(settings.seed)
+    return settings.model.make(settings.corpus, cache)
 
 
 def _checkpoints(settings: FinetuneSettings, store: Store) -> Path:

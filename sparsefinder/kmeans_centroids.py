@@ -21,7 +21,7 @@ from sparsefinder.graphs import QK
 from sparsefinder.projections import Projections, load_projections
 from sparsefinder.samples import Samples, training_samples
 from sparsefinder.store import Store, UserError, progress
-from sparsefinder.tensor_files import load_tensors
+from sparsefinder.tensor_files import load_tensors, save_tensors
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class Centroids:
 
     def save(self, path: Path) -> None:
         """Write the published form."""
-        torch.save([centres.cpu().contiguous() for centres in self.layers], path)
+        save_tensors([centres.cpu().contiguous() for centres in self.layers], path)
 
 
 def load_centroids(path: Path) -> Centroids:

@@ -7,6 +7,7 @@ says what changed.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import logging
@@ -14,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from sparsefinder import processes
 from sparsefinder.store import ARTEFACTS, Store, UserError, plain, versions
 
 log = logging.getLogger(__name__)
@@ -33,12 +35,14 @@ class Settings(Protocol):
 class Stage:
     """One step: its name, the module whose ``run(settings, store)`` makes its artefacts, and what it reads if it is there.
 
-    The module is imported when the stage is run, so that scoring does not wait for transformers.
+    The module is imported when the stage is run, so that scoring does not wait for transformers. Several processes
+    (`processes`) run a ``shared`` stage together; any other is the first one's business.
     """
 
     name: str
     module: str
     optional: tuple[str, ...] = ()
+    shared: bool = False
 
     @property
     def makes(self) -> tuple[str, ...]:
@@ -53,13 +57,13 @@ class Stage:
 STAGES = {
     stage.name: stage
     for stage in (
-        Stage("finetune", "sparsefinder.finetune"),
-        Stage("extract", "sparsefinder.extract"),
+        Stage("finetune", "sparsefinder.finetune", shared=True),
+        Stage("extract", "sparsefinder.extract", shared=True),
         Stage("project", "sparsefinder.quantization"),
         Stage("cluster", "sparsefinder.kmeans_centroids"),
         Stage("route", "sparsefinder.lowrank"),
-        Stage("score", "sparsefinder.score"),
-        Stage("evaluate", "sparsefinder.evaluate"),
+        Stage("score", "sparsefinder.score", shared=True),
+        Stage("evaluate", "sparsefinder.evaluate", shared=True),
         Stage(
             "report",
             "sparsefinder.report",
@@ -81,33 +85,61 @@ def chosen_stages(stage: str | Sequence[str]) -> list[Stage]:
 
 
 def run_stages(stages: Sequence[Stage], settings: Mapping[str, Settings], store: Store, seed: int) -> None:
-    """Run what is not done. One process at a time works in a run directory; another one gets a `UserError`."""
-    with store.held():
+    """Run what is not done. One run at a time works in a run directory; another one gets a `UserError`."""
+    with contextlib.ExitStack() as stack:
+        processes.once(lambda: _keep(stack, store))
         for stage in stages:
             _run(stage, settings[stage.name], store, seed)
 
 
+def _keep(stack: contextlib.ExitStack, store: Store) -> None:
+    stack.enter_context(store.held())
+
+
 def _run(stage: Stage, settings: Settings, store: Store, seed: int) -> None:
+    todo = processes.once(lambda: _prepared(stage, settings, store))
+    if todo is None:
+        return
+    described, parents = todo
+    try:
+        if stage.shared:
+            stage.run(settings, store)
+        else:
+            processes.once(lambda: stage.run(settings, store))
+    except Exception as error:
+        if processes.first() and (why := _replaced(stage, settings, store, parents)):
+            raise UserError(why) from error
+        raise
+    processes.once(lambda: _finish(stage, settings, store, described, parents, seed))
+
+
+def _prepared(stage: Stage, settings: Settings, store: Store) -> tuple[dict[str, Any], dict[str, str]] | None:
+    """The settings and parents with which the stage must be run, after saying why; None where it is done."""
     given = [name for name in stage.makes if name in store.given]
     if len(given) == len(stage.makes):
         log.info("%s: skipped, %s is given by path", stage.name, " and ".join(given))
-        return
+        return None
     parents = _parents(stage, settings, store)
     described = json.loads(json.dumps(plain(settings)))
     stale = [_changes(store, described, parents, name) for name in stage.makes]
     if not any(stale):
         log.info("%s: done and unchanged, skipped", stage.name)
-        return
+        return None
     reasons = [
         f"makes {name}" if store.borrows(name) else why for name, why in zip(stage.makes, stale, strict=True) if why
     ]
     log.info("%s: %s", stage.name, reasons[0])
-    try:
-        stage.run(settings, store)
-    except Exception as error:
-        if why := _replaced(stage, settings, store, parents):
-            raise UserError(why) from error
-        raise
+    return described, parents
+
+
+def _finish(
+    stage: Stage,
+    settings: Settings,
+    store: Store,
+    described: dict[str, Any],
+    parents: dict[str, str],
+    seed: int,
+) -> None:
     if why := _replaced(stage, settings, store, parents):
         raise UserError(why)
     for name in stage.makes:

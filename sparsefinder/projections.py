@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sparsefinder.attention import at_least_float32
 from sparsefinder.graphs import QK
 from sparsefinder.store import UserError
-from sparsefinder.tensor_files import load_tensors
+from sparsefinder.tensor_files import load_tensors, save_tensors
 
 
 class Identity(nn.Module):
@@ -131,7 +131,7 @@ class Projections:
             }
             for layer in self.layers
         ]
-        torch.save(plain, path)
+        save_tensors(plain, path)
 
     def check(self, layers: int, heads: int, size: int) -> None:
         """Raise a `UserError` where the projections do not fit queries and keys of that shape."""

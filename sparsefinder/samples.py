@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sparsefinder.graphs import QK
 from sparsefinder.store import Store, UserError
-from sparsefinder.tensor_files import StoredTensor, load_tensors, stored
+from sparsefinder.tensor_files import StoredTensor, load_tensors, save_tensors, stored
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ class Samples:
         """Write the published form. Tensors that lie in files are mapped one by one: memory can be taken back."""
         lengths = torch.tensor(self.lengths)
         q, k = ([_mapped(tensor) for tensor in side] for side in (self.q, self.k))
-        torch.save({"length_src": lengths, "q": q, "k": k}, path)
+        save_tensors({"length_src": lengths, "q": q, "k": k}, path)
 
 
 def load_samples(path: Path) -> Samples:
@@ -145,6 +145,31 @@ def _load_file(path: Path) -> Samples:
         )
     places = stored(path, content, [*q, *k])
     return Samples(places[: len(q)], places[len(q) :], str(path))
+
+
+class ShardWriter:
+    """Samples into files ``<prefix>00000.pt``, … of ``folder``: a file as soon as there are ``size`` bytes for it."""
+
+    def __init__(self, folder: Path, prefix: str, size: int):
+        self.folder, self.prefix, self.size = folder, prefix, size
+        self.files = self.bytes = 0
+        self.q: list[Tensor] = []
+        self.k: list[Tensor] = []
+
+    def add(self, q: Tensor, k: Tensor) -> None:
+        """One sample, ``(L, H, n, D)`` each."""
+        self.q.append(q)
+        self.k.append(k)
+        self.bytes += 2 * q.numel() * q.itemsize
+        if self.bytes >= self.size:
+            self.close()
+
+    def close(self) -> None:
+        """Write what is left."""
+        if self.q:
+            Samples(self.q, self.k).save(self.folder / f"{self.prefix}{self.files:05d}.pt")
+            self.files += 1
+        self.q, self.k, self.bytes = [], [], 0
 
 
 def join(folder: Path, file: Path) -> None:

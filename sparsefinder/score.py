@@ -7,7 +7,7 @@ so a frontier of a hundred configurations costs a hundred predictions and one de
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sparsefinder import tables
+from sparsefinder import processes, tables
 from sparsefinder.distances import squared
 from sparsefinder.graphs import QK, Pattern
 from sparsefinder.metrics import BALANCE, RATIOS, Counts, Gold, balance, count
@@ -30,6 +30,8 @@ from sparsefinder.store import Store, UserError, progress
 from sparsefinder.transforms import Normalizer
 
 log = logging.getLogger(__name__)
+
+_AT_ONCE = 16  # samples whose counts are put together: many small tensors take ten times their content
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,11 @@ def run(settings: ScoreSettings, store: Store) -> None:
     learned.check(*samples.shape)
     settings = replace(settings, configurations=buildable(settings.configurations, learned))
     patterns = [configuration.build(learned) for configuration in settings.configurations]
-    scores = score(samples, settings, patterns)
+    scores = Scores.cat(
+        processes.parts(lambda: score(samples, settings, patterns, processes.share(range(len(samples)))))
+    )
+    if not processes.first():
+        return
     with store.writing("score") as folder:
         folder.mkdir()
         tables.write(metrics_table(scores, settings, learned), folder, "metrics")
@@ -78,6 +84,24 @@ class Scores:
     counts: Mapping[tuple[int, int], Counts]
     balance: Mapping[tuple[int, int], Mapping[str, Tensor]]
 
+    @classmethod
+    def cat(cls, parts: list[Scores]) -> Scores:
+        """Scores of several runs of neighbouring samples, one after the other."""
+        counts: dict[tuple[int, int], list[Counts]] = {}
+        balances: dict[tuple[int, int], list[Mapping[str, Tensor]]] = {}
+        for part in parts:
+            for key, found in part.counts.items():
+                counts.setdefault(key, []).append(found)
+            for key, shares in part.balance.items():
+                balances.setdefault(key, []).append(shares)
+        return cls(
+            {key: Counts.cat(found) for key, found in counts.items()},
+            {
+                key: {name: torch.cat([each[name] for each in found]) for name in BALANCE}
+                for key, found in balances.items()
+            },
+        )
+
     @property
     def gold_sparsity(self) -> float:
         """Mean over layers, heads and samples."""
@@ -88,12 +112,23 @@ class Scores:
 
 
 @torch.no_grad()
-def score(samples: Samples, settings: ScoreSettings, patterns: list[Pattern]) -> Scores:
-    """Count every configuration on every sample; nothing larger than one layer of one sample is in memory at a time."""
+def score(
+    samples: Samples, settings: ScoreSettings, patterns: list[Pattern], indices: Sequence[int] | None = None
+) -> Scores:
+    """Count every configuration on every sample, or on those of ``indices``.
+
+    Nothing larger than one layer of one sample is in memory at a time, but for the counts.
+    """
+    indices = range(len(samples)) if indices is None else indices
+    some = [indices[start : start + _AT_ONCE] for start in range(0, len(indices), _AT_ONCE)]
+    return Scores.cat([_score(samples, settings, patterns, part) for part in progress(some, "score")])
+
+
+def _score(samples: Samples, settings: ScoreSettings, patterns: list[Pattern], indices: Sequence[int]) -> Scores:
     counts: dict[tuple[int, int], list[Counts]] = {}
     balances: dict[tuple[int, int], list[dict[str, Tensor]]] = {}
     normalizer = Normalizer(settings.alpha)
-    for index in progress(range(len(samples)), "score"):
+    for index in indices:
         for layer, qk in enumerate(samples.layers(index, settings.causal)):
             probabilities = normalizer(qk.scores())
             gold = Gold(probabilities, probabilities > 0)

@@ -61,6 +61,12 @@ class StoredTensor:
         return torch.empty(0, dtype=self.dtype).set_(whole[self.offset :]).view(self.shape)
 
 
+def save_tensors(content: Any, path: Path) -> None:
+    """`torch.save`, the same bytes for the same content: given a path, torch would write its name into the file."""
+    with path.open("wb") as file:
+        torch.save(content, file)
+
+
 def load_tensors(path: Path, what: str) -> Any:
     """The content of a file, its tensors mapped, not read; one clear `UserError` for whatever is wrong with it."""
     if not path.is_file():

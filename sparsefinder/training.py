@@ -29,7 +29,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from sparsefinder import models
+from sparsefinder import models, processes
 from sparsefinder.corpora import Batch, Masking, TokenBlocks
 from sparsefinder.corpora.masking import collate
 from sparsefinder.masked_lm import masked_logits
@@ -80,6 +80,7 @@ def train(
         report_to=settings.report_to if isinstance(settings.report_to, str) else list(settings.report_to),
         disable_tqdm=not sys.stderr.isatty(),
         bf16=settings.bf16,
+        use_cpu=processes.count() > 1 and not torch.cuda.is_available(),  # or the Trainer does not see the others
         seed=settings.seed,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
@@ -89,7 +90,7 @@ def train(
     trainer = MaskedLMTrainer(
         model=model,
         args=arguments,
-        train_dataset=Examples(blocks, masking, count, settings.batch_size, settings.seed),
+        train_dataset=Examples(blocks, masking, count, settings.batch_size * devices, settings.seed),
         eval_dataset=_HeldOut(held_out),
         data_collator=lambda examples: collate(examples, tokenizer.pad_token_id),
         processing_class=tokenizer,
@@ -99,7 +100,7 @@ def train(
     trainer.remove_callback(PrinterCallback)
     if arguments.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
-    found = last_checkpoint(folder)
+    found = processes.once(lambda: last_checkpoint(folder))
     if found is not None:
         log.info("finetune: going on from %s", found.name)
     trainer.train(resume_from_checkpoint=None if found is None else str(found))
@@ -176,7 +177,8 @@ class MaskedLMTrainer(Trainer):
     ) -> Any:
         logits, labels = masked_logits(model, inputs)
         total = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
-        loss = total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+        processes_ = self.accelerator.num_processes  # the tokens are those of all, and the gradient is their mean
+        loss = total / (len(labels) if num_items_in_batch is None else num_items_in_batch / processes_)
         return (loss, {"logits": logits}) if return_outputs else loss
 
 
