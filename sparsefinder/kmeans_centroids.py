@@ -2,7 +2,8 @@
 
 A file of centroids is ``torch.save`` of a list over layers of tensors ``(H, runs, C, R)``, the form of the published
 Sparsefinder. One scikit-learn `KMeans` is fitted for each layer and head on the projected queries *and* keys of the
-training samples; of several runs the first starts from k-means++, the others at random.
+training samples; of several runs the first starts from k-means++, the others at random. Where a layer has more of them than
+``max_points``, every sample gives its share, drawn by the seed: memory does not grow with the number of samples.
 """
 
 from __future__ import annotations
@@ -104,6 +105,7 @@ class ClusterSettings:
     n_clusters: int = 16  # C
     runs: int = 1  # independent clusterings of each head
     block_size: int = 1  # tokens in a chunk; as in the projections
+    max_points: int | None = 250_000  # queries and keys of a layer that are clustered; None: all
     max_iterations: int = 300  # of Lloyd's algorithm
     seed: int = 0
     jobs: int = -1  # heads fitted at the same time; -1: one for each core
@@ -112,6 +114,10 @@ class ClusterSettings:
         for name in ("n_clusters", "runs", "block_size", "max_iterations"):
             if getattr(self, name) < 1:
                 raise UserError(f"cluster.{name} must be 1 or more, got {getattr(self, name)}")
+        if self.max_points is not None and self.max_points < self.n_clusters:
+            raise UserError(
+                f"cluster.max_points={self.max_points} is less than n_clusters={self.n_clusters}; give more, or null for all"
+            )
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -135,7 +141,7 @@ def fit_centroids(
     """One k-means per layer, head and run on all projected tokens, heads in parallel; ``sides``: queries, keys or both."""
     layers = samples.shape[0]
     found = [
-        _fit_layer(_points(samples, projections, layer, settings.block_size, sides), settings)
+        _fit_layer(_points(samples, projections, layer, settings, sides), settings)
         for layer in progress(range(layers), "cluster", layers)
     ]
     log.info("clustered %d layers × %d heads into %d clusters", layers, samples.shape[1], settings.n_clusters)
@@ -144,18 +150,31 @@ def fit_centroids(
 
 @torch.no_grad()
 def _points(
-    samples: Samples, projections: Projections, layer: int, block_size: int, sides: Sequence[str]
+    samples: Samples, projections: Projections, layer: int, settings: ClusterSettings, sides: Sequence[str] = ("q", "k")
 ) -> np.ndarray:
-    """``(H, points, R)``: every projected token of the layer."""
+    """``(H, points, R)``: the projected tokens of the layer, or ``max_points`` of them."""
+    size = settings.block_size
+    counts = [len(sides) * -(-length // size) for length in samples.lengths]
+    total = sum(counts)
+    most = min(total, settings.max_points or total)
 
     def of_each_sample() -> Iterator[Tensor]:
-        for index in range(len(samples)):
+        before = 0
+        for index, count in enumerate(counts):
             projected = projections(samples.layer(index, layer), layer)
-            chunks = projected.in_blocks(block_size) if block_size > 1 else projected
-            yield from (getattr(chunks, side)[0] for side in sides)
+            chunks = projected.in_blocks(size) if size > 1 else projected
+            tokens = torch.cat([getattr(chunks, side)[0] for side in sides], dim=1)
+            wanted = (before + count) * most // total - before * most // total  # shares that sum to `most` exactly
+            before += count
+            yield tokens if wanted == count else tokens[:, _drawn(count, wanted, settings.seed, index)]
 
     points: np.ndarray = torch.cat(list(of_each_sample()), dim=1).numpy()
     return points
+
+
+def _drawn(count: int, wanted: int, seed: int, index: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
+    return torch.randperm(count, generator=generator)[:wanted].sort().values
 
 
 def _fit_layer(points: np.ndarray, settings: ClusterSettings) -> Tensor:

@@ -8,11 +8,13 @@ that number is found by one binary search in ``p_k − k``, which is sorted.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from sparsefinder.graphs import QK
+from sparsefinder.tensor_files import load_tensors, save_tensors
 from sparsefinder.transforms import Normalizer
 
 
@@ -44,6 +46,22 @@ class GoldPairs:
         rank = torch.arange(len(self.rows)) - begins[self.rows]
         before = torch.searchsorted(self.rows * span + self.columns - rank, rows * span + order, right=True)
         return kept, order + before - begins[rows]
+
+
+@dataclass(frozen=True)
+class PairsOnDisk:
+    """The positives of many examples in a folder, a file each: read when they are asked for, so many need no more memory."""
+
+    folder: Path
+
+    def put(self, index: int, pairs: GoldPairs) -> None:
+        """Keep those of example ``index``."""
+        sides = {"rows": pairs.rows.int(), "columns": pairs.columns.int(), "zeros": pairs.zeros.int()}
+        save_tensors({**sides, "tokens": pairs.tokens}, self.folder / f"{index}.pt")
+
+    def __getitem__(self, index: int) -> GoldPairs:
+        found = load_tensors(self.folder / f"{index}.pt", "gold pairs")
+        return GoldPairs(found["rows"].long(), found["columns"].long(), found["zeros"].long(), found["tokens"])
 
 
 def gold_pairs(qk: QK, alpha: float, block_size: int = 1, symmetric: bool = False) -> GoldPairs:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -28,10 +29,10 @@ from torch import Tensor
 from sparsefinder.distances import PAIRWISE
 from sparsefinder.graphs import QK
 from sparsefinder.metrics import Counts, Gold, count
-from sparsefinder.pairs import GoldPairs, gold_pairs
+from sparsefinder.pairs import GoldPairs, PairsOnDisk, gold_pairs
 from sparsefinder.projections import Hidden, Identity, LayerProjections, Linear, Projection, Projections
 from sparsefinder.samples import Samples, training_samples, validation_samples
-from sparsefinder.store import Store, UserError, progress
+from sparsefinder.store import Store, UserError, progress, remove
 from sparsefinder.transforms import Normalizer
 
 log = logging.getLogger(__name__)
@@ -99,14 +100,23 @@ class Trained:
 
 def run(settings: ProjectSettings, store: Store) -> None:
     """Make ``projections`` from ``qk``, measuring on ``qk_validation``."""
-    trained = train_projections(training_samples(store), validation_samples(store), settings)
+    scratch = store.scratch("gold")
+    try:
+        trained = train_projections(training_samples(store), validation_samples(store), settings, scratch)
+    finally:
+        remove(scratch)
     with store.writing("projections") as path:
         trained.projections.save(path)
     store.note("projections", history=trained.history)
 
 
-def train_projections(training: Samples, held_out: Samples, settings: ProjectSettings) -> Trained:
-    """Train the projections of all layers and heads at once; deterministic in ``settings.seed`` on one machine."""
+def train_projections(
+    training: Samples, held_out: Samples, settings: ProjectSettings, scratch: Path | None = None
+) -> Trained:
+    """Train the projections of all layers and heads at once; deterministic in ``settings.seed`` on one machine.
+
+    Gold graphs are computed once and kept in files of the folder ``scratch``; in memory without one.
+    """
     if held_out.shape != training.shape:
         raise UserError(
             f"{held_out.source} has (layers, heads, head size) {held_out.shape}, {training.source} has {training.shape}: "
@@ -122,7 +132,7 @@ def train_projections(training: Samples, held_out: Samples, settings: ProjectSet
         projections = _per_layer(stack, layers)
         return Trained(projections, [{"step": 0, **_measure(projections, held_out, settings)}])
 
-    gold = [_gold_of_all_layers(training, index, settings) for index in progress(range(len(training)), "gold graphs")]
+    gold = _all_gold(training, settings, scratch)
     optimizer = torch.optim.Adam(stack.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     history: list[dict[str, float]] = []
     plan = _plan(len(training), settings, generator)
@@ -225,6 +235,16 @@ def _gold_of_all_layers(samples: Samples, index: int, settings: ProjectSettings)
     return gold_pairs(
         _stacked(samples, index, settings), settings.alpha, settings.block_size, symmetric=settings.kind == "concat"
     )
+
+
+def _all_gold(samples: Samples, settings: ProjectSettings, scratch: Path | None) -> PairsOnDisk | list[GoldPairs]:
+    each = (_gold_of_all_layers(samples, index, settings) for index in progress(range(len(samples)), "gold graphs"))
+    if scratch is None:
+        return list(each)
+    kept = PairsOnDisk(scratch)
+    for index, pairs in enumerate(each):
+        kept.put(index, pairs)
+    return kept
 
 
 def _plan(samples: int, settings: ProjectSettings, generator: torch.Generator) -> list[list[int]]:

@@ -6,6 +6,7 @@ so a frontier of a hundred configurations costs a hundred predictions and one de
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -14,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -71,7 +74,7 @@ def run(settings: ScoreSettings, store: Store) -> None:
     with store.writing("score") as folder:
         folder.mkdir()
         tables.write(metrics_table(scores, settings, learned), folder, "metrics")
-        counts_table(scores, settings).to_parquet(folder / "counts.parquet", index=False)  # long: for programs only
+        write_counts(scores, folder / "counts.parquet")
         tables.write(shared_buckets(samples, settings, learned), folder, "shared_buckets")
         save_maps(folder / "maps.safetensors", samples, settings, patterns)
     store.note("score", samples=len(samples), gold_sparsity=scores.gold_sparsity)
@@ -162,17 +165,21 @@ def metrics_table(scores: Scores, settings: ScoreSettings, learned: Learned) -> 
     return tables.tidy(rows)
 
 
-def counts_table(scores: Scores, settings: ScoreSettings) -> pd.DataFrame:
-    """One row per configuration × layer × head × sample with the raw counts, so that any regrouping is exact."""
-    parts = []
-    for (place, layer), counts in scores.counts.items():
-        samples, heads = counts.gold.shape
-        grid = np.indices((samples, heads)).reshape(2, -1)
-        columns = {f.name: getattr(counts, f.name).flatten().numpy() for f in fields(Counts)}
-        parts.append(
-            pd.DataFrame({"configuration": place, "layer": layer, "head": grid[1], "sample": grid[0], **columns})
-        )
-    return pd.concat(parts, ignore_index=True)
+def write_counts(scores: Scores, path: Path) -> None:
+    """One row per configuration × layer × head × sample with the raw counts, so that any regrouping is exact.
+
+    Long, so for programs only, and written layer by layer.
+    """
+    with contextlib.ExitStack() as stack:
+        writer: pq.ParquetWriter | None = None
+        for (place, layer), counts in scores.counts.items():
+            samples, heads = counts.gold.shape
+            grid = np.indices((samples, heads)).reshape(2, -1)
+            columns = {f.name: getattr(counts, f.name).flatten().numpy() for f in fields(Counts)}
+            part = pd.DataFrame({"configuration": place, "layer": layer, "head": grid[1], "sample": grid[0], **columns})
+            table = pa.Table.from_pandas(part, preserve_index=False)
+            writer = writer or stack.enter_context(pq.ParquetWriter(path, table.schema))
+            writer.write_table(table)
 
 
 @torch.no_grad()
