@@ -40,10 +40,10 @@ def write_text(folder: Path, documents: int = 120) -> list[str]:
     return ["corpus=text", *(f"corpus.{name}={folder / name}.txt" for name in ("train", "validation", "test"))]
 
 
-def settings(folder: Path) -> list[str]:
+def settings(folder: Path, documents: int = 120) -> list[str]:
     """The command line without its ``run_dir``: every stage on the text in ``folder``."""
     return [
-        *write_text(folder),
+        *write_text(folder, documents),
         *("name=fault", "nsamples=6", "n_clusters=4", "rounds=3", "seed=3", "corpus.max_characters=null"),
         *("model.vocabulary_size=300", "model.max_length=32", "model.layers=2", "model.heads=2"),
         *("model.hidden_size=32", "model.intermediate_size=32", "model.start=random", "model.initializer_range=0.5"),
