@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+import pickle
+import tempfile
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
 import torch
 from torch import Tensor
@@ -93,12 +97,18 @@ def token_blocks(
         make_folder(cache)
         file = cache / f"blocks-{_key(corpus, tokenizer, split, length, limit)}.pt"
         if file.is_file():
-            return TokenBlocks(**torch.load(file, weights_only=True))
-    pieces = list(_pieces(list(corpus.documents(split, cache)), tokenizer, split, length, limit))
-    if not pieces:
+            with contextlib.suppress(RuntimeError, pickle.UnpicklingError, EOFError, TypeError):  # damaged: made again
+                return TokenBlocks(**torch.load(file, weights_only=True))
+    ids, ends = array("i"), array("q", [0])  # numbers, not objects: a tenth of the memory
+    with tempfile.TemporaryFile(dir=cache) as spool:
+        documents = _Spooled(corpus.documents(split, cache), spool)
+        for piece in _pieces(documents, tokenizer, split, length, limit):
+            ids.extend(piece)
+            ends.append(len(ids))
+    if not ids:
         raise UserError(f"the {split} part of the corpus has no text of {_SHORTEST} tokens or more")
-    starts = torch.tensor([0] + [len(piece) for piece in pieces]).cumsum(0)
-    blocks = TokenBlocks(torch.cat([torch.tensor(piece, dtype=torch.int32) for piece in pieces]), starts)
+    starts = torch.frombuffer(ends, dtype=torch.int64)
+    blocks = TokenBlocks(torch.frombuffer(ids, dtype=torch.int32), starts)
     log.info(
         "corpus: %s: %s blocks of at most %d tokens, %s tokens", split, f"{len(blocks):,}", length, f"{starts[-1]:,}"
     )
@@ -109,8 +119,25 @@ def token_blocks(
     return blocks
 
 
+class _Spooled:
+    """Documents in a file: they come in one order and are needed in another, and may be more than memory holds."""
+
+    def __init__(self, documents: Iterable[str], file: IO[bytes]):
+        self.file = file
+        self.starts = array("q", [0])
+        for document in documents:
+            self.starts.append(self.starts[-1] + file.write(document.encode("utf-8", "surrogatepass")))
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, index: int) -> str:
+        self.file.seek(self.starts[index])
+        return self.file.read(self.starts[index + 1] - self.starts[index]).decode("utf-8", "surrogatepass")
+
+
 def _pieces(
-    documents: list[str], tokenizer: PreTrainedTokenizerBase, split: str, length: int, limit: int | None
+    documents: _Spooled, tokenizer: PreTrainedTokenizerBase, split: str, length: int, limit: int | None
 ) -> Iterator[list[int]]:
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(0)).tolist()
     count = 0

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from sparsefinder.store import UserError
 
-_ARTICLE = re.compile(r"^ ?= [^=].*[^=] = ?$", re.MULTILINE)  # a title of WikiText; sections have more signs
+_ARTICLE = re.compile(r" ?= [^=].*[^=] = ?$")  # a title of WikiText; sections have more signs
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class TextFiles:
     """Documents in plain UTF-8 files, one file a split.
 
     What a document is follows from the file: articles, where it has titles in WikiText's form (`` = Title = ``); otherwise
-    paragraphs between blank lines, where there are any inside the file; otherwise lines.
+    paragraphs between blank lines, where there are any inside the file; otherwise lines. The file is read line by line, twice.
     """
 
     train: str | None = None
@@ -44,7 +46,7 @@ class TextFiles:
         if limit is not None and split != "train":
             limit = max(1, limit // 8)
         characters = 0
-        for index, document in enumerate(split_documents(_read(self._path(split), split))):
+        for index, document in enumerate(documents_of(lambda: _lines(self._path(split), split))):
             if index == self.max_documents or (limit is not None and characters >= limit):
                 return
             characters += len(document)
@@ -55,7 +57,7 @@ class TextFiles:
         digest = hashlib.sha256(f"{self.max_documents} {self.max_characters}".encode())
         for split, file in (("train", self.train), ("validation", self.validation), ("test", self.test)):
             if file is not None:
-                digest.update(split.encode() + hashlib.sha256(_bytes(self._path(split), split)).digest())
+                digest.update(split.encode() + _digest(self._path(split), split))
         return digest.hexdigest()
 
     def _path(self, split: str) -> Path:
@@ -66,35 +68,83 @@ class TextFiles:
 
 
 def split_documents(text: str) -> Iterator[str]:
-    """The documents of one file's text, stripped, none of them empty."""
-    titles = [match.start() for match in _ARTICLE.finditer(text)]
-    if titles:
-        starts = sorted({0, *titles})
-        parts = [text[start:stop] for start, stop in zip(starts, [*starts[1:], len(text)], strict=True)]
-    elif re.search(r"\S[^\S\n]*\n\s*\n\s*\S", text):
-        parts = re.split(r"\n[^\S\n]*\n\s*", text)
-    else:
-        parts = text.splitlines()
-    for part in parts:
-        lines = [line.strip() for line in part.splitlines()]
-        if document := "\n".join(line for line in lines if line):
-            yield document
+    """The documents of a text, stripped, none of them empty."""
+    return documents_of(lambda: io.StringIO(text, newline="\n"))
 
 
-def _read(path: Path, split: str) -> str:
-    try:
-        text = _bytes(path, split).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"corpus.{split}={path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
-    if not text.strip():
+def documents_of(lines: Callable[[], Iterable[str]]) -> Iterator[str]:
+    """As `split_documents`, of a text that is read line by line: once to see what it is, and once more for its documents."""
+    has_title, has_paragraphs = _kind(lines())
+    begins = _is_title if has_title else None if has_paragraphs else _always
+    part: list[str] = []
+    for line in lines():
+        blank = not line.strip()
+        if part and (begins(line) if begins else blank):
+            yield from _documents(part, one_each=begins is _always)
+            part = []
+        part.append(line)
+    yield from _documents(part, one_each=begins is _always)
+
+
+def _kind(lines: Iterable[str]) -> tuple[bool, bool]:
+    """Whether a text has titles, and whether it has a blank line between two others."""
+    begun = gap = paragraphs = False
+    for line in lines:
+        if _is_title(line):
+            return True, paragraphs
+        if line.strip():
+            paragraphs = paragraphs or (begun and gap)
+            begun, gap = True, False
+        else:
+            gap = True
+    return False, paragraphs
+
+
+def _is_title(line: str) -> bool:
+    return _ARTICLE.match(line) is not None
+
+
+def _always(_: str) -> bool:
+    return True
+
+
+def _documents(part: list[str], one_each: bool) -> Iterator[str]:
+    lines = [line.strip() for line in "".join(part).splitlines()]
+    found = [line for line in lines if line]
+    if one_each:
+        yield from found
+    elif found:
+        yield "\n".join(found)
+
+
+def _lines(path: Path, split: str) -> Iterator[str]:
+    place, empty = 0, True
+    with _opened(path, split) as file:
+        for data in file:
+            try:
+                line = data.decode("utf-8")
+            except UnicodeDecodeError as error:
+                where = f"{error.reason} at byte {place + error.start}"
+                raise UserError(f"corpus.{split}={path} is not UTF-8 text ({where})") from error
+            place += len(data)
+            empty = empty and not line.strip()
+            yield line
+    if empty:
         raise UserError(f"corpus.{split}={path} is empty; give a file with text")
-    return text
 
 
-def _bytes(path: Path, split: str) -> bytes:
+def _digest(path: Path, split: str) -> bytes:
+    digest = hashlib.sha256()
+    with _opened(path, split) as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.digest()
+
+
+def _opened(path: Path, split: str) -> BinaryIO:
     if not path.is_file():
         raise UserError(f"corpus.{split}={path}: there is no such file; give a file of plain text")
     try:
-        return path.read_bytes()
+        return path.open("rb")
     except OSError as error:
         raise UserError(f"corpus.{split}={path} cannot be read: {error.strerror}") from error
