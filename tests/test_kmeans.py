@@ -9,7 +9,7 @@ import pytest
 import torch
 from sklearn.cluster import KMeans as ScikitKMeans
 
-from sparsefinder.kmeans_centroids import Centroids, ClusterSettings, fit_centroids, load_centroids
+from sparsefinder.kmeans_centroids import Centroids, ClusterSettings, _points, fit_centroids, load_centroids
 from sparsefinder.patterns.kmeans import KMeans
 from sparsefinder.projections import Projections, load_projections
 from sparsefinder.samples import Samples, load_samples
@@ -87,3 +87,27 @@ def test_centroids_of_another_space_are_refused() -> None:
         KMeans(5, Centroids([torch.zeros(2, 1, 4, 3)], "mine"))
     with pytest.raises(UserError, match="stage=cluster"):
         KMeans(1)(random_qk([5]), 0)
+
+
+@pytest.mark.parametrize("most", [7, 100, 461, 462, 10_000])
+def test_no_more_points_than_asked_for(most: int, samples: Samples, projections: Projections) -> None:
+    """Every sample gives its share; with room for all, the points and so the centroids are the same."""
+    settings = ClusterSettings(n_clusters=3, max_points=most)
+    found = _points(samples, projections, 1, settings)
+    everything = np.stack([points(samples, projections, 1, head) for head in range(3)])
+    assert found.shape == (3, min(most, 462), 4)
+    if most >= 462:
+        np.testing.assert_array_equal(found, everything)
+    else:
+        known = {tuple(row) for row in everything[0]}
+        rows = [tuple(row) for row in found[0]]
+        assert set(rows) <= known
+        assert len(set(rows)) == most
+        assert np.array_equal(found, _points(samples, projections, 1, settings))
+        first = {tuple(row) for row in points(samples.part(0, 1), projections, 1, 0)}
+        assert abs(sum(row in first for row in rows) - most * 48 / 462) <= 1
+
+
+def test_more_clusters_than_points_are_drawn() -> None:
+    with pytest.raises(UserError, match="max_points=3 is less than n_clusters=4"):
+        ClusterSettings(n_clusters=4, max_points=3)

@@ -145,6 +145,13 @@ def test_training_is_deterministic_and_lowers_the_loss(
         assert same == shared
 
 
+def test_gold_pairs_on_disk_teach_the_same(halves: tuple[Samples, Samples], tmp_path: Path) -> None:
+    settings = ProjectSettings(epochs=2)
+    memory, disk = train_projections(*halves, settings), train_projections(*halves, settings, tmp_path)
+    assert len(list(tmp_path.iterdir())) == len(halves[0])
+    assert memory.history == disk.history
+
+
 def test_training_beats_chance(halves: tuple[Samples, Samples]) -> None:
     record = train_projections(*halves, ProjectSettings(epochs=40)).history[-1]
     assert record["sparsity"] == pytest.approx(0.8, abs=0.01)

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsefinder.samples import Samples, load_samples, training_samples, validation_samples
+from sparsefinder.samples import Samples, ShardWriter, join, load_samples, training_samples, validation_samples
 from sparsefinder.store import Store, UserError
+from sparsefinder.tensor_files import StoredTensor
 
 
 def content(lengths: tuple[int, ...] = (3, 5), layers: int = 2, heads: int = 2, size: int = 4) -> dict:
@@ -134,3 +135,56 @@ class TestHeldOut:
         assert validation_samples(store).lengths == [3]
         with pytest.raises(UserError, match="2 samples or more"):
             training_samples(store)
+
+
+class TestFolders:
+    def write(self, folder: Path, whole: dict, size: int) -> Path:
+        folder.mkdir()
+        writer = ShardWriter(folder, "0000-", size)
+        for q, k in zip(whole["q"], whole["k"], strict=True):
+            writer.add(q, k)
+        writer.close()
+        return folder
+
+    @pytest.mark.parametrize(("size", "files"), [(0, 5), (700, 3), (1 << 20, 1)])
+    def test_a_folder_of_files_is_their_samples_in_order(self, size: int, files: int, tmp_path: Path) -> None:
+        whole = content((3, 5, 4, 6, 2))
+        folder = self.write(tmp_path / "many", whole, size)
+        assert len(list(folder.iterdir())) == files
+        samples = load_samples(folder)
+        assert (samples.lengths, samples.shape) == ([3, 5, 4, 6, 2], (2, 2, 4))
+        for index in range(5):
+            for layer in range(2):
+                assert torch.equal(samples.layer(index, layer).k[0], whole["k"][index][layer])
+
+    def test_joined_it_is_the_published_file(self, tmp_path: Path) -> None:
+        whole = content((3, 5, 4))
+        join(self.write(tmp_path / "many", whole, 0), tmp_path / "joined.pt")
+        Samples(whole["q"], whole["k"]).save(tmp_path / "at_once.pt")
+        assert (tmp_path / "joined.pt").read_bytes() == (tmp_path / "at_once.pt").read_bytes()
+
+    def test_files_of_different_models(self, tmp_path: Path) -> None:
+        folder = self.write(tmp_path / "many", content((3,)), 0)
+        torch.save(content((3,), heads=3), folder / "1.pt")
+        with pytest.raises(UserError, match="were not recorded together"):
+            load_samples(folder)
+
+    def test_an_empty_folder(self, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match="this one has none"):
+            load_samples(tmp_path)
+
+
+def test_a_layer_is_read_from_its_place(tmp_path: Path) -> None:
+    """Views and shared tensors too; and a file that was replaced is noticed."""
+    base = torch.randn(3, 2, 4, 8)
+    shared = {"length_src": [4, 4], "q": [base[:2], base[1:]], "k": [base[1:], torch.randn(2, 2, 4, 8)]}
+    torch.save(shared, tmp_path / "a.pt")
+    samples = load_samples(tmp_path / "a.pt")
+    assert all(isinstance(tensor, StoredTensor) for tensor in samples.q)
+    for index in range(2):
+        for layer in range(2):
+            assert torch.equal(samples.q[index][layer], shared["q"][index][layer])
+            assert torch.equal(samples.k[index][layer], shared["k"][index][layer])
+    torch.save(shared, tmp_path / "a.pt")
+    with pytest.raises(UserError, match="was replaced while it was being read"):
+        samples.layer(0, 0)

@@ -60,3 +60,23 @@ def test_rubbish_of_a_killed_process_is_removed(runs: Nursery, undisturbed: Undi
         f"{stage}: done and unchanged, skipped" for stage in STAGES
     ]
     assert not list(run_dir.glob(".*.tmp"))
+
+
+def test_the_same_seed_twice(runs: Nursery, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    """Not only the tables: every artefact that holds no time is the same, byte for byte; another seed gives others."""
+    run_dir = tmp_path / "run"
+    done = runs.run(*undisturbed.command, f"run_dir={run_dir}")
+    assert done.status == 0, done.output
+    assert_same_tables(run_dir, undisturbed.run_dir)
+    for name in (
+        "model/model.safetensors",
+        "qk_enc-attn.pt",
+        "projections.pickle",
+        "centroids.pickle",
+        "score/metrics.csv",
+    ):
+        assert (run_dir / name).read_bytes() == (undisturbed.run_dir / name).read_bytes(), name
+    other = runs.run(*undisturbed.command, f"run_dir={run_dir}", "seed=4", "stage=[finetune,extract]")
+    assert other.status == 0, other.output
+    for name in ("model/model.safetensors", "qk_enc-attn.pt"):
+        assert (run_dir / name).read_bytes() != (undisturbed.run_dir / name).read_bytes(), name
