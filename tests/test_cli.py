@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from sparsefinder import tables
+from sparsefinder.pipeline import STAGES
 from tests.conftest import GRAPH, ROOT
 
 # even smaller than the experiment: a run in some ten seconds
@@ -22,7 +23,6 @@ GIVEN = [
     f"projections={GRAPH / 'golden_projections.pickle'}",
     f"centroids={GRAPH / 'golden_centroids.pickle'}",
 ]
-STAGES = ("finetune", "extract", "project", "cluster", "score", "evaluate", "report")
 
 
 def command(*arguments: str) -> list[str]:

@@ -22,6 +22,7 @@ import torch
 
 from sparsefinder import report, tables
 from sparsefinder.kmeans_centroids import load_centroids
+from sparsefinder.patterns.configuration import Learned
 from sparsefinder.projections import load_projections
 from sparsefinder.samples import load_samples
 from sparsefinder.score import ScoreSettings, score
@@ -205,7 +206,8 @@ def use(files: dict[str, Path]) -> bool:
     samples = load_samples(files["qk"]).part(0, 2)
     projections, centroids = load_projections(files["projections"]), load_centroids(files["centroids"])
     projections.check(*samples.shape)
-    patterns = [configuration.build(projections, centroids) for configuration in LEARNED]
+    learned = Learned({"projections": projections, "centroids": centroids})
+    patterns = [configuration.build(learned) for configuration in LEARNED]
     counts = score(samples, ScoreSettings(LEARNED), patterns).counts.values()
     return all(bool((each.allowed > 0).all()) and bool(each.mass.isfinite().all()) for each in counts)
 

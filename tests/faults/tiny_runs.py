@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pandas as pd
 
+from sparsefinder.pipeline import STAGES as PIPELINE
 from sparsefinder.store import ARTEFACTS, content_hash, read_manifest
 
-STAGES = ("finetune", "extract", "project", "cluster", "score", "evaluate", "report")
+STAGES = tuple(PIPELINE)  # by name, in their order
 _WORDS = (
     "the",
     "a",
