@@ -4,7 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: run test test-faults check setup lock bench bench-gpu clean
+LOWEST := .venv-lowest
+
+.PHONY: run test test-faults test-lowest check setup lock bench bench-gpu clean
 
 run: setup
 	$(BIN)/python scripts/run.py $(ARGS)
@@ -39,6 +41,19 @@ lock:
 	mv requirements.new requirements.lock
 	rm .torch-constraint
 
+# the tests with the lowest versions that pyproject.toml allows (of tools for development the newest); needs uv
+test-lowest:
+	rm -rf $(LOWEST)
+	$(PYTHON) -m venv $(LOWEST)
+	uv pip compile --quiet --resolution lowest-direct --extra launchers --python $(LOWEST)/bin/python \
+	    --no-annotate --no-header pyproject.toml --output-file $(LOWEST)/lowest.txt
+	uv pip compile --quiet --group dev --constraint $(LOWEST)/lowest.txt --python $(LOWEST)/bin/python \
+	    --no-annotate --no-header pyproject.toml --output-file $(LOWEST)/all.txt
+	grep -vE '^(nvidia-|cuda-|triton)' $(LOWEST)/all.txt > $(LOWEST)/requirements.txt
+	$(LOWEST)/bin/python -m pip install --quiet --requirement $(LOWEST)/requirements.txt
+	$(LOWEST)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	$(LOWEST)/bin/python -m pytest $(ARGS)
+
 # ratios measured side by side in one run, on a quiet machine; minutes
 bench: setup
 	$(BIN)/python benchmarks/normalizers.py
@@ -51,4 +66,4 @@ bench-gpu: setup
 	$(BIN)/python benchmarks/gpu.py
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) build runs .pytest_cache .mypy_cache .ruff_cache

@@ -12,6 +12,7 @@ import ast
 import json
 import logging
 import sys
+from pathlib import Path
 from typing import Any, NoReturn
 
 from sparsefinder.store import UserError
@@ -120,9 +121,14 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         run(parse(arguments))
     except UserError as error:
-        print(f"convert_checkpoint.py: {error}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def command() -> None:
+    """The console command ``sparsefinder-convert``."""
+    sys.exit(main())
 
 
 if __name__ == "__main__":

@@ -2,38 +2,47 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
+import importlib.metadata
+import itertools
 import logging
 import os
 import re
 import sys
-import types
-import typing
-from collections.abc import Iterable
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, InstantiationException
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sparsefinder import points
+from sparsefinder.construction import construct
+from sparsefinder.points import Point
 from sparsefinder.store import Store, UserError, read_manifest
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
+HYDRA: dict[str, Any] = {"version_base": "1.3", "config_path": str(CONF), "config_name": "config"}
 MULTIRUN = ("-m", "--multirun")
+QUESTIONS = ("--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc")
 INPUTS = ("qk", "qk_validation", "projections", "centroids", "lowrank", "key_centroids")
-
 SPEAKS = os.environ.get("RANK", "0") == "0"  # of several processes, started by torchrun, the first one
+PLUGINS = {  # what a launcher is installed with
+    "joblib": "hydra-joblib-launcher",
+    "submitit_local": "hydra-submitit-launcher",
+    "submitit_slurm": "hydra-submitit-launcher",
+}
+EXPECTED = (UserError, InstantiationException, OmegaConfBaseException)
 
 log = logging.getLogger("sparsefinder")
-swept: list[str] = []  # the settings that a sweep varies, for its messages
-failures: list[str] = []  # points of a sweep that failed; the others went on
 
 
 def main(argv: list[str]) -> int:
@@ -41,27 +50,81 @@ def main(argv: list[str]) -> int:
     argv = [translated for argument in argv for translated in path_of_model(argument)]
     argv.sort(key=lambda argument: argument not in MULTIRUN)  # Hydra takes no flag between two settings
     try:
-        check(argv)
+        todo = check(argv)
+        sys.argv = [sys.argv[0], *argv]
+        failures = run_sweep(todo) if todo and not set(QUESTIONS) & set(argv) else run_once()
     except UserError as error:
-        return complain(error)
-    sys.argv = [sys.argv[0], *argv]
-    hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
+        failures = [one_line(error)]
     for failure in failures if SPEAKS else ():
         print(f"error: {failure}", file=sys.stderr)
     return 2 if failures else 0
 
 
-def job(cfg: DictConfig) -> None:
-    """One configuration: build the settings of its stages, run them, say where the results are."""
-    is_point = HydraConfig.get().mode == RunMode.MULTIRUN
-    overrides = sorted(o for o in HydraConfig.get().overrides.task if not o.startswith(("stage=", "run_dir=")))
-    try:
-        run(cfg, overrides if is_point else None)
-    except (UserError, InstantiationException, OmegaConfBaseException) as error:
-        failures.append((f"{point_name(overrides)}: " if is_point else "") + one_line(error))
+def command() -> None:
+    """The console command ``sparsefinder``."""
+    sys.exit(main(sys.argv[1:]))
 
 
-def run(cfg: DictConfig, point: list[str] | None) -> None:
+def run_once() -> list[str]:
+    """One job. Returns what was wrong with it, in one line, or nothing."""
+    failures: list[str] = []
+
+    def job(cfg: DictConfig) -> None:
+        try:
+            run(cfg)
+        except EXPECTED as error:
+            failures.append(one_line(error))
+
+    hydra.main(**HYDRA)(job)()
+    return failures
+
+
+def run_sweep(todo: Sequence[Point]) -> list[str]:
+    """The points ``todo``, by the launcher of the configuration. Returns what did not end well, in lines."""
+    for point in todo:
+        point.forget()
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors of a launcher come here, and not to the screen in pages
+    broken: list[str] = []
+    while True:
+        settled = points.settled(todo)
+        try:
+            hydra.main(**HYDRA)(job_of(todo[0].swept))()
+        except BrokenProcessPool:
+            # joblib takes all its processes down with one that is killed: the points that they had not begun are run now
+            points.bury(todo)
+            if points.settled(todo) > settled:
+                log.warning("a process was killed; going on with the points that were not running")
+                continue
+        except Exception as error:  # what a launcher raises is its own matter; what became of each point is on disk
+            broken = [f"{one_line(error)[:200]}…" if len(one_line(error)) > 200 else one_line(error)]
+        return [*broken, *points.report(todo)]
+
+
+def job_of(swept: Sequence[str]) -> Callable[[DictConfig], None]:
+    """What a launcher runs for each point, in whatever process: it never raises, the point's record says how it ended."""
+
+    def job(cfg: DictConfig) -> None:
+        point = points.point_of(Path(cfg.run_dir), HydraConfig.get().overrides.task, swept)
+        if point.fate.settled:  # in this sweep, before another point's process was killed
+            return
+        trace = ""
+        try:
+            point.note(points.STARTED)
+            log.info("%s → %s", point.name, point.folder)
+            run(cfg, point)
+            point.note(points.DONE)
+            return
+        except EXPECTED as error:
+            message = one_line(error)
+        except Exception as error:  # the others go on
+            message, trace = f"{type(error).__name__}: {one_line(error)}", traceback.format_exc()
+        log.error("%s failed: %s", point.name, message)
+        point.note(points.FAILED, message, trace)
+
+    return job
+
+
+def run(cfg: DictConfig, point: Point | None = None) -> None:
     """Run the stages of ``cfg``; a ``point`` of a sweep writes into a folder of its own and reads what it shares."""
     from sparsefinder import pipeline, processes, report  # here, so that --help does not wait for torch
 
@@ -82,14 +145,12 @@ def run(cfg: DictConfig, point: list[str] | None) -> None:
                 "conversions": tuple(conversions(cfg)),
             }
         settings[stage.name] = build(cfg[stage.name], **extra)
-    if point is not None:
-        log.info("%s → %s", point_name(point), store.run_dir)
     pipeline.run_stages(stages, settings, store, cfg.seed)
     if processes.first() and any(stage.name in ("score", "evaluate", "report") for stage in stages):
         print(report.summary(store), flush=True)
 
 
-def store_of(cfg: DictConfig, stages: list[str], point: list[str] | None) -> Store:
+def store_of(cfg: DictConfig, stages: list[str], point: Point | None) -> Store:
     """The run directory, the artefacts named by path, and for a point of a sweep its own folder below."""
     run_dir = Path(cfg.run_dir)
     given = {name: Path(cfg[name]) for name in INPUTS if cfg[name] is not None}
@@ -100,13 +161,7 @@ def store_of(cfg: DictConfig, stages: list[str], point: list[str] | None) -> Sto
             given["model"] = Path(name) if Path(name).exists() else name
     if point is None:
         return Store(run_dir, given)
-    digest = hashlib.sha256("\n".join(point).encode()).hexdigest()[:10]
-    return Store(run_dir / "sweep" / digest, given, base=run_dir)
-
-
-def point_name(overrides: list[str]) -> str:
-    """The settings by which the points of a sweep differ."""
-    return " ".join(o for o in overrides if not swept or o.partition("=")[0] in swept)
+    return Store(point.folder, given, base=run_dir)
 
 
 # ---- patterns, attentions and conversions: a file of their folder in conf, or all of them ----
@@ -183,37 +238,6 @@ def build(node: DictConfig, **extra: Any) -> Any:
     return construct(target.func, {**target.keywords, **extra})
 
 
-def construct(kind: Any, values: dict[str, Any]) -> Any:
-    """``kind(**values)``, after one clear line for a setting that it does not have or a value of another type."""
-    parameters = inspect.signature(kind).parameters
-    unknown = [name for name in values if name not in parameters]
-    if unknown:
-        raise UserError(
-            f"{kind.__name__} has no setting {', '.join(unknown)}; its settings are {', '.join(parameters)}"
-        )
-    hints = typing.get_type_hints(kind)
-    for name, value in values.items():
-        if name in hints and not fits(value, hints[name]):
-            kinds = " or ".join("null" if k is type(None) else k.__name__ for k in choices(hints[name]))
-            raise UserError(f"{name} must be {kinds}, got {value!r}")
-    return kind(**values)
-
-
-def fits(value: Any, hint: Any) -> bool:
-    """Whether a plain value has one of the plain types of ``hint``; other types are their own class's business."""
-    kinds = choices(hint)
-    if not all(kind in (int, float, str, bool, type(None)) for kind in kinds):
-        return True
-    if isinstance(value, bool):
-        return bool in kinds
-    return isinstance(value, tuple(kinds)) or (isinstance(value, int) and float in kinds)
-
-
-def choices(hint: Any) -> tuple[Any, ...]:
-    """``int | None`` → ``(int, NoneType)``."""
-    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-
-
 def plain(node: Any) -> Any:
     """Lists, dictionaries and scalars, resolved."""
     return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
@@ -230,31 +254,64 @@ def path_of_model(argument: str) -> list[str]:
     return ["model=pretrained", f"model.name_or_path='{value}'"]
 
 
-def check(argv: list[str]) -> None:
-    """Compose every choice of the command line once, so that a mistake is one line and not a page of Hydra's."""
-    overrides = [argument for argument in argv if "=" in argument and not argument.startswith("-")]
+def check(argv: list[str]) -> list[Point]:
+    """Compose every job of the command line once, so that a mistake is one line and not a page of Hydra's.
+
+    Returns the points of a sweep, none without ``-m``.
+    """
+    use_own_launchers()
+    texts = [argument for argument in argv if "=" in argument and not argument.startswith("-")]
     parser = OverridesParser.create()
     try:
-        alternatives = [expanded(parser.parse_override(text), text) for text in overrides]
-        swept[:] = [text.partition("=")[0] for text, each in zip(overrides, alternatives, strict=True) if len(each) > 1]
-        first = [choices[0] for choices in alternatives]
-        plans = [first]
-        if set(MULTIRUN) & set(argv):
-            plans += [[*first[:i], other, *first[i + 1 :]] for i, each in enumerate(alternatives) for other in each[1:]]
-        else:
-            plans = [overrides]  # a list of values without -m is Hydra's to refuse
+        overrides = [parser.parse_override(text) for text in texts]
+        check_launcher(overrides, bool(set(MULTIRUN) & set(argv)))
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            for plan in plans:
-                hydra.compose("config", overrides=plan)
+            if not set(MULTIRUN) & set(argv):
+                hydra.compose("config", overrides=texts)  # a list of values is Hydra's to refuse
+                return []
+            alternatives = [expanded(override) for override in overrides]
+            swept = [choices[0].partition("=")[0] for choices in alternatives if len(choices) > 1]
+            return [
+                points.point_of(Path(hydra.compose("config", overrides=list(chosen)).run_dir), chosen, swept)
+                for chosen in itertools.product(*alternatives)
+            ]
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(one_line(error)) from error
 
 
-def expanded(override: Override, text: str) -> list[str]:
-    """``pattern=kmeans,distance`` → one override for each value; any other override as it is."""
+def expanded(override: Override) -> list[str]:
+    """``pattern=kmeans,distance`` → one override for each value, spelled as Hydra's sweeper does."""
+    key = override.get_key_element()
     if not override.is_sweep_override():
-        return [text]
-    return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+        return [f"{key}={override.get_value_element_as_str()}"]
+    if key in ("stage", "hydra/launcher"):
+        raise UserError(
+            f"{override.input_line}: nothing to sweep over; several stages are a list, stage=[score,evaluate]"
+        )
+    return [f"{key}={value}" for value in override.sweep_string_iterator()]
+
+
+def use_own_launchers() -> None:
+    """Forget the defaults of the launchers' plugins: those of conf/hydra/launcher stand in their place."""
+    Plugins.instance()  # looks for plugins, which enter their defaults
+    known = ConfigStore.instance().repo["hydra"]["launcher"]
+    for name in PLUGINS:
+        known.pop(f"{name}.yaml", None)
+
+
+def check_launcher(overrides: Sequence[Override], sweeping: bool) -> None:
+    """A launcher is an option of a sweep, and joblib's and submitit's are installed apart."""
+    for override in overrides:
+        if override.get_key_element().startswith("hydra/launcher"):
+            name = str(override.value())
+            if not sweeping:
+                raise UserError(f"hydra/launcher={name} is for sweeps: add -m")
+            try:
+                importlib.metadata.distribution(PLUGINS.get(name, "hydra-core"))
+            except importlib.metadata.PackageNotFoundError as error:
+                raise UserError(
+                    f"hydra/launcher={name} is not installed: pip install 'sparsefinder[launchers]'"
+                ) from error
 
 
 def refuse_unknown_keys(cfg: DictConfig) -> None:
@@ -276,16 +333,10 @@ def one_line(error: BaseException) -> str:
     if unknown := re.match(r"Could not override '([^']*)'", text):
         return f"there is no setting {unknown[1]}; `--cfg job` shows all of them"
     if missing := re.match(
-        r"(?:In '\S+': )?Could not find '([^/]*)/([^']*)' Available options in '[^']*':,? (.*?) Config", text
+        r"(?:In '\S+': )?Could not find '([^']*)/([^'/]*)' Available options in '[^']*':,? (.*?) Config", text
     ):
         return f"{missing[1]}={missing[2]} is unknown; choose one of {missing[3]}"
     return re.sub(r" full_key: .*", "", text)
-
-
-def complain(error: UserError) -> int:
-    if SPEAKS:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":

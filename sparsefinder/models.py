@@ -43,12 +43,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.masking_utils import sdpa_mask
-from transformers.utils.logging import disable_progress_bar
+from transformers import logging as transformers_logging
 
 from sparsefinder import hub
 from sparsefinder.graphs import Attention
 from sparsefinder.store import UserError
+from sparsefinder.transformers_internals import attention_name, boolean_mask, forget_attention
 from sparsefinder.transforms import Normalizer
 
 log = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ def load_masked_lm(name_or_path: str | Path) -> tuple[PreTrainedModel, PreTraine
         normalizer = _normalizer(config)
     except (TypeError, ValueError) as error:
         raise UserError(f"model={name}: attention_alpha in its config.json is wrong: {error}") from error
-    config._attn_implementation = None  # whatever it was saved as; the normalizer is set below
+    forget_attention(config)  # whatever it was saved as; the normalizer is set below
     model, found = _read(
         "weights", name, AutoModelForMaskedLM.from_pretrained, config=config, output_loading_info=True, **options
     )
@@ -320,7 +320,7 @@ def _attention_calls(model: PreTrainedModel) -> list[nn.Module]:
 @contextlib.contextmanager
 def _installed(model: PreTrainedModel, modules: Iterable[nn.Module], plug: _Plugged) -> Iterator[None]:
     before = {module: module.__dict__.get(_PLUG) for module in modules}
-    implementation = model.config._attn_implementation
+    implementation = attention_name(model.config)
     try:
         for module in before:
             module.__dict__[_PLUG] = plug  # not by setattr: an attention that is a module must not become a submodule
@@ -388,7 +388,7 @@ def _valid(query: Tensor, mask: Tensor | None) -> Tensor:
 
 
 if not sys.stderr.isatty():
-    disable_progress_bar()  # transformers draws its bars for loading and saving into log files too
+    transformers_logging.disable_progress_bar()  # transformers draws its bars for loading and saving into log files too
 
 AttentionInterface.register(REGISTERED, _attend)
-AttentionMaskInterface.register(REGISTERED, sdpa_mask)
+AttentionMaskInterface.register(REGISTERED, boolean_mask())

@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from sparsefinder import points
 from sparsefinder.store import UserError, content_hash, file_stats, read_manifest
 
 
@@ -36,19 +37,68 @@ def collect(run_dir: Path | str, table: str = "score/metrics") -> pd.DataFrame:
     """Join one table of all finished runs at and below ``run_dir``, the points of a sweep for instance.
 
     ``table``: ``score/metrics``, ``evaluate/results`` or ``evaluate/layers``. A column ``run`` holds each row's folder. A run
-    without a manifest is not finished and is left out.
+    without a manifest is not finished and is left out. Raises `UserError` where there is none.
     """
-    folder, name = table.split("/")
-    found = []
-    for path in sorted(Path(run_dir).rglob(f"{folder}/{name}.parquet")):
-        if (manifest := read_manifest(path.parent)) is not None:
-            if manifest.stat != file_stats(path.parent) and manifest.content != content_hash(path.parent):
-                raise UserError(
-                    f"{path.parent} is not what stage={folder} wrote: it was damaged or replaced; run that stage there again"
-                )
-            part = pd.read_parquet(path)
-            part.insert(0, "run", str(path.parent.parent.relative_to(run_dir)))
-            found.append(part)
+    root = Path(run_dir)
+    return _join([_read(folder, table, str(folder.relative_to(root))) for folder in _finished(root, table)])
+
+
+def collect_runs(run_dirs: Sequence[Path | str], table: str = "score/metrics") -> pd.DataFrame:
+    """As `collect`, for several folders: ``run`` starts with the folder as it was given, ``point`` says what a sweep set.
+
+    A run that is below two of the folders is there once. Raises `UserError` for a folder below which nothing is finished.
+    """
+    parts, met = [], set()
+    for root in map(Path, run_dirs):
+        for folder in _finished(root, table):
+            if folder.resolve() not in met:
+                met.add(folder.resolve())
+                part = _read(folder, table, str(folder))
+                part.insert(1, "point", points.read(folder).point)
+                parts.append(part)
+    return _join(parts)
+
+
+def _finished(root: Path, table: str) -> list[Path]:
+    """Run directories at and below ``root`` that have a finished ``table``."""
+    stage, _, name = table.partition("/")
+    if not root.is_dir():
+        raise UserError(f"{root} is no folder: give the run_dir of a run, or a folder of several")
+    found = [path.parent.parent for path in sorted(root.rglob(f"{stage}/{name}.parquet")) if read_manifest(path.parent)]
     if not found:
-        raise UserError(f"no finished {table} at or below {run_dir}: run stage={folder} there first")
-    return pd.concat(found, ignore_index=True)
+        others = {f"{p.parent.name}/{p.stem}" for p in root.rglob("*/*.parquet") if read_manifest(p.parent)}
+        there = f"; there are {', '.join(sorted(others))}" if others else f": run stage={stage} there first"
+        raise UserError(f"no finished {table} at or below {root}{there}")
+    return found
+
+
+def _read(folder: Path, table: str, run: str) -> pd.DataFrame:
+    path = folder / f"{table}.parquet"
+    manifest = read_manifest(path.parent)
+    if manifest is None or (manifest.stat != file_stats(path.parent) and manifest.content != content_hash(path.parent)):
+        raise UserError(
+            f"{path.parent} is not what stage={path.parent.name} wrote: it was damaged or replaced; run that stage there again"
+        )
+    try:
+        found = pd.read_parquet(path)
+    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+        raise UserError(
+            f"{path} cannot be read ({' '.join(str(error).split())}); remove it and run its stage again"
+        ) from error
+    found.insert(0, "run", run)
+    return found
+
+
+def _join(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """One below the other; whole numbers and truth values stay what they are where some tables have no such column."""
+    names = list(dict.fromkeys(name for part in parts for name in part))
+    filled = [part.dropna(axis="columns", how="all") for part in parts]
+    partly = {name for name in names if not all(name in part for part in filled)}
+    kinds = {"int64": "Int64", "bool": "boolean"}
+    filled = [
+        part.astype(
+            {name: kinds[str(part[name].dtype)] for name in part if name in partly and str(part[name].dtype) in kinds}
+        )
+        for part in filled
+    ]
+    return pd.concat(filled, ignore_index=True).reindex(columns=names)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler, SequentialSampler
+from torch.utils.data import Dataset
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -58,6 +58,7 @@ def train(
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=settings.steps,
+        train_sampling_strategy="sequential",  # `Examples` are in their order
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.accumulation,
@@ -166,11 +167,7 @@ class _HeldOut(Dataset[tuple[Tensor, Tensor]]):
 
 
 class MaskedLMTrainer(Trainer):
-    """The Trainer, with the head on the tokens asked for only, and examples in the order they come."""
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        examples: Any = self.train_dataset if train_dataset is None else train_dataset
-        return SequentialSampler(examples)
+    """The Trainer, with the head on the tokens asked for only."""
 
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None

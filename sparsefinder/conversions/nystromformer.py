@@ -37,7 +37,6 @@ from transformers import (
     NystromformerModel,
     PreTrainedModel,
 )
-from transformers.models.nystromformer.modeling_nystromformer import NystromformerSelfAttention
 
 from sparsefinder.conversions.bert_names import bert_name, head_is_exact
 from sparsefinder.conversions.lengths import guard_length, input_length
@@ -52,6 +51,7 @@ from sparsefinder.conversions.sources import (
 )
 from sparsefinder.conversions.weights import load_in_two_passes
 from sparsefinder.store import UserError
+from sparsefinder.transformers_internals import nystromformer_attention
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +164,8 @@ def _refuse_other_lengths(base: nn.Module, args: tuple[Any, ...], kwargs: dict[s
 
 
 def _attentions(model: nn.Module) -> Iterator[Any]:
-    return (module for module in model.modules() if isinstance(module, NystromformerSelfAttention))
+    kind = nystromformer_attention()
+    return (module for module in model.modules() if isinstance(module, kind))
 
 
 @contextmanager

@@ -96,7 +96,7 @@ def convert(
     certificate = certify(model, tokenizer, source, family, certificate)
     certificate.require()
     if model_name is not None:
-        model.config._name_or_path = str(model_name)
+        model.config.name_or_path = str(model_name)
         save(model, tokenizer, certificate, model_name)
     return model, tokenizer
 

@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 from sparsefinder.store import UserError
+from sparsefinder.transformers_internals import auto_classes
 
 
 @dataclass(frozen=True)
@@ -59,14 +60,7 @@ class Family:
 
     def auto_classes(self) -> dict[str, str]:
         """The plain class behind each Auto class: `{"AutoModelForMaskedLM": "RobertaForMaskedLM", …}`."""
-        from transformers.models.auto import modeling_auto
-
-        found = {}
-        for auto, table in _AUTO_TABLES.items():
-            name = getattr(modeling_auto, table).get(self.name)
-            if name is not None:
-                found[auto] = name
-        return found
+        return auto_classes(self.name)
 
     def architectures(self) -> tuple[str, ...]:
         """Its plain model classes, each once."""
@@ -91,19 +85,6 @@ FAMILIES = {
 
 ALIASES = {"barthez": "mbart"}
 """Model types that are another family's under their own name."""
-
-_AUTO_TABLES = {
-    "AutoModel": "MODEL_MAPPING_NAMES",
-    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
-    "AutoModelForMaskedLM": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
-    "AutoModelForMultipleChoice": "MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES",
-    "AutoModelForNextSentencePrediction": "MODEL_FOR_NEXT_SENTENCE_PREDICTION_MAPPING_NAMES",
-    "AutoModelForPreTraining": "MODEL_FOR_PRETRAINING_MAPPING_NAMES",
-    "AutoModelForQuestionAnswering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
-    "AutoModelForSeq2SeqLM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
-    "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
-    "AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
-}
 
 
 def family_of(model_type: str | None) -> Family:

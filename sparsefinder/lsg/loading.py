@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers.utils import cached_file
 
 from sparsefinder.lsg.configuration import config_class
 from sparsefinder.lsg.families import architecture_of, family_of
 from sparsefinder.lsg.modeling import model_class
 from sparsefinder.store import UserError
+from sparsefinder.transformers_internals import cached_file
 
 IGNORED = ("auto_map", "base_model_prefix", "model_type")
 """Entries of a `config.json` that point to the code it was saved with."""
@@ -70,7 +70,7 @@ def read_config(path: str | Path, hub: dict[str, Any] | None = None) -> dict[str
     """The content of a checkpoint's `config.json`. Raises `UserError` where there is none."""
     try:
         file = cached_file(str(path), "config.json", **(hub or {}))
-        content = json.loads(Path(str(file)).read_text(encoding="utf-8"))
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(f"no model at {path}: a folder with a config.json, or a name on the hub, is needed") from error
     if not isinstance(content, dict):

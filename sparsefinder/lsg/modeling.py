@@ -20,7 +20,6 @@ global tokens; the last one does not. Departures from the published models:
 
 from __future__ import annotations
 
-import copy
 from functools import partial
 from typing import Any, ClassVar
 
@@ -33,6 +32,7 @@ from sparsefinder.lsg.configuration import config_class
 from sparsefinder.lsg.families import FAMILIES, Family, plain_class
 from sparsefinder.lsg.settings import MAX_GLOBAL_TOKENS
 from sparsefinder.store import UserError
+from sparsefinder.transformers_internals import class_beside, copy_with_attention, is_remote_code
 
 ATTENTION_NAME = "lsg"
 
@@ -69,7 +69,7 @@ class LSGPreTrained:
         """As in transformers, and the modelling code beside the weights, so that `trust_remote_code=True` loads it."""
         from sparsefinder.lsg.export import auto_map, write_code
 
-        if self._auto_class is None:  # code loaded from a folder is copied by transformers itself
+        if not is_remote_code(self):  # code loaded from a folder is copied by transformers itself
             self.config.auto_map = auto_map(self.lsg_family)
             write_code(save_directory)
         super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
@@ -232,8 +232,7 @@ class LSGGeneratingHead(LSGHead):
 def install_attention(stack: nn.Module, family: Family, config: Any) -> None:
     """Let every self-attention below `stack` run LSG attention, whatever implementation the rest of the model uses."""
     attention = config.lsg_attention()
-    private = copy.copy(config)
-    private._attn_implementation_internal = ATTENTION_NAME
+    private = copy_with_attention(config, ATTENTION_NAME)
     modules = [module for module in stack.modules() if type(module).__name__ == f"{family.stem}{family.attention}"]
     for layer, module in enumerate(modules):
         for attribute, value in (("config", private), ("lsg", attention), ("lsg_layer", layer)):
@@ -330,8 +329,7 @@ def _make(name: str) -> Any:
     role: type
     plain_name = name.removeprefix("LSG")
     if plain_name == f"{family.stem}Encoder":
-        module = __import__(plain_class(family.base).__module__, fromlist=[plain_name])
-        plain, role = getattr(module, plain_name), LSGEncoderStack
+        plain, role = class_beside(plain_class(family.base), plain_name), LSGEncoderStack
     else:
         plain = plain_class(plain_name)
         base_role = LSGEncoderDecoderModel if family.encoder_decoder else LSGEncoderModel
