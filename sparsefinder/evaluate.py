@@ -22,6 +22,7 @@ from torch import Tensor
 from sparsefinder import models, tables
 from sparsefinder.adapt import AdaptSettings, adapt, attending
 from sparsefinder.attention import Masked
+from sparsefinder.calibrate import calibrated
 from sparsefinder.corpora import Corpus, masked_batches, token_blocks
 from sparsefinder.extract import draw
 from sparsefinder.graphs import QK, Attention
@@ -46,6 +47,7 @@ class EvaluateSettings:
     configurations: tuple[Configuration, ...]
     attentions: tuple[AttentionChoice, ...]
     conversions: tuple[Conversion, ...] = ()
+    target: str | None = None  # patterns with a dial are run as the stage calibrate set them for it
     alpha: float | None = None  # of every variant's normalizer; None: the model's own
     split: str = "test"  # train, validation or test
     samples: int = 64  # text blocks
@@ -68,7 +70,7 @@ class EvaluateSettings:
     @property
     def needs(self) -> tuple[str, ...]:
         """Artefacts read by the stage: the model, and what the chosen patterns work with."""
-        return ("model", *needed(self.configurations))
+        return ("model", *needed(self.configurations), *(("calibration",) if self.target else ()))
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -103,7 +105,7 @@ def run(settings: EvaluateSettings, store: Store) -> None:
     everything = [
         Variant(dense, Configuration("full", Full()), own),
         Variant(dense, Configuration("full", Full()), Normalizer(1.0)),
-        *crossed(settings.attentions, buildable(settings.configurations, learned), normalizer),
+        *crossed(settings.attentions, _at_target(settings, store, learned), normalizer, learned, shape.head_size),
     ]
     outcomes: list[Outcome] = []
     for variant in progress(everything, "evaluate"):
@@ -119,6 +121,15 @@ def run(settings: EvaluateSettings, store: Store) -> None:
         tables.write(tables.tidy([row for outcome in outcomes for row in outcome.layers]), folder, "layers")
     masked = sum(int((batch["labels"] != -100).sum()) for batch in held_out)
     store.note("evaluate", split=settings.split, blocks=sum(len(b["labels"]) for b in held_out), masked_tokens=masked)
+
+
+def _at_target(settings: EvaluateSettings, store: Store, learned: Learned) -> tuple[Configuration, ...]:
+    """The configurations that can be built; with a target, those with a dial as they are calibrated for it."""
+    found = buildable(settings.configurations, learned)
+    if settings.target is None:
+        return found
+    dialled = calibrated(found, store.path("calibration"), settings.target)
+    return (*(each for each in found if each.pattern.dial is None), *dialled)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ log = logging.getLogger(__name__)
 class Settings(Protocol):
     """What every stage's settings can say: the artefacts they make the stage read.
 
-    Those that read something else, a corpus, name its content in a property ``inputs``, a dict of hashes.
+    Those that read something else, a corpus, name its content in a property ``inputs``, a dict of hashes. Those of a stage
+    that has nothing to do say why in a property ``left_out``.
     """
 
     @property
@@ -58,6 +59,7 @@ STAGES = {
         Stage("project", "sparsefinder.quantization"),
         Stage("cluster", "sparsefinder.kmeans_centroids"),
         Stage("route", "sparsefinder.lowrank"),
+        Stage("calibrate", "sparsefinder.calibrate"),
         Stage("score", "sparsefinder.score"),
         Stage("evaluate", "sparsefinder.evaluate"),
         Stage(
@@ -88,6 +90,9 @@ def run_stages(stages: Sequence[Stage], settings: Mapping[str, Settings], store:
 
 
 def _run(stage: Stage, settings: Settings, store: Store, seed: int) -> None:
+    if why := getattr(settings, "left_out", ""):
+        log.info("%s: left out, %s", stage.name, why)
+        return
     given = [name for name in stage.makes if name in store.given]
     if len(given) == len(stage.makes):
         log.info("%s: skipped, %s is given by path", stage.name, " and ".join(given))

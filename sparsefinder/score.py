@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sparsefinder import tables
+from sparsefinder.calibrate import calibrated
 from sparsefinder.distances import squared
 from sparsefinder.graphs import QK, Pattern
 from sparsefinder.metrics import BALANCE, RATIOS, Counts, Gold, balance, count
@@ -37,6 +38,7 @@ class ScoreSettings:
     """Settings of the stage ``score``."""
 
     configurations: tuple[Configuration, ...]
+    target: str | None = None  # patterns are scored also as the stage calibrate set their dials for it
     alpha: float = 1.5  # of the entmax whose support is gold
     causal: bool = False
     samples: int | None = None  # held-out samples to measure on; None: all
@@ -50,7 +52,7 @@ class ScoreSettings:
     @property
     def needs(self) -> tuple[str, ...]:
         """Artefacts read by the stage: what the chosen patterns work with, and the held-out samples."""
-        return ("qk_validation", *needed(self.configurations))
+        return ("qk_validation", *needed(self.configurations), *(("calibration",) if self.target else ()))
 
 
 def run(settings: ScoreSettings, store: Store) -> None:
@@ -59,7 +61,10 @@ def run(settings: ScoreSettings, store: Store) -> None:
     samples = held_out.part(0, settings.samples or len(held_out))
     learned = Learned.load(store, needed(settings.configurations))
     learned.check(*samples.shape)
-    settings = replace(settings, configurations=buildable(settings.configurations, learned))
+    configurations = buildable(settings.configurations, learned)
+    if settings.target is not None:
+        configurations += calibrated(configurations, store.path("calibration"), settings.target)
+    settings = replace(settings, configurations=configurations)
     patterns = [configuration.build(learned) for configuration in settings.configurations]
     scores = score(samples, settings, patterns)
     with store.writing("score") as folder:
@@ -98,7 +103,8 @@ def score(samples: Samples, settings: ScoreSettings, patterns: list[Pattern]) ->
             probabilities = normalizer(qk.scores())
             gold = Gold(probabilities, probabilities > 0)
             for place, (configuration, pattern) in enumerate(zip(settings.configurations, patterns, strict=True)):
-                layout = None if configuration.quadratic else layout_of(pattern, qk, layer)
+                as_graph = configuration.quadratic or configuration.dials is not None
+                layout = None if as_graph else layout_of(pattern, qk, layer)
                 graph = pattern(qk, layer) if layout is None else layout.graph(qk)
                 counts.setdefault((place, layer), []).append(count(graph, gold, qk, configuration.near(qk)))
                 if layout is not None and layout.buckets is not None:
@@ -149,7 +155,7 @@ def shared_buckets(samples: Samples, settings: ScoreSettings, learned: Learned, 
     """
     rows: list[dict[str, Any]] = []
     for place, configuration in enumerate(settings.configurations):
-        if not isinstance(configuration.pattern, Quantize) or configuration.window:
+        if not isinstance(configuration.pattern, Quantize) or configuration.window or configuration.dials is not None:
             continue
         projections = learned.get("projections", configuration.name)
         for layer in range(samples.shape[0]):
