@@ -50,18 +50,24 @@ def samples(count: int = 12, layers: int = 2, heads: int = 2, size: int = 8, see
 
 def make_scored(run_dir: Path, configurations: tuple[Configuration, ...] = CONFIGURATIONS) -> Store:
     """A run directory in which everything up to ``score`` of these configurations is finished, but for the model."""
+    store = make_learned(run_dir, learn=bool(needed(configurations)))
+    settings = score.ScoreSettings(configurations, map_tokens=24)
+    score.run(settings, store)
+    parents = {name: store.content(name) for name in settings.needs}
+    store.finish("score", "score", plain(settings), parents, 0)
+    return store
+
+
+def make_learned(run_dir: Path, learn: bool = True) -> Store:
+    """A run directory with queries and keys and, where asked for, what is learned from them."""
     run_dir.mkdir(parents=True)
     store = Store(run_dir)
     for name, part in zip(("qk", "qk_validation"), samples().split_last_tenth(), strict=True):
         with store.writing(name) as path:
             part.save(path)
         store.finish(name, "extract", {}, {}, 0)
-    if needed(configurations):
+    if learn:
         _learn(store)
-    settings = score.ScoreSettings(configurations, map_tokens=24)
-    score.run(settings, store)
-    parents = {name: store.content(name) for name in settings.needs}
-    store.finish("score", "score", plain(settings), parents, 0)
     return store
 
 
