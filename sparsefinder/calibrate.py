@@ -14,6 +14,7 @@ the density in steps, a window cannot be sparser than itself) is said in the tab
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
 import typing
@@ -77,7 +78,7 @@ class Target:
         """A value to try next: between the two neighbours around the target, where a straight line would meet it."""
         place = MEASURES.index(self.measure)
         known = sorted((value, found[place] - self.value) for value, found in curve.items())
-        for (low, below), (high, above) in zip(known, known[1:], strict=False):
+        for (low, below), (high, above) in itertools.pairwise(known):
             if below * above < 0:
                 share = min(max(below / (below - above), 0.1), 0.9)  # a bent curve would never narrow its bracket
                 if not whole:
@@ -157,7 +158,10 @@ def run(settings: CalibrateSettings, store: Store) -> None:
         missed = sum(not row["reached"] for row in own)
         if missed:
             log.warning(
-                "%s is not reached in %d of %d heads; they take the nearest value", configuration.label, missed, len(own)
+                "%s is not reached in %d of %d heads; they take the nearest value",
+                configuration.label,
+                missed,
+                len(own),
             )
         rows += own
     with store.writing("calibration") as folder:
@@ -177,7 +181,7 @@ def measured_curves(
     asked = {(place, layer): set(each.values) for place, each in enumerate(dialled) for layer in range(layers)}
     for _ in range(1 + settings.refinements):
         patterns: dict[tuple[int, Any], Pattern] = {}
-        for (place, layer), values in asked.items():
+        for (place, _layer), values in asked.items():
             for value in list(values):
                 turned = _turned(dialled[place].configuration, value, learned)
                 if turned is None:
@@ -293,11 +297,15 @@ def calibrated(configurations: Iterable[Configuration], folder: Path, target: st
     """
     table = pd.read_parquet(folder / "dials.parquet")
     if set(table["target"]) - {target}:
-        raise UserError(f"{folder} was made for target={table['target'].iloc[0]}, not {target}: run stage=calibrate first")
+        raise UserError(
+            f"{folder} was made for target={table['target'].iloc[0]}, not {target}: run stage=calibrate first"
+        )
     names = list(_KEY)
     table[names] = table[names].astype(object).where(table[names].notna(), None)
-    groups = {key: group for key, group in table.groupby(names, dropna=False, sort=False)}
-    groups = {_comparable(dict(zip(names, key, strict=True))): group for key, group in groups.items()}
+    groups = {
+        _comparable(dict(zip(names, key, strict=True))): group
+        for key, group in table.groupby(names, dropna=False, sort=False)
+    }
     found: dict[Any, Configuration] = {}
     for configuration in configurations:
         if configuration.pattern.dial is None or (key := _comparable(_key(configuration))) in found:

@@ -26,6 +26,7 @@ from sparsefinder.calibrate import calibrated
 from sparsefinder.corpora import Corpus, masked_batches, token_blocks
 from sparsefinder.extract import draw
 from sparsefinder.graphs import QK, Attention
+from sparsefinder.intervals import ratio_difference
 from sparsefinder.metrics import Counts, Gold, count
 from sparsefinder.patterns.configuration import Configuration, Learned, buildable, needed
 from sparsefinder.patterns.full import Full
@@ -79,7 +80,7 @@ class EvaluateSettings:
 
 
 def run(settings: EvaluateSettings, store: Store) -> None:
-    """Make ``evaluate``: ``results`` (one row per variant) and ``layers`` (one per variant × layer × head)."""
+    """Make ``evaluate``: ``results`` (one row per variant), ``layers`` (× layer × head) and ``blocks`` (× block of text)."""
     model, tokenizer = models.load_masked_lm(store.path("model"))
     learned = Learned.load(store, needed(settings.configurations))
     shape = models.describe(model)
@@ -115,9 +116,11 @@ def run(settings: EvaluateSettings, store: Store) -> None:
         outcomes.append(evaluate_converted(model, tokenizer, conversion, held_out, training, length, settings))
         log.info("%s: loss %.4f", conversion.columns["variant"], outcomes[-1].row["loss"])
     results = compared(outcomes)
+    blocks = [outcome.blocks.assign(variant=outcome.row["variant"]) for outcome in outcomes]
     with store.writing("evaluate") as folder:
         folder.mkdir()
         tables.write(results, folder, "results")
+        pd.concat(blocks, ignore_index=True).to_parquet(folder / "blocks.parquet", index=False)
         tables.write(tables.tidy([row for outcome in outcomes for row in outcome.layers]), folder, "layers")
     masked = sum(int((batch["labels"] != -100).sum()) for batch in held_out)
     store.note("evaluate", split=settings.split, blocks=sum(len(b["labels"]) for b in held_out), masked_tokens=masked)
@@ -134,10 +137,11 @@ def _at_target(settings: EvaluateSettings, store: Store, learned: Learned) -> tu
 
 @dataclass(frozen=True)
 class Outcome:
-    """One variant: its row of the results, and its rows of the layers' table."""
+    """One variant: its row of the results, its rows of the layers' table, and what it got right in every block."""
 
     row: dict[str, Any]
     layers: list[dict[str, Any]]
+    blocks: pd.DataFrame  # block, masked (positions), loss (their sum in nats), right (guesses)
 
 
 def evaluate_variant(
@@ -163,11 +167,12 @@ def evaluate_variant(
     }
     watch = None if pattern is None else Stopwatch(pattern)
     timed = attention if watch is None else variant.attention.build(watch, variant.normalizer)
-    row |= _quality_and_cost(model, timed, watch, held_out)
+    quality, blocks = _quality_and_cost(model, timed, watch, held_out)
+    row |= quality
     observer = Observer(attention, variant.configuration, own)
     _measure_graphs(model, observer, held_out, settings.measured)
     layers = [{**variant.columns, **found} for found in observer.rows()]
-    return Outcome(row | observer.means(), layers)
+    return Outcome(row | observer.means(), layers, blocks)
 
 
 def evaluate_converted(
@@ -186,16 +191,16 @@ def evaluate_converted(
         adapt(converted.model, None, [converted.read(batch) for batch in training], settings.adapt)
     part = settings.adapt.part if training else None
     row = {**conversion.columns, "adapt_steps": settings.adapt.steps, "finetune_part": part}
-    cost = _quality_and_cost(converted.model, None, None, [converted.read(batch) for batch in held_out])
-    return Outcome(row | cost, [])
+    quality, blocks = _quality_and_cost(converted.model, None, None, [converted.read(batch) for batch in held_out])
+    return Outcome(row | quality, [], blocks)
 
 
 @torch.inference_mode()
 def _quality_and_cost(
     model: Any, attention: Attention | None, watch: Stopwatch | None, batches: Sequence[Batch]
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], pd.DataFrame]:
     device = model.device
-    total_loss, right, masked = 0.0, 0, 0
+    parts: list[Tensor] = []
     times: list[float] = []
     with attending(model, attention):
         model(**_on(batches[0], device))  # warm-up
@@ -209,21 +214,28 @@ def _quality_and_cost(
                 times.append(now(device) - start)
                 chosen = batch["labels"] != -100
                 guesses, truth = logits[chosen].float(), batch["labels"][chosen]
-                total_loss += torch.nn.functional.cross_entropy(guesses, truth, reduction="sum").item()
-                right += int((guesses.argmax(-1) == truth).sum())
-                masked += len(truth)
-    loss = total_loss / masked
+                losses = torch.nn.functional.cross_entropy(guesses, truth, reduction="none").double()
+                of_position = torch.stack([torch.ones_like(losses), losses, (guesses.argmax(-1) == truth).double()], 1)
+                block = torch.arange(len(chosen), device=device)[:, None].expand(chosen.shape)[chosen]
+                parts.append(losses.new_zeros(len(chosen), 3).index_add_(0, block, of_position).cpu())
+    blocks = pd.DataFrame(torch.cat(parts).numpy(), columns=["masked", "loss", "right"]).astype(
+        {"masked": int, "right": int}
+    )
+    blocks.insert(0, "block", range(len(blocks)))
+    masked = int(blocks["masked"].sum())
+    loss = float(blocks["loss"].sum()) / masked
     quarter = statistics.quantiles(times, n=4) if len(times) > 1 else [times[0]] * 3
-    return {
+    row = {
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),
-        "accuracy": right / masked,
+        "accuracy": int(blocks["right"].sum()) / masked,
         "masked_tokens": masked,
         "latency_ms": 1e3 * statistics.median(times),
         "latency_spread_ms": 1e3 * (quarter[2] - quarter[0]),
         "predictor_share": None if watch is None else watch.seconds / sum(times),
         "peak_memory_mb": None if peak.bytes is None else peak.bytes / 1e6,
     }
+    return row, blocks
 
 
 @dataclass
@@ -292,17 +304,24 @@ def _measure_graphs(model: Any, observer: Observer, batches: Sequence[Batch], mo
 
 
 def compared(outcomes: Sequence[Outcome]) -> pd.DataFrame:
-    """The results with each variant's distance to dense entmax (the first row) and dense softmax (the second)."""
+    """The results with each variant's distance to dense entmax (the first row) and dense softmax (the second).
+
+    The distance in loss to dense entmax has an interval: blocks are drawn again, the same ones for both (`intervals`).
+    """
     table = tables.tidy([outcome.row for outcome in outcomes])
     entmax, softmax = table.iloc[0], table.iloc[1]
     for name in ("loss", "perplexity", "accuracy"):
         table[f"{name}_minus_entmax"] = table[name] - entmax[name]
         table[f"{name}_minus_softmax"] = table[name] - softmax[name]
+    dense = outcomes[0].blocks
+    weights = dense["masked"].to_numpy(float)
+    ends = [ratio_difference(each.blocks["loss"].to_numpy(), dense["loss"].to_numpy(), weights) for each in outcomes]
+    table["loss_minus_entmax_low"], table["loss_minus_entmax_high"] = (list(side) for side in zip(*ends, strict=True))
     table["speed_against_dense"] = entmax["latency_ms"] / table["latency_ms"]
     for row in table.iloc[2:].itertuples():
         if row.speed_against_dense < 1:
             log.info("%s is slower than dense attention: %.2f × its speed", row.variant, row.speed_against_dense)
-        if row.loss_minus_entmax < -0.01:
+        if row.loss_minus_entmax_high < 0:
             log.warning(
                 "%s has a lower loss than dense attention, by %.3f: look twice", row.variant, -row.loss_minus_entmax
             )

@@ -18,10 +18,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sparsefinder import tables
+from sparsefinder import frontiers, tables
 from sparsefinder.calibrate import calibrated
+from sparsefinder.comparisons import error_budget
 from sparsefinder.distances import squared
 from sparsefinder.graphs import QK, Pattern
+from sparsefinder.intervals import Replicas
 from sparsefinder.metrics import BALANCE, RATIOS, Counts, Gold, balance, count
 from sparsefinder.patterns.buckets import Quantize
 from sparsefinder.patterns.combine import layout_of
@@ -42,12 +44,15 @@ class ScoreSettings:
     alpha: float = 1.5  # of the entmax whose support is gold
     causal: bool = False
     samples: int | None = None  # held-out samples to measure on; None: all
+    seeds: int = 1  # times that a pattern which draws random numbers is scored, each with another seed
     map_tokens: int = 64  # tokens in the attention maps kept for the report
 
     def __post_init__(self) -> None:
         Normalizer(self.alpha)
         if self.samples is not None and self.samples < 1:
             raise UserError(f"score.samples must be 1 or more, or null for all, got {self.samples}")
+        if self.seeds < 1:
+            raise UserError(f"score.seeds must be 1 or more, got {self.seeds}")
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -56,7 +61,7 @@ class ScoreSettings:
 
 
 def run(settings: ScoreSettings, store: Store) -> None:
-    """Make ``score``: ``metrics`` (one row per configuration × layer × head) and ``counts`` (also × sample)."""
+    """Make ``score``: ``metrics`` (one row per configuration × layer × head), ``counts`` (also × sample) and more."""
     held_out = validation_samples(store)
     samples = held_out.part(0, settings.samples or len(held_out))
     learned = Learned.load(store, needed(settings.configurations))
@@ -64,16 +69,50 @@ def run(settings: ScoreSettings, store: Store) -> None:
     configurations = buildable(settings.configurations, learned)
     if settings.target is not None:
         configurations += calibrated(configurations, store.path("calibration"), settings.target)
+    configurations += other_seeds(configurations, samples, settings, learned)
     settings = replace(settings, configurations=configurations)
     patterns = [configuration.build(learned) for configuration in settings.configurations]
     scores = score(samples, settings, patterns)
+    metrics, counts = metrics_table(scores, settings, learned), counts_table(scores, settings)
+    points = frontiers.points(metrics)
     with store.writing("score") as folder:
         folder.mkdir()
-        tables.write(metrics_table(scores, settings, learned), folder, "metrics")
-        counts_table(scores, settings).to_parquet(folder / "counts.parquet", index=False)  # long: for programs only
+        tables.write(metrics, folder, "metrics")
+        counts.to_parquet(folder / "counts.parquet", index=False)  # long: for programs only
+        tables.write(error_budget(points, Replicas.of(points, counts)), folder, "error_budget")
         tables.write(shared_buckets(samples, settings, learned), folder, "shared_buckets")
-        save_maps(folder / "maps.safetensors", samples, settings, patterns)
+        drawn = {int(place): patterns[place] for place in frontiers.comparable(points)["configuration"]}
+        save_maps(folder / "maps.safetensors", samples, settings, drawn)
     store.note("score", samples=len(samples), gold_sparsity=scores.gold_sparsity)
+
+
+@torch.no_grad()
+def other_seeds(
+    configurations: tuple[Configuration, ...], samples: Samples, settings: ScoreSettings, learned: Learned
+) -> tuple[Configuration, ...]:
+    """The configurations whose graph depends on a seed, with ``seeds − 1`` other seeds.
+
+    A field ``seed`` says little (a distance has one for the random distance alone), so the first sample is asked: is there a
+    layer in which another seed of any configuration of that pattern gives another graph?
+    """
+    added: list[Configuration] = []
+    random: dict[str, bool] = {}
+    layers = samples.layers(0, settings.causal)
+    for configuration in configurations if settings.seeds > 1 else ():
+        if not hasattr(configuration.pattern, "seed"):
+            continue
+        others = [
+            replace(configuration, pattern=replace(configuration.pattern, seed=configuration.pattern.seed + more))
+            for more in range(1, settings.seeds)
+        ]
+        if not random.get(configuration.name):
+            mine, other = configuration.build(learned), others[0].build(learned)
+            random[configuration.name] = any(
+                not torch.equal(mine(qk, at), other(qk, at)) for at, qk in enumerate(layers)
+            )
+        if random[configuration.name]:
+            added += others
+    return tuple(added)
 
 
 @dataclass(frozen=True)
@@ -187,8 +226,8 @@ def _by_shared(qk: QK, projected: QK, pattern: Quantize, layer: int, alpha: floa
     return torch.stack([torch.bincount(places, weights=value.double(), minlength=width) for value in values])
 
 
-def save_maps(path: Path, samples: Samples, settings: ScoreSettings, patterns: list[Pattern]) -> None:
-    """One head of one held-out sample for the report: the dense probabilities, and the graph of each configuration.
+def save_maps(path: Path, samples: Samples, settings: ScoreSettings, patterns: Mapping[int, Pattern]) -> None:
+    """All heads of one held-out sample for the report: the dense probabilities, and the graphs of some configurations.
 
     ``gold``: ``(L, H, n, n)`` float32; ``predicted_<configuration>``: bool of the same shape; the first ``map_tokens`` tokens.
     """
@@ -196,7 +235,7 @@ def save_maps(path: Path, samples: Samples, settings: ScoreSettings, patterns: l
     layers = samples.layers(0, settings.causal)
     gold = torch.stack([Normalizer(settings.alpha)(qk.scores())[0, :, :tokens, :tokens] for qk in layers])
     maps = {"gold": gold.contiguous()}
-    for place, pattern in enumerate(patterns):
+    for place, pattern in patterns.items():
         graph = torch.stack([pattern(qk, layer)[0, :, :tokens, :tokens] for layer, qk in enumerate(layers)])
         maps[f"predicted_{place}"] = graph.contiguous()
     save_file(maps, path)

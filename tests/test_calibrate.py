@@ -247,14 +247,16 @@ class TestStage:
     def test_a_calibration_for_something_else_is_refused(self, store: Store, caplog: pytest.LogCaptureFixture) -> None:
         calibrated_run(store, "density=0.2")
         folder = store.path("calibration")
-        with pytest.raises(UserError, match="was made for target=density=0.2, not recall"):
+        with pytest.raises(UserError, match=r"was made for target=density=0\.2, not recall"):
             calibrate.calibrated([], folder, "recall=0.9")
         other = Configuration("distance", Distance("cos", 1.0))
         with caplog.at_level("WARNING"):
             assert calibrate.calibrated([other], folder, "density=0.2") == ()
         assert "distance has no calibration with these settings" in caplog.text
 
-    @pytest.mark.parametrize("changes", [{"samples": 0}, {"refinements": -1}, {"target": "x=1"}, {"samples_validation": 0}])
+    @pytest.mark.parametrize(
+        "changes", [{"samples": 0}, {"refinements": -1}, {"target": "x=1"}, {"samples_validation": 0}]
+    )
     def test_wrong_settings(self, changes: dict[str, Any]) -> None:
         with pytest.raises(UserError):
             CalibrateSettings(DIALLED, **changes)

@@ -15,7 +15,7 @@ import pytest
 from matplotlib import pyplot
 from small_runs import RESULTS, make_evaluated, make_scored, variant
 
-from sparsefinder import drawing, figures, findings, frontiers, heatmaps, page, report
+from sparsefinder import drawing, findings, frontiers, heatmaps, page, recall_figures, report
 from sparsefinder.patterns.configuration import Configuration
 from sparsefinder.patterns.full import Full
 from sparsefinder.patterns.window import Window
@@ -149,7 +149,7 @@ def test_pattern_without_a_graph_is_not_defined(metrics: pd.DataFrame) -> None:
     points = frontiers.points(pd.concat([metrics, pooled]))
     lines = findings.recall_lines(points, [0.2])
     assert set(lines.loc[lines["pattern"] == "pooled", "recall at 20 %"]) == {"not defined"}
-    figures.recall_sparsity(points)
+    recall_figures.recall_sparsity(points)
 
 
 def test_variant_without_a_graph_is_not_defined(run: Store) -> None:
