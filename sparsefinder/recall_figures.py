@@ -115,11 +115,16 @@ def _draw(
     best = frontier(group)
     beaten = group.drop(index=best.index).dropna(subset=["density", "recall"])
     order = 3 if strong else 2
-    if replicas is not None and len(best) > 1:
-        levels = np.geomspace(best["density"].min(), best["density"].max(), 40)
-        low, high = interval(replicas.at(_places(points, group), levels.tolist()))
-        axes.fill_between(levels, low, high, color=look["color"], alpha=0.16, lw=0, zorder=order - 1)
-    axes.plot(best["density"], best["recall"], zorder=order, **look)
+    if len(best) > 1:
+        levels = np.geomspace(best["density"].min(), best["density"].max(), 60)
+        levels = np.union1d(levels, best["density"])  # a straight line is bent where the axis is logarithmic
+        if replicas is not None:
+            low, high = interval(replicas.at(_places(points, group), levels.tolist()))
+            axes.fill_between(levels, low, high, color=look["color"], alpha=0.16, lw=0, zorder=order - 1)
+        rising = best.iloc[::-1]
+        line = np.interp(levels, rising["density"], rising["recall"])
+        axes.plot(levels, line, zorder=order, **look | {"marker": ""})
+    axes.plot(best["density"], best["recall"], zorder=order, **look | {"ls": "none"})
     axes.plot(beaten["density"], beaten["recall"], zorder=order, **look | {"ls": "none", "alpha": 0.4})
 
 
@@ -167,7 +172,7 @@ def _finish(axes: Axes, points: pd.DataFrame, title: str) -> None:
     if "gold_sparsity" in points:
         axes.axvline(1 - points["gold_sparsity"].mean(), color=_DARK, lw=1, ls=":", zorder=0)
     densities = points.loc[points["density"] > 0, "density"]
-    least = max(0.003, min(0.02, float(densities.min()) if len(densities) else 0.02) / 1.3)
+    least = max(0.005, min(0.02, float(densities.min()) if len(densities) else 0.02) / 1.3)
     axes.set_xscale("log")
     axes.set(xlim=(1.12, least), ylim=(-0.03, 1.05), title=title)
     axes.xaxis.set_major_locator(FixedLocator([tick for tick in _TICKS if tick >= least]))
