@@ -52,7 +52,7 @@ def _over_seeds(table: pd.DataFrame) -> pd.DataFrame:
         return table
     same = [name for name in table if name not in (*MEASURES, "seed", "configuration", "members")]
     how = {name: "mean" if name in MEASURES else "first" for name in table} | {"members": "sum"}
-    alike = table[same].astype(str).agg(" ".join, axis=1)  # what has no value is alike as well
+    alike = table[same].map(str).agg(" ".join, axis=1)  # what has no value is alike as well
     return table.groupby(alike, sort=False).agg(how).reset_index(drop=True)
 
 
@@ -123,13 +123,13 @@ def at_levels(density: np.ndarray, recall: np.ndarray, values: np.ndarray, level
     return np.concatenate(found, -1)
 
 
-def recall_at(front: pd.DataFrame, density: float, measure: str = "recall") -> float:
-    """``measure`` of the points of one pattern at a share of the allowed pairs, see `at_levels`."""
-    if front.empty or measure not in front:
-        return float("nan")
-    known = front.dropna(subset=["sparsity", "recall"])
-    densities, recalls, values = (known[name].to_numpy(float) for name in ("density", "recall", measure))
-    return float(at_levels(densities, recalls, values, [density])[0]) if len(known) else float("nan")
+def recalls_at(group: pd.DataFrame, densities: Sequence[float], measure: str = "recall") -> np.ndarray:
+    """``measure`` of the points of one pattern at shares of the allowed pairs, see `at_levels`."""
+    known = group.dropna(subset=["sparsity", "recall"])
+    if known.empty or measure not in known:
+        return np.full(len(densities), np.nan)
+    density, recall, values = (known[name].to_numpy(float) for name in ("density", "recall", measure))
+    return at_levels(density, recall, values, densities)
 
 
 def recall_table(table: pd.DataFrame, densities: Sequence[float]) -> pd.DataFrame:
@@ -148,7 +148,8 @@ def recall_table(table: pd.DataFrame, densities: Sequence[float]) -> pd.DataFram
         described_by = [pattern, surroundings, bool(group["quadratic"].any()), len(group), not known.empty]
         row: dict[Any, Any] = dict(zip(columns, [*described_by, tuple(places[known.index])], strict=True))
         for measure in ("recall", "recall_far"):
-            row |= {(measure, density): recall_at(known, density, measure) for density in densities}
+            recalls = recalls_at(known, densities, measure).tolist()
+            row |= {(measure, density): recall for density, recall in zip(densities, recalls, strict=True)}
         found.append(row)
     return pd.DataFrame(found) if found else pd.DataFrame(columns=columns)
 

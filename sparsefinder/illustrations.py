@@ -95,7 +95,9 @@ def _recall(points: pd.DataFrame, over: str, replicas: Replicas | None) -> Illus
     if points["quadratic"].any():
         caption += " Open markers and dashed lines: predicting compares every pair, so it saves no work by itself."
     if len(recall_figures.highlighted(points)) < points["pattern"].nunique() - 2:
-        caption += " In colour: the published patterns, the best of ours and of the others, and the best that compares every pair."
+        caption += (
+            " In colour: the published patterns, the best of ours and of the others, the best that compares every pair."
+        )
     if (points["surroundings"] != "").any():
         caption += " A window and global tokens count as predicted, so they raise recall and lower sparsity together."
         if (points["surroundings"] == "").any():

@@ -20,6 +20,7 @@ from sparsefinder.frontiers import at_levels
 
 REPLICAS, SEED = 1000, 0
 _PERCENT = (0.025, 0.975)
+LEAST = 5  # documents for an interval: fewer say next to nothing about others, and one of them nothing at all
 _KNOWN = 0.9  # share of the replicas in which a figure must be defined for an interval
 
 
@@ -46,11 +47,18 @@ class Replicas:
     recall_far: np.ndarray
 
     @classmethod
-    def of(cls, points: pd.DataFrame, counts: pd.DataFrame, replicas: int = REPLICAS, seed: int = SEED) -> Replicas:
-        """``score/counts`` and the `points` made from the same metrics → replicas, with macro means as in `metrics`."""
+    def of(
+        cls, points: pd.DataFrame, counts: pd.DataFrame, replicas: int = REPLICAS, seed: int = SEED
+    ) -> Replicas | None:
+        """``score/counts`` and the `points` made from the same metrics → replicas, with macro means as in `metrics`.
+
+        None where there are fewer than `LEAST` documents.
+        """
         keys = ["configuration", "sample", "layer", "head"]
         counts = counts.sort_values(keys)
         documents = counts["sample"].nunique()
+        if documents < LEAST:
+            return None
         drawn = draws(documents, replicas, seed)
         found: dict[str, dict[int, np.ndarray]] = {name: {} for name in ("density", "recall", "recall_far")}
         for configuration, own in counts.groupby("configuration", sort=False):
@@ -113,7 +121,12 @@ def _flat(columns: dict[Any, list[float]]) -> pd.Index:
 def ratio_difference(
     first: np.ndarray, second: np.ndarray, weights: np.ndarray, replicas: int = REPLICAS, seed: int = SEED
 ) -> tuple[float, float]:
-    """95 % interval of ``(Σ first − Σ second) / Σ weights`` over documents drawn again, each ``(documents,)``."""
+    """95 % interval of ``(Σ first − Σ second) / Σ weights`` over documents drawn again, each ``(documents,)``.
+
+    NaN where there are fewer than `LEAST` documents.
+    """
+    if len(weights) < LEAST:
+        return float("nan"), float("nan")
     drawn = draws(len(weights), replicas, seed)
     total = drawn @ weights
     low, high = interval(np.where(total > 0, drawn @ (first - second) / np.where(total > 0, total, 1.0), np.nan))

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from small_runs import make_learned, samples
+from small_runs import TRAINING, make_learned
 
 from sparsefinder import calibrate, score
 from sparsefinder.calibrate import CalibrateSettings, Dialled, Target
@@ -188,15 +188,14 @@ class TestStage:
         """A plain second measurement of the calibration samples, one by one."""
         table = calibrated_run(store, "density=0.2")
         learned = Learned.load(store, ("centroids", "projections"))
-        training, _ = samples().split_last_tenth()
         configurations = [each.configuration for each in DIALLED]
         for configuration in calibrate.calibrated(configurations, store.path("calibration"), "density=0.2"):
             own = table[(table["pattern"] == configuration.name) & (table["window"] == (configuration.window or 0))]
             pattern = configuration.build(learned)
             for layer in range(2):
                 counts = []
-                for index in range(len(training) - 6, len(training)):
-                    qk = training.layer(index, layer)
+                for index in range(len(TRAINING) - 6, len(TRAINING)):
+                    qk = TRAINING.layer(index, layer)
                     probabilities = Normalizer(1.5)(qk.scores())
                     counts.append(count(pattern(qk, layer), Gold(probabilities, probabilities > 0), qk).macro())
                 rows = own[own["layer"] == layer].sort_values("head")
