@@ -33,7 +33,7 @@ CONF = Path(__file__).resolve().parent.parent / "conf"
 HYDRA: dict[str, Any] = {"version_base": "1.3", "config_path": str(CONF), "config_name": "config"}
 MULTIRUN = ("-m", "--multirun")
 QUESTIONS = ("--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc")
-INPUTS = ("qk", "qk_validation", "projections", "centroids", "lowrank", "key_centroids")
+INPUTS = ("qk", "qk_validation", "projections", "centroids", "lowrank", "key_centroids", "calibration")
 SPEAKS = os.environ.get("RANK", "0") == "0"  # of several processes, started by torchrun, the first one
 PLUGINS = {  # what a launcher is installed with
     "joblib": "hydra-joblib-launcher",
@@ -47,7 +47,7 @@ log = logging.getLogger("sparsefinder")
 
 def main(argv: list[str]) -> int:
     """Check the command line, then let Hydra run one job, or many with ``-m``. Returns the exit status."""
-    argv = [translated for argument in argv for translated in path_of_model(argument)]
+    argv = [translated for argument in argv for translated in path_of_model(quoted_target(argument))]
     argv.sort(key=lambda argument: argument not in MULTIRUN)  # Hydra takes no flag between two settings
     try:
         todo = check(argv)
@@ -132,22 +132,25 @@ def run(cfg: DictConfig, point: Point | None = None) -> None:
     refuse_unknown_keys(cfg)
     stages = pipeline.chosen_stages(plain(cfg.stage))
     store = store_of(cfg, [stage.name for stage in stages], point)
-    configurations = tuple(all_configurations(cfg, sweep=True)) if any(s.name == "score" for s in stages) else ()
-    settings = {}
-    for stage in stages:
-        extra: dict[str, Any] = {}
-        if stage.name == "score":
-            extra = {"configurations": configurations}
-        elif stage.name == "evaluate":
-            extra = {
-                "configurations": tuple(all_configurations(cfg, sweep=False)),
-                "attentions": tuple(attentions(cfg)),
-                "conversions": tuple(conversions(cfg)),
-            }
-        settings[stage.name] = build(cfg[stage.name], **extra)
+    settings = {stage.name: build(cfg[stage.name], **objects(cfg, stage.name)) for stage in stages}
     pipeline.run_stages(stages, settings, store, cfg.seed)
     if processes.first() and any(stage.name in ("score", "evaluate", "report") for stage in stages):
         print(report.summary(store), flush=True)
+
+
+def objects(cfg: DictConfig, stage: str) -> dict[str, Any]:
+    """Settings of a stage that come from folders of conf: patterns, attentions and conversions."""
+    if stage == "calibrate":
+        return {"dialled": tuple(dialled(cfg)) if cfg.target else ()}
+    if stage == "score":
+        return {"configurations": tuple(all_configurations(cfg, sweep=True))}
+    if stage == "evaluate":
+        return {
+            "configurations": tuple(all_configurations(cfg, sweep=False)),
+            "attentions": tuple(attentions(cfg)),
+            "conversions": tuple(conversions(cfg)),
+        }
+    return {}
 
 
 def store_of(cfg: DictConfig, stages: list[str], point: Point | None) -> Store:
@@ -169,21 +172,40 @@ def store_of(cfg: DictConfig, stages: list[str], point: Point | None) -> Store:
 
 def all_configurations(cfg: DictConfig, sweep: bool) -> Iterable[Any]:
     """The chosen pattern with its surroundings; with ``pattern=all`` every one, its dial swept where ``sweep``."""
+    for name, settings, values, around in patterns(cfg):
+        pattern = build(settings)
+        turned = values if sweep and cfg.pattern.get("every") else []
+        for changed in [build(settings, **{pattern.dial: value}) for value in turned] or [pattern]:
+            yield from united(name, changed, around)
+
+
+def dialled(cfg: DictConfig) -> Iterable[Any]:
+    """The patterns of `all_configurations` that have a dial, with the values of their sweep."""
+    from sparsefinder.calibrate import Dialled
+
+    for name, settings, values, around in patterns(cfg):
+        pattern = build(settings)
+        if pattern.dial is not None and values:
+            yield from (Dialled(configuration, tuple(values)) for configuration in united(name, pattern, around))
+
+
+def united(name: str, pattern: Any, around: list[dict[str, Any]]) -> Iterable[Any]:
+    """A pattern with its surroundings: a learned one with each of them, any other with the first."""
     from sparsefinder.patterns.configuration import Configuration
 
+    for surrounding in around if pattern.needs else around[:1]:
+        yield construct(Configuration, {"name": name, "pattern": pattern} | surrounding)
+
+
+def patterns(cfg: DictConfig) -> Iterable[tuple[str, DictConfig, list[Any], list[dict[str, Any]]]]:
+    """The chosen pattern, or every one with ``pattern=all``: its name, settings, sweep and surroundings."""
     around = [{name: plain(cfg[name]) for name in ("window", "global_tokens", "last_token", "block_size")}]
-    if not cfg.pattern.get("every"):
-        pattern = without(cfg.pattern, "sweep")
-        yield construct(Configuration, {"name": chosen("pattern"), "pattern": build(pattern)} | around[0])
-        return
-    around += [more for more in plain(cfg.pattern.also_with) if around[0] | more not in around]
-    for name, node in files(cfg, "pattern"):
-        settings = without(node, "sweep")
-        pattern = build(settings)
-        values = plain(node.get("sweep", [])) if sweep else []
-        for changed in [build(settings, **{pattern.dial: value}) for value in values] or [pattern]:
-            for surrounding in around if pattern.needs else around[:1]:
-                yield construct(Configuration, {"name": name, "pattern": changed} | around[0] | surrounding)
+    nodes = [(chosen("pattern"), cfg.pattern)]
+    if cfg.pattern.get("every"):
+        around += [around[0] | more for more in plain(cfg.pattern.also_with) if around[0] | more not in around]
+        nodes = list(files(cfg, "pattern"))
+    for name, node in nodes:
+        yield name, without(node, "sweep"), plain(node.get("sweep", [])), around
 
 
 def attentions(cfg: DictConfig) -> Iterable[Any]:
@@ -252,6 +274,14 @@ def path_of_model(argument: str) -> list[str]:
     if key != "model" or not value or "," in value or (CONF / "model" / f"{value}.yaml").exists():
         return [argument]
     return ["model=pretrained", f"model.name_or_path='{value}'"]
+
+
+def quoted_target(argument: str) -> str:
+    """``target=density=0.1`` with the quotes that Hydra wants around an equals sign; one pair for each value of a sweep."""
+    key, _, value = argument.partition("=")
+    if key != "target" or "=" not in value or "'" in value or '"' in value:
+        return argument
+    return "target=" + ",".join(f"'{each}'" for each in value.split(","))
 
 
 def check(argv: list[str]) -> list[Point]:

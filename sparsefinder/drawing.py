@@ -13,7 +13,8 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-# Okabe & Ito (2008), told apart by colour-blind readers; its yellow is too light for lines on white
+# Okabe & Ito (2008), told apart by colour-blind readers; its yellow is too light for lines on white. Three of Tol's follow
+OKABE_ITO = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#332288", "#882255", "#999933"]
 _COLOURS = {
     "full": "#000000",
     "oracle": "#000000",
@@ -26,8 +27,12 @@ _COLOURS = {
     "bigbird": "#CC79A7",
     "fixed": "#999933",  # from here on Tol's muted scheme, see below
     "lsh": "#332288",
-    "routing": "#882255",
+    "routing": "#117733",
     "lsg": "#44AA99",
+    "routed": "#882255",
+    "routed_budget": "#CC6677",
+    "lowrank": "#332288",
+    "bilinear": "#AA4499",
 }
 _MARKERS = {
     "full": "s",
@@ -43,6 +48,10 @@ _MARKERS = {
     "lsh": "<",
     "routing": ">",
     "lsg": "X",
+    "routed": "p",
+    "routed_budget": "h",
+    "lowrank": "d",
+    "bilinear": "8",
 }
 # for patterns without a line above: Tol (2021), "Colour schemes", the muted one, colour-blind safe as well
 _OTHER_COLOURS = ["#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#CC6677", "#882255", "#AA4499"]

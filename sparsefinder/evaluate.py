@@ -22,9 +22,11 @@ from torch import Tensor
 from sparsefinder import models, processes, tables
 from sparsefinder.adapt import AdaptSettings, adapt, attending
 from sparsefinder.attention import Masked
+from sparsefinder.calibrate import calibrated
 from sparsefinder.corpora import Corpus, masked_batches, token_blocks
 from sparsefinder.extract import draw
 from sparsefinder.graphs import QK, Attention
+from sparsefinder.intervals import ratio_difference
 from sparsefinder.metrics import Counts, Gold, count
 from sparsefinder.patterns.configuration import Configuration, Learned, buildable, needed
 from sparsefinder.patterns.full import Full
@@ -47,6 +49,7 @@ class EvaluateSettings:
     configurations: tuple[Configuration, ...]
     attentions: tuple[AttentionChoice, ...]
     conversions: tuple[Conversion, ...] = ()
+    target: str | None = None  # patterns with a dial are run as the stage calibrate set them for it
     alpha: float | None = None  # of every variant's normalizer; None: the model's own
     split: str = "test"  # train, validation or test
     samples: int = 64  # text blocks
@@ -69,7 +72,7 @@ class EvaluateSettings:
     @property
     def needs(self) -> tuple[str, ...]:
         """Artefacts read by the stage: the model, and what the chosen patterns work with."""
-        return ("model", *needed(self.configurations))
+        return ("model", *needed(self.configurations), *(("calibration",) if self.target else ()))
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -78,7 +81,7 @@ class EvaluateSettings:
 
 
 def run(settings: EvaluateSettings, store: Store) -> None:
-    """Make ``evaluate``: ``results`` (one row per variant) and ``layers`` (one per variant × layer × head)."""
+    """Make ``evaluate``: ``results`` (one row per variant), ``layers`` (× layer × head) and ``blocks`` (× block of text)."""
     model, tokenizer = models.load_masked_lm(store.path("model"))
     learned = Learned.load(store, needed(settings.configurations))
     shape = models.describe(model)
@@ -105,7 +108,7 @@ def run(settings: EvaluateSettings, store: Store) -> None:
     everything = [
         Variant(dense, Configuration("full", Full()), own),
         Variant(dense, Configuration("full", Full()), Normalizer(1.0)),
-        *crossed(settings.attentions, buildable(settings.configurations, learned), normalizer),
+        *crossed(settings.attentions, _at_target(settings, store, learned), normalizer, learned, shape.head_size),
     ]
     outcomes: list[Outcome] = []
     for variant in progress(everything, "evaluate"):
@@ -117,20 +120,32 @@ def run(settings: EvaluateSettings, store: Store) -> None:
     results = compared(outcomes)
     if not processes.first():
         return
+    blocks = [outcome.blocks.assign(variant=outcome.row["variant"]) for outcome in outcomes]
     with store.writing("evaluate") as folder:
         folder.mkdir()
         tables.write(results, folder, "results")
+        pd.concat(blocks, ignore_index=True).to_parquet(folder / "blocks.parquet", index=False)
         tables.write(tables.tidy([row for outcome in outcomes for row in outcome.layers]), folder, "layers")
     masked = sum(int((batch["labels"] != -100).sum()) for batch in held_out)
     store.note("evaluate", split=settings.split, blocks=sum(len(b["labels"]) for b in held_out), masked_tokens=masked)
 
 
+def _at_target(settings: EvaluateSettings, store: Store, learned: Learned) -> tuple[Configuration, ...]:
+    """The configurations that can be built; with a target, those with a dial as they are calibrated for it."""
+    found = buildable(settings.configurations, learned)
+    if settings.target is None:
+        return found
+    dialled = calibrated(found, store.path("calibration"), settings.target)
+    return (*(each for each in found if each.pattern.dial is None), *dialled)
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """One variant: its row of the results, and its rows of the layers' table."""
+    """One variant: its row of the results, its rows of the layers' table, and what it got right in every block."""
 
     row: dict[str, Any]
     layers: list[dict[str, Any]]
+    blocks: pd.DataFrame  # block, masked (positions), loss (their sum in nats), right (guesses)
 
 
 def evaluate_variant(
@@ -156,11 +171,12 @@ def evaluate_variant(
     }
     watch = None if pattern is None else Stopwatch(pattern)
     timed = attention if watch is None else variant.attention.build(watch, variant.normalizer)
-    row |= _quality_and_cost(model, timed, watch, held_out)
+    quality, blocks = _quality_and_cost(model, timed, watch, held_out)
+    row |= quality
     observer = Observer(attention, variant.configuration, own)
     _measure_graphs(model, observer, held_out, settings.measured)
     layers = [{**variant.columns, **found} for found in observer.rows()]
-    return Outcome(row | observer.means(), layers)
+    return Outcome(row | observer.means(), layers, blocks)
 
 
 def evaluate_converted(
@@ -179,16 +195,17 @@ def evaluate_converted(
         adapt(converted.model, None, [converted.read(batch) for batch in training], settings.adapt)
     part = settings.adapt.part if training else None
     row = {**conversion.columns, "adapt_steps": settings.adapt.steps, "finetune_part": part}
-    cost = _quality_and_cost(converted.model, None, None, [converted.read(batch) for batch in held_out])
-    return Outcome(row | cost, [])
+    quality, blocks = _quality_and_cost(converted.model, None, None, [converted.read(batch) for batch in held_out])
+    return Outcome(row | quality, [], blocks)
 
 
 @torch.inference_mode()
 def _quality_and_cost(
     model: Any, attention: Attention | None, watch: Stopwatch | None, batches: Sequence[Batch]
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], pd.DataFrame]:
     device = model.device
-    found: list[tuple[float, int, int, float]] = []  # of each batch: summed loss, right guesses, tokens, seconds
+    parts: list[Tensor] = []
+    times: list[float] = []
     with attending(model, attention):
         model(**_on(batches[0], device))  # warm-up
         if watch is not None:
@@ -198,28 +215,33 @@ def _quality_and_cost(
                 batch = _on(batch, device)
                 start = now(device)
                 logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-                seconds = now(device) - start
+                times.append(now(device) - start)
                 chosen = batch["labels"] != -100
                 guesses, truth = logits[chosen].float(), batch["labels"][chosen]
-                loss = torch.nn.functional.cross_entropy(guesses, truth, reduction="sum").item()
-                found.append((loss, int((guesses.argmax(-1) == truth).sum()), len(truth), seconds))
-    everywhere = processes.parts(lambda: (found, 0.0 if watch is None else watch.seconds, peak.bytes))
-    of_batches = [batch for part, _, _ in everywhere for batch in part]
-    right, masked = (sum(batch[i] for batch in of_batches) for i in (1, 2))
-    loss = sum(batch[0] for batch in of_batches) / masked
-    times = [batch[3] for batch in of_batches]
-    peaks = [bytes_ for _, _, bytes_ in everywhere if bytes_ is not None]
+                losses = torch.nn.functional.cross_entropy(guesses, truth, reduction="none").double()
+                of_position = torch.stack([torch.ones_like(losses), losses, (guesses.argmax(-1) == truth).double()], 1)
+                block = torch.arange(len(chosen), device=device)[:, None].expand(chosen.shape)[chosen]
+                parts.append(losses.new_zeros(len(chosen), 3).index_add_(0, block, of_position).cpu())
+    everywhere = processes.parts(lambda: (parts, times, 0.0 if watch is None else watch.seconds, peak.bytes))
+    times = [each for _, part, _, _ in everywhere for each in part]
+    peaks = [bytes_ for *_, bytes_ in everywhere if bytes_ is not None]
+    of_blocks = torch.cat([batch for part, *_ in everywhere for batch in part])
+    blocks = pd.DataFrame(of_blocks.numpy(), columns=["masked", "loss", "right"]).astype({"masked": int, "right": int})
+    blocks.insert(0, "block", range(len(blocks)))
+    masked = int(blocks["masked"].sum())
+    loss = float(blocks["loss"].sum()) / masked
     quarter = statistics.quantiles(times, n=4) if len(times) > 1 else [times[0]] * 3
-    return {
+    row = {
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),
-        "accuracy": right / masked,
+        "accuracy": int(blocks["right"].sum()) / masked,
         "masked_tokens": masked,
         "latency_ms": 1e3 * statistics.median(times),
         "latency_spread_ms": 1e3 * (quarter[2] - quarter[0]),
-        "predictor_share": None if watch is None else sum(part[1] for part in everywhere) / sum(times),
+        "predictor_share": None if watch is None else sum(seconds for *_, seconds, _ in everywhere) / sum(times),
         "peak_memory_mb": max(peaks) / 1e6 if peaks else None,
     }
+    return row, blocks
 
 
 @dataclass
@@ -301,17 +323,24 @@ def _joined(parts: list[dict[int, list[T]]]) -> dict[int, list[T]]:
 
 
 def compared(outcomes: Sequence[Outcome]) -> pd.DataFrame:
-    """The results with each variant's distance to dense entmax (the first row) and dense softmax (the second)."""
+    """The results with each variant's distance to dense entmax (the first row) and dense softmax (the second).
+
+    The distance in loss to dense entmax has an interval: blocks are drawn again, the same ones for both (`intervals`).
+    """
     table = tables.tidy([outcome.row for outcome in outcomes])
     entmax, softmax = table.iloc[0], table.iloc[1]
     for name in ("loss", "perplexity", "accuracy"):
         table[f"{name}_minus_entmax"] = table[name] - entmax[name]
         table[f"{name}_minus_softmax"] = table[name] - softmax[name]
+    dense = outcomes[0].blocks
+    weights = dense["masked"].to_numpy(float)
+    ends = [ratio_difference(each.blocks["loss"].to_numpy(), dense["loss"].to_numpy(), weights) for each in outcomes]
+    table["loss_minus_entmax_low"], table["loss_minus_entmax_high"] = (list(side) for side in zip(*ends, strict=True))
     table["speed_against_dense"] = entmax["latency_ms"] / table["latency_ms"]
     for row in table.iloc[2:].itertuples():
         if row.speed_against_dense < 1:
             log.info("%s is slower than dense attention: %.2f × its speed", row.variant, row.speed_against_dense)
-        if row.loss_minus_entmax < -0.01:
+        if row.loss_minus_entmax_high < 0:
             log.warning(
                 "%s has a lower loss than dense attention, by %.3f: look twice", row.variant, -row.loss_minus_entmax
             )

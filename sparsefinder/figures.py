@@ -1,48 +1,19 @@
-"""Curves: recall against sparsity, loss against sparsity, and what sharing buckets says about a pair. Table → figure."""
+"""Curves: loss against sparsity, and what sharing buckets says about a pair. Table → figure."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import pandas as pd
 from matplotlib import colormaps
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from sparsefinder.drawing import blank, colour_of, marker_of, style
-from sparsefinder.frontiers import CHANCE, EVERYTHING, UPPER_BOUND, frontier
+from sparsefinder.drawing import blank, colour_of, style
 
 _ATTENTIONS = {"masked": ("o", 62, False), "bucketed": ("s", 17, True)}  # marker, size, filled: both stay visible
 _OTHER_ATTENTIONS = (("^", 62, False), ("D", 42, False), ("v", 62, False), ("P", 30, True))
-
-
-def recall_sparsity(points: pd.DataFrame) -> Figure:
-    """Every configuration of `frontiers.points` and the frontier of each pattern; a panel for each surroundings.
-
-    Patterns that were run without window and global tokens only (oracle, random, …) appear in every panel, to compare with.
-    Open markers and dashed lines: the pattern compares every pair.
-    """
-    panels = _panels(points)
-    with style():
-        figure = blank(3.6 * min(2, len(panels)) + 0.8, 3.4 * math.ceil(len(panels) / 2) + 1.0)
-        grid = figure.subplots(math.ceil(len(panels) / 2), min(2, len(panels)), squeeze=False, sharey=True)
-        for axes, surroundings in zip(grid.flat, panels, strict=False):
-            own = points[points["surroundings"] == surroundings]
-            everywhere = points[(points["surroundings"] == "") & ~points["pattern"].isin(own["pattern"])]
-            for pattern, group in pd.concat([own, everywhere]).groupby("pattern", sort=False):
-                _draw_pattern(axes, str(pattern), group)
-            _gold_line(axes, points)
-            axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.05), title=_panel_title(surroundings, len(panels)))
-            axes.set_xlabel("sparsity: share of pairs left out  (sparser →)")
-        for axes in list(grid.flat)[len(panels) :]:
-            axes.remove()
-        for axes in grid[:, 0]:
-            axes.set_ylabel("recall of gold edges  (better ↑)")
-        figure.legend(handles=_pattern_legend(points), loc="outside lower center", ncols=4, frameon=False)
-    return figure
 
 
 def loss_sparsity(results: pd.DataFrame) -> Figure:
@@ -134,45 +105,6 @@ def _panel_title(surroundings: str, panels: int) -> str:
     if surroundings:
         return f"united with {surroundings}"
     return "without window or global tokens" if panels > 1 else ""
-
-
-def _draw_pattern(axes: Axes, pattern: str, group: pd.DataFrame) -> None:
-    best = frontier(group)
-    look = _look(pattern, group)
-    order = {UPPER_BOUND: 5, CHANCE: 1, EVERYTHING: 1}.get(pattern, 3)
-    axes.plot(best["sparsity"], best["recall"], zorder=order, **look)
-    beaten = group.drop(index=best.index)
-    axes.plot(beaten["sparsity"], beaten["recall"], alpha=0.45, zorder=order, **look | {"ls": "none"})
-
-
-def _look(pattern: str, group: pd.DataFrame) -> dict[str, Any]:
-    """Colour and marker of the pattern; open and dashed where it compares every pair."""
-    quadratic = bool(group["quadratic"].any())
-    colour, marker = colour_of(pattern), marker_of(pattern)
-    return {
-        "color": colour,
-        "marker": marker,
-        "ms": 11 if marker == "*" else 5,
-        "mfc": "white" if quadratic and marker != "*" else colour,
-        "ls": "none" if len(group) == 1 else ("--" if quadratic else "-"),
-    }
-
-
-def _gold_line(axes: Axes, points: pd.DataFrame) -> None:
-    if "gold_sparsity" in points:
-        axes.axvline(points["gold_sparsity"].mean(), color="#333333", lw=1, ls=":", zorder=0)
-
-
-def _pattern_legend(points: pd.DataFrame) -> list[Line2D]:
-    groups = points.groupby("pattern", sort=False)
-    handles = [Line2D([], [], **_look(str(pattern), group), label=pattern) for pattern, group in groups]
-    if points["quadratic"].any():
-        grey: dict[str, Any] = {"color": "#555555", "marker": "o", "ms": 5, "mfc": "white", "ls": "--"}
-        handles.append(Line2D([], [], **grey, label="open: compares every pair"))
-    if "gold_sparsity" in points:
-        gold = points["gold_sparsity"].mean()
-        handles.append(Line2D([], [], color="#333333", lw=1, ls=":", label=f"gold sparsity {gold:.3f}"))
-    return handles
 
 
 def _attention_looks(names: Sequence[str]) -> dict[str, tuple[str, int, bool]]:

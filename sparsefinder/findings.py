@@ -7,16 +7,20 @@ from typing import Any
 
 import pandas as pd
 
+from sparsefinder import frontiers
+from sparsefinder.comparisons import ours_minus_published
 from sparsefinder.frontiers import broken_curves, recall_table
+from sparsefinder.intervals import Replicas, with_intervals
 from sparsefinder.store import ARTEFACTS, Manifest
 
-NOISE = 0.01  # nats; two variants on the same masked positions that differ by less are not told apart
 SAME = 1e-3  # nats; attention over every pair that differs by more from dense attention is not the same attention
 
 _FACTS: dict[tuple[str, str], tuple[str, Callable[[Any], str]]] = {
     ("model", "validation_loss"): ("validation loss", lambda value: f"{value:.3f} nats"),
     ("model", "unigram_entropy"): ("unigram entropy of the validation tokens", lambda value: f"{value:.3f} nats"),
     ("model", "gold_sparsity"): ("gold sparsity after finetuning", lambda value: f"{value:.3f}"),
+    ("calibration", "samples"): ("training samples calibrated on", str),
+    ("calibration", "samples_validation"): ("held-out samples that the calibration was checked on", str),
     ("score", "samples"): ("held-out samples scored", str),
     ("score", "gold_sparsity"): ("gold sparsity of the scored samples", lambda value: f"{value:.3f}"),
     ("evaluate", "split"): ("text evaluated on", lambda value: f"{value} split"),
@@ -25,9 +29,14 @@ _FACTS: dict[tuple[str, str], tuple[str, Callable[[Any], str]]] = {
 }
 
 
-def recall_lines(table: pd.DataFrame, densities: Sequence[float]) -> pd.DataFrame:
-    """`frontiers.points` → recall of each pattern's frontier at equal density, as text; in brackets the far recall."""
-    numbers = recall_table(table, densities)
+def recall_lines(
+    table: pd.DataFrame, densities: Sequence[float], replicas: Replicas | None = None, far: bool = True
+) -> pd.DataFrame:
+    """`frontiers.points` → recall of each pattern's frontier at equal density, as text.
+
+    After ±, half the width of its 95 % interval; in brackets the ``far`` recall.
+    """
+    numbers = with_intervals(recall_table(table, densities), replicas, densities)
     gold = gold_density(table)
     lines = pd.DataFrame(
         {
@@ -38,8 +47,72 @@ def recall_lines(table: pd.DataFrame, densities: Sequence[float]) -> pd.DataFram
     )
     for density in densities:
         name = f"{_percent(density)} (gold)" if density in gold else _percent(density)
-        lines[f"recall at {name}"] = [_recall(row, density) for row in numbers.to_dict("records")]
+        lines[f"recall at {name}"] = [_recall(row, density, far) for row in numbers.to_dict("records")]
     return lines
+
+
+def recall_numbers(table: pd.DataFrame, densities: Sequence[float], replicas: Replicas | None) -> pd.DataFrame:
+    """The numbers of `recall_lines`: one row per pattern × surroundings × density, with the ends of the intervals."""
+    numbers = with_intervals(recall_table(table, densities), replicas, densities)
+    measures = [f"{name}{end}" for name in ("recall", "recall_far") for end in ("", "_low", "_high")]
+    rows = [
+        {name: row[name] for name in ("pattern", "surroundings", "quadratic", "configurations")}
+        | {"density": density}
+        | {name: row.get((name, density), float("nan")) for name in measures}
+        for row in numbers.to_dict("records")
+        for density in densities
+    ]
+    columns = ["pattern", "surroundings", "quadratic", "configurations", "density", *measures]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def advantage_lines(table: pd.DataFrame, replicas: Replicas | None, densities: Sequence[float]) -> pd.DataFrame:
+    """The best sub-quadratic pattern of ours minus the best published one at equal density, in words."""
+    numbers = ours_minus_published(table, replicas, densities)
+    far = ours_minus_published(table, replicas, densities, "recall_far")
+    if numbers.empty:
+        return pd.DataFrame()
+    return pd.DataFrame(
+        {
+            "pairs": [_percent(density) for density in numbers["density"]],
+            "ours": numbers["ours"],
+            "best published": numbers["published"],
+            "recall": [f"{row.recall_after:.3f} against {row.recall_before:.3f}" for row in numbers.itertuples()],
+            "difference": [_change(row) for row in numbers.to_dict("records")],
+            "of the far recall": [_change(row) for row in far.to_dict("records")],
+        }
+    )
+
+
+def budget_lines(budget: pd.DataFrame) -> pd.DataFrame:
+    """``score/error_budget`` with a row for each step and a column for each density."""
+    lines: dict[tuple[str, str], dict[str, str]] = {}
+    for row in budget.to_dict("records"):
+        own = lines.setdefault((row["method"], row["step"]), {"method": row["method"], "step": row["step"]})
+        own[f"at {_percent(row['density'])}"] = _change(row)
+    return pd.DataFrame(list(lines.values()))
+
+
+def calibration_lines(dials: pd.DataFrame) -> pd.DataFrame:
+    """``calibration/dials`` with a row for each pattern and surroundings: what was asked for, and what came."""
+    rows = []
+    named = frontiers.described(dials)
+    for (pattern, *around), own in named.groupby(["pattern", "surroundings", "dial", "settings"], sort=False):
+        least, most = own["value"].min(), own["value"].max()
+        rows.append(
+            {
+                "pattern": pattern,
+                "united with": around[0] or "–",
+                "target": own["target"].iloc[0],
+                "dial": f"{around[1]} = {least:.4g}" + (f" … {most:.4g}" if most > least else ""),
+                "density": f"{own['density'].mean():.3f}",
+                "held out": f"{own['density_held_out'].mean():.3f}",
+                "recall": f"{own['recall'].mean():.3f}",
+                "recall, held out": f"{own['recall_held_out'].mean():.3f}",
+                "heads that reach it": f"{own['reached'].sum()} of {len(own)}",
+            }
+        )
+    return pd.DataFrame(rows)
 
 
 def gold_density(table: pd.DataFrame) -> list[float]:
@@ -72,6 +145,10 @@ def variant_lines(results: pd.DataFrame) -> pd.DataFrame:
     for name, (title, form, missing) in columns.items():
         if name in results:
             lines[title] = [missing if pd.isna(value) else form(float(value)) for value in results[name]]
+    if "loss_minus_entmax_low" in results and "Δ dense entmax" in lines:
+        ends = zip(results["loss_minus_entmax_low"], results["loss_minus_entmax_high"], strict=True)
+        words = ["–" if pd.isna(low) else f"{low:+.4f} to {high:+.4f}" for low, high in ends]
+        lines.insert(list(lines).index("Δ dense entmax") + 1, "its 95 % interval", words)
     return lines
 
 
@@ -136,10 +213,11 @@ def _about_variants(results: pd.DataFrame) -> list[str]:
     slower: list[str] = []
     for row in results[results["attention"] != "dense"].to_dict("records"):
         away, speed = row.get("loss_minus_entmax"), row.get("speed_against_dense")
-        if pd.notna(away) and away < -NOISE and row.get("sparsity") != 0:
+        high = row.get("loss_minus_entmax_high")
+        if pd.notna(high) and high < 0 and row.get("sparsity") != 0:
             found.append(
-                f"{row['variant']} has a lower loss than dense attention by {-away:.3f} nats, more than {NOISE} nats of noise: "
-                "a sparse approximation should not be better than what it approximates"
+                f"{row['variant']} has a lower loss than dense attention by {-away:.3f} nats, and by at least {-high:.3f} at "
+                "95 % over blocks of text: a sparse approximation should not be better than what it approximates"
             )
         same_normalizer = row.get("alpha") == results["alpha"].iloc[0] if "alpha" in results else False
         if row.get("sparsity") == 0 and same_normalizer and pd.notna(away) and abs(away) > SAME:
@@ -153,13 +231,23 @@ def _about_variants(results: pd.DataFrame) -> list[str]:
     return found
 
 
-def _recall(row: Mapping[Any, Any], density: float) -> str:
+def _recall(row: Mapping[Any, Any], density: float, show_far: bool) -> str:
     if not row["defined"]:
         return "not defined"
     recall, far = row["recall", density], row["recall_far", density]
     if pd.isna(recall):
         return "not reached"
-    return f"{recall:.3f} ({far:.3f})" if row["surroundings"] and pd.notna(far) else f"{recall:.3f}"
+    low, high = (row.get((f"recall_{end}", density)) for end in ("low", "high"))
+    text = f"{recall:.3f}" if low is None or pd.isna(low) else f"{recall:.3f} ±{(high - low) / 2:.3f}"
+    return f"{text} ({far:.3f})" if show_far and row["surroundings"] and pd.notna(far) else text
+
+
+def _change(row: Mapping[Any, Any]) -> str:
+    if pd.isna(row["change"]):
+        return "–"
+    if pd.isna(row["change_low"]):
+        return f"{row['change']:+.3f}"
+    return f"{row['change']:+.3f} [{row['change_low']:+.3f}, {row['change_high']:+.3f}]"
 
 
 def _percent(share: float) -> str:

@@ -2,6 +2,7 @@
 
 Patterns are compared where they name equally many pairs, never setting against setting. Between two points of a frontier
 the straight line is used: running the one configuration on a share of the heads and the other on the rest lies on it.
+Configurations that differ in their seed alone are one point, the mean over the seeds.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from sparsefinder.families import BOUNDS, CHANCE, TOP_K, family_of
 from sparsefinder.metrics import BALANCE, RATIOS
 from sparsefinder.store import UserError
 
 MEASURES = (*RATIOS, *BALANCE)
-UPPER_BOUND, CHANCE, EVERYTHING = "oracle", "random", "full"  # patterns that others are read against
+LEVELS = (0.02, 0.05, 0.1, 0.2, 0.3)  # shares of the allowed pairs at which patterns are compared
 
-_PLACE = ("run", "configuration", "layer", "head", "samples")
+_PLACE = ("run", "configuration", "layer", "head", "samples", "members")
 _SURROUNDINGS = ("window", "global_tokens", "last_token")
 _NOT_SETTINGS = {*MEASURES, *_PLACE, *_SURROUNDINGS, "pattern", "causal", "alpha", "quadratic"}
 
@@ -37,10 +39,21 @@ def points(metrics: pd.DataFrame) -> pd.DataFrame:
     table["quadratic"] = [False if pd.isna(value) else bool(value) for value in quadratic]
     keys = [name for name in ("run", "configuration") if name in table]
     how = {name: "mean" if name in MEASURES else "first" for name in table if name not in (*keys, "layer", "head")}
-    found = table.groupby(keys, sort=False, as_index=False).agg(how)
+    found = _over_seeds(table.groupby(keys, sort=False, as_index=False).agg(how))
     found["density"] = 1 - found["sparsity"]
     found["label"] = _labels(found)
     return found
+
+
+def _over_seeds(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows that differ in their seed alone as one; ``members`` are the configurations that it is the mean of."""
+    table = table.assign(members=pd.Series([(each,) for each in table["configuration"]], table.index, dtype=object))
+    if "seed" not in table or table["seed"].nunique() < 2:
+        return table
+    same = [name for name in table if name not in (*MEASURES, "seed", "configuration", "members")]
+    how = {name: "mean" if name in MEASURES else "first" for name in table} | {"members": "sum"}
+    alike = table[same].map(str).agg(" ".join, axis=1)  # what has no value is alike as well
+    return table.groupby(alike, sort=False).agg(how).reset_index(drop=True)
 
 
 def described(table: pd.DataFrame) -> pd.DataFrame:
@@ -77,38 +90,68 @@ def frontier(table: pd.DataFrame) -> pd.DataFrame:
     return order[order["recall"] > best_of_sparser].iloc[::-1]
 
 
-def recall_at(front: pd.DataFrame, density: float, measure: str = "recall") -> float:
-    """``measure`` of a `frontier` at a share of the allowed pairs, NaN where the frontier does not reach that density.
+def at_levels(density: np.ndarray, recall: np.ndarray, values: np.ndarray, levels: Sequence[float]) -> np.ndarray:
+    """``values`` on the frontier of points at shares of the allowed pairs, ``(..., levels)`` from arrays ``(..., points)``.
 
-    A frontier that ends in recall 1 keeps it with more pairs.
+    On the straight line between the neighbouring points that no other point beats; NaN where the frontier does not reach a
+    level. A frontier that ends in recall 1 keeps it with more pairs.
     """
-    if front.empty or measure not in front:
-        return float("nan")
-    rising = front.iloc[::-1]
-    densities = rising["density"].to_numpy(float).round(12)  # 1 − 0.8 is a little less than 0.2
-    values = rising[measure].to_numpy(float)
-    kept = 1.0 if rising["recall"].iloc[-1] >= 1 else float("nan")
-    return float(np.interp(density, densities, values, left=float("nan"), right=kept))
+    order = np.lexsort((-recall, density), axis=-1)
+    density, recall, values = (np.take_along_axis(x, order, -1) for x in (density.round(12), recall, values))
+    count = density.shape[-1]
+    sparser = np.full_like(recall, -np.inf)
+    sparser[..., 1:] = np.maximum.accumulate(recall, -1)[..., :-1]
+    kept = recall > sparser
+    places = np.arange(count)
+    before = np.maximum.accumulate(np.where(kept, places, 0), -1)  # the sparsest point is always kept
+    after = np.minimum.accumulate(np.where(kept, places, count)[..., ::-1], -1)[..., ::-1]
+    after = np.concatenate([after, np.full_like(after[..., :1], count)], -1)
+
+    def of(x: np.ndarray, place: np.ndarray) -> np.ndarray:
+        return np.take_along_axis(x, place.clip(0, count - 1), -1)
+
+    found = []
+    for level in np.round(levels, 12):
+        passed = (density <= level).sum(-1, keepdims=True)
+        left, right = of(before, passed - 1), np.take_along_axis(after, passed, -1)
+        width = of(density, right) - of(density, left)
+        share = np.where(width > 0, (level - of(density, left)) / np.where(width > 0, width, 1.0), 0.0)
+        inside = of(values, left) + share * (of(values, right) - of(values, left))
+        exact = of(density, left) == level
+        beyond = np.where(of(recall, left) >= 1, 1.0, np.where(exact, of(values, left), np.nan))
+        found.append(np.where(passed == 0, np.nan, np.where(right >= count, beyond, inside)))
+    return np.concatenate(found, -1)
+
+
+def recalls_at(group: pd.DataFrame, densities: Sequence[float], measure: str = "recall") -> np.ndarray:
+    """``measure`` of the points of one pattern at shares of the allowed pairs, see `at_levels`."""
+    known = group.dropna(subset=["sparsity", "recall"])
+    if known.empty or measure not in known:
+        return np.full(len(densities), np.nan)
+    density, recall, values = (known[name].to_numpy(float) for name in ("density", "recall", measure))
+    return at_levels(density, recall, values, densities)
 
 
 def recall_table(table: pd.DataFrame, densities: Sequence[float]) -> pd.DataFrame:
     """`points` → one row per pattern and surroundings: recall and far recall of its frontier at each of the densities.
 
-    Columns ``(measure, density)`` hold NaN where the frontier does not come there. Patterns that always take every pair are
-    left out.
+    Columns ``(measure, density)`` hold NaN where the frontier does not come there; ``rows`` are the places of its points in
+    the table. Patterns that always take every pair are left out.
     """
-    columns = ["pattern", "surroundings", "quadratic", "configurations", "defined"]
-    rows = []
+    columns = ["pattern", "surroundings", "quadratic", "configurations", "defined", "rows"]
+    found = []
+    places = pd.Series(range(len(table)), table.index)
     for (surroundings, pattern), group in table.groupby(["surroundings", "pattern"], sort=False):
         if group["density"].min() >= 1:
             continue
-        front = frontier(group)
-        described_by = [pattern, surroundings, bool(group["quadratic"].any()), len(group), not front.empty]
-        row: dict[Any, Any] = dict(zip(columns, described_by, strict=True))
+        known = group.dropna(subset=["sparsity", "recall"])
+        described_by = [pattern, surroundings, bool(group["quadratic"].any()), len(group), not known.empty]
+        row: dict[Any, Any] = dict(zip(columns, [*described_by, tuple(places[known.index])], strict=True))
         for measure in ("recall", "recall_far"):
-            row |= {(measure, density): recall_at(front, density, measure) for density in densities}
-        rows.append(row)
-    return pd.DataFrame(rows) if rows else pd.DataFrame(columns=columns)
+            recalls = recalls_at(known, densities, measure).tolist()
+            row |= {(measure, density): recall for density, recall in zip(densities, recalls, strict=True)}
+        found.append(row)
+    return pd.DataFrame(found) if found else pd.DataFrame(columns=columns)
 
 
 def comparable(table: pd.DataFrame, most: int = 3) -> pd.DataFrame:
@@ -117,7 +160,7 @@ def comparable(table: pd.DataFrame, most: int = 3) -> pd.DataFrame:
     The density is the one between 5 and 50 % to which the patterns come closest together; the best are those whose recall
     lies highest above their density, which is what chance would recall.
     """
-    usable = table[~table["pattern"].isin([UPPER_BOUND, EVERYTHING, CHANCE]) & table["density"].between(1e-4, 0.9)]
+    usable = table[(table["pattern"].map(family_of) != BOUNDS) & table["density"].between(1e-4, 0.9)]
     if usable.empty:
         return usable
     alone = usable.groupby("pattern")["surroundings"].transform(lambda words: (words == "").any())
@@ -133,6 +176,13 @@ def comparable(table: pd.DataFrame, most: int = 3) -> pd.DataFrame:
     chosen = best[1]
     order = (chosen["recall"] - chosen["density"]).sort_values(ascending=False, kind="stable").index
     return chosen.loc[order[:most]]
+
+
+def references(table: pd.DataFrame, density: float) -> pd.DataFrame:
+    """What the recall of a configuration is read against: chance and the true scores, nearest to that density."""
+    bounds = table[table["pattern"].isin([TOP_K, CHANCE]) & (table["density"] > 0)]
+    away = np.log(bounds["density"] / density).abs()
+    return bounds.loc[away.groupby(bounds["pattern"]).idxmin()]
 
 
 def broken_curves(table: pd.DataFrame, tolerance: float = 0.01) -> list[str]:

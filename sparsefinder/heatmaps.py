@@ -25,7 +25,7 @@ def layer_heads(gold: pd.DataFrame | None, recalls: Mapping[str, pd.DataFrame]) 
     """
     grids = ([] if gold is None else [("gold sparsity", gold)]) + list(recalls.items())
     layers, heads = grids[0][1].shape
-    columns = len(grids) if heads <= 8 else min(2, len(grids))
+    columns = (len(grids) if len(grids) <= 4 else 3) if heads <= 8 else min(2, len(grids))
     rows = -(-len(grids) // columns)
     with style():
         figure = blank(max(1.9, 0.34 * heads + 0.5) * columns + 0.6, (max(1.3, 0.3 * layers) + 1.25) * rows)

@@ -12,8 +12,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 from safetensors.numpy import load_file
 
-from sparsefinder import figures, heatmaps
-from sparsefinder.frontiers import comparable
+from sparsefinder import figures, heatmaps, recall_figures
+from sparsefinder.families import BOUNDS, TOP_K, family_of
+from sparsefinder.frontiers import comparable, references
+from sparsefinder.intervals import Replicas
 from sparsefinder.store import Manifest
 
 
@@ -27,16 +29,24 @@ class Illustration:
     caption: str
 
 
-def of_score(metrics: pd.DataFrame, points: pd.DataFrame, folder: Path) -> list[Illustration]:
+def of_score(
+    metrics: pd.DataFrame, points: pd.DataFrame, folder: Path, replicas: Replicas | None = None
+) -> list[Illustration]:
     """What the artefact ``score`` in ``folder`` shows; figures whose data are not there are left out."""
     if points[["sparsity", "recall"]].dropna().empty:
         return []
     layers, heads = metrics["layer"].nunique(), metrics["head"].nunique()
     over = f"{_samples(metrics)}, then over {layers} layers × {heads} heads"
-    found = [_recall(points, over)]
+    found = [_recall(points, over, replicas)]
+    if (
+        len(recall_figures.highlighted(points))
+        < points.loc[points["pattern"].map(family_of) != BOUNDS, "pattern"].nunique()
+    ):
+        found.append(_families(points, over, replicas))
     chosen = comparable(points)
     if not chosen.empty:
-        found.append(_layer_heads(metrics, chosen))
+        compared = pd.concat([chosen, references(points, float(chosen["density"].median()))])
+        found.append(_layer_heads(metrics, compared))
     shared = folder / "shared_buckets.parquet"
     if shared.is_file() and len(table := pd.read_parquet(shared)):
         found.append(_shared(table, layers))
@@ -72,19 +82,37 @@ def of_evaluate(results: pd.DataFrame, manifest: Manifest | None) -> list[Illust
     return [Illustration("loss_sparsity", "Loss against sparsity", figures.loss_sparsity(results), caption)]
 
 
-def _recall(points: pd.DataFrame, over: str) -> Illustration:
+def _recall(points: pd.DataFrame, over: str, replicas: Replicas | None) -> Illustration:
     caption = (
         f"Every configuration is a point, averaged over {over}. A line joins the configurations of a pattern that no other "
-        "one of it beats; paler points are beaten. Up and to the right is better. The dotted line is the mean gold sparsity, "
-        "the star the gold graph itself, and random what chance recalls."
+        "one of it beats; paler points are beaten. Up and to the right is better. The dotted vertical is the mean density of the "
+        "gold graph, the star that graph itself, and random what chance recalls."
     )
+    if TOP_K in set(points["pattern"]):
+        caption += f" {TOP_K}: the keys of largest true score, as many for every query."
+    if replicas is not None:
+        caption += " Bands: 95 % intervals of the frontier over documents drawn again."
     if points["quadratic"].any():
         caption += " Open markers and dashed lines: predicting compares every pair, so it saves no work by itself."
+    if len(recall_figures.highlighted(points)) < points["pattern"].nunique() - 2:
+        caption += (
+            " In colour: the published patterns, the best of ours and of the others, the best that compares every pair."
+        )
     if (points["surroundings"] != "").any():
         caption += " A window and global tokens count as predicted, so they raise recall and lower sparsity together."
         if (points["surroundings"] == "").any():
             caption += " Patterns that were run only without them are repeated in every panel."
-    return Illustration("recall_sparsity", "Recall against sparsity", figures.recall_sparsity(points), caption)
+    figure = recall_figures.recall_sparsity(points, replicas)
+    return Illustration("recall_sparsity", "Recall against sparsity", figure, caption)
+
+
+def _families(points: pd.DataFrame, over: str, replicas: Replicas | None) -> Illustration:
+    caption = (
+        f"Every pattern beside its family, averaged over {over}, without window or global tokens where it was run so. "
+        "Points, lines and bands as above; the bounds are the same in every panel."
+    )
+    figure = recall_figures.recall_by_family(points, replicas)
+    return Illustration("recall_by_family", "Every pattern, by family", figure, caption)
 
 
 def _layer_heads(metrics: pd.DataFrame, chosen: pd.DataFrame) -> Illustration:
@@ -96,8 +124,8 @@ def _layer_heads(metrics: pd.DataFrame, chosen: pd.DataFrame) -> Illustration:
         gold = _grid(_rows_of(metrics, chosen.iloc[0].to_dict()), "gold_sparsity")
     caption = (
         f"Gold sparsity of every head, and the recall of {_count(len(recalls))} at the density where the patterns lie closest "
-        f"together; means over {_samples(metrics)}. A threshold names more pairs in some heads than in others: the density "
-        "given is the mean over all heads."
+        f"together, chance and the true scores among them where they were run; means over {_samples(metrics)}. A "
+        "threshold names more pairs in some heads than in others: the density given is the mean over all heads."
     )
     return Illustration("layer_heads", "Layer by layer, head by head", heatmaps.layer_heads(gold, recalls), caption)
 

@@ -24,7 +24,8 @@ log = logging.getLogger(__name__)
 class Settings(Protocol):
     """What every stage's settings can say: the artefacts they make the stage read.
 
-    Those that read something else, a corpus, name its content in a property ``inputs``, a dict of hashes.
+    Those that read something else, a corpus, name its content in a property ``inputs``, a dict of hashes. Those of a stage
+    that has nothing to do say why in a property ``left_out``.
     """
 
     @property
@@ -62,6 +63,7 @@ STAGES = {
         Stage("project", "sparsefinder.quantization"),
         Stage("cluster", "sparsefinder.kmeans_centroids"),
         Stage("route", "sparsefinder.lowrank"),
+        Stage("calibrate", "sparsefinder.calibrate"),
         Stage("score", "sparsefinder.score", shared=True),
         Stage("evaluate", "sparsefinder.evaluate", shared=True),
         Stage(
@@ -97,6 +99,9 @@ def _keep(stack: contextlib.ExitStack, store: Store) -> None:
 
 
 def _run(stage: Stage, settings: Settings, store: Store, seed: int) -> None:
+    if why := getattr(settings, "left_out", ""):
+        log.info("%s: left out, %s", stage.name, why)
+        return
     todo = processes.once(lambda: _prepared(stage, settings, store))
     if todo is None:
         return

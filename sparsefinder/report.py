@@ -8,11 +8,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from sparsefinder import findings, frontiers, page
+from sparsefinder import findings, frontiers, page, tables
+from sparsefinder.intervals import Replicas
 from sparsefinder.store import Manifest, Store, UserError
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ class ReportSettings:
     """Settings of the stage ``report``."""
 
     title: str | None = None  # of the page; None: the name of the run directory
-    levels: tuple[float, ...] = (0.1, 0.2, 0.3)  # shares of the allowed pairs at which recall is compared
+    levels: tuple[float, ...] = frontiers.LEVELS  # shares of the allowed pairs at which recall is compared
     dpi: int = 200  # of the figures as PNG
 
     def __post_init__(self) -> None:
@@ -50,6 +52,9 @@ class Results:
     points: pd.DataFrame | None  # see `frontiers.points`
     variants: pd.DataFrame | None  # evaluate/results
     manifests: Mapping[str, Manifest]
+    replicas: Replicas | None = None  # of the points
+    budget: pd.DataFrame | None = None  # score/error_budget
+    dials: pd.DataFrame | None = None  # calibration/dials
 
     @classmethod
     def read(cls, store: Store) -> Results:
@@ -62,11 +67,17 @@ class Results:
                 store.content(name)  # no number from tables that are not those that were written
         metrics = None if score is None else pd.read_parquet(score / "metrics.parquet")
         variants = None if evaluate is None else pd.read_parquet(evaluate / "results.parquet")
+        points = None if metrics is None else frontiers.points(metrics)
+        counts = None if score is None else _table(score / "counts.parquet")
+        calibration = store.find("calibration")
         return cls(
             metrics,
-            None if metrics is None else frontiers.points(metrics),
+            points,
             None if variants is None else frontiers.described(variants),
             findings.read_manifests(store),
+            None if points is None or counts is None else Replicas.of(points, counts),
+            None if score is None else _table(score / "error_budget.parquet"),
+            None if calibration is None else _table(calibration / "dials.parquet"),
         )
 
     @property
@@ -80,19 +91,24 @@ class Results:
         return findings.warnings(self.points, self.variants, self.manifests)
 
     def densities(self, settings: ReportSettings) -> list[float]:
-        """The levels of the settings, and that of the gold graph."""
+        """The levels of the settings, and that of the gold graph where it is not almost one of them."""
         gold = [] if self.points is None else findings.gold_density(self.points)
-        return sorted({*settings.levels, *gold})
+        new = [density for density in gold if all(abs(density - level) > 0.05 * level for level in settings.levels)]
+        return sorted({*settings.levels, *new})
+
+
+def _table(path: Path) -> pd.DataFrame | None:
+    return pd.read_parquet(path) if path.is_file() else None
 
 
 def run(settings: ReportSettings, store: Store) -> None:
-    """Make ``report``: ``index.html``, and every figure as PNG and SVG."""
+    """Make ``report``: ``index.html``, every figure as PNG and SVG, and the table ``recall`` with intervals."""
     from sparsefinder import drawing, illustrations  # matplotlib takes a second to import: only who draws pays for it
 
     results = Results.read(store)
     drawn = []
     if results.metrics is not None and results.points is not None:
-        drawn = illustrations.of_score(results.metrics, results.points, store.path("score"))
+        drawn = illustrations.of_score(results.metrics, results.points, store.path("score"), results.replicas)
     if results.variants is not None:
         drawn[1:1] = illustrations.of_evaluate(results.variants, results.manifests.get("evaluate"))
     vectors = {illustration.name: drawing.svg(illustration.figure) for illustration in drawn}
@@ -102,6 +118,10 @@ def run(settings: ReportSettings, store: Store) -> None:
         for illustration in drawn:
             drawing.save_png(illustration.figure, folder / f"{illustration.name}.png", settings.dpi)
             (folder / f"{illustration.name}.svg").write_text(vectors[illustration.name], encoding="utf-8")
+        if results.points is not None:
+            tables.write(
+                findings.recall_numbers(results.points, results.densities(settings), results.replicas), folder, "recall"
+            )
         (folder / "index.html").write_text(_page(title, results, drawn, vectors, settings), encoding="utf-8")
     log.info("report: %d figures and %s", len(drawn), store.run_dir / "report" / "index.html")
 
@@ -111,8 +131,12 @@ def summary(store: Store, settings: ReportSettings | None = None) -> str:
     results = Results.read(store)
     parts = [text_table(pd.DataFrame(results.facts, columns=["run", "value"]))] if results.facts else []
     if results.points is not None:
-        lines = findings.recall_lines(results.points, results.densities(settings or ReportSettings()))
+        levels = results.densities(settings or ReportSettings())
+        lines = findings.recall_lines(results.points, levels, results.replicas, far=False)
         parts.append(_RECALL + "\n" + text_table(lines))
+        advantage = findings.advantage_lines(results.points, results.replicas, levels)
+        if len(advantage):
+            parts.append(_ADVANTAGE + "\n" + text_table(advantage))
     if results.variants is not None:
         wanted = ["variant", "loss, nats", "Δ dense entmax", "accuracy", "sparsity", "recall", "latency, ms"]
         lines = findings.variant_lines(results.variants)
@@ -147,17 +171,30 @@ def _page(
         sections.append(("The run", page.facts(results.facts)))
     if results.warnings:
         sections.append(("Look twice", page.warning(results.warnings)))
-    tables = _tables(results, settings)
+    parts = _tables(results, settings)
     for illustration in drawn:
         content = page.figure(vectors[illustration.name], illustration.caption)
-        sections.append((illustration.heading, content + tables.pop(illustration.name, "")))
-    sections += [(_UNDRAWN[name], content) for name, content in tables.items()]
+        sections.append((illustration.heading, content + parts.pop(illustration.name, "")))
+    sections += [(_UNDRAWN[name], content) for name, content in parts.items()]
+    if results.budget is not None and len(results.budget):
+        budget = page.table(findings.budget_lines(results.budget), ["method", "step"])
+        sections.append(("Where recall is lost, and where it is gained", budget + page.note(_BUDGET)))
+    if results.dials is not None:
+        sections.append(("Calibrated dials", page.table(findings.calibration_lines(results.dials), _DIALS)))
     sections.append(("Where it comes from", _provenance(results.manifests)))
     lead = "Which keys will a query need? Predicted graphs against the support of the dense entmax attention (gold)."
     return page.page(title, lead, sections)
 
 
-_RECALL = "Recall of gold edges at equal density (outside window and global tokens in brackets; * compares every pair)"
+_RECALL = "Recall of gold edges at equal density (± half the 95 % interval over documents; * compares every pair)"
+_ADVANTAGE = (
+    "The best sub-quadratic pattern of ours minus the best published one (95 % interval, paired over documents)"
+)
+_BUDGET = (
+    "Change of recall at equal density from one step to the next, with its 95 % interval, paired over documents. True "
+    "scores: the best oracle of those that were scored. –: one of the two does not reach that density."
+)
+_DIALS = ["pattern", "united with", "target", "dial"]
 _UNDRAWN = {
     "recall_sparsity": "Recall at equal density",
     "loss_sparsity": "In the model",
@@ -166,23 +203,30 @@ _UNDRAWN = {
 
 def _tables(results: Results, settings: ReportSettings) -> dict[str, str]:
     """Tables by the figure that they belong to."""
-    tables = {}
+    parts = {}
     if results.points is not None:
-        lines = findings.recall_lines(results.points, results.densities(settings))
+        levels = results.densities(settings)
+        lines = findings.recall_lines(results.points, levels, results.replicas)
         words = (
             "Best recall of each pattern where it names that share of the allowed pairs, on the straight line between the "
             "neighbouring points of its frontier. Not reached: its configurations do not come there. In brackets: recall "
-            "of the gold edges outside the window and the global tokens. * compares every pair."
+            "of the gold edges outside the window and the global tokens. ±: half the width of the 95 % interval over documents "
+            "drawn again (and over seeds, where there are several). * compares every pair."
         )
-        tables["recall_sparsity"] = page.table(lines, ["pattern", "united with"]) + page.note(words)
+        parts["recall_sparsity"] = page.table(lines, ["pattern", "united with"]) + page.note(words)
+        advantage = findings.advantage_lines(results.points, results.replicas, levels)
+        if len(advantage):
+            parts["recall_sparsity"] += page.note(f"{_ADVANTAGE}:") + page.table(
+                advantage, [str(name) for name in advantage]
+            )
     if results.variants is not None:
         words = (
             "Graph metrics are those of the executed graph; not defined: the attention has no token graph. Computed pairs: pairs "
             "really multiplied, padding and tiles included, as a share of the allowed ones. Output error: relative L2 distance "
             "of the layers' outputs to dense attention. Latency: median of a batch, with the share that the predictor takes."
         )
-        tables["loss_sparsity"] = page.table(findings.variant_lines(results.variants), ["variant"]) + page.note(words)
-    return tables
+        parts["loss_sparsity"] = page.table(findings.variant_lines(results.variants), ["variant"]) + page.note(words)
+    return parts
 
 
 def _provenance(manifests: Mapping[str, Manifest]) -> str:

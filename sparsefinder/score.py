@@ -21,9 +21,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sparsefinder import processes, tables
+from sparsefinder import frontiers, processes, tables
+from sparsefinder.calibrate import calibrated
+from sparsefinder.comparisons import error_budget
 from sparsefinder.distances import squared
 from sparsefinder.graphs import QK, Pattern
+from sparsefinder.intervals import Replicas
 from sparsefinder.metrics import BALANCE, RATIOS, Counts, Gold, balance, count
 from sparsefinder.patterns.buckets import Quantize
 from sparsefinder.patterns.combine import layout_of
@@ -42,42 +45,84 @@ class ScoreSettings:
     """Settings of the stage ``score``."""
 
     configurations: tuple[Configuration, ...]
+    target: str | None = None  # patterns are scored also as the stage calibrate set their dials for it
     alpha: float = 1.5  # of the entmax whose support is gold
     causal: bool = False
     samples: int | None = None  # held-out samples to measure on; None: all
+    seeds: int = 1  # times that a pattern which draws random numbers is scored, each with another seed
     map_tokens: int = 64  # tokens in the attention maps kept for the report
 
     def __post_init__(self) -> None:
         Normalizer(self.alpha)
         if self.samples is not None and self.samples < 1:
             raise UserError(f"score.samples must be 1 or more, or null for all, got {self.samples}")
+        if self.seeds < 1:
+            raise UserError(f"score.seeds must be 1 or more, got {self.seeds}")
 
     @property
     def needs(self) -> tuple[str, ...]:
         """Artefacts read by the stage: what the chosen patterns work with, and the held-out samples."""
-        return ("qk_validation", *needed(self.configurations))
+        return ("qk_validation", *needed(self.configurations), *(("calibration",) if self.target else ()))
 
 
 def run(settings: ScoreSettings, store: Store) -> None:
-    """Make ``score``: ``metrics`` (one row per configuration × layer × head) and ``counts`` (also × sample)."""
+    """Make ``score``: ``metrics`` (one row per configuration × layer × head), ``counts`` (also × sample) and more."""
     held_out = validation_samples(store)
     samples = held_out.part(0, settings.samples or len(held_out))
     learned = Learned.load(store, needed(settings.configurations))
     learned.check(*samples.shape)
-    settings = replace(settings, configurations=buildable(settings.configurations, learned))
+    configurations = buildable(settings.configurations, learned)
+    if settings.target is not None:
+        configurations += calibrated(configurations, store.path("calibration"), settings.target)
+    configurations += other_seeds(configurations, samples, settings, learned)
+    settings = replace(settings, configurations=configurations)
     patterns = [configuration.build(learned) for configuration in settings.configurations]
     scores = Scores.cat(
         processes.parts(lambda: score(samples, settings, patterns, processes.share(range(len(samples)))))
     )
     if not processes.first():
         return
+    metrics = metrics_table(scores, settings, learned)
+    points = frontiers.points(metrics)
     with store.writing("score") as folder:
         folder.mkdir()
-        tables.write(metrics_table(scores, settings, learned), folder, "metrics")
-        write_counts(scores, folder / "counts.parquet")
+        tables.write(metrics, folder, "metrics")
+        write_counts(scores, folder / "counts.parquet")  # long: for programs only
+        counts = pd.read_parquet(folder / "counts.parquet")
+        tables.write(error_budget(points, Replicas.of(points, counts)), folder, "error_budget")
         tables.write(shared_buckets(samples, settings, learned), folder, "shared_buckets")
-        save_maps(folder / "maps.safetensors", samples, settings, patterns)
+        drawn = {int(place): patterns[place] for place in frontiers.comparable(points)["configuration"]}
+        save_maps(folder / "maps.safetensors", samples, settings, drawn)
     store.note("score", samples=len(samples), gold_sparsity=scores.gold_sparsity)
+
+
+@torch.no_grad()
+def other_seeds(
+    configurations: tuple[Configuration, ...], samples: Samples, settings: ScoreSettings, learned: Learned
+) -> tuple[Configuration, ...]:
+    """The configurations whose graph depends on a seed, with ``seeds − 1`` other seeds.
+
+    A field ``seed`` says little (a distance has one for the random distance alone), so the first sample is asked: is there a
+    layer in which another seed of any configuration of that pattern gives another graph?
+    """
+    added: list[Configuration] = []
+    random: dict[str, bool] = {}
+    layers = samples.layers(0, settings.causal)
+    for configuration in configurations if settings.seeds > 1 else ():
+        if not hasattr(configuration.pattern, "seed"):
+            continue
+        others = [
+            replace(configuration, pattern=replace(configuration.pattern, seed=configuration.pattern.seed + more))
+            for more in range(1, settings.seeds)
+        ]
+        if not random.get(configuration.name):
+            mine, other = configuration.build(learned), others[0].build(learned)
+            random[configuration.name] = any(
+                not torch.equal(mine(qk, at), other(qk, at)) for at, qk in enumerate(layers)
+            )
+        if random[configuration.name]:
+            added += others
+    return tuple(added)
 
 
 @dataclass(frozen=True)
@@ -136,7 +181,8 @@ def _score(samples: Samples, settings: ScoreSettings, patterns: list[Pattern], i
             probabilities = normalizer(qk.scores())
             gold = Gold(probabilities, probabilities > 0)
             for place, (configuration, pattern) in enumerate(zip(settings.configurations, patterns, strict=True)):
-                layout = None if configuration.quadratic else layout_of(pattern, qk, layer)
+                as_graph = configuration.quadratic or configuration.dials is not None
+                layout = None if as_graph else layout_of(pattern, qk, layer)
                 graph = pattern(qk, layer) if layout is None else layout.graph(qk)
                 counts.setdefault((place, layer), []).append(count(graph, gold, qk, configuration.near(qk)))
                 if layout is not None and layout.buckets is not None:
@@ -191,7 +237,7 @@ def shared_buckets(samples: Samples, settings: ScoreSettings, learned: Learned, 
     """
     rows: list[dict[str, Any]] = []
     for place, configuration in enumerate(settings.configurations):
-        if not isinstance(configuration.pattern, Quantize) or configuration.window:
+        if not isinstance(configuration.pattern, Quantize) or configuration.window or configuration.dials is not None:
             continue
         projections = learned.get("projections", configuration.name)
         for layer in range(samples.shape[0]):
@@ -223,8 +269,8 @@ def _by_shared(qk: QK, projected: QK, pattern: Quantize, layer: int, alpha: floa
     return torch.stack([torch.bincount(places, weights=value.double(), minlength=width) for value in values])
 
 
-def save_maps(path: Path, samples: Samples, settings: ScoreSettings, patterns: list[Pattern]) -> None:
-    """One head of one held-out sample for the report: the dense probabilities, and the graph of each configuration.
+def save_maps(path: Path, samples: Samples, settings: ScoreSettings, patterns: Mapping[int, Pattern]) -> None:
+    """All heads of one held-out sample for the report: the dense probabilities, and the graphs of some configurations.
 
     ``gold``: ``(L, H, n, n)`` float32; ``predicted_<configuration>``: bool of the same shape; the first ``map_tokens`` tokens.
     """
@@ -232,7 +278,7 @@ def save_maps(path: Path, samples: Samples, settings: ScoreSettings, patterns: l
     layers = samples.layers(0, settings.causal)
     gold = torch.stack([Normalizer(settings.alpha)(qk.scores())[0, :, :tokens, :tokens] for qk in layers])
     maps = {"gold": gold.contiguous()}
-    for place, pattern in enumerate(patterns):
+    for place, pattern in patterns.items():
         graph = torch.stack([pattern(qk, layer)[0, :, :tokens, :tokens] for layer, qk in enumerate(layers)])
         maps[f"predicted_{place}"] = graph.contiguous()
     save_file(maps, path)

@@ -73,6 +73,7 @@ ARTEFACTS = {
         Artefact("centroids", "centroids.pickle", "cluster"),
         Artefact("lowrank", "lowrank.pickle", "route"),
         Artefact("key_centroids", "key_centroids.pickle", "route"),
+        Artefact("calibration", "calibration", "calibrate"),
         Artefact("score", "score", "score"),
         Artefact("evaluate", "evaluate", "evaluate"),
         Artefact("report", "report", "report"),

@@ -81,7 +81,11 @@ class Variant:
 
 
 def crossed(
-    attentions: tuple[AttentionChoice, ...], configurations: tuple[Configuration, ...], normalizer: Normalizer
+    attentions: tuple[AttentionChoice, ...],
+    configurations: tuple[Configuration, ...],
+    normalizer: Normalizer,
+    learned: Learned,
+    head_size: int,
 ) -> list[Variant]:
     """Every attention with every pattern it can run; bucketed attention only with patterns that have a bucketed form.
 
@@ -93,7 +97,7 @@ def crossed(
             variants.append(Variant(attention, None, normalizer))
             continue
         for configuration in configurations:
-            impossible = attention.kind is Bucketed and configuration.quadratic
+            impossible = attention.kind is Bucketed and not configuration.bucketed(learned, head_size)
             if not impossible and not isinstance(configuration.pattern, Full):
                 variants.append(Variant(attention, configuration, normalizer))
     return variants

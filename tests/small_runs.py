@@ -48,20 +48,29 @@ def samples(count: int = 12, layers: int = 2, heads: int = 2, size: int = 8, see
     return Samples(q, k)
 
 
+TRAINING, HELD_OUT = samples(16).part(0, 11), samples(16).part(11, 16)
+
+
 def make_scored(run_dir: Path, configurations: tuple[Configuration, ...] = CONFIGURATIONS) -> Store:
     """A run directory in which everything up to ``score`` of these configurations is finished, but for the model."""
-    run_dir.mkdir(parents=True)
-    store = Store(run_dir)
-    for name, part in zip(("qk", "qk_validation"), samples().split_last_tenth(), strict=True):
-        with store.writing(name) as path:
-            part.save(path)
-        store.finish(name, "extract", {}, {}, 0)
-    if needed(configurations):
-        _learn(store)
+    store = make_learned(run_dir, learn=bool(needed(configurations)))
     settings = score.ScoreSettings(configurations, map_tokens=24)
     score.run(settings, store)
     parents = {name: store.content(name) for name in settings.needs}
     store.finish("score", "score", plain(settings), parents, 0)
+    return store
+
+
+def make_learned(run_dir: Path, learn: bool = True) -> Store:
+    """A run directory with queries and keys and, where asked for, what is learned from them."""
+    run_dir.mkdir(parents=True)
+    store = Store(run_dir)
+    for name, part in zip(("qk", "qk_validation"), (TRAINING, HELD_OUT), strict=True):
+        with store.writing(name) as path:
+            part.save(path)
+        store.finish(name, "extract", {}, {}, 0)
+    if learn:
+        _learn(store)
     return store
 
 
@@ -110,6 +119,8 @@ def make_evaluated(store: Store, rows: tuple[dict[str, Any], ...] = RESULTS) -> 
     for name in ("loss", "perplexity", "accuracy"):
         table[f"{name}_minus_entmax"] = table[name] - table[name].iloc[0]
         table[f"{name}_minus_softmax"] = table[name] - table[name].iloc[1]
+    for end, away in (("low", -0.02), ("high", 0.02)):
+        table[f"loss_minus_entmax_{end}"] = table["loss_minus_entmax"] + away
     table["speed_against_dense"] = table["latency_ms"].iloc[0] / table["latency_ms"]
     with store.writing("evaluate") as folder:
         folder.mkdir()

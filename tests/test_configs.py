@@ -60,13 +60,7 @@ def test_every_file_composes_and_every_stage_can_be_set_up(
 
 
 def settings_of(cfg: DictConfig, stage: str, script: ModuleType) -> Any:
-    extra: dict[str, Any] = {}
-    if stage in ("score", "evaluate"):
-        extra["configurations"] = tuple(script.all_configurations(cfg, sweep=stage == "score"))
-    if stage == "evaluate":
-        extra["attentions"] = tuple(script.attentions(cfg))
-        extra["conversions"] = tuple(script.conversions(cfg))
-    return script.build(cfg[stage], **extra)
+    return script.build(cfg[stage], **script.objects(cfg, stage))
 
 
 def test_the_default_is_the_tiny_experiment() -> None:

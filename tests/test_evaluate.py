@@ -11,9 +11,10 @@ import pandas as pd
 import pytest
 import torch
 
-from sparsefinder import evaluate, extract, kmeans_centroids, models, quantization
+from sparsefinder import calibrate, evaluate, extract, kmeans_centroids, models, quantization
 from sparsefinder.adapt import AdaptSettings, adapt
 from sparsefinder.attention import Bucketed, Masked
+from sparsefinder.calibrate import CalibrateSettings, Dialled
 from sparsefinder.conversions.variants import BigBird, Longformer, Nystromformer
 from sparsefinder.corpora import TextFiles, token_blocks
 from sparsefinder.evaluate import EvaluateSettings
@@ -25,6 +26,7 @@ from sparsefinder.patterns.configuration import Configuration, Learned
 from sparsefinder.patterns.distance import Distance
 from sparsefinder.patterns.kmeans import KMeans
 from sparsefinder.patterns.oracle import Oracle
+from sparsefinder.patterns.window import Window
 from sparsefinder.samples import load_samples
 from sparsefinder.store import ARTEFACTS, Store, UserError
 from sparsefinder.variants import AttentionChoice, Conversion
@@ -170,6 +172,40 @@ class TestEvaluate:
         for place, name in enumerate(("entmax", "softmax")):
             expected = results.loss - results.loss[place]
             pd.testing.assert_series_equal(results[f"loss_minus_{name}"], expected, check_names=False)
+
+    def test_losses_of_blocks_are_kept_and_give_an_interval(
+        self, tables: tuple[pd.DataFrame, pd.DataFrame], store: Store
+    ) -> None:
+        results = tables[0].set_index("variant")
+        blocks = pd.read_parquet(store.run_dir / "evaluate" / "blocks.parquet")
+        assert (blocks.groupby("variant").size() == 8).all()
+        sums = blocks.groupby("variant")[["masked", "loss", "right"]].sum()
+        for name, row in sums.iterrows():
+            assert row.masked == results.loc[name, "masked_tokens"]
+            assert row.loss / row.masked == pytest.approx(results.loc[name, "loss"])
+            assert row.right / row.masked == pytest.approx(results.loc[name, "accuracy"])
+        assert (results.loss_minus_entmax_low <= results.loss_minus_entmax + 1e-9).all()
+        assert (results.loss_minus_entmax <= results.loss_minus_entmax_high + 1e-9).all()
+        assert results.loc["dense full", ["loss_minus_entmax_low", "loss_minus_entmax_high"]].tolist() == [0, 0]
+
+    def test_calibrated_patterns_are_run_at_their_dials(self, store: Store, corpus: TextFiles, tmp_path: Path) -> None:
+        names = ("model", "qk", "qk_validation", "projections", "centroids")
+        given = Store(tmp_path, {name: store.path(name) for name in names})
+        kinds = (Configuration("kmeans", KMeans(1)), Configuration("window", Window(3)))
+        dialled = (Dialled(kinds[0], (1, 2, 3)), Dialled(kinds[1], (1, 3, 9)))
+        calibrate.run(CalibrateSettings(dialled, "density=0.4", samples=3), given)
+        given.finish("calibration", "calibrate", {}, {}, 0)
+        configurations = (*kinds, Configuration("oracle", Oracle()))
+        evaluate.run(
+            EvaluateSettings(corpus, configurations, (MASKED, BUCKETED), target="density=0.4", samples=4, measured=2),
+            given,
+        )
+        results = pd.read_csv(tmp_path / "evaluate" / "results.csv").set_index("variant")
+        expected = {f"masked {name}" for name in ("oracle", "kmeans at density=0.4", "window at density=0.4")}
+        assert expected | {"bucketed kmeans at density=0.4"} <= set(results.index)
+        masked, bucketed = (results.loc[f"{kind} kmeans at density=0.4"] for kind in ("masked", "bucketed"))
+        assert masked.loss == pytest.approx(bucketed.loss, rel=1e-4)
+        assert masked.target == "density=0.4"
 
     def test_costs_are_measured(self, tables: tuple[pd.DataFrame, pd.DataFrame]) -> None:
         results = tables[0].set_index("variant")

@@ -15,7 +15,7 @@ import pytest
 from matplotlib import pyplot
 from small_runs import RESULTS, make_evaluated, make_scored, variant
 
-from sparsefinder import drawing, figures, findings, frontiers, heatmaps, page, report
+from sparsefinder import drawing, findings, frontiers, heatmaps, page, recall_figures, report
 from sparsefinder.patterns.configuration import Configuration
 from sparsefinder.patterns.full import Full
 from sparsefinder.patterns.window import Window
@@ -60,7 +60,8 @@ def _drawn(store: Store) -> set[str]:
 
 def test_report_has_every_figure_twice_and_a_page(run: Store) -> None:
     names = {path.name for path in (run.run_dir / "report").iterdir()}
-    assert names == {"index.html"} | {f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg")}
+    drawn = {f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg")}
+    assert names == {"index.html", "recall.csv", "recall.parquet"} | drawn
     assert (run.run_dir / "report" / "recall_sparsity.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -149,7 +150,7 @@ def test_pattern_without_a_graph_is_not_defined(metrics: pd.DataFrame) -> None:
     points = frontiers.points(pd.concat([metrics, pooled]))
     lines = findings.recall_lines(points, [0.2])
     assert set(lines.loc[lines["pattern"] == "pooled", "recall at 20 %"]) == {"not defined"}
-    figures.recall_sparsity(points)
+    recall_figures.recall_sparsity(points)
 
 
 def test_variant_without_a_graph_is_not_defined(run: Store) -> None:
@@ -197,13 +198,25 @@ def test_frontier_is_what_nobody_beats() -> None:
 
 
 def test_recall_at_equal_density() -> None:
-    front = frontiers.frontier(_points((0.9, 0.2), (0.8, 0.6), (0.7, 0.5)))
-    assert frontiers.recall_at(front, 0.15) == pytest.approx(0.4)
-    assert frontiers.recall_at(front, 0.2) == pytest.approx(0.6)
-    assert np.isnan(frontiers.recall_at(front, 0.05))  # no configuration is so sparse
-    assert np.isnan(frontiers.recall_at(front, 0.3))  # nor so dense on the frontier
-    oracle = frontiers.frontier(_points((0.95, 1.0)))
-    assert frontiers.recall_at(oracle, 0.3) == 1.0  # more pairs cannot lose an edge
+    points = _points((0.9, 0.2), (0.8, 0.6), (0.7, 0.5))
+    levels = [
+        0.15,
+        0.2,
+        0.05,
+        0.3,
+    ]  # no configuration is so sparse as the third, none on the frontier so dense as the last
+    assert frontiers.recalls_at(points, levels) == pytest.approx([0.4, 0.6, np.nan, np.nan], nan_ok=True)
+    assert frontiers.recalls_at(_points((0.95, 1.0)), [0.3]) == [1.0]  # more pairs cannot lose an edge
+
+
+def test_recall_at_equal_density_is_interpolation_on_the_frontier() -> None:
+    generator = np.random.default_rng(1)
+    levels = [0.05, 0.1, 0.25, 0.5, 0.9]
+    for _ in range(30):
+        points = _points(*[tuple(pair) for pair in generator.random((8, 2))])
+        front = frontiers.frontier(points).iloc[::-1]
+        slow = [np.interp(level, front["density"], front["recall"], left=np.nan, right=np.nan) for level in levels]
+        assert frontiers.recalls_at(points, levels) == pytest.approx(slow, nan_ok=True)
 
 
 def test_points_are_means_over_layers_and_heads(metrics: pd.DataFrame) -> None:
@@ -215,6 +228,19 @@ def test_points_are_means_over_layers_and_heads(metrics: pd.DataFrame) -> None:
     labels = set(points["label"])
     assert {"oracle", "kmeans top_clusters=2", "quantize bucket_size=4 + window 3 + 1 global"} <= labels
     assert len(labels) == len(points)
+
+
+def test_seeds_are_one_point_and_no_dial(metrics: pd.DataFrame) -> None:
+    random = metrics[metrics["pattern"] == "random"]
+    again = random.assign(configuration=random["configuration"] + 1000, seed=1, recall=random["recall"] + 0.1)
+    points = frontiers.points(pd.concat([metrics, again]))
+    assert len(points) == metrics["configuration"].nunique()
+    for row in points[points["pattern"] == "random"].itertuples():
+        assert row.members == (row.configuration, row.configuration + 1000)
+        own = random[random["configuration"] == row.configuration]
+        assert row.recall == pytest.approx(own["recall"].mean() + 0.05)
+        assert "seed" not in row.label
+    assert set(points.loc[points["pattern"] != "random", "members"].map(len)) == {1}
 
 
 def test_joined_runs_keep_their_configurations_apart(metrics: pd.DataFrame) -> None:

@@ -9,16 +9,26 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sparsefinder.graphs import QK, HasLayout, Pattern
 from sparsefinder.kmeans_centroids import Centroids, load_centroids
-from sparsefinder.patterns.combine import Blocked, Projected, Union
+from sparsefinder.patterns.combine import Blocked, Projected, Union, layout_of
+from sparsefinder.patterns.per_head import PerHead
 from sparsefinder.patterns.window import near_pairs, surroundings
 from sparsefinder.projections import Projections, load_projections
 from sparsefinder.store import ARTEFACTS, Store, UserError
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Dials:
+    """A dial setting for every layer and head, and what it was chosen for."""
+
+    target: str  # such as density=0.1
+    values: tuple[tuple[Any, ...], ...]  # (L, H)
 
 
 @dataclass(frozen=True)
@@ -31,6 +41,7 @@ class Configuration:
     global_tokens: int = 0  # the first so many tokens see all and are seen by all
     last_token: bool = False  # so does the last token
     block_size: int = 1  # tokens in a chunk, for patterns that work on projections
+    dials: Dials | None = None  # of each layer and head, instead of the pattern's own
 
     def __post_init__(self) -> None:
         surroundings(self.window, self.global_tokens, self.last_token)  # checks the three
@@ -51,9 +62,12 @@ class Configuration:
             for own in dataclasses.fields(self.pattern)
             if own.name not in self.needs
         }
+        if self.dials is not None:
+            own[self.pattern.dial] = None  # it differs from head to head: see calibration/dials
         return {
             "pattern": self.name,
             **own,
+            "target": None if self.dials is None else self.dials.target,
             "window": self.window or None,
             "global_tokens": self.global_tokens,
             "last_token": self.last_token,
@@ -64,7 +78,8 @@ class Configuration:
     def label(self) -> str:
         """One short line for logs and legends, such as ``kmeans top_clusters=2 + window 11``."""
         dial = self.pattern.dial
-        parts = [self.name] + ([f"{dial}={getattr(self.pattern, dial)}"] if dial else [])
+        at = [f"{dial}={getattr(self.pattern, dial)}"] if dial else []
+        parts = [self.name, *(at if self.dials is None else [f"at {self.dials.target}"])]
         if self.window:
             parts.append(f"+ window {self.window}")
         if self.global_tokens:
@@ -80,6 +95,8 @@ class Configuration:
         found = {name: (learned or Learned()).get(name, self.name) for name in self.needs}
         own = {its.name for its in dataclasses.fields(self.pattern)}
         whole: Pattern = replace(self.pattern, **{name: value for name, value in found.items() if name in own})
+        if self.dials is not None:
+            whole = PerHead(whole, self.dials.values)
         for space in (value for value in found.values() if isinstance(value, Projections)):
             whole = Projected(Blocked(whole, self.block_size) if self.block_size > 1 else whole, space)
         fixed = surroundings(self.window, self.global_tokens, self.last_token)
@@ -89,6 +106,19 @@ class Configuration:
     def quadratic(self) -> bool:
         """Whether predicting compares every pair: no bucketed form."""
         return not isinstance(self.pattern, HasLayout)
+
+    def bucketed(self, learned: Learned, head_size: int) -> bool:
+        """Whether it has a bucketed form; one dial for each head can take it away (`PerHead`)."""
+        if self.quadratic or self.dials is None:
+            return not self.quadratic
+        vectors = torch.zeros(1, len(self.dials.values[0]), 64, head_size)
+        qk = QK(vectors, vectors, torch.ones(1, 64, dtype=torch.bool))
+        try:
+            for layer in range(len(self.dials.values)):
+                layout_of(self.build(learned), qk, layer)
+        except UserError:
+            return False
+        return True
 
 
 LOADERS: Mapping[str, Callable[[Path], Any]] = {

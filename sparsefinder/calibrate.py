@@ -1,0 +1,341 @@
+"""The stage ``calibrate``: from a target such as ``density=0.1`` to the dial of every layer and head.
+
+A threshold that names a tenth of the pairs in one head names a third of them in another. For each pattern with a dial, the
+values of its sweep are measured on a few training samples, head by head; where the target lies between two of them, values
+between are tried too. A head takes
+
+- for a density, the value whose density is nearest to it;
+- for a recall, the sparsest value that reaches it, or the one of largest recall where none does.
+
+The choice is then measured once more on held-out samples. A target that a dial cannot reach (a whole number of clusters moves
+the density in steps, a window cannot be sparser than itself) is said in the table and in the log.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import logging
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from sparsefinder import tables
+from sparsefinder.graphs import Pattern
+from sparsefinder.metrics import Counts, Gold, count
+from sparsefinder.patterns.configuration import Configuration, Dials, Learned, buildable, needed
+from sparsefinder.samples import Samples, training_samples, validation_samples
+from sparsefinder.store import Store, UserError, progress
+from sparsefinder.transforms import Normalizer
+
+log = logging.getLogger(__name__)
+
+MEASURES = ("density", "recall")
+Curve = Mapping[Any, tuple[float, float]]  # of one head: value of the dial → density and recall
+
+
+@dataclass(frozen=True)
+class Target:
+    """A density or a recall that every head should have."""
+
+    measure: str
+    value: float
+
+    @classmethod
+    def parse(cls, text: str) -> Target:
+        """``density=0.1`` or ``recall=0.95``; anything else is a `UserError`."""
+        measure, _, number = text.partition("=")
+        try:
+            found = cls(measure.strip(), float(number))
+        except ValueError:
+            found = cls(measure, float("nan"))
+        if found.measure not in MEASURES or not 0 < found.value <= 1:
+            raise UserError(f"target={text}: give density=D or recall=R with a number above 0 and at most 1, or null")
+        return found
+
+    def choose(self, curve: Curve) -> Any:
+        """The value of the dial that a head takes."""
+        if self.measure == "density":
+            return min(curve, key=lambda value: abs(curve[value][0] - self.value))
+        enough = [value for value in curve if curve[value][1] >= self.value]
+        if enough:
+            return min(enough, key=lambda value: curve[value][0])
+        return max(curve, key=lambda value: curve[value][1])
+
+    def reached(self, density: float, recall: float, tolerance: float) -> bool:
+        """Whether a head is where it should be; a density may be away by the share ``tolerance`` of it."""
+        if self.measure == "density":
+            return abs(density - self.value) <= tolerance * self.value
+        return recall >= self.value
+
+    def between(self, curve: Curve, whole: bool) -> Any | None:
+        """A value to try next: between the two neighbours around the target, where a straight line would meet it."""
+        place = MEASURES.index(self.measure)
+        known = sorted((value, found[place] - self.value) for value, found in curve.items())
+        for (low, below), (high, above) in itertools.pairwise(known):
+            if below * above < 0:
+                share = min(max(below / (below - above), 0.1), 0.9)  # a bent curve would never narrow its bracket
+                if not whole:
+                    return float(f"{low + (high - low) * share:.6g}")
+                return min(max(round(low + (high - low) * share), low + 1), high - 1) if high - low > 1 else None
+        return None
+
+
+@dataclass(frozen=True)
+class Dialled:
+    """A pattern with its surroundings, and the values of its dial to begin with."""
+
+    configuration: Configuration
+    values: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class CalibrateSettings:
+    """Settings of the stage ``calibrate``."""
+
+    dialled: tuple[Dialled, ...]
+    target: str | None = None  # density=D or recall=R, for every head; None leaves the stage out
+    alpha: float = 1.5  # of the entmax whose support is gold
+    causal: bool = False
+    samples: int = 10  # training samples to choose on
+    samples_validation: int | None = None  # held-out samples to check on; None: all
+    refinements: int = 4  # values tried between those of the sweep, one after the other
+    tolerance: float = 0.1  # share of a density by which a head may miss it and still count as there
+
+    def __post_init__(self) -> None:
+        Normalizer(self.alpha)
+        if self.target is not None:
+            Target.parse(self.target)
+        if self.samples < 1 or (self.samples_validation is not None and self.samples_validation < 1):
+            raise UserError("calibrate.samples and calibrate.samples_validation must be 1 or more")
+        if self.refinements < 0 or self.tolerance < 0:
+            raise UserError("calibrate.refinements and calibrate.tolerance must be 0 or more")
+
+    @property
+    def left_out(self) -> str:
+        """Why there is nothing to do; empty where there is."""
+        return "" if self.target else "there is no target: give target=density=0.1 or target=recall=0.95"
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Artefacts read by the stage."""
+        return ("qk", "qk_validation", *needed(tuple(each.configuration for each in self.dialled)))
+
+
+def run(settings: CalibrateSettings, store: Store) -> None:
+    """Make ``calibration``: ``dials``, one row per pattern × surroundings × layer × head."""
+    assert settings.target is not None  # otherwise the pipeline leaves the stage out
+    target = Target.parse(settings.target)
+    training, held_out = training_samples(store), validation_samples(store)
+    training = training.part(max(0, len(training) - settings.samples), len(training))
+    held_out = held_out.part(0, settings.samples_validation or len(held_out))
+    learned = Learned.load(store, needed(tuple(each.configuration for each in settings.dialled)))
+    learned.check(*training.shape)
+    possible = set(map(id, buildable(tuple(each.configuration for each in settings.dialled), learned)))
+    dialled = [each for each in settings.dialled if id(each.configuration) in possible]
+    curves = measured_curves(training, dialled, target, settings, learned)
+    rows: list[dict[str, Any]] = []
+    chosen = []
+    layers, heads, _ = training.shape
+    for place, each in enumerate(dialled):
+        values = tuple(
+            tuple(target.choose(curves[place, layer, head]) for head in range(heads)) for layer in range(layers)
+        )
+        chosen.append(replace(each.configuration, dials=Dials(settings.target, values)))
+    checked = _measure(held_out, {(p, 0): c.build(learned) for p, c in enumerate(chosen)}, None, settings)
+    for place, configuration in enumerate(chosen):
+        own = [
+            _row(configuration, layer, head, curves[place, layer, head], checked[place, 0, layer][head], settings)
+            for layer in range(layers)
+            for head in range(heads)
+        ]
+        missed = sum(not row["reached"] for row in own)
+        if missed:
+            log.warning(
+                "%s is not reached in %d of %d heads; they take the nearest value",
+                configuration.label,
+                missed,
+                len(own),
+            )
+        rows += own
+    with store.writing("calibration") as folder:
+        folder.mkdir()
+        tables.write(tables.tidy(rows), folder, "dials")
+    store.note("calibration", samples=len(training), samples_validation=len(held_out))
+
+
+def measured_curves(
+    samples: Samples, dialled: Sequence[Dialled], target: Target, settings: CalibrateSettings, learned: Learned
+) -> dict[tuple[int, int, int], dict[Any, tuple[float, float]]]:
+    """Density and recall by the value of the dial, for each ``(place in dialled, layer, head)``."""
+    layers, heads, _ = samples.shape
+    curves: dict[tuple[int, int, int], dict[Any, tuple[float, float]]] = {
+        (place, layer, head): {} for place in range(len(dialled)) for layer in range(layers) for head in range(heads)
+    }
+    asked = {(place, layer): set(each.values) for place, each in enumerate(dialled) for layer in range(layers)}
+    for _ in range(1 + settings.refinements):
+        patterns: dict[tuple[int, Any], Pattern] = {}
+        for (place, _layer), values in asked.items():
+            for value in list(values):
+                turned = _turned(dialled[place].configuration, value, learned)
+                if turned is None:
+                    values.discard(value)
+                else:
+                    patterns[place, value] = turned
+        only = {key: values for key, values in asked.items() if values}
+        if not only:
+            break
+        for (place, value, layer), found in _measure(samples, patterns, only, settings).items():
+            for head in range(heads):
+                curves[place, layer, head][value] = found[head]
+        asked = {
+            (place, layer): {
+                value
+                for head in range(heads)
+                if (value := _next(dialled[place], curves[place, layer, head], target)) is not None
+            }
+            for place, layer in asked
+        }
+    return curves
+
+
+@torch.no_grad()
+def _measure(
+    samples: Samples,
+    patterns: Mapping[tuple[int, Any], Pattern],
+    only: Mapping[tuple[int, int], set[Any]] | None,
+    settings: CalibrateSettings,
+) -> dict[tuple[int, Any, int], list[tuple[float, float]]]:
+    """Density and recall of every head for each ``(place, value, layer)``; ``only`` those values of a place and layer."""
+    counts: dict[tuple[int, Any, int], list[Counts]] = {}
+    normalizer = Normalizer(settings.alpha)
+    for index in progress(range(len(samples)), "calibrate"):
+        for layer, qk in enumerate(samples.layers(index, settings.causal)):
+            probabilities = normalizer(qk.scores())
+            gold = Gold(probabilities, probabilities > 0)
+            for (place, value), pattern in patterns.items():
+                if only is None or value in only.get((place, layer), ()):
+                    counts.setdefault((place, value, layer), []).append(count(pattern(qk, layer), gold, qk))
+    found = {}
+    for key, parts in counts.items():
+        means = Counts.cat(parts).macro()
+        found[key] = list(zip((1 - means["sparsity"]).tolist(), means["recall"].tolist(), strict=True))
+    return found
+
+
+def _turned(configuration: Configuration, value: Any, learned: Learned) -> Pattern | None:
+    """The pattern with that value of its dial; None where it cannot have it."""
+    try:
+        pattern = replace(configuration.pattern, **{configuration.pattern.dial: value})
+        return replace(configuration, pattern=pattern).build(learned)
+    except UserError:
+        return None
+
+
+def _next(dialled: Dialled, curve: Curve, target: Target) -> Any | None:
+    """The next value for a head to try. Where a dial takes odd numbers only, the one above an even number."""
+    pattern = dialled.configuration.pattern
+    whole = whole_dial(pattern)
+    value = target.between(curve, whole)
+    if value is None or not whole:
+        return value
+    for candidate in (value, value + 1, value - 1):
+        try:
+            replace(pattern, **{pattern.dial: candidate})
+        except UserError:
+            continue
+        return None if candidate in curve else candidate
+    return None
+
+
+def whole_dial(pattern: Any) -> bool:
+    """Whether the dial of a pattern is a whole number."""
+    return typing.get_type_hints(type(pattern))[pattern.dial] is int
+
+
+def _row(
+    configuration: Configuration,
+    layer: int,
+    head: int,
+    curve: Curve,
+    held_out: tuple[float, float],
+    settings: CalibrateSettings,
+) -> dict[str, Any]:
+    assert configuration.dials is not None
+    assert settings.target is not None
+    value = configuration.dials.values[layer][head]
+    density, recall = curve[value]
+    return {
+        **_key(configuration),
+        "target": settings.target,
+        "layer": layer,
+        "head": head,
+        "dial": configuration.pattern.dial,
+        "value": value,
+        "density": density,
+        "recall": recall,
+        "density_held_out": held_out[0],
+        "recall_held_out": held_out[1],
+        "reached": Target.parse(settings.target).reached(density, recall, settings.tolerance),
+        "values_tried": len(curve),
+    }
+
+
+# ---- what score and evaluate use ----
+
+
+def calibrated(configurations: Iterable[Configuration], folder: Path, target: str) -> tuple[Configuration, ...]:
+    """Each pattern and surroundings of ``configurations`` once, at the dials that ``folder`` (``calibration/``) has for it.
+
+    Patterns without a dial are left out, and so are those that were not calibrated, which the log says.
+    """
+    table = pd.read_parquet(folder / "dials.parquet")
+    if set(table["target"]) - {target}:
+        raise UserError(
+            f"{folder} was made for target={table['target'].iloc[0]}, not {target}: run stage=calibrate first"
+        )
+    names = list(_KEY)
+    table[names] = table[names].astype(object).where(table[names].notna(), None)
+    groups = {
+        _comparable(dict(zip(names, key, strict=True))): group
+        for key, group in table.groupby(names, dropna=False, sort=False)
+    }
+    found: dict[Any, Configuration] = {}
+    for configuration in configurations:
+        if configuration.pattern.dial is None or (key := _comparable(_key(configuration))) in found:
+            continue
+        if key not in groups:
+            log.warning("%s has no calibration with these settings: run stage=calibrate", configuration.name)
+            continue
+        kind = int if whole_dial(configuration.pattern) else float
+        grid = groups[key].pivot(index="layer", columns="head", values="value")
+        values = tuple(tuple(kind(value) for value in row) for row in grid.to_numpy())
+        found[key] = replace(configuration, dials=Dials(target, values))
+    return tuple(found.values())
+
+
+_KEY = ("pattern", "settings", "window", "global_tokens", "last_token", "block_size")
+
+
+def _key(configuration: Configuration) -> dict[str, Any]:
+    """What a calibration belongs to: the pattern with all settings but its dial, and its surroundings."""
+    pattern = configuration.pattern
+    own = {
+        field.name: getattr(pattern, field.name)
+        for field in dataclasses.fields(pattern)
+        if field.name != pattern.dial and field.name not in configuration.needs
+    }
+    values = (configuration.name, json.dumps(own, sort_keys=True), configuration.window or 0)
+    around = (configuration.global_tokens, configuration.last_token, configuration.block_size)
+    return dict(zip(_KEY, (*values, *around), strict=True))
+
+
+def _comparable(key: Mapping[str, Any]) -> tuple[Any, ...]:
+    """A key as it can be compared after a way through a file."""
+    return tuple(value if isinstance(value, str) else int(value) for value in key.values())

@@ -1,0 +1,93 @@
+"""A pattern whose dial is set for each layer and head by itself, as calibration does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsefinder.graphs import QK, Buckets, Layout, Pattern
+from sparsefinder.patterns.combine import layout_of
+from sparsefinder.store import UserError
+
+NO_BUCKET = -1
+
+
+@dataclass(frozen=True)
+class PerHead:
+    """Edge of head ``h`` iff the pattern has it with its dial at ``values[layer][h]``.
+
+    The pattern is asked once for each distinct value of the layer, about all heads, since what it knows (random numbers,
+    centroids) belongs to a head's place: predicting costs as many times more as there are distinct values.
+    """
+
+    pattern: Any  # a pattern dataclass with a dial
+    values: tuple[tuple[Any, ...], ...]  # of the dial, for each layer and head
+
+    def __post_init__(self) -> None:
+        if self.pattern.dial is None:
+            raise UserError(f"{type(self.pattern).__name__} has no dial that could be set for each head")
+
+    def layout(self, qk: QK, layer: int) -> Layout:
+        """The buckets of every head at its own value, -1 where another head has more slots.
+
+        A window and global tokens are the same for all heads in a `Layout`: a `UserError` where the values change them, or
+        where the pattern has no layout.
+        """
+        kinds, taken = self._kinds(qk, layer)
+        layouts = [layout_of(kind, qk, layer) for kind in kinds]
+        if len({layout.window for layout in layouts}) > 1 or not _same([layout.is_global for layout in layouts]):
+            raise UserError(
+                "a window or global tokens that differ from head to head have no bucketed form: use attention=masked for it"
+            )
+        found = [layout.buckets for layout in layouts]
+        return Layout(_each_head_its_own(found, taken), layouts[0].window, layouts[0].is_global)
+
+    def __call__(self, qk: QK, layer: int) -> Tensor:
+        """``(B, H, N, N)`` bool."""
+        kinds, taken = self._kinds(qk, layer)
+        return _select([kind(qk, layer) for kind in kinds], taken)
+
+    def _kinds(self, qk: QK, layer: int) -> tuple[list[Pattern], list[int]]:
+        """The pattern at each distinct value of the layer, and which of them each head takes."""
+        heads = qk.q.shape[1]
+        if not 0 <= layer < len(self.values) or len(self.values[layer]) != heads:
+            raise UserError(
+                f"the dials are those of {len(self.values)} layers with {len(self.values[0])} heads, asked for was layer "
+                f"{layer} with {heads} heads: run stage=calibrate on these queries and keys"
+            )
+        distinct = sorted(set(self.values[layer]))
+        kinds: list[Pattern] = [replace(self.pattern, **{self.pattern.dial: value}) for value in distinct]
+        return kinds, [distinct.index(value) for value in self.values[layer]]
+
+
+def _select(parts: Sequence[Tensor], taken: Sequence[int]) -> Tensor:
+    """Head ``h`` of ``parts[taken[h]]``, each ``(B, H, ...)``."""
+    return torch.stack([parts[place][:, head] for head, place in enumerate(taken)], dim=1)
+
+
+def _each_head_its_own(found: Sequence[Buckets | None], taken: Sequence[int]) -> Buckets | None:
+    known = [buckets for buckets in found if buckets is not None]
+    if not known:
+        return None
+    empty = known[0].q_ids.new_full((*known[0].q_ids.shape[:3], 1), NO_BUCKET)
+
+    def joined(side: Callable[[Buckets], Tensor]) -> Tensor:
+        ids = [empty if buckets is None else side(buckets) for buckets in found]
+        slots = max(part.shape[-1] for part in ids)
+        return _select([F.pad(part, (0, slots - part.shape[-1]), value=NO_BUCKET) for part in ids], taken)
+
+    # heads never meet, so their ids may overlap
+    return Buckets(joined(lambda b: b.q_ids), joined(lambda b: b.k_ids), max(buckets.count for buckets in known))
+
+
+def _same(tensors: Sequence[Tensor | None]) -> bool:
+    first = tensors[0]
+    return all(
+        (first is None and other is None) or (first is not None and other is not None and torch.equal(first, other))
+        for other in tensors[1:]
+    )

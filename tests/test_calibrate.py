@@ -1,0 +1,261 @@
+"""One dial for each head: the combinator that runs it, and the stage that chooses it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from small_runs import TRAINING, make_learned
+
+from sparsefinder import calibrate, score
+from sparsefinder.calibrate import CalibrateSettings, Dialled, Target
+from sparsefinder.conformance import CHECKS, Check, Subject, random_qk
+from sparsefinder.graphs import Pattern
+from sparsefinder.kmeans_centroids import Centroids
+from sparsefinder.metrics import Gold, count
+from sparsefinder.patterns.buckets import Quantize
+from sparsefinder.patterns.combine import layout_of
+from sparsefinder.patterns.configuration import Configuration, Dials, Learned
+from sparsefinder.patterns.distance import Distance
+from sparsefinder.patterns.kmeans import KMeans
+from sparsefinder.patterns.oracle import Oracle
+from sparsefinder.patterns.per_head import PerHead
+from sparsefinder.patterns.routed import Routed
+from sparsefinder.patterns.window import GlobalTokens, Window
+from sparsefinder.pipeline import STAGES, run_stages
+from sparsefinder.projections import LayerProjections, Linear, Projections
+from sparsefinder.store import Store, UserError
+from sparsefinder.transforms import Normalizer
+
+HEADS, SIZE = 2, 8
+
+
+def centroids(clusters: int = 6, size: int = SIZE) -> Centroids:
+    generator = torch.Generator().manual_seed(0)
+    return Centroids([torch.randn(HEADS, 1, clusters, size, generator=generator) / 2 for _ in range(2)])
+
+
+# a pattern, a step of its dial by which heads differ, values by which it grows
+KINDS: dict[str, tuple[Any, Any, list[Any]]] = {
+    "window": (Window(3), 2, [1, 5, 9]),
+    "random": (Distance("random", 0.1), 0.2, [0.0, 0.2, 0.6]),
+    "quantize": (Quantize(3), 2, [1, 4, 16]),
+    "kmeans": (KMeans(1, centroids()), 1, [1, 2, 4]),
+    "routed": (Routed("margin", 0.2, key_centroids=centroids()), 0.5, [0.0, 0.5, 2.0]),
+    "routed_budget": (Routed("budget", 0.2, key_centroids=centroids()), 0.3, [0.1, 0.3, 0.6]),
+}
+
+
+def apart(pattern: Any, step: Any) -> Pattern:
+    """The heads of the first layer at the dial and one step above it, those of the second the other way round."""
+    value = getattr(pattern, pattern.dial)
+    return PerHead(pattern, ((value, value + step), (value + step, value)))
+
+
+def cases() -> Iterator[Any]:
+    for name in KINDS:
+        for check in CHECKS:
+            yield pytest.param(name, check, id=f"{name}-{check}")
+
+
+@pytest.mark.parametrize(("name", "check"), list(cases()))
+def test_it_keeps_every_promise_of_a_pattern(name: str, check: Check) -> None:
+    pattern, step, sweep = KINDS[name]
+    check(Subject(pattern, lambda each: apart(each, step), sweep, random=name == "random", heads=HEADS, size=SIZE))
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("layer", [0, 1])
+def test_every_head_is_the_pattern_at_its_own_value(name: str, layer: int) -> None:
+    pattern, step, _ = KINDS[name]
+    qk = random_qk([17, 9], HEADS, SIZE)
+    mixed = apart(pattern, step)
+    value = getattr(pattern, pattern.dial)
+    for head in range(HEADS):
+        own = value + step * ((head + layer) % 2)
+        alone = replace(pattern, **{pattern.dial: own})
+        assert torch.equal(mixed(qk, layer)[:, head], alone(qk, layer)[:, head])
+
+
+def test_a_window_that_differs_has_no_layout_and_one_that_does_not_has() -> None:
+    qk = random_qk([6], HEADS, SIZE)
+    with pytest.raises(UserError, match="attention=masked"):
+        layout_of(PerHead(Window(3), ((3, 5),)), qk, 0)
+    with pytest.raises(UserError, match="attention=masked"):
+        layout_of(PerHead(GlobalTokens(1), ((1, 2),)), qk, 0)
+    assert layout_of(PerHead(Window(3), ((5, 5),)), qk, 0).window == 5
+
+
+def test_dials_of_another_model_are_refused() -> None:
+    qk = random_qk([6], HEADS, SIZE)
+    for values in (((3, 3),), ((3, 3, 3), (3, 3, 3))):
+        with pytest.raises(UserError, match="run stage=calibrate"):
+            PerHead(Window(3), values)(qk, 1)
+    with pytest.raises(UserError, match="no dial"):
+        PerHead(Oracle(), ((1, 1),))
+
+
+def test_a_configuration_knows_whether_it_can_be_bucketed() -> None:
+    space = Projections([LayerProjections(Linear(HEADS, SIZE, SIZE), Linear(HEADS, SIZE, SIZE)) for _ in range(2)])
+    learned = Learned({"projections": space, "centroids": centroids()})
+    dials = Dials("density=0.1", ((1, 3), (3, 1)))
+    for pattern, expected in ((Window(3), False), (Quantize(2), True), (KMeans(1), True), (Distance("l2"), False)):
+        configuration = Configuration("tested", pattern, window=3, dials=dials)
+        assert configuration.bucketed(learned, SIZE) == expected
+        assert configuration.columns[pattern.dial] is None
+        assert configuration.columns["target"] == "density=0.1"
+    assert Configuration("tested", Window(3)).bucketed(learned, SIZE)
+
+
+class TestTarget:
+    def test_words(self) -> None:
+        assert Target.parse("density=0.1") == Target("density", 0.1)
+        assert Target.parse("recall=0.95") == Target("recall", 0.95)
+        for wrong in ("density", "density=2", "density=0", "recall=much", "0.1", "precision=0.5"):
+            with pytest.raises(UserError, match="density=D or recall=R"):
+                Target.parse(wrong)
+
+    def test_a_density_takes_the_nearest_value(self) -> None:
+        curve = {1: (0.05, 0.3), 2: (0.11, 0.5), 3: (0.3, 0.9)}
+        assert Target("density", 0.1).choose(curve) == 2
+        assert Target("density", 0.9).choose(curve) == 3
+
+    def test_a_recall_takes_the_sparsest_value_that_reaches_it(self) -> None:
+        curve = {1: (0.05, 0.3), 2: (0.11, 0.92), 3: (0.3, 0.97)}
+        assert Target("recall", 0.9).choose(curve) == 2
+        assert Target("recall", 0.99).choose(curve) == 3
+
+    @pytest.mark.parametrize("goal", [0.013, 0.1, 0.5, 0.77])
+    def test_values_between_come_near_to_a_density(self, goal: float) -> None:
+        """A dial whose density is its cube: a few looks find the cube root."""
+        target, curve = Target("density", goal), {value: (value**3, value) for value in (0.1, 0.5, 1.0)}
+        for _ in range(12):
+            value = target.between(curve, whole=False)
+            assert value is not None
+            curve[value] = (value**3, value)
+        assert abs(curve[target.choose(curve)][0] - goal) < 0.02 * goal
+
+    def test_whole_numbers_end_at_neighbours(self) -> None:
+        target, curve = Target("density", 0.1), {value: (value / 100, 0.5) for value in (1, 64)}
+        tried = []
+        while (value := target.between(curve, whole=True)) is not None:
+            curve[value] = (value / 100 + 0.001, 0.5)
+            tried.append(value)
+        assert target.choose(curve) in (9, 10)
+        assert len(tried) == len(set(tried))
+
+    def test_beyond_the_sweep_there_is_nothing_to_try(self) -> None:
+        assert Target("density", 0.5).between({1: (0.1, 0.2), 2: (0.2, 0.3)}, whole=False) is None
+
+
+DIALLED = (
+    Dialled(Configuration("distance", Distance("l2", 1.0)), (0.1, 1.0, 10.0)),
+    Dialled(Configuration("distance", Distance("l2", 1.0), window=3), (0.1, 1.0, 10.0)),
+    Dialled(Configuration("random", Distance("random", 0.2)), (0.05, 0.5)),
+    Dialled(Configuration("window", Window(3)), (1, 15)),
+    Dialled(Configuration("kmeans", KMeans(1)), (1, 2)),
+)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return make_learned(tmp_path_factory.mktemp("runs") / "calibrated")
+
+
+def calibrated_run(store: Store, target: str, **more: Any) -> pd.DataFrame:
+    settings = CalibrateSettings(DIALLED, target, **{"samples": 6, **more})
+    run_stages([STAGES["calibrate"]], {"calibrate": settings}, store, seed=0)
+    return pd.read_csv(store.path("calibration") / "dials.csv")
+
+
+class TestStage:
+    def test_a_density_is_met_in_every_head(self, store: Store) -> None:
+        table = calibrated_run(store, "density=0.2")
+        assert len(table) == len(DIALLED) * 2 * 2
+        continuous = table[table["pattern"].isin(["distance", "random"]) & (table["window"] == 0)]
+        assert (continuous["density"] - 0.2).abs().max() < 0.02
+        assert continuous["reached"].all()
+        assert continuous["value"].nunique() > 4, "heads differ"
+        assert (continuous["density_held_out"] - 0.2).abs().max() < 0.08
+        assert (table.loc[table["pattern"] == "window", "value"] % 2 == 1).all(), "windows are odd"
+
+    def test_what_the_table_says_is_what_the_configuration_does(self, store: Store) -> None:
+        """A plain second measurement of the calibration samples, one by one."""
+        table = calibrated_run(store, "density=0.2")
+        learned = Learned.load(store, ("centroids", "projections"))
+        configurations = [each.configuration for each in DIALLED]
+        for configuration in calibrate.calibrated(configurations, store.path("calibration"), "density=0.2"):
+            own = table[(table["pattern"] == configuration.name) & (table["window"] == (configuration.window or 0))]
+            pattern = configuration.build(learned)
+            for layer in range(2):
+                counts = []
+                for index in range(len(TRAINING) - 6, len(TRAINING)):
+                    qk = TRAINING.layer(index, layer)
+                    probabilities = Normalizer(1.5)(qk.scores())
+                    counts.append(count(pattern(qk, layer), Gold(probabilities, probabilities > 0), qk).macro())
+                rows = own[own["layer"] == layer].sort_values("head")
+                for name, sign in (("recall", 1), ("sparsity", -1)):
+                    expected = torch.stack([each[name] for each in counts]).mean(0)
+                    expected = expected if sign > 0 else 1 - expected
+                    found = rows["recall" if sign > 0 else "density"].to_numpy()
+                    torch.testing.assert_close(torch.from_numpy(found.copy()), expected, atol=1e-6, rtol=0)
+
+    def test_a_recall_is_met_where_it_can_be(self, store: Store) -> None:
+        table = calibrated_run(store, "recall=0.9")
+        assert (table.loc[table["reached"], "recall"] >= 0.9).all()
+        assert table.loc[table["pattern"] == "distance", "reached"].all()
+        assert (table.loc[~table["reached"], "recall"] < 0.9).all()
+
+    def test_what_cannot_be_reached_is_said(self, store: Store, caplog: pytest.LogCaptureFixture) -> None:
+        with caplog.at_level("WARNING"):
+            table = calibrated_run(store, "density=0.01")
+        kmeans = table[table["pattern"] == "kmeans"]
+        assert not kmeans["reached"].any()
+        assert (kmeans["value"] == 1).all(), "the nearest"
+        assert "kmeans at density=0.01 is not reached in 4 of 4 heads" in caplog.text
+
+    def test_without_a_target_it_is_left_out(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        with caplog.at_level("INFO"):
+            run_stages([STAGES["calibrate"]], {"calibrate": CalibrateSettings(DIALLED)}, Store(tmp_path), seed=0)
+        assert "calibrate: left out, there is no target" in caplog.text
+        assert not (tmp_path / "calibration").exists()
+
+    def test_score_has_each_pattern_once_more(self, store: Store) -> None:
+        calibrated_run(store, "density=0.2")
+        configurations = (
+            Configuration("oracle", Oracle()),
+            *(Configuration("distance", Distance("l2", threshold)) for threshold in (0.5, 2.0)),
+            Configuration("distance", Distance("l2", 1.0), window=3),
+        )
+        score.run(score.ScoreSettings(configurations, "density=0.2"), store)
+        table = pd.read_parquet(store.run_dir / "score" / "metrics.parquet")
+        assert table["configuration"].nunique() == len(configurations) + 2
+        mine = table[table["target"] == "density=0.2"]
+        assert set(mine["window"].fillna(0)) == {0, 3}
+        assert mine["threshold"].isna().all()
+        alone = mine[mine["window"].isna()]
+        dials = pd.read_csv(store.path("calibration") / "dials.csv")
+        expected = dials[(dials["pattern"] == "distance") & (dials["window"] == 0)]
+        assert alone["recall"].to_numpy() == pytest.approx(expected["recall_held_out"].to_numpy())
+
+    def test_a_calibration_for_something_else_is_refused(self, store: Store, caplog: pytest.LogCaptureFixture) -> None:
+        calibrated_run(store, "density=0.2")
+        folder = store.path("calibration")
+        with pytest.raises(UserError, match=r"was made for target=density=0\.2, not recall"):
+            calibrate.calibrated([], folder, "recall=0.9")
+        other = Configuration("distance", Distance("cos", 1.0))
+        with caplog.at_level("WARNING"):
+            assert calibrate.calibrated([other], folder, "density=0.2") == ()
+        assert "distance has no calibration with these settings" in caplog.text
+
+    @pytest.mark.parametrize(
+        "changes", [{"samples": 0}, {"refinements": -1}, {"target": "x=1"}, {"samples_validation": 0}]
+    )
+    def test_wrong_settings(self, changes: dict[str, Any]) -> None:
+        with pytest.raises(UserError):
+            CalibrateSettings(DIALLED, **changes)
