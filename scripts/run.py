@@ -204,6 +204,10 @@ def patterns(cfg: DictConfig) -> Iterable[tuple[str, DictConfig, list[Any], list
     if cfg.pattern.get("every"):
         around += [around[0] | more for more in plain(cfg.pattern.also_with) if around[0] | more not in around]
         nodes = list(files(cfg, "pattern"))
+        if cfg.patterns is not None:
+            if unknown := [name for name in cfg.patterns if name not in dict(nodes)]:
+                raise UserError(f"patterns={unknown} are unknown; choose some of {', '.join(dict(nodes))}")
+            nodes = [(name, node) for name, node in nodes if name in cfg.patterns]
     for name, node in nodes:
         yield name, without(node, "sweep"), plain(node.get("sweep", [])), around
 
