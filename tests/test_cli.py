@@ -130,7 +130,7 @@ WRONG = {
     "unknown stage": (["stage=scores"], "stage=scores is unknown; choose all or some of finetune"),
     "unknown pattern": (
         ["stage=score", *GIVEN, "pattern=kmean"],
-        "pattern=kmean is unknown; choose one of all, distance",
+        "pattern=kmean is unknown; choose one of all, bigbird",
     ),
     "unknown key": (["stage=score", *GIVEN, "windows=3"], "there is no setting windows"),
     "added key": (["stage=score", *GIVEN, "+windows=3"], "there is no setting windows"),
