@@ -46,7 +46,9 @@ def recall_sparsity(points: pd.DataFrame, replicas: Replicas | None = None) -> F
             _draw_bounds(axes, points, shown, replicas)
             _finish(axes, points, panel_title(surroundings, len(panels)))
         _shared_words(figure, grid)
-        figure.legend(handles=_legend(points, chosen), loc="outside lower center", ncols=4, frameon=False)
+        figure.legend(
+            handles=_legend(points, chosen), loc="outside lower center", ncols=4 if len(grid) > 1 else 2, frameon=False
+        )
     return figure
 
 
@@ -79,7 +81,9 @@ def recall_by_family(points: pd.DataFrame, replicas: Replicas | None = None) -> 
                 handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=3, frameon=False, fontsize=7.5
             )
         _shared_words(figure, grid, below=False)
-        figure.legend(handles=_bound_handles(points), loc="outside lower center", ncols=4, frameon=False)
+        figure.legend(
+            handles=_bound_handles(points), loc="outside lower center", ncols=4 if len(grid) > 1 else 2, frameon=False
+        )
     return figure
 
 
