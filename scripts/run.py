@@ -200,7 +200,6 @@ def united(name: str, pattern: Any, around: list[dict[str, Any]]) -> Iterable[An
 def patterns(cfg: DictConfig) -> Iterable[tuple[str, DictConfig, list[Any], list[dict[str, Any]]]]:
     """The chosen pattern, or every one with ``pattern=all``: its name, settings, sweep and surroundings."""
     around = [{name: plain(cfg[name]) for name in ("window", "global_tokens", "last_token", "block_size")}]
-    nodes = [(chosen("pattern"), cfg.pattern)]
     if cfg.pattern.get("every"):
         around += [around[0] | more for more in plain(cfg.pattern.also_with) if around[0] | more not in around]
         nodes = list(files(cfg, "pattern"))
@@ -208,6 +207,8 @@ def patterns(cfg: DictConfig) -> Iterable[tuple[str, DictConfig, list[Any], list
             if unknown := [name for name in cfg.patterns if name not in dict(nodes)]:
                 raise UserError(f"patterns={unknown} are unknown; choose some of {', '.join(dict(nodes))}")
             nodes = [(name, node) for name, node in nodes if name in cfg.patterns]
+    else:
+        nodes = [(chosen("pattern"), cfg.pattern)]
     for name, node in nodes:
         yield name, without(node, "sweep"), plain(node.get("sweep", [])), around
 

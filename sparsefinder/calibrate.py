@@ -295,7 +295,10 @@ def calibrated(configurations: Iterable[Configuration], folder: Path, target: st
 
     Patterns without a dial are left out, and so are those that were not calibrated, which the log says.
     """
-    table = pd.read_parquet(folder / "dials.parquet")
+    path = folder / "dials.parquet"
+    if not path.is_file():
+        raise UserError(f"{folder} holds no dials.parquet: give a folder made by stage=calibrate with calibration=PATH")
+    table = pd.read_parquet(path)
     if set(table["target"]) - {target}:
         raise UserError(
             f"{folder} was made for target={table['target'].iloc[0]}, not {target}: run stage=calibrate first"

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -57,6 +58,8 @@ _MARKERS = {
 _OTHER_COLOURS = ["#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#CC6677", "#882255", "#AA4499"]
 _OTHER_MARKERS = "<>hpdX8H"
 
+FEW = 8  # patterns besides the bounds that can be told apart in one figure
+GREY = "#BDBDBD"  # of what is shown for comparison, without a name
 HIT, MISS, FALSE_ALARM, NOTHING = "#0072B2", "#D55E00", "#E3D9A8", "#FFFFFF"
 
 _STYLE: dict[Any, Any] = {
@@ -94,6 +97,19 @@ def colour_of(pattern: str) -> str:
 def marker_of(pattern: str) -> str:
     """The marker of a pattern, chosen as its colour is."""
     return _MARKERS.get(pattern) or _OTHER_MARKERS[_digest(pattern)[1] % len(_OTHER_MARKERS)]
+
+
+def panels_of(table: pd.DataFrame) -> list[str]:
+    """The surroundings in a table, a panel for each; without any first."""
+    found = list(dict.fromkeys(table["surroundings"]))
+    return sorted(found, key=lambda words: words != "") or [""]
+
+
+def panel_title(surroundings: str, panels: int) -> str:
+    """The words above one of so many panels."""
+    if surroundings:
+        return f"united with {surroundings}"
+    return "without window or global tokens" if panels > 1 else ""
 
 
 def blank(width: float, height: float) -> Figure:

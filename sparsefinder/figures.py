@@ -10,7 +10,8 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from sparsefinder.drawing import blank, colour_of, style
+from sparsefinder.drawing import FEW, GREY, blank, colour_of, panel_title, panels_of, style
+from sparsefinder.families import BOUNDS, OURS, PUBLISHED, family_of
 
 _ATTENTIONS = {"masked": ("o", 62, False), "bucketed": ("s", 17, True)}  # marker, size, filled: both stay visible
 _OTHER_ATTENTIONS = (("^", 62, False), ("D", 42, False), ("v", 62, False), ("P", 30, True))
@@ -19,30 +20,34 @@ _OTHER_ATTENTIONS = (("^", 62, False), ("D", 42, False), ("v", 62, False), ("P",
 def loss_sparsity(results: pd.DataFrame) -> Figure:
     """Every variant of ``evaluate/results`` that has a token graph; dense attention as horizontal lines.
 
-    Colour: the pattern; marker: the attention that ran it. A panel for each surroundings.
+    Colour: the pattern, of more than `FEW` only ours, the published ones and the bounds; marker: the attention that ran it. A
+    panel for each surroundings.
     """
     variants = results[results["attention"] != "dense"].dropna(subset=["sparsity"])
     attentions = list(dict.fromkeys(variants["attention"]))
     looks = _attention_looks(attentions)
-    panels = _panels(variants)
+    colours = _pattern_colours(variants["pattern"])
+    panels = panels_of(variants)
     with style():
         figure = blank(3.6 * min(2, len(panels)) + 0.8, 3.2 * math.ceil(len(panels) / 2) + 1.0)
         grid = figure.subplots(math.ceil(len(panels) / 2), min(2, len(panels)), squeeze=False, sharey=True)
         for axes, surroundings in zip(grid.flat, panels, strict=False):
             for row in variants[variants["surroundings"] == surroundings].to_dict("records"):
                 marker, size, filled = looks[row["attention"]]
-                colour = colour_of(row["pattern"])
-                face = colour if filled else "none"
-                axes.scatter(row["sparsity"], row["loss"], s=size, marker=marker, fc=face, ec=colour, lw=1.3, zorder=3)
+                colour = colours.get(row["pattern"], GREY)
+                look = {"fc": colour if filled else "none", "ec": colour, "zorder": 2 if colour == GREY else 3}
+                axes.scatter(row["sparsity"], row["loss"], s=size, marker=marker, lw=1.3, **look)
             for text, loss, dashes in dense_losses(results):
                 axes.axhline(loss, color="#333333", lw=1.1, ls=dashes, zorder=1, label=text)
-            axes.set(xlim=(-0.03, 1.03), title=_panel_title(surroundings, len(panels)))
+            axes.set(xlim=(-0.03, 1.03), title=panel_title(surroundings, len(panels)))
             axes.set_xlabel("sparsity of the executed graph  (sparser →)")
         for axes in list(grid.flat)[len(panels) :]:
             axes.remove()
         for axes in grid[:, 0]:
             axes.set_ylabel("masked-LM loss, nats  (better ↓)")
-        handles = [_dot(pattern, colour_of(pattern)) for pattern in dict.fromkeys(variants["pattern"])]
+        handles = [_dot(pattern, colour) for pattern, colour in colours.items()]
+        if others := variants.loc[~variants["pattern"].isin(colours), "pattern"].nunique():
+            handles.append(_dot(f"{others} other patterns", GREY))
         handles += [_dot(name, "#555555", *looks[name]) for name in attentions]
         handles += [
             Line2D([], [], color="#333333", lw=1.1, ls=dashes, label=t) for t, _, dashes in dense_losses(results)
@@ -96,15 +101,11 @@ def _over_layers(group: pd.DataFrame) -> pd.DataFrame:
     return weighted.div(group.groupby("shared")["pairs"].sum(), axis=0)
 
 
-def _panels(table: pd.DataFrame) -> list[str]:
-    found = list(dict.fromkeys(table["surroundings"]))
-    return sorted(found, key=lambda words: words != "") or [""]
-
-
-def _panel_title(surroundings: str, panels: int) -> str:
-    if surroundings:
-        return f"united with {surroundings}"
-    return "without window or global tokens" if panels > 1 else ""
+def _pattern_colours(patterns: pd.Series) -> dict[str, str]:
+    names = [str(name) for name in dict.fromkeys(patterns)]
+    if sum(family_of(name) != BOUNDS for name in names) > FEW:
+        names = [name for name in names if family_of(name) in (BOUNDS, OURS, PUBLISHED)]
+    return {name: colour_of(name) for name in names}
 
 
 def _attention_looks(names: Sequence[str]) -> dict[str, tuple[str, int, bool]]:

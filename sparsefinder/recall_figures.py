@@ -14,13 +14,12 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from sparsefinder.comparisons import best_of
-from sparsefinder.drawing import OKABE_ITO, blank, colour_of, marker_of, style
+from sparsefinder.drawing import FEW, GREY, OKABE_ITO, blank, colour_of, marker_of, panel_title, panels_of, style
 from sparsefinder.families import BOUNDS, CHANCE, FAMILIES, OURS, PUBLISHED, TOP_K, UPPER_BOUND, family_of
 from sparsefinder.frontiers import LEVELS, frontier, recall_table
 from sparsefinder.intervals import Replicas, interval
 
-FEW = 8  # patterns besides the bounds that can be told apart in one figure
-_GREY, _DARK = "#BDBDBD", "#333333"
+_DARK = "#333333"
 _MARKERS = "os^DvP<>Xhpd8*"
 _TICKS = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005)
 
@@ -33,7 +32,7 @@ def recall_sparsity(points: pd.DataFrame, replicas: Replicas | None = None) -> F
     Bands: 95 % intervals of the frontiers.
     """
     chosen = highlighted(points)
-    panels = _panels(points)
+    panels = panels_of(points)
     with style():
         figure, grid = _grid(len(panels))
         for axes, surroundings in zip(grid, panels, strict=False):
@@ -45,9 +44,11 @@ def recall_sparsity(points: pd.DataFrame, replicas: Replicas | None = None) -> F
                 look = _look(name, group) if name in chosen else _pale(group)
                 _draw(axes, points, group, look, replicas if name in chosen else None, name in chosen)
             _draw_bounds(axes, points, shown, replicas)
-            _finish(axes, points, _panel_title(surroundings, len(panels)))
+            _finish(axes, points, panel_title(surroundings, len(panels)))
         _shared_words(figure, grid)
-        figure.legend(handles=_legend(points, chosen), loc="outside lower center", ncols=4, frameon=False)
+        figure.legend(
+            handles=_legend(points, chosen), loc="outside lower center", ncols=4 if len(grid) > 1 else 2, frameon=False
+        )
     return figure
 
 
@@ -80,7 +81,9 @@ def recall_by_family(points: pd.DataFrame, replicas: Replicas | None = None) -> 
                 handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=3, frameon=False, fontsize=7.5
             )
         _shared_words(figure, grid, below=False)
-        figure.legend(handles=_bound_handles(points), loc="outside lower center", ncols=4, frameon=False)
+        figure.legend(
+            handles=_bound_handles(points), loc="outside lower center", ncols=4 if len(grid) > 1 else 2, frameon=False
+        )
     return figure
 
 
@@ -157,7 +160,7 @@ def _look(pattern: str, group: pd.DataFrame) -> dict[str, Any]:
 
 
 def _pale(group: pd.DataFrame) -> dict[str, Any]:
-    return {"color": _GREY, "marker": ".", "ms": 3, "lw": 0.8, "ls": "none" if len(group) == 1 else "-"}
+    return {"color": GREY, "marker": ".", "ms": 3, "lw": 0.8, "ls": "none" if len(group) == 1 else "-"}
 
 
 def _bound_look(pattern: str) -> dict[str, Any]:
@@ -198,17 +201,6 @@ def _shared_words(figure: Figure, grid: Sequence[Axes], below: bool = True) -> N
             axes.set_xlabel("share of pairs predicted, log scale  (sparser →)")
     if not below:
         figure.suptitle("recall against the share of pairs predicted, log scale  (sparser →)", fontsize=9)
-
-
-def _panels(table: pd.DataFrame) -> list[str]:
-    found = list(dict.fromkeys(table["surroundings"]))
-    return sorted(found, key=lambda words: words != "") or [""]
-
-
-def _panel_title(surroundings: str, panels: int) -> str:
-    if surroundings:
-        return f"united with {surroundings}"
-    return "without window or global tokens" if panels > 1 else ""
 
 
 def _shown(points: pd.DataFrame, surroundings: str) -> pd.DataFrame:

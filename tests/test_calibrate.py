@@ -248,6 +248,8 @@ class TestStage:
         folder = store.path("calibration")
         with pytest.raises(UserError, match=r"was made for target=density=0\.2, not recall"):
             calibrate.calibrated([], folder, "recall=0.9")
+        with pytest.raises(UserError, match="holds no dials"):
+            calibrate.calibrated([], folder.parent, "density=0.2")
         other = Configuration("distance", Distance("cos", 1.0))
         with caplog.at_level("WARNING"):
             assert calibrate.calibrated([other], folder, "density=0.2") == ()
