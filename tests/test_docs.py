@@ -45,6 +45,7 @@ SMALL = {
     "pattern": "kmeans",
     "attention": "bucketed",
     "nsamples": "4",
+    "extract.nsamples_validation": "2",
     "corpus.max_characters": "100000",
     "finetune.steps": "4",
     "finetune.eval_steps": "2",
@@ -60,12 +61,12 @@ DRIVER = """
 import json, os, runpy, subprocess, sys
 from pathlib import Path
 for task in json.loads(Path(sys.argv[1]).read_text()):
-    print("####", task["shown"], file=sys.stderr, flush=True)
+    print("####", round(__import__("time").process_time(),1), task["shown"], file=sys.stderr, flush=True)
     os.chdir(task["folder"])
     if task["kind"] == "python":
         exec(compile(task["code"], task["shown"], "exec"), {"__name__": "__main__"})
     elif task["kind"] == "process":
-        subprocess.run(task["command"], cwd=task["cwd"], check=True)
+        subprocess.run(task["command"], cwd=task.get("cwd"), check=True)
     else:
         sys.argv = task["command"]
         try:
@@ -127,6 +128,7 @@ def test_what_documents_show_runs(tmp_path: Path) -> None:
         check=False,
         timeout=840,
     )
+    print("\n".join(x for x in done.stderr.splitlines() if x.startswith("####")))
     assert done.returncode == 0, done.stderr[done.stderr.rfind("####") :]
     assert done.stderr.count("####") == len(todo) + 1
     assert "#### done" in done.stderr
@@ -141,7 +143,8 @@ def make_files(folder: Path) -> None:
     texts = [path.read_text(encoding="utf-8") for path in DOCUMENTS]
     (folder / "train.txt").write_text("\n\n".join(texts), encoding="utf-8")
     (folder / "validation.txt").write_text(texts[0], encoding="utf-8")
-    for name in ("qk.pt", "qk_validation.pt"):
+    (folder / "runs" / "large" / "qk_enc-attn.pt").mkdir(parents=True)  # an artefact in several files
+    for name in ("qk.pt", "qk_validation.pt", "runs/large/qk_enc-attn.pt/0.pt", "runs/large/qk_enc-attn.pt/1.pt"):
         (folder / name).write_bytes((GRAPH / "golden_enc-attn.pt").read_bytes())
     for name in ("projections.pickle", "centroids.pickle"):
         (folder / name).write_bytes((GRAPH / f"golden_{name}").read_bytes())
@@ -161,6 +164,13 @@ def script(line: str) -> dict[str, Any]:
     words = shlex.split(line, comments=True)
     if words[:3] == ["python", "-m", "pytest"]:
         return {"kind": "process", "command": [sys.executable, *words[1:]], "cwd": str(ROOT), "shown": line}
+    if words[0] == "torchrun":
+        start = [sys.executable, "-m", "torch.distributed.run", words[1]]
+        return {
+            "kind": "process",
+            "command": [*start, *script(f"python {shlex.join(words[2:])}")["command"]],
+            "shown": line,
+        }
     assert words[0] == "python", f"{line}: mark it as not run, or teach this test to run it"
     assert (ROOT / words[1]).is_file(), line
     arguments = words[2:]

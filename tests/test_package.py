@@ -108,7 +108,7 @@ def test_a_launcher_finds_the_installed_package(installed: Path, tmp_path: Path)
     [
         ("sparsefinder", ()),
         ("sparsefinder.store", ()),
-        ("sparsefinder.pipeline", ()),
+        ("sparsefinder.pipeline", ("torch",)),
         ("sparsefinder.patterns.window", ("torch",)),
         ("sparsefinder.attention", ("torch",)),
         ("sparsefinder.metrics", ("torch",)),
