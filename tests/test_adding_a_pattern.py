@@ -17,7 +17,9 @@ import pytest
 from tests.conftest import ROOT
 
 PAGE = (ROOT / "docs" / "adding_a_pattern.md").read_text(encoding="utf-8")
-BLOCKS = [(*match.groups(), PAGE[: match.start()]) for match in re.finditer(r"```(\w+)\n(.*?)```", PAGE, re.DOTALL)]
+# language, text, and what stands before it on the page; a fence of four marks holds blocks of three
+FENCE = re.compile(r"^(`{3,4})(\w+)\n(.*?)^\1$", re.DOTALL | re.MULTILINE)
+BLOCKS = [(found[2], found[3], PAGE[: found.start()]) for found in FENCE.finditer(PAGE)]
 COPIED = ("conf", "docs", "scripts", "sparsefinder", "tests", "README.md", "pyproject.toml")
 
 
@@ -35,16 +37,19 @@ def test_the_page_from_start_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             for line in text.splitlines():
                 run(line, copy)
                 ran += 1
-        elif kind == "markdown":
+        elif text.startswith("| "):
             readme = (copy / "README.md").read_text(encoding="utf-8")
             row = next(line for line in readme.splitlines() if line.startswith("| `window` |"))
             (copy / "README.md").write_text(readme.replace(row, f"{row}\n{text.strip()}"), encoding="utf-8")
         elif text.startswith("def "):
             replace_call(copy / "sparsefinder" / "patterns" / "powers.py", text)
+        elif "check_pattern" in text:
+            (copy / "check.py").write_text(text, encoding="utf-8")
+            run("python check.py", copy)
         else:
-            named = re.findall(r"`((?:sparsefinder|conf|tests)/[\w/]+\.(?:py|yaml))`", before)
+            named = re.findall(r"`((?:sparsefinder|conf|docs|tests)/[\w/]+\.(?:py|yaml|md))`", before)
             (copy / named[-1]).write_text(text, encoding="utf-8")
-    assert ran == 5
+    assert ran == 6
     table = pd.read_csv(copy / "powers.csv")
     assert set(table.pattern) == {"powers"}
     swept = table[table.point.notna()].groupby("point").recall.mean()
