@@ -26,7 +26,10 @@ from sparsefinder.store import Store, UserError, read_manifest
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 MULTIRUN = ("-m", "--multirun")
-INPUTS = ("qk", "qk_validation", "projections", "centroids", "lowrank", "key_centroids")
+INPUTS = (
+    *("qk", "qk_validation", "projections", "centroids"),
+    *("lowrank", "key_centroids", "bilinear_projections", "bilinear_centroids"),
+)
 
 log = logging.getLogger("sparsefinder")
 swept: list[str] = []  # the settings that a sweep varies, for its messages

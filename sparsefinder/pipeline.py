@@ -58,6 +58,7 @@ STAGES = {
         Stage("project", "sparsefinder.quantization"),
         Stage("cluster", "sparsefinder.kmeans_centroids"),
         Stage("route", "sparsefinder.lowrank"),
+        Stage("bilinear", "sparsefinder.bilinear"),
         Stage("score", "sparsefinder.score"),
         Stage("evaluate", "sparsefinder.evaluate"),
         Stage(

@@ -26,7 +26,7 @@ GIVEN = [
     f"projections={GRAPH / 'golden_projections.pickle'}",
     f"centroids={GRAPH / 'golden_centroids.pickle'}",
 ]
-STAGES = ("finetune", "extract", "project", "cluster", "score", "evaluate", "report")
+STAGES = ("finetune", "extract", "project", "cluster", "route", "bilinear", "score", "evaluate", "report")
 
 
 def command(*arguments: str) -> list[str]:
