@@ -33,7 +33,10 @@ CONF = Path(__file__).resolve().parent.parent / "conf"
 HYDRA: dict[str, Any] = {"version_base": "1.3", "config_path": str(CONF), "config_name": "config"}
 MULTIRUN = ("-m", "--multirun")
 QUESTIONS = ("--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc")
-INPUTS = ("qk", "qk_validation", "projections", "centroids", "lowrank", "key_centroids", "calibration")
+INPUTS = (
+    *("qk", "qk_validation", "projections", "centroids"),
+    *("lowrank", "key_centroids", "bilinear_projections", "bilinear_centroids", "calibration"),
+)
 SPEAKS = os.environ.get("RANK", "0") == "0"  # of several processes, started by torchrun, the first one
 PLUGINS = {  # what a launcher is installed with
     "joblib": "hydra-joblib-launcher",

@@ -12,7 +12,8 @@ distance the keys (not the queries) are clustered; a query is *routed* to cluste
 `sparsefinder.patterns.routed`.
 
 Compared with the published Sparsefinder: an inner product instead of a distance, separate projections instead of a shared
-one, clusters of keys alone. The file of the projections has the same form, biases zero.
+one, clusters of keys alone. The file of the projections has the same form, biases zero. `sparsefinder.bilinear` trains on
+from here.
 """
 
 from __future__ import annotations
@@ -78,10 +79,27 @@ def fit_lowrank(samples: Samples, rank: int) -> Projections:
     layers, _, size = samples.shape
     if rank > size:
         log.info("rank %d is more than the head size: %d, where nothing is lost", rank, size)
+    scores = torch.eye(size, dtype=torch.float64)
     fitted = [
-        _closed_form(*_moments(samples, layer), min(rank, size)) for layer in progress(range(layers), "lowrank", layers)
+        _of_matrix(*_moments(samples, layer), scores, min(rank, size))
+        for layer in progress(range(layers), "lowrank", layers)
     ]
     return Projections(fitted)
+
+
+def normal_form(samples: Samples, projections: Projections) -> Projections:
+    """Linear projections without biases that give the same ``q'·k'``, with queries as white as the closed form has them.
+
+    An inner product is the same for ``q' A⁻¹`` and ``k' Aᵀ``, but the distance of keys, by which they are clustered, is not.
+    """
+    made = []
+    for layer, each in enumerate(projections.layers):
+        q, k = each.q, each.k
+        if not isinstance(q, Linear) or not isinstance(k, Linear) or q.b.any() or k.b.any():
+            raise TypeError("the inner product has a matrix where both projections are linear and without biases")
+        matrix = math.sqrt(q.in_size / q.out_size) * q.w.double() @ k.w.double().mT  # q'·k' / √R = qᵀ M k / √D
+        made.append(_of_matrix(*_moments(samples, layer), matrix, q.out_size))
+    return Projections(made, projections.source)
 
 
 def _moments(samples: Samples, layer: int) -> tuple[Tensor, Tensor]:
@@ -101,10 +119,11 @@ def _moments(samples: Samples, layer: int) -> tuple[Tensor, Tensor]:
     return q_sum / tokens, k_sum / tokens - mean[:, :, None] * mean[:, None, :]
 
 
-def _closed_form(q_moment: Tensor, k_moment: Tensor, rank: int) -> LayerProjections:
+def _of_matrix(q_moment: Tensor, k_moment: Tensor, matrix: Tensor, rank: int) -> LayerProjections:
+    """The projections of that rank whose ``q'·k' / √R`` is nearest to ``qᵀ M k / √D``; ``matrix``: ``(D, D)``, or a head each."""
     heads, size, _ = q_moment.shape
     (q_root, q_inverse), (k_root, k_inverse) = _roots(q_moment), _roots(k_moment)
-    left, values, right = torch.linalg.svd(q_root @ k_root)
+    left, values, right = torch.linalg.svd(q_root @ matrix @ k_root)
     sides = []
     for weight in (
         math.sqrt(rank / size) * q_inverse @ left[..., :rank],

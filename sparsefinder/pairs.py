@@ -31,6 +31,14 @@ class GoldPairs:
     zeros: Tensor
     tokens: int
 
+    @classmethod
+    def of(cls, graph: Tensor, allowed: Tensor) -> GoldPairs:
+        """Those of a graph ``(H, n, N)`` bool; ``allowed``: ``(n, N)`` bool, all keys of a row up to some place."""
+        heads, queries, tokens = graph.shape
+        flat = graph.reshape(heads * queries, tokens)
+        rows, columns = flat.nonzero(as_tuple=True)
+        return cls(rows, columns, allowed.sum(-1).repeat(heads) - flat.sum(-1), tokens)
+
     def draw_negatives(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """A negative for each positive, uniform over the allowed zeros of its row, with replacement.
 
@@ -78,11 +86,13 @@ def gold_pairs(qk: QK, alpha: float, block_size: int = 1, symmetric: bool = Fals
         graph, allowed = _any_in_block(graph, block_size), _any_in_block(allowed[None], block_size)[0]
     if symmetric:
         graph = (graph | graph.transpose(-1, -2)) & allowed
-    heads, tokens, _ = graph.shape
-    flat = graph.reshape(heads * tokens, tokens)
-    rows, columns = flat.nonzero(as_tuple=True)
-    zeros = allowed.sum(-1).repeat(heads) - flat.sum(-1)
-    return GoldPairs(rows, columns, zeros, tokens)
+    return GoldPairs.of(graph, allowed)
+
+
+def mean_of_heads(values: Tensor, heads: Tensor, count: int) -> Tensor:
+    """The mean over ``count`` heads of the mean of each head's ``values (P,)``; one without any has a mean of 0."""
+    sums = values.new_zeros(count).index_add(0, heads, values)
+    return (sums / torch.bincount(heads, minlength=count).clamp_min(1)).mean()
 
 
 def _any_in_block(graph: Tensor, size: int) -> Tensor:

@@ -63,6 +63,7 @@ STAGES = {
         Stage("project", "sparsefinder.quantization"),
         Stage("cluster", "sparsefinder.kmeans_centroids"),
         Stage("route", "sparsefinder.lowrank"),
+        Stage("bilinear", "sparsefinder.bilinear"),
         Stage("calibrate", "sparsefinder.calibrate"),
         Stage("score", "sparsefinder.score", shared=True),
         Stage("evaluate", "sparsefinder.evaluate", shared=True),

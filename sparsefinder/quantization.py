@@ -29,9 +29,10 @@ from torch import Tensor
 from sparsefinder.distances import PAIRWISE
 from sparsefinder.graphs import QK
 from sparsefinder.metrics import Counts, Gold, count
-from sparsefinder.pairs import GoldPairs, PairsOnDisk, gold_pairs
+from sparsefinder.pairs import GoldPairs, PairsOnDisk, gold_pairs, mean_of_heads
 from sparsefinder.projections import Hidden, Identity, LayerProjections, Linear, Projection, Projections
 from sparsefinder.samples import Samples, training_samples, validation_samples
+from sparsefinder.stacks import Trained, check_one_model, clip_each_layer, per_layer, sample_plan, stacked_sample
 from sparsefinder.store import Store, UserError, progress, remove
 from sparsefinder.transforms import Normalizer
 
@@ -90,14 +91,6 @@ class ProjectSettings:
         return ("qk", "qk_validation")
 
 
-@dataclass(frozen=True)
-class Trained:
-    """What training returns: the projections, and one record (step, loss, recall, sparsity) for each measurement."""
-
-    projections: Projections
-    history: list[dict[str, float]]
-
-
 def run(settings: ProjectSettings, store: Store) -> None:
     """Make ``projections`` from ``qk``, measuring on ``qk_validation``."""
     scratch = store.scratch("gold")
@@ -117,11 +110,7 @@ def train_projections(
 
     Gold graphs are computed once and kept in files of the folder ``scratch``; in memory without one.
     """
-    if held_out.shape != training.shape:
-        raise UserError(
-            f"{held_out.source} has (layers, heads, head size) {held_out.shape}, {training.source} has {training.shape}: "
-            "give training and held-out samples of one model"
-        )
+    check_one_model(training, held_out)
     layers, heads, size = training.shape
     generator = torch.Generator().manual_seed(settings.seed)
     with torch.random.fork_rng(devices=[]):
@@ -129,30 +118,31 @@ def train_projections(
         stack = _initial(layers * heads, size, settings)
     held_out = held_out.part(0, settings.eval_samples)
     if settings.kind == "none":
-        projections = _per_layer(stack, layers)
+        projections = per_layer(stack, layers)
         return Trained(projections, [{"step": 0, **_measure(projections, held_out, settings)}])
 
     gold = _all_gold(training, settings, scratch)
     optimizer = torch.optim.Adam(stack.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     history: list[dict[str, float]] = []
-    plan = _plan(len(training), settings, generator)
+    in_a_step = settings.batch_size * settings.accumulation
+    plan = sample_plan(len(training), in_a_step, settings.epochs, settings.steps, generator)
     for step, batch in enumerate(progress(plan, "project"), start=1):
         loss = 0.0
         for index in batch:
-            tokens = _stacked(training, index, settings)
+            tokens = stacked_sample(training, index, settings.causal)
             sample_loss = layers * contrastive_loss(stack(tokens), gold[index], settings, generator) / len(batch)
             sample_loss.backward()
             loss += sample_loss.item() / layers
-        _clip_each_layer(stack, layers, settings.clip)
+        clip_each_layer(stack, layers, settings.clip)
         optimizer.step()
         optimizer.zero_grad()
         if step == len(plan) or (settings.eval_every and step % settings.eval_every == 0):
-            history.append({"step": step, "loss": loss, **_measure(_per_layer(stack, layers), held_out, settings)})
+            history.append({"step": step, "loss": loss, **_measure(per_layer(stack, layers), held_out, settings)})
             log.info(
                 "step %d of %d: loss %.4f, on held-out samples recall %.4f at sparsity %.4f",
                 *(step, len(plan), loss, history[-1]["recall"], history[-1]["sparsity"]),
             )
-    return Trained(_per_layer(stack, layers), history)
+    return Trained(per_layer(stack, layers), history)
 
 
 def contrastive_loss(projected: QK, gold: GoldPairs, settings: ProjectSettings, generator: torch.Generator) -> Tensor:
@@ -172,9 +162,7 @@ def contrastive_loss(projected: QK, gold: GoldPairs, settings: ProjectSettings, 
     far = _distance(queries, keys.index_select(0, first_key + negatives), settings.distance)
     if settings.loss == "pair":
         pairs = torch.relu(settings.margin + near - far)
-        head_of_pair = rows // tokens
-        per_head = pairs.new_zeros(heads).index_add(0, head_of_pair, pairs)
-        return (per_head / torch.bincount(head_of_pair, minlength=heads).clamp_min(1)).mean()
+        return mean_of_heads(pairs, rows // tokens, heads)
     sums = near.new_zeros(heads * tokens).index_add(0, rows, near - far)
     learned = torch.zeros(heads * tokens, dtype=torch.bool).index_fill(0, rows, True)
     return (torch.relu(settings.margin + sums) * learned).sum() / (heads * tokens)
@@ -183,9 +171,6 @@ def contrastive_loss(projected: QK, gold: GoldPairs, settings: ProjectSettings, 
 def _distance(queries: Tensor, keys: Tensor, name: str) -> Tensor:
     squared = (queries - keys).square()
     return squared.sum(-1) if name == "l2" else squared.amin(-1)
-
-
-# ---- all layers at once: the heads of all layers are the heads of one stack ----
 
 
 def _initial(heads: int, size: int, settings: ProjectSettings) -> LayerProjections:
@@ -201,40 +186,9 @@ def _initial(heads: int, size: int, settings: ProjectSettings) -> LayerProjectio
     return LayerProjections(q, q if settings.share_projectors or settings.kind == "concat" else make())
 
 
-def _per_layer(stack: LayerProjections, layers: int) -> Projections:
-    def part(module: Projection, layer: int) -> Projection:
-        if isinstance(module, Identity):
-            return module
-        state = {name: tensor.chunk(layers)[layer].detach().clone() for name, tensor in module.state_dict().items()}
-        if isinstance(module, Linear):
-            made: Projection = Linear(*_sizes(state["w"]))
-        else:
-            made = Hidden(*_sizes(state["w1"]), state["w2"].shape[-1])
-        made.load_state_dict(state)
-        return made
-
-    def of_layer(layer: int) -> LayerProjections:
-        q = part(stack.q, layer)
-        return LayerProjections(q, q if stack.k is stack.q else part(stack.k, layer)).requires_grad_(False)
-
-    return Projections([of_layer(layer) for layer in range(layers)])
-
-
-def _sizes(weight: Tensor) -> tuple[int, int, int]:
-    heads, rows, columns = weight.shape
-    return heads, rows, columns
-
-
-def _stacked(samples: Samples, index: int, settings: ProjectSettings) -> QK:
-    layers = samples.layers(index, settings.causal)
-    q, k = (torch.cat([getattr(layer, side) for layer in layers], dim=1) for side in ("q", "k"))
-    return QK(q, k, layers[0].valid, settings.causal)
-
-
 def _gold_of_all_layers(samples: Samples, index: int, settings: ProjectSettings) -> GoldPairs:
-    return gold_pairs(
-        _stacked(samples, index, settings), settings.alpha, settings.block_size, symmetric=settings.kind == "concat"
-    )
+    whole = stacked_sample(samples, index, settings.causal)
+    return gold_pairs(whole, settings.alpha, settings.block_size, symmetric=settings.kind == "concat")
 
 
 def _all_gold(samples: Samples, settings: ProjectSettings, scratch: Path | None) -> PairsOnDisk | list[GoldPairs]:
@@ -245,28 +199,6 @@ def _all_gold(samples: Samples, settings: ProjectSettings, scratch: Path | None)
     for index, pairs in enumerate(each):
         kept.put(index, pairs)
     return kept
-
-
-def _plan(samples: int, settings: ProjectSettings, generator: torch.Generator) -> list[list[int]]:
-    """The samples of each step: every epoch in a new order."""
-    in_a_step = settings.batch_size * settings.accumulation
-    epochs = settings.epochs
-    if settings.steps is not None:
-        epochs = math.ceil(settings.steps * in_a_step / samples) + 1
-    plan: list[list[int]] = []
-    for _ in range(epochs):
-        order = torch.randperm(samples, generator=generator).tolist()
-        plan += [order[start : start + in_a_step] for start in range(0, samples, in_a_step)]
-    return plan[: settings.steps]
-
-
-def _clip_each_layer(stack: LayerProjections, layers: int, limit: float) -> None:
-    gradients = [parameter.grad for parameter in stack.parameters() if parameter.grad is not None]
-    norms = sum(gradient.unflatten(0, (layers, -1)).flatten(1).square().sum(-1) for gradient in gradients)
-    if isinstance(norms, Tensor):
-        scale = (limit / norms.sqrt().clamp_min(1e-12)).clamp_max(1.0)
-        for gradient in gradients:
-            gradient.mul_(scale.repeat_interleave(gradient.shape[0] // layers).view(-1, 1, 1))
 
 
 @torch.no_grad()

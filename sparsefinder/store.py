@@ -73,6 +73,8 @@ ARTEFACTS = {
         Artefact("centroids", "centroids.pickle", "cluster"),
         Artefact("lowrank", "lowrank.pickle", "route"),
         Artefact("key_centroids", "key_centroids.pickle", "route"),
+        Artefact("bilinear_projections", "bilinear.pickle", "bilinear"),
+        Artefact("bilinear_centroids", "bilinear_centroids.pickle", "bilinear"),
         Artefact("calibration", "calibration", "calibrate"),
         Artefact("score", "score", "score"),
         Artefact("evaluate", "evaluate", "evaluate"),

@@ -25,7 +25,7 @@ from sparsefinder.projections import LayerProjections, Linear, Projections
 from sparsefinder.store import UserError
 from tests.conftest import ROOT, random_qk
 
-SPACES = {"projections", "lowrank"}  # artefacts that are projections
+SPACES = {"projections", "lowrank", "bilinear_projections"}  # artefacts that are projections
 HEADS, SIZE, ROUNDS = 2, 8, 3
 FILES = sorted(path for path in (ROOT / "conf" / "pattern").glob("*.yaml") if not OmegaConf.load(path).get("every"))
 AROUND = {
@@ -87,7 +87,9 @@ DENSE: dict[str, dict[str, Any]] = {
     "kmeans": {"top_clusters": 6},
     "window": {"width": 99},
     "lowrank": {"level": 1e9},
+    "bilinear": {"level": 1e9},
     "routed": {"level": 1e9},
+    "routed_bilinear": {"level": 1e9},
     "routed_budget": {"level": 1.0},
     "longformer": {"width": 99},
     "bigbird": {"block": 99},

@@ -12,8 +12,9 @@ import torch
 from sparsefinder.graphs import QK
 from sparsefinder.pairs import gold_pairs
 from sparsefinder.projections import LayerProjections, Linear, load_projections
-from sparsefinder.quantization import ProjectSettings, _clip_each_layer, contrastive_loss, train_projections
+from sparsefinder.quantization import ProjectSettings, contrastive_loss, train_projections
 from sparsefinder.samples import Samples, load_samples
+from sparsefinder.stacks import clip_each_layer
 from sparsefinder.store import UserError
 from sparsefinder.transforms import entmax15
 from tests.conftest import random_qk
@@ -170,7 +171,7 @@ def test_gradients_are_clipped_for_each_layer() -> None:
     for parameter in stack.parameters():
         parameter.grad = torch.ones_like(parameter)
         parameter.grad[2:] *= 1000
-    _clip_each_layer(stack, layers=2, limit=1.0)
+    clip_each_layer(stack, layers=2, limit=1.0)
     of_layers = [[p.grad[part] for p in stack.parameters()] for part in (slice(0, 2), slice(2, 4))]
     for gradients in of_layers:
         norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()

@@ -126,6 +126,8 @@ LOADERS: Mapping[str, Callable[[Path], Any]] = {
     "centroids": load_centroids,
     "lowrank": load_projections,
     "key_centroids": load_centroids,
+    "bilinear_projections": load_projections,
+    "bilinear_centroids": load_centroids,
 }
 
 

@@ -20,8 +20,8 @@ _AT_ONCE = 1 << 20  # scores of queries and clusters in memory at one time: what
 
 
 @dataclass(frozen=True)
-class Routed:
-    """Edge iff the query is routed to the cluster of the key.
+class ToClusters:
+    """Edge iff the query is routed to the cluster of the key; subclasses say whose space and centroids these are.
 
     Each key joins its nearest centroid ``c``. A query scores each cluster by what its best keys may be worth,
 
@@ -33,25 +33,26 @@ class Routed:
     for their keys, without spread, and a query counts the keys up to itself.
 
     Ours. What it owes: routing to clusters of keys to Roy et al. 2021 (https://arxiv.org/abs/2003.05997), though with a budget
-    that follows the threshold of entmax instead of equal shares; the closed-form space to `sparsefinder.lowrank`.
+    that follows the threshold of entmax instead of equal shares.
     """
 
     rule: str = "margin"  # margin or budget
     level: float = 0.2  # how far below the estimated threshold (margin), or which share of the keys (budget)
     alpha: float = 1.5  # of the entmax whose threshold is estimated
-    key_centroids: Centroids | None = None  # attached by a `Configuration`
 
     dial: ClassVar[str | None] = "level"
-    needs: ClassVar[tuple[str, ...]] = ("lowrank", "key_centroids")
 
     def __post_init__(self) -> None:
         check_rule(self.rule, self.level, self.alpha)
 
+    @property
+    def centroids(self) -> Centroids:
+        """The clusters of keys; a `UserError` where none are attached."""
+        raise NotImplementedError
+
     def layout(self, qk: QK, layer: int) -> Layout:
         """Clusters as buckets: each key in one, each query in those that it is routed to."""
-        if self.key_centroids is None:
-            raise UserError("routed needs key_centroids: run stage=route first, or give a file with key_centroids=PATH")
-        centres = self.key_centroids(qk, layer).flatten(1, 2)  # several runs are as many clusters more
+        centres = self.centroids(qk, layer).flatten(1, 2)  # several runs are as many clusters more
         count = centres.shape[1]
         cluster = nearest(qk.k, centres[:, None], 1)[..., 0].masked_fill(~qk.valid[:, None], count)  # (B, H, N)
         some = max(_AT_ONCE // max(cluster.shape[0] * cluster.shape[2] * count, 1), 1)  # heads
@@ -69,6 +70,22 @@ class Routed:
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool from vectors ``(B, H, N, R)``."""
         return self.layout(qk, layer).graph(qk)
+
+
+@dataclass(frozen=True)
+class Routed(ToClusters):
+    """Routing to clusters of keys in the closed-form space of `sparsefinder.lowrank`; see `ToClusters` for the formula."""
+
+    key_centroids: Centroids | None = None  # attached by a `Configuration`
+
+    needs: ClassVar[tuple[str, ...]] = ("lowrank", "key_centroids")
+
+    @property
+    def centroids(self) -> Centroids:
+        """Those of the stage ``route``."""
+        if self.key_centroids is None:
+            raise UserError("routed needs key_centroids: run stage=route first, or give a file with key_centroids=PATH")
+        return self.key_centroids
 
 
 def _whole(qk: QK, cluster: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,210 @@
+"""The stage ``bilinear``: train separate projections of queries and keys whose inner product finds the support of entmax.
+
+The closed form (`sparsefinder.lowrank`) of the same rank makes the mean squared error of the scores least. But most pairs lie
+far below the threshold, where errors do no harm. Training starts from there and lowers, with ``s_ij = q'_i·k'_j / √R``,
+
+- ``bce``: binary cross-entropy with the logit ``β ((α − 1) s_ij − τ_i)``, where ``τ_i`` is the threshold of the entmax of row
+  ``i`` of the *estimates*: the number that the rule ``margin`` of `sparsefinder.selection` compares with. Gradients flow
+  through ``τ_i``, so the scores learn relative to it; a shift of a row changes nothing, as for entmax itself. The mean over
+  the positives ``p_ij > 0`` of a head and that over its zeros weigh the same, though zeros are many more.
+- ``pair``: the hinge ``relu(m − s_ij + s_il)``, ``j`` positive and ``l`` a zero drawn from the same row: what Sparsefinder
+  asks of distances (`sparsefinder.quantization`). Only the order within a row is learned.
+
+Every step draws some queries of some samples and takes whole rows of them, in all layers and heads at once. In the end the
+projections are brought into the normal form of the closed form (white queries; the inner products stay), where keys are
+clustered for `sparsefinder.patterns.routed`. Which loss recalls how much, and what else was tried: ``docs/predictors.md``.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsefinder.graphs import QK
+from sparsefinder.kmeans_centroids import ClusterSettings, fit_centroids
+from sparsefinder.lowrank import fit_lowrank, normal_form
+from sparsefinder.metrics import Counts, Gold, count
+from sparsefinder.pairs import GoldPairs, mean_of_heads
+from sparsefinder.projections import Projections
+from sparsefinder.samples import Samples, training_samples, validation_samples
+from sparsefinder.selection import select
+from sparsefinder.stacks import (
+    Trained,
+    check_one_model,
+    clip_each_layer,
+    per_layer,
+    sample_plan,
+    stacked_linear,
+    stacked_sample,
+)
+from sparsefinder.store import Store, UserError, progress
+from sparsefinder.transforms import Normalizer
+
+log = logging.getLogger(__name__)
+
+LOSSES = ("bce", "pair")
+
+
+@dataclass(frozen=True)
+class BilinearSettings:
+    """Settings of the stage ``bilinear``."""
+
+    rounds: int = 4  # R, numbers that queries and keys are compared by; at most the head size
+    loss: str = "bce"  # bce: cross-entropy around each row's own threshold; pair: a hinge for each positive
+    sharpness: float = 4.0  # β of bce
+    margin: float = 1.0  # m of pair
+    steps: int = 200  # 0: the closed form
+    batch_size: int = 4  # samples in a step
+    queries: int = 64  # drawn from a sample in a step
+    learning_rate: float = 3e-2  # falls linearly to zero
+    clip: float = 1.0  # largest norm of a layer's gradient
+    alpha: float = 1.5  # of the entmax whose support is learned
+    causal: bool = False
+    n_clusters: int = 64  # of keys
+    max_iterations: int = 100  # of Lloyd's algorithm
+    eval_every: int = 50  # steps between two measurements on held-out samples; 0: only at the start and the end
+    eval_samples: int = 8  # held-out samples to measure on
+    eval_density: float = 0.2  # share of each query's keys predicted when measuring recall
+    seed: int = 0
+    jobs: int = -1  # heads clustered at the same time; -1: one for each core
+
+    def __post_init__(self) -> None:
+        if self.loss not in LOSSES:
+            raise UserError(f"bilinear.loss={self.loss} is unknown; choose one of {', '.join(LOSSES)}")
+        for name in ("rounds", "batch_size", "queries", "n_clusters", "max_iterations", "eval_samples"):
+            if getattr(self, name) < 1:
+                raise UserError(f"bilinear.{name} must be 1 or more, got {getattr(self, name)}")
+        if self.steps < 0 or self.eval_every < 0:
+            raise UserError("bilinear.steps and bilinear.eval_every must be 0 or more")
+        if self.learning_rate <= 0 or self.sharpness <= 0 or self.clip <= 0 or self.margin < 0:
+            raise UserError("bilinear needs learning_rate > 0, sharpness > 0, clip > 0 and margin >= 0")
+        if not 0 < self.eval_density < 1:
+            raise UserError(f"bilinear.eval_density must lie between 0 and 1, got {self.eval_density}")
+        if not 1 < self.alpha <= 2:
+            raise UserError(f"bilinear.alpha must be above 1 (softmax has no zeros) and at most 2, got {self.alpha}")
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Artefacts read by the stage."""
+        return ("qk", "qk_validation")
+
+    @property
+    def clusters(self) -> ClusterSettings:
+        """How the keys are clustered."""
+        return ClusterSettings(
+            n_clusters=self.n_clusters, max_iterations=self.max_iterations, seed=self.seed, jobs=self.jobs
+        )
+
+
+def run(settings: BilinearSettings, store: Store) -> None:
+    """Make ``bilinear_projections`` and ``bilinear_centroids`` from ``qk``, measuring on ``qk_validation``."""
+    samples = training_samples(store)
+    trained = train_bilinear(samples, validation_samples(store), settings)
+    centroids = fit_centroids(samples, trained.projections, settings.clusters, sides=("k",))
+    with store.writing("bilinear_projections") as path:
+        trained.projections.save(path)
+    with store.writing("bilinear_centroids") as path:
+        centroids.save(path)
+    store.note("bilinear_projections", history=trained.history)
+
+
+def train_bilinear(training: Samples, held_out: Samples, settings: BilinearSettings) -> Trained:
+    """Train the projections of all layers and heads at once; deterministic in ``settings.seed`` on one machine."""
+    check_one_model(training, held_out)
+    layers = training.shape[0]
+    held_out = held_out.part(0, settings.eval_samples)
+    generator = torch.Generator().manual_seed(settings.seed)
+    start = fit_lowrank(training, settings.rounds)
+    history = [{"step": 0, **_measure(start, held_out, settings)}]
+    log.info("closed form: on held-out samples recall %.4f at sparsity %.4f", *_shown(history))
+    if not settings.steps:
+        return Trained(start, history)
+
+    stack = stacked_linear(start)
+    weights = [weight for name, weight in stack.named_parameters() if name.endswith("w")]  # biases stay zero
+    optimizer = torch.optim.Adam(weights, lr=settings.learning_rate)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, settings.steps)
+    plan = sample_plan(len(training), settings.batch_size, 1, settings.steps, generator)
+    for step, batch in enumerate(progress(plan, "bilinear"), start=1):
+        loss = 0.0
+        for index in batch:
+            whole = stacked_sample(training, index, settings.causal)
+            drawn = torch.randperm(whole.q.shape[2], generator=generator)[: settings.queries]
+            gold = Normalizer(settings.alpha)(_rows(whole, drawn)) > 0
+            allowed = whole.allowed[0, 0, drawn]
+            sample_loss = row_loss(_rows(stack(whole), drawn), gold, allowed, settings, generator) / len(batch)
+            # a sum over layers: each is trained as if alone
+            torch.autograd.backward(layers * sample_loss, inputs=weights)
+            loss += sample_loss.item()
+        clip_each_layer(stack, layers, settings.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if step < len(plan) and settings.eval_every and step % settings.eval_every == 0:
+            history.append({"step": step, "loss": loss, **_measure(per_layer(stack, layers), held_out, settings)})
+            log.info("step %d of %d: loss %.4f, recall %.4f at sparsity %.4f", step, len(plan), loss, *_shown(history))
+    trained = normal_form(training, per_layer(stack, layers))
+    history.append({"step": len(plan), "loss": loss, **_measure(trained, held_out, settings)})
+    log.info("step %d of %d: loss %.4f, recall %.4f at sparsity %.4f", step, len(plan), loss, *_shown(history))
+    return Trained(trained, history)
+
+
+def row_loss(
+    scores: Tensor, gold: Tensor, allowed: Tensor, settings: BilinearSettings, generator: torch.Generator
+) -> Tensor:
+    """The loss of some rows of one example, averaged over heads.
+
+    ``scores``: ``(H, n, N)`` estimates, ``-inf`` on keys that are not allowed; ``gold``: bool of that shape; ``allowed``:
+    ``(n, N)`` bool. A head without any positive, or without any zero, has no loss of that kind.
+    """
+    if settings.loss == "bce":
+        height = (settings.alpha - 1) * scores - row_thresholds(scores, settings.alpha)
+        logits = (settings.sharpness * height).masked_fill(~allowed, 0.0)
+        zeros = allowed & ~gold
+        return (_mean(F.softplus(-logits), gold) + _mean(F.softplus(logits), zeros)).mean()
+    pairs = GoldPairs.of(gold, allowed)
+    kept, negatives = pairs.draw_negatives(generator)
+    rows, flat = pairs.rows[kept], scores.flatten(0, 1)
+    hinges = torch.relu(settings.margin - flat[rows, pairs.columns[kept]] + flat[rows, negatives])
+    return mean_of_heads(hinges, rows // gold.shape[1], gold.shape[0])
+
+
+def row_thresholds(scores: Tensor, alpha: float) -> Tensor:
+    """``τ (..., 1)`` of entmax of ``(..., N)``, differentiable: ``p_j = [(α − 1) s_j − τ]₊^{1/(α−1)}`` solved for the largest."""
+    probabilities = Normalizer(alpha)(scores)
+    return (alpha - 1) * scores.amax(-1, keepdim=True) - probabilities.amax(-1, keepdim=True) ** (alpha - 1)
+
+
+def _mean(values: Tensor, chosen: Tensor) -> Tensor:
+    """The mean of each head's chosen values, ``(H,)``."""
+    return (values * chosen).sum((-2, -1)) / chosen.sum((-2, -1)).clamp_min(1)
+
+
+def _rows(qk: QK, drawn: Tensor) -> Tensor:
+    """Scores of the drawn queries of one example, ``(H, n, N)``; ``-inf`` on keys that are not allowed."""
+    scores = qk.q[0][:, drawn] @ qk.k[0].mT / math.sqrt(qk.q.shape[-1])
+    return scores.masked_fill(~qk.allowed[0, 0, drawn], -math.inf)
+
+
+@torch.no_grad()
+def _measure(projections: Projections, held_out: Samples, settings: BilinearSettings) -> dict[str, float]:
+    """Recall when each query takes the best ``eval_density`` of its keys, and the true sparsity of that."""
+    counts: list[Counts] = []
+    for index in range(len(held_out)):
+        for layer, qk in enumerate(held_out.layers(index, settings.causal)):
+            probabilities = Normalizer(settings.alpha)(qk.scores())
+            scores = projections(qk, layer).scores()
+            allowed = qk.allowed.expand(scores.shape)
+            graph = select(scores, allowed.to(scores.dtype), "budget", settings.eval_density, settings.alpha)
+            counts.append(count(graph & allowed, Gold(probabilities, probabilities > 0), qk))
+    macro = Counts.cat(counts).macro()
+    return {"recall": macro["recall"].mean().item(), "sparsity": macro["sparsity"].mean().item()}
+
+
+def _shown(history: list[dict[str, float]]) -> tuple[float, float]:
+    return history[-1]["recall"], history[-1]["sparsity"]

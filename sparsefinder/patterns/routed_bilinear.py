@@ -1,0 +1,32 @@
+"""Routing to clusters of keys in a trained space: the sub-quadratic form of `Bilinear`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from sparsefinder.kmeans_centroids import Centroids
+from sparsefinder.patterns.routed import ToClusters
+from sparsefinder.store import UserError
+
+
+@dataclass(frozen=True)
+class RoutedBilinear(ToClusters):
+    """Routing to clusters of keys in the space that the stage ``bilinear`` trained; see `ToClusters` for the formula.
+
+    At the same rank and density it recalls more than `Routed`: ``docs/predictors.md``.
+    """
+
+    bilinear_centroids: Centroids | None = None  # attached by a `Configuration`
+
+    needs: ClassVar[tuple[str, ...]] = ("bilinear_projections", "bilinear_centroids")
+
+    @property
+    def centroids(self) -> Centroids:
+        """Those of the stage ``bilinear``."""
+        if self.bilinear_centroids is None:
+            raise UserError(
+                "routed_bilinear needs bilinear_centroids: run stage=bilinear first, or give a file with "
+                "bilinear_centroids=PATH"
+            )
+        return self.bilinear_centroids
