@@ -173,10 +173,14 @@ def score(
 
 
 def _score(samples: Samples, settings: ScoreSettings, patterns: list[Pattern], indices: Sequence[int]) -> Scores:
-    counts: dict[tuple[int, int], list[Counts]] = {}
-    balances: dict[tuple[int, int], list[dict[str, Tensor]]] = {}
+    layers, heads, _ = samples.shape
+    # in one place each: small tensors kept between large ones that come and go make the heap grow by gigabytes
+    room = (len(patterns), layers, len(indices), heads)
+    kept = {f.name: torch.zeros(room, dtype=torch.float64 if f.name == "mass" else torch.int64) for f in fields(Counts)}
+    balances = {name: torch.zeros(room, dtype=torch.float64) for name in BALANCE}
+    balanced: set[tuple[int, int]] = set()
     normalizer = Normalizer(settings.alpha)
-    for index in indices:
+    for at, index in enumerate(indices):
         for layer, qk in enumerate(samples.layers(index, settings.causal)):
             probabilities = normalizer(qk.scores())
             gold = Gold(probabilities, probabilities > 0)
@@ -184,12 +188,20 @@ def _score(samples: Samples, settings: ScoreSettings, patterns: list[Pattern], i
                 as_graph = configuration.quadratic or configuration.dials is not None
                 layout = None if as_graph else layout_of(pattern, qk, layer)
                 graph = pattern(qk, layer) if layout is None else layout.graph(qk)
-                counts.setdefault((place, layer), []).append(count(graph, gold, qk, configuration.near(qk)))
+                counts = count(graph, gold, qk, configuration.near(qk))
+                for name, room_of in kept.items():
+                    room_of[place, layer, at] = getattr(counts, name)[0]
                 if layout is not None and layout.buckets is not None:
-                    balances.setdefault((place, layer), []).append(balance(layout.buckets, qk.valid))
+                    balanced.add((place, layer))
+                    for name, shares in balance(layout.buckets, qk.valid).items():
+                        balances[name][place, layer, at] = shares[0]
     return Scores(
-        {key: Counts.cat(parts) for key, parts in counts.items()},
-        {key: {name: torch.cat([part[name] for part in parts]) for name in BALANCE} for key, parts in balances.items()},
+        {
+            (place, layer): Counts(**{name: values[place, layer] for name, values in kept.items()})
+            for place in range(len(patterns))
+            for layer in range(layers)
+        },
+        {key: {name: values[key] for name, values in balances.items()} for key in sorted(balanced)},
     )
 
 
