@@ -55,7 +55,9 @@ class TestWholeRun:
         again = call(*SMOKE, f"run_dir={smoke}")
         assert again.returncode == 0
         assert [line for line in again.stderr.splitlines() if "skipped" in line] == [
-            f"{stage}: done and unchanged, skipped" for stage in STAGES
+            f"{stage}: done and unchanged, skipped"
+            for stage in STAGES
+            if stage != "calibrate"  # left out without a target
         ]
 
     def test_the_files_are_of_the_published_form(self, smoke: Path) -> None:
