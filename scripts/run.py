@@ -135,6 +135,11 @@ def run(cfg: DictConfig, point: Point | None = None) -> None:
     refuse_unknown_keys(cfg)
     stages = pipeline.chosen_stages(plain(cfg.stage))
     store = store_of(cfg, [stage.name for stage in stages], point)
+    for stage in stages:
+        if not OmegaConf.is_dict(cfg[stage.name]):
+            raise UserError(
+                f"{stage.name}={cfg[stage.name]}: a stage needs its settings; {stage.name}.FIELD=VALUE sets one"
+            )
     settings = {stage.name: build(cfg[stage.name], **objects(cfg, stage.name)) for stage in stages}
     pipeline.run_stages(stages, settings, store, cfg.seed)
     if processes.first() and any(stage.name in ("score", "evaluate", "report") for stage in stages):
@@ -158,6 +163,8 @@ def objects(cfg: DictConfig, stage: str) -> dict[str, Any]:
 
 def store_of(cfg: DictConfig, stages: list[str], point: Point | None) -> Store:
     """The run directory, the artefacts named by path, and for a point of a sweep its own folder below."""
+    if not str(cfg.run_dir or "").strip():
+        raise UserError(f"run_dir={cfg.run_dir}: a folder is needed, in which everything of the run will lie")
     run_dir = Path(cfg.run_dir)
     given = {name: Path(cfg[name]) for name in INPUTS if cfg[name] is not None}
     name = cfg.model.get("name_or_path")
@@ -298,6 +305,9 @@ def check(argv: list[str]) -> list[Point]:
     Returns the points of a sweep, none without ``-m``.
     """
     use_own_launchers()
+    for before, argument in zip(["", *argv], argv, strict=False):
+        if not re.match(r"[-~]|.+=", argument) and (not before.startswith("-") or before in MULTIRUN):
+            raise UserError(f"{argument!r} sets nothing: give settings as KEY=VALUE; `--help` lists them")
     texts = [argument for argument in argv if "=" in argument and not argument.startswith("-")]
     parser = OverridesParser.create()
     try:
@@ -313,7 +323,7 @@ def check(argv: list[str]) -> list[Point]:
                 points.point_of(Path(hydra.compose("config", overrides=list(chosen)).run_dir), chosen, swept)
                 for chosen in itertools.product(*alternatives)
             ]
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # Hydra raises the last for corpus=null
         raise UserError(one_line(error)) from error
 
 

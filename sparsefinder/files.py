@@ -22,6 +22,7 @@ _LOST_NUMBER = {
     "(os error 1)": os.strerror(errno.EPERM),
     "(os error 13)": os.strerror(errno.EACCES),
     "inline_container.cc": "not all bytes arrived, the disk is probably full",
+    "iostream error": "not all bytes arrived, the disk is probably full",
 }
 
 

@@ -78,7 +78,7 @@ STAGES = {
 
 def chosen_stages(stage: str | Sequence[str]) -> list[Stage]:
     """``all``, one name or several → stages in their order; an unknown name is a `UserError` that lists them."""
-    names = [stage] if isinstance(stage, str) else list(stage)
+    names = [stage] if isinstance(stage, str) else list(stage or ())
     if names == ["all"]:
         return list(STAGES.values())
     unknown = [name for name in names if name not in STAGES]

@@ -51,7 +51,7 @@ ODD = (
     ),
     *("score._target_=sparsefinder.nothing", "finetune._target_=1", "evaluate.adapt=null", "score=null", "corpus=null"),
     *("pattern=kmeans pattern.top_clusters=-1", "pattern=distance pattern.distance=far", "name=a/b", "run_dir="),
-    *("-x", "--nothing", "--config-name=nothing", "--config-path=/"),
+    *("-x", "--nothing"),
 )
 RUN = """
 import contextlib, io, json, os, sys, time, traceback
