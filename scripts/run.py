@@ -195,7 +195,7 @@ def dialled(cfg: DictConfig) -> Iterable[Any]:
 
     for name, settings, values, around in patterns(cfg):
         pattern = build(settings)
-        if pattern.dial is not None and values:
+        if getattr(pattern, "dial", None) is not None and values:
             yield from (Dialled(configuration, tuple(values)) for configuration in united(name, pattern, around))
 
 
@@ -203,6 +203,8 @@ def united(name: str, pattern: Any, around: list[dict[str, Any]]) -> Iterable[An
     """A pattern with its surroundings: a learned one with each of them, any other with the first."""
     from sparsefinder.patterns.configuration import Configuration
 
+    if not hasattr(pattern, "needs"):  # a file of another group, by a path such as ../model/tiny
+        raise UserError(f"pattern={name} is no pattern but {type(pattern).__name__}; name one file of conf/pattern")
     for surrounding in around if pattern.needs else around[:1]:
         yield construct(Configuration, {"name": name, "pattern": pattern} | surrounding)
 

@@ -177,9 +177,8 @@ FILES = {
 def test_a_wrong_file_is_one_clear_line(case: str, tmp_path: Path) -> None:
     make, message = FILES[case]
     file = make(tmp_path / "wrong.pt")
-    check_refused(
-        call("stage=score", *GIVEN[2:], f"qk={file}", f"qk_validation={file}", f"run_dir={tmp_path / 'run'}"), message
-    )
+    given = [*GIVEN[2:], f"qk={file}", f"qk_validation={file}", f"run_dir={tmp_path / 'run'}"]
+    check_refused(call("stage=score", "pattern=kmeans", *given), message)
 
 
 def test_centroids_of_another_size(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from sparsefinder.store import UserError
 MODULES = ("settings", "sparse_keys", "blocks", "attention", "families", "configuration", "modeling", "export")
 """Modules of `sparsefinder.lsg` that are carried along."""
 
-SHARED = ("graphs", "transformers_internals", "transforms")
+SHARED = ("entmax_kernels", "graphs", "transformers_internals", "transforms")
 """Modules of `sparsefinder` that they need; of `store` only the error."""
 
 _IMPORT = re.compile(r"^( *)from sparsefinder(?:\.lsg)?\.(\w+) import (.+)$", re.MULTILINE)

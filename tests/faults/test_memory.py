@@ -10,7 +10,7 @@ from tests.faults.nursery import Nursery
 from tests.faults.tiny_runs import settings
 
 FEW, MANY = (200, 2000) if "SPARSEFINDER_KILLS" in os.environ else (40, 240)
-STAGES = ("extract", "project", "cluster", "score", "evaluate")
+STAGES = ("extract", "project", "cluster", "calibrate", "score", "evaluate")
 
 
 def test_memory_is_bounded(runs: Nursery, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def settings(folder: Path, documents: int = 120) -> list[str]:
         *("model.hidden_size=32", "model.intermediate_size=32", "model.start=random", "model.initializer_range=0.5"),
         *("finetune.steps=6", "finetune.batch_size=4", "finetune.eval_steps=2", "finetune.eval_blocks=8"),
         *("finetune.warmup=1", "project.epochs=2", "evaluate.samples=8", "evaluate.measured=4"),
-        *("pattern=kmeans", "window=3", "attention=bucketed"),
+        *("pattern=kmeans", "window=3", "attention=bucketed", "target=density=0.5"),
     ]
 
 
