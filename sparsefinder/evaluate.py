@@ -171,7 +171,7 @@ def evaluate_variant(
     }
     watch = None if pattern is None else Stopwatch(pattern)
     timed = attention if watch is None else variant.attention.build(watch, variant.normalizer)
-    quality, blocks = _quality_and_cost(model, timed, watch, held_out)
+    quality, blocks = quality_and_cost(model, timed, watch, held_out)
     row |= quality
     observer = Observer(attention, variant.configuration, own)
     _measure_graphs(model, observer, held_out, settings.measured)
@@ -195,33 +195,41 @@ def evaluate_converted(
         adapt(converted.model, None, [converted.read(batch) for batch in training], settings.adapt)
     part = settings.adapt.part if training else None
     row = {**conversion.columns, "adapt_steps": settings.adapt.steps, "finetune_part": part}
-    quality, blocks = _quality_and_cost(converted.model, None, None, [converted.read(batch) for batch in held_out])
+    quality, blocks = quality_and_cost(converted.model, None, None, [converted.read(batch) for batch in held_out])
     return Outcome(row | quality, [], blocks)
 
 
 @torch.inference_mode()
-def _quality_and_cost(
+def quality_and_cost(
     model: Any, attention: Attention | None, watch: Stopwatch | None, batches: Sequence[Batch]
 ) -> tuple[dict[str, Any], pd.DataFrame]:
+    """Loss, guesses and time of a model whose attention is replaced (None: its own): a row, and a row for each block.
+
+    The first batch warms up: what it says counts, its time does not, unless it is the only one.
+    """
     device = model.device
-    parts: list[Tensor] = []
-    times: list[float] = []
+
+    def read(batch: Batch) -> tuple[Tensor, float]:
+        batch = _on(batch, device)
+        start = now(device)
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        seconds = now(device) - start
+        chosen = batch["labels"] != -100
+        guesses, truth = logits[chosen].float(), batch["labels"][chosen]
+        losses = torch.nn.functional.cross_entropy(guesses, truth, reduction="none").double()
+        of_position = torch.stack([torch.ones_like(losses), losses, (guesses.argmax(-1) == truth).double()], 1)
+        block = torch.arange(len(chosen), device=device)[:, None].expand(chosen.shape)[chosen]
+        return losses.new_zeros(len(chosen), 3).index_add_(0, block, of_position).cpu(), seconds
+
+    mine = list(processes.share(batches))
     with attending(model, attention):
-        model(**_on(batches[0], device))  # warm-up
+        warm = [read(batch)[0] for batch in mine[:1]]
         if watch is not None:
             watch.seconds = 0.0
         with peak_memory(device) as peak:
-            for batch in processes.share(batches):
-                batch = _on(batch, device)
-                start = now(device)
-                logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-                times.append(now(device) - start)
-                chosen = batch["labels"] != -100
-                guesses, truth = logits[chosen].float(), batch["labels"][chosen]
-                losses = torch.nn.functional.cross_entropy(guesses, truth, reduction="none").double()
-                of_position = torch.stack([torch.ones_like(losses), losses, (guesses.argmax(-1) == truth).double()], 1)
-                block = torch.arange(len(chosen), device=device)[:, None].expand(chosen.shape)[chosen]
-                parts.append(losses.new_zeros(len(chosen), 3).index_add_(0, block, of_position).cpu())
+            timed = [read(batch) for batch in mine[1:] or mine]
+    parts = [*(warm if len(mine) > 1 else []), *(part for part, _ in timed)]
+    times = [seconds for _, seconds in timed]
     everywhere = processes.parts(lambda: (parts, times, 0.0 if watch is None else watch.seconds, peak.bytes))
     times = [each for _, part, _, _ in everywhere for each in part]
     peaks = [bytes_ for *_, bytes_ in everywhere if bytes_ is not None]

@@ -119,7 +119,7 @@ def train_projections(
     held_out = held_out.part(0, settings.eval_samples)
     if settings.kind == "none":
         projections = per_layer(stack, layers)
-        return Trained(projections, [{"step": 0, **_measure(projections, held_out, settings)}])
+        return Trained(projections, [{"step": 0, **recall_of_nearest(projections, held_out, settings)}])
 
     gold = _all_gold(training, settings, scratch)
     optimizer = torch.optim.Adam(stack.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
@@ -137,7 +137,9 @@ def train_projections(
         optimizer.step()
         optimizer.zero_grad()
         if step == len(plan) or (settings.eval_every and step % settings.eval_every == 0):
-            history.append({"step": step, "loss": loss, **_measure(per_layer(stack, layers), held_out, settings)})
+            history.append(
+                {"step": step, "loss": loss, **recall_of_nearest(per_layer(stack, layers), held_out, settings)}
+            )
             log.info(
                 "step %d of %d: loss %.4f, on held-out samples recall %.4f at sparsity %.4f",
                 *(step, len(plan), loss, history[-1]["recall"], history[-1]["sparsity"]),
@@ -202,7 +204,7 @@ def _all_gold(samples: Samples, settings: ProjectSettings, scratch: Path | None)
 
 
 @torch.no_grad()
-def _measure(projections: Projections, held_out: Samples, settings: ProjectSettings) -> dict[str, float]:
+def recall_of_nearest(projections: Projections, held_out: Samples, settings: ProjectSettings) -> dict[str, float]:
     """Recall when the nearest ``eval_density`` of the allowed pairs of each head are predicted, and their true sparsity."""
     counts: list[Counts] = []
     for index in range(len(held_out)):

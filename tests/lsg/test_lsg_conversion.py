@@ -218,7 +218,12 @@ model.save_pretrained({str(tmp_path / "again")!r})
 again = AutoModelForMaskedLM.from_pretrained({str(tmp_path / "again")!r}, trust_remote_code=True)
 assert torch.equal(again(saved["ids"]).logits, saved["logits"])
 """
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    environment = {
+        **os.environ,
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }
     environment.pop("PYTHONPATH", None)
     done = subprocess.run(
         [sys.executable, "-c", program],
