@@ -11,8 +11,9 @@ LOWEST := .venv-lowest
 run: setup
 	$(BIN)/python scripts/run.py $(ARGS)
 
+# files of tests are shared among the cores
 test: check
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # a hundred kills, and every fault and mutation; a quarter of an hour
 test-faults: setup
@@ -52,7 +53,7 @@ test-lowest:
 	grep -vE '^(nvidia-|cuda-|triton)' $(LOWEST)/all.txt > $(LOWEST)/requirements.txt
 	$(LOWEST)/bin/python -m pip install --quiet --requirement $(LOWEST)/requirements.txt
 	$(LOWEST)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
-	$(LOWEST)/bin/python -m pytest $(ARGS)
+	$(LOWEST)/bin/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # ratios measured side by side in one run, on a quiet machine; minutes
 bench: setup
@@ -60,6 +61,8 @@ bench: setup
 	$(BIN)/python benchmarks/entmax_steps.py
 	$(BIN)/python benchmarks/bucketed.py
 	$(BIN)/python benchmarks/lsg.py
+	$(BIN)/python benchmarks/learning.py
+	$(BIN)/python benchmarks/stages.py
 
 # needs CUDA, triton, and for all rows of its table adasplash
 bench-gpu: setup

@@ -81,13 +81,14 @@ def scoring(samples: int) -> None:
         }
     )
     settings = ScoreSettings(frontier())
-    patterns = [configuration.build(learned) for configuration in settings.configurations]
-    score(held_out.part(0, 1), settings, patterns)  # warm-up
+    score(held_out.part(0, 1), settings, learned)  # warm-up
     start = time.perf_counter()
-    peak = peak_memory(lambda: score(held_out, settings, patterns))
+    peak = peak_memory(lambda: score(held_out, settings, learned))
     seconds = time.perf_counter() - start
     shape = f"{LAYERS} layers × {HEADS} heads × {TOKENS} tokens"
-    print(f"\nscore: {len(patterns)} configurations, {samples} samples of {shape}: {seconds:.0f} s", end="")
+    print(
+        f"\nscore: {len(settings.configurations)} configurations, {samples} samples of {shape}: {seconds:.0f} s", end=""
+    )
     print("" if peak is None else f", {peak / 2**20:,.0f} MB more than before")
 
 

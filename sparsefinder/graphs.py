@@ -117,14 +117,21 @@ class Buckets:
     count: int
 
     def graph(self, allowed: Tensor) -> Tensor:
-        """The dense form, ``(B, H, N, N)`` bool: a product of memberships, one row for each token and one column a bucket."""
-        q_in, k_in = (self._memberships(ids) for ids in (self.q_ids, self.k_ids))
-        return (q_in @ k_in.mT > 0) & allowed
+        """The dense form, ``(B, H, N, N)`` bool: a query sees the members of its buckets, a row of the table for each bucket."""
+        batch, heads, tokens, _ = self.k_ids.shape
+        rows = batch * heads * tokens
+        inside = torch.zeros(batch, heads, tokens, self.count + 1, dtype=torch.bool, device=allowed.device)
+        inside.scatter_(-1, self._slots(self.k_ids), True)
+        inside[..., self.count] = False  # where no bucket is
+        members = inside.mT.reshape(-1, tokens)
+        first = torch.arange(batch * heads, device=allowed.device).view(batch, heads, 1, 1) * (self.count + 1)
+        seen = torch.zeros(rows, tokens, dtype=torch.bool, device=allowed.device)
+        for bucket in (self._slots(self.q_ids) + first).reshape(rows, -1).unbind(-1):
+            seen |= members.index_select(0, bucket)
+        return seen.view(batch, heads, tokens, tokens) & allowed
 
-    def _memberships(self, ids: Tensor) -> Tensor:
-        """``(B, H, N, P)`` ids → ``(B, H, N, count)`` float32, 1 where the token is in the bucket."""
-        inside = torch.zeros(*ids.shape[:3], self.count + 1, device=ids.device)
-        return inside.scatter_(-1, torch.where(ids < 0, self.count, ids), 1.0)[..., : self.count]
+    def _slots(self, ids: Tensor) -> Tensor:
+        return torch.where(ids < 0, self.count, ids)
 
 
 @dataclass(frozen=True)

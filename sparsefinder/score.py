@@ -10,8 +10,8 @@ import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,13 +22,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sparsefinder import frontiers, processes, tables
+from sparsefinder.bucket_distances import shared_buckets
 from sparsefinder.calibrate import calibrated
 from sparsefinder.comparisons import error_budget
-from sparsefinder.distances import squared
-from sparsefinder.graphs import QK, Pattern
+from sparsefinder.graphs import QK, Buckets, Pattern
 from sparsefinder.intervals import Replicas
 from sparsefinder.metrics import BALANCE, RATIOS, Counts, Gold, balance, count
-from sparsefinder.patterns.buckets import Quantize
 from sparsefinder.patterns.combine import layout_of
 from sparsefinder.patterns.configuration import Configuration, Learned, buildable, needed
 from sparsefinder.samples import Samples, validation_samples
@@ -76,9 +75,8 @@ def run(settings: ScoreSettings, store: Store) -> None:
         configurations += calibrated(configurations, store.path("calibration"), settings.target)
     configurations += other_seeds(configurations, samples, settings, learned)
     settings = replace(settings, configurations=configurations)
-    patterns = [configuration.build(learned) for configuration in settings.configurations]
     scores = Scores.cat(
-        processes.parts(lambda: score(samples, settings, patterns, processes.share(range(len(samples)))))
+        processes.parts(lambda: score(samples, settings, learned, processes.share(range(len(samples)))))
     )
     if not processes.first():
         return
@@ -90,8 +88,13 @@ def run(settings: ScoreSettings, store: Store) -> None:
         write_counts(scores, folder / "counts.parquet")  # long: for programs only
         counts = pd.read_parquet(folder / "counts.parquet")
         tables.write(error_budget(points, Replicas.of(points, counts)), folder, "error_budget")
-        tables.write(shared_buckets(samples, settings, learned), folder, "shared_buckets")
-        drawn = {int(place): patterns[place] for place in frontiers.comparable(points)["configuration"]}
+        tables.write(
+            shared_buckets(samples, settings.configurations, learned, settings.alpha, settings.causal),
+            folder,
+            "shared_buckets",
+        )
+        chosen = [int(place) for place in frontiers.comparable(points)["configuration"]]
+        drawn = {place: settings.configurations[place].build(learned) for place in chosen}
         save_maps(folder / "maps.safetensors", samples, settings, drawn)
     store.note("score", samples=len(samples), gold_sparsity=scores.gold_sparsity)
 
@@ -160,22 +163,47 @@ class Scores:
 
 
 @torch.no_grad()
-def score(
-    samples: Samples, settings: ScoreSettings, patterns: list[Pattern], indices: Sequence[int] | None = None
-) -> Scores:
+def score(samples: Samples, settings: ScoreSettings, learned: Learned, indices: Sequence[int] | None = None) -> Scores:
     """Count every configuration on every sample, or on those of ``indices``.
 
     Nothing larger than one layer of one sample is in memory at a time, but for the counts.
     """
     indices = range(len(samples)) if indices is None else indices
     some = [indices[start : start + _AT_ONCE] for start in range(0, len(indices), _AT_ONCE)]
-    return Scores.cat([_score(samples, settings, patterns, part) for part in progress(some, "score")])
+    # configurations that differ in nothing but their surroundings follow one another
+    groups = groupby(range(len(settings.configurations)), lambda place: settings.configurations[place].alone)
+    predictions = [Prediction.of(alone, list(places), learned) for alone, places in groups]
+    return Scores.cat([_score(samples, settings, predictions, part) for part in progress(some, "score")])
 
 
-def _score(samples: Samples, settings: ScoreSettings, patterns: list[Pattern], indices: Sequence[int]) -> Scores:
+@dataclass(frozen=True)
+class Prediction:
+    """A pattern without surroundings, and the configurations (by place) that unite it with theirs: it is run once for all."""
+
+    pattern: Pattern
+    as_graph: bool  # it has no bucketed form
+    places: Sequence[int]
+
+    @classmethod
+    def of(cls, alone: Configuration, places: Sequence[int], learned: Learned) -> Prediction:
+        return cls(alone.build(learned), alone.quadratic or alone.dials is not None, places)
+
+    def __call__(self, qk: QK, layer: int) -> tuple[Tensor, Buckets | None]:
+        """The graph ``(B, H, N, N)`` bool, and its buckets where it has any."""
+        if self.as_graph:
+            return self.pattern(qk, layer), None
+        layout = layout_of(self.pattern, qk, layer)
+        return layout.graph(qk), layout.buckets
+
+
+def _score(
+    samples: Samples, settings: ScoreSettings, predictions: Sequence[Prediction], indices: Sequence[int]
+) -> Scores:
     layers, heads, _ = samples.shape
+    configurations = settings.configurations
+    surroundings = {configuration.around: configuration for configuration in configurations}
     # in one place each: small tensors kept between large ones that come and go make the heap grow by gigabytes
-    room = (len(patterns), layers, len(indices), heads)
+    room = (len(configurations), layers, len(indices), heads)
     kept = {f.name: torch.zeros(room, dtype=torch.float64 if f.name == "mass" else torch.int64) for f in fields(Counts)}
     balances = {name: torch.zeros(room, dtype=torch.float64) for name in BALANCE}
     balanced: set[tuple[int, int]] = set()
@@ -184,21 +212,23 @@ def _score(samples: Samples, settings: ScoreSettings, patterns: list[Pattern], i
         for layer, qk in enumerate(samples.layers(index, settings.causal)):
             probabilities = normalizer(qk.scores())
             gold = Gold(probabilities, probabilities > 0)
-            for place, (configuration, pattern) in enumerate(zip(settings.configurations, patterns, strict=True)):
-                as_graph = configuration.quadratic or configuration.dials is not None
-                layout = None if as_graph else layout_of(pattern, qk, layer)
-                graph = pattern(qk, layer) if layout is None else layout.graph(qk)
-                counts = count(graph, gold, qk, configuration.near(qk))
-                for name, room_of in kept.items():
-                    room_of[place, layer, at] = getattr(counts, name)[0]
-                if layout is not None and layout.buckets is not None:
-                    balanced.add((place, layer))
-                    for name, shares in balance(layout.buckets, qk.valid).items():
-                        balances[name][place, layer, at] = shares[0]
+            near = {around: any_with_it.near(qk) for around, any_with_it in surroundings.items()}
+            for predict in predictions:
+                graph, buckets = predict(qk, layer)
+                shares = {} if buckets is None else balance(buckets, qk.valid)
+                for place in predict.places:
+                    pairs_near = near[configurations[place].around]
+                    counts = count(graph if pairs_near is None else graph | pairs_near, gold, qk, pairs_near)
+                    for name, room_of in kept.items():
+                        room_of[place, layer, at] = getattr(counts, name)[0]
+                    if shares:
+                        balanced.add((place, layer))
+                    for name, share in shares.items():
+                        balances[name][place, layer, at] = share[0]
     return Scores(
         {
             (place, layer): Counts(**{name: values[place, layer] for name, values in kept.items()})
-            for place in range(len(patterns))
+            for place in range(len(configurations))
             for layer in range(layers)
         },
         {key: {name: values[key] for name, values in balances.items()} for key in sorted(balanced)},
@@ -238,47 +268,6 @@ def write_counts(scores: Scores, path: Path) -> None:
             table = pa.Table.from_pandas(part, preserve_index=False)
             writer = writer or stack.enter_context(pq.ParquetWriter(path, table.schema))
             writer.write_table(table)
-
-
-@torch.no_grad()
-def shared_buckets(samples: Samples, settings: ScoreSettings, learned: Learned, most: int = 4) -> pd.DataFrame:
-    """How far apart two tokens lie, by the number of buckets they share: what quantization trades on.
-
-    One row per quantization × layer × number of shared rounds: pairs counted over the first ``most`` samples, mean squared
-    distance in the projected space, and the share of these pairs that are gold edges.
-    """
-    rows: list[dict[str, Any]] = []
-    for place, configuration in enumerate(settings.configurations):
-        if not isinstance(configuration.pattern, Quantize) or configuration.window or configuration.dials is not None:
-            continue
-        projections = learned.get("projections", configuration.name)
-        for layer in range(samples.shape[0]):
-            rounds = projections.layers[layer].q.out_size or samples.shape[2]
-            totals = torch.zeros(3, rounds + 1, dtype=torch.float64)
-            for index in range(min(most, len(samples))):
-                qk = samples.layer(index, layer, settings.causal)
-                projected = projections(qk, layer)
-                totals += _by_shared(qk, projected, configuration.pattern, layer, settings.alpha, rounds + 1)
-            for shared, (pairs, distance, edges) in enumerate(totals.T.tolist()):
-                if pairs:
-                    rows.append(
-                        {"configuration": place, "bucket_size": configuration.pattern.bucket_size}
-                        | {"same_size": configuration.pattern.same_size, "layer": layer, "shared": shared}
-                        | {"pairs": int(pairs), "distance": distance / pairs, "gold_share": edges / pairs}
-                    )
-    columns = ["configuration", "bucket_size", "same_size", "layer", "shared", "pairs", "distance", "gold_share"]
-    return tables.tidy(rows) if rows else pd.DataFrame(columns=columns)
-
-
-def _by_shared(qk: QK, projected: QK, pattern: Quantize, layer: int, alpha: float, width: int) -> Tensor:
-    buckets = pattern.layout(projected, layer).buckets
-    assert buckets is not None
-    shared = (buckets.q_ids[..., :, None, :] == buckets.k_ids[..., None, :, :]).sum(-1)
-    gold = Normalizer(alpha)(qk.scores()) > 0
-    allowed = qk.allowed.expand(shared.shape)
-    places = shared[allowed]
-    values = (torch.ones(places.shape), squared(projected.q, projected.k)[allowed], gold[allowed])
-    return torch.stack([torch.bincount(places, weights=value.double(), minlength=width) for value in values])
 
 
 def save_maps(path: Path, samples: Samples, settings: ScoreSettings, patterns: Mapping[int, Pattern]) -> None:

@@ -7,6 +7,10 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any import of transformers: nothing is downloaded at test time
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # before any import of torch: a core each, threads of several would wait for one another
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

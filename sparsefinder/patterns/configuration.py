@@ -86,6 +86,16 @@ class Configuration:
             parts.append(f"+ {self.global_tokens} global")
         return " ".join(parts + (["+ last"] if self.last_token else []))
 
+    @property
+    def alone(self) -> Configuration:
+        """The same without its surroundings; those of one pattern share it."""
+        return replace(self, window=None, global_tokens=0, last_token=False)
+
+    @property
+    def around(self) -> tuple[int | None, int, bool]:
+        """The surroundings alone."""
+        return self.window, self.global_tokens, self.last_token
+
     def near(self, qk: QK) -> Tensor | None:
         """Pairs that the window and the global tokens name, ``(B, H, N, N)`` bool; None without them."""
         return near_pairs(qk, surroundings(self.window, self.global_tokens, self.last_token))

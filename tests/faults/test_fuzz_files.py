@@ -207,8 +207,7 @@ def use(files: dict[str, Path]) -> bool:
     projections, centroids = load_projections(files["projections"]), load_centroids(files["centroids"])
     projections.check(*samples.shape)
     learned = Learned({"projections": projections, "centroids": centroids})
-    patterns = [configuration.build(learned) for configuration in LEARNED]
-    counts = score(samples, ScoreSettings(LEARNED), patterns).counts.values()
+    counts = score(samples, ScoreSettings(LEARNED), learned).counts.values()
     return all(bool((each.allowed > 0).all()) and bool(each.mass.isfinite().all()) for each in counts)
 
 
