@@ -91,12 +91,24 @@ def run_stages(stages: Sequence[Stage], settings: Mapping[str, Settings], store:
     """Run what is not done. One run at a time works in a run directory; another one gets a `UserError`."""
     with contextlib.ExitStack() as stack:
         processes.once(lambda: _keep(stack, store))
+        processes.once(lambda: check_needs(stages, settings, store))
         for stage in stages:
             _run(stage, settings[stage.name], store, seed)
 
 
 def _keep(stack: contextlib.ExitStack, store: Store) -> None:
     stack.enter_context(store.held())
+
+
+def check_needs(stages: Sequence[Stage], settings: Mapping[str, Settings], store: Store) -> None:
+    """Before minutes of work: what a stage reads is there, or an earlier one makes it; a `UserError` where it is not."""
+    made: set[str] = set()
+    for stage in stages:
+        if not getattr(settings[stage.name], "left_out", ""):
+            for name in settings[stage.name].needs:
+                if name not in made:
+                    store.path(name)
+            made |= set(stage.makes)
 
 
 def _run(stage: Stage, settings: Settings, store: Store, seed: int) -> None:

@@ -15,7 +15,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from sparsefinder.comparisons import best_of
 from sparsefinder.drawing import FEW, GREY, OKABE_ITO, blank, colour_of, marker_of, panel_title, panels_of, style
-from sparsefinder.families import BOUNDS, CHANCE, FAMILIES, OURS, PUBLISHED, TOP_K, UPPER_BOUND, family_of
+from sparsefinder.families import BOUNDS, CHANCE, EVERYTHING, FAMILIES, OURS, PUBLISHED, TOP_K, UPPER_BOUND, family_of
 from sparsefinder.frontiers import LEVELS, frontier, recall_table
 from sparsefinder.intervals import Replicas, interval
 
@@ -168,7 +168,8 @@ def _bound_look(pattern: str) -> dict[str, Any]:
         return {"color": "black", "marker": "*", "ms": 11, "ls": "none"}
     if pattern == CHANCE:
         return {"color": "#8C8C8C", "marker": "x", "ms": 4, "lw": 1.0, "ls": ":"}
-    return {"color": "black", "marker": ".", "ms": 4, "lw": 1.0, "ls": "--" if pattern == TOP_K else "-."}
+    line = {TOP_K: "--", EVERYTHING: "none", "oracle_topp": "-."}.get(pattern, (0, (4, 1, 1, 1, 1, 1)))
+    return {"color": "black", "marker": "s" if pattern == EVERYTHING else ".", "ms": 4, "lw": 1.0, "ls": line}
 
 
 def _finish(axes: Axes, points: pd.DataFrame, title: str) -> None:

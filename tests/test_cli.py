@@ -147,6 +147,7 @@ WRONG = {
         "qk=/does/not/exist.pt does not exist",
     ),
     "nothing there": (["stage=score", "pattern=window"], "run stage=extract first"),
+    "a need of a later stage": (["stage=[finetune,extract,score]", "pattern=kmeans"], "run stage=project first"),
     "unwritable folder": (["stage=score", *GIVEN, "run_dir=/proc/none/x"], "choose another run_dir"),
     "unknown model": (["stage=extract", "model=/does/not/exist"], "model=/does/not/exist"),
     "too many clusters": (["stage=score", *GIVEN, "pattern=kmeans", "pattern.top_clusters=9"], "has 6 clusters"),
@@ -158,6 +159,7 @@ def test_wrong_input_is_one_clear_line(case: str, tmp_path: Path) -> None:
     arguments, message = WRONG[case]
     own = [] if any(a.startswith("run_dir=") for a in arguments) else [f"run_dir={tmp_path / 'run'}"]
     check_refused(call(*arguments, *own), message)
+    assert not list(tmp_path.rglob("*.json"))  # said before anything was made
 
 
 FILES = {

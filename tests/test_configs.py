@@ -14,6 +14,7 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from sparsefinder import pipeline
+from sparsefinder.store import Store
 from tests.conftest import ROOT
 
 CONF = ROOT / "conf"
@@ -49,7 +50,7 @@ def compose(*overrides: str) -> DictConfig:
 
 @pytest.mark.parametrize(("group", "name"), FILES, ids=[f"{group}-{name}" for group, name in FILES])
 def test_every_file_composes_and_every_stage_can_be_set_up(
-    group: str, name: str, script: ModuleType, monkeypatch: pytest.MonkeyPatch
+    group: str, name: str, script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     cfg = compose(f"{group}={name}")
     monkeypatch.setattr(script, "chosen", lambda g: cfg.hydra.runtime.choices[g])
@@ -57,6 +58,8 @@ def test_every_file_composes_and_every_stage_can_be_set_up(
     assert settings["score"].configurations
     assert settings["evaluate"].attentions
     assert settings["finetune"].model is not None
+    # the stages of an experiment make all that they read: a UserError otherwise
+    pipeline.check_needs(pipeline.chosen_stages(script.plain(cfg.stage)), settings, Store(tmp_path))
 
 
 def settings_of(cfg: DictConfig, stage: str, script: ModuleType) -> Any:
