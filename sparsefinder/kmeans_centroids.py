@@ -88,14 +88,19 @@ def nearest(x: Tensor, centres: Tensor, top: int) -> Tensor:
 
     ``centres``: ``(H, runs, C, R)``; run ``u`` uses the ids ``u · C … u · C + C − 1``.
     """
-    runs, clusters = centres.shape[1:3]
-    centres = centres.to(x.dtype)
-    # ‖x − c‖² = ‖x‖² − 2 (x·c − ‖c‖²/2): the nearest centroids are those of the largest bracket, one matrix product
-    closeness = x[:, :, None] @ centres.mT[None] - centres.square().sum(-1)[:, :, None] / 2
-    # (B, H, runs, N, top); the largest one alone is found twice as fast
-    found = closeness.argmax(-1, keepdim=True) if top == 1 else closeness.topk(top, dim=-1).indices
-    first = torch.arange(runs, device=x.device)[:, None, None] * clusters
-    return (found + first).movedim(2, 3).flatten(3)
+    runs, clusters, size = centres.shape[1:]
+    first = torch.arange(runs, device=x.device)[:, None] * clusters
+    found = []
+    for tokens, own in zip(
+        x.unbind(1), centres.to(x.dtype).flatten(1, 2), strict=True
+    ):  # a head's products fit the cache
+        # ‖x − c‖² = ‖x‖² − 2 (x·c − ‖c‖²/2): the nearest centroids are those of the largest bracket, one matrix product
+        closeness = torch.addmm(own.square().sum(-1) / -2, tokens.reshape(-1, size), own.T)
+        closeness = closeness.view(*tokens.shape[:2], runs, clusters)
+        # the largest one alone is found twice as fast
+        best = closeness.argmax(-1, keepdim=True) if top == 1 else closeness.topk(top, dim=-1).indices
+        found.append((best + first).flatten(2))
+    return torch.stack(found, dim=1)
 
 
 @dataclass(frozen=True)

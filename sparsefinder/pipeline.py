@@ -105,8 +105,8 @@ def check_needs(stages: Sequence[Stage], settings: Mapping[str, Settings], store
     made: set[str] = set()
     for stage in stages:
         if not getattr(settings[stage.name], "left_out", ""):
-            for name in settings[stage.name].needs:
-                if name not in made:
+            for name in ARTEFACTS:  # in the order in which they are made
+                if name in settings[stage.name].needs and name not in made:
                     store.path(name)
             made |= set(stage.makes)
 

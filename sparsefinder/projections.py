@@ -51,7 +51,9 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, H, N, D)`` → ``(B, H, N, R)``."""
-        return x @ self.w.to(x.dtype) + self.b.to(x.dtype)
+        batch, heads, tokens, _ = x.shape
+        w, b = (own.to(x.dtype).expand(batch, -1, -1, -1).flatten(0, 1) for own in (self.w, self.b))
+        return torch.baddbmm(b, x.flatten(0, 1), w).view(batch, heads, tokens, -1)  # one pass, product and bias
 
 
 class Hidden(nn.Module):

@@ -38,7 +38,9 @@ def select(scores: Tensor, numbers: Tensor, rule: str, level: float, alpha: floa
 
     ``scores``: ``(..., rows, M)``; ``numbers``: keys behind each column, broadcastable to it. A column of no key is never kept.
     """
-    scores = scores.masked_fill(numbers == 0, -torch.inf)
+    empty = numbers == 0
+    if bool(empty.any()):
+        scores = scores.masked_fill(empty, -torch.inf)
     if rule == "margin":
         scaled = (alpha - 1) * scores
         return (scaled >= thresholds(scaled, numbers, alpha) - level) & (numbers > 0)
