@@ -45,6 +45,8 @@ def compose(*overrides: str) -> DictConfig:
     needed = ["model.name_or_path=x"] if "model=pretrained" in overrides else []
     if "corpus=text" in overrides:
         needed += [f"corpus.train={__file__}", f"corpus.validation={ROOT / 'tests' / 'conftest.py'}"]
+    if "corpus=datasets" in overrides:
+        needed += ["corpus.path=x", "corpus.max_documents=1"]
     return hydra.compose("config", overrides=[*overrides, *needed], return_hydra_config=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from tiny_models import tiny_tokenizer
 
 from sparsefinder import hub
 from sparsefinder.corpora import (
+    AnyDataset,
     Docstrings,
     Masking,
     TextFiles,
@@ -248,6 +250,70 @@ def test_wikitext_articles(monkeypatch):
     monkeypatch.setattr("sparsefinder.corpora.wikitext._load", lambda split: [{"text": row} for row in rows])
     assert list(WikiText103().documents("test")) == ["= One =\nWords .\n= = Part = =\nMore .", "= Two =\nOthers ."]
     assert len(list(WikiText103(max_documents=1).documents("test"))) == 1
+
+
+def jsonl(path, rows):
+    return write(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def in_files(tmp_path, **settings):
+    rows = [{"text": f" Document {i}. ", "id": i} for i in range(7)]
+    files = {
+        "train": jsonl(tmp_path / "a.jsonl", [{"text": " ", "id": -1}, *rows]),
+        "validation": jsonl(tmp_path / "b.jsonl", rows),
+    }
+    return AnyDataset(**{"path": "json", "data_files": files, "max_documents": 4} | settings)
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_dataset_is_read_row_by_row(tmp_path, monkeypatch, streaming):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    corpus = in_files(tmp_path, streaming=streaming)
+    assert list(corpus.documents("train")) == ["Document 0.", "Document 1.", "Document 2."]  # an empty row is none
+    assert (
+        list(corpus.documents("test")) == list(corpus.documents("validation")) == [f"Document {i}." for i in range(4)]
+    )
+    before = corpus.fingerprint()
+    assert before != in_files(tmp_path, streaming=streaming, max_documents=5).fingerprint()
+    jsonl(tmp_path / "b.jsonl", [{"text": "Other."}])
+    assert before != corpus.fingerprint()
+
+
+def test_a_stream_takes_no_more_rows_than_wanted(monkeypatch):
+    def endless(*_, **__):
+        yield from ({"text": "Text."} for _ in range(3))
+        raise AssertionError("a fourth row was read")
+
+    monkeypatch.setattr("sparsefinder.corpora.any_dataset.load_split", endless)
+    assert list(AnyDataset("endless", max_documents=2).documents("train")) == ["Text."] * 2
+
+
+def test_a_wrong_dataset_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    broken = {"train": write(tmp_path / "c.jsonl", '{"text": '), "validation": write(tmp_path / "d.jsonl", "{}")}
+    cases = [
+        (lambda: AnyDataset(), "needs a data set"),
+        (lambda: AnyDataset("x"), "corpus.max_documents=N"),
+        (lambda: AnyDataset("x", max_documents=0), "must be a positive number"),
+        (lambda: AnyDataset("x", max_documents=1, validation="train"), "two splits"),
+        (lambda: next(in_files(tmp_path, column="words").documents("train")), "choose one of text, id"),
+        (lambda: next(in_files(tmp_path, column="id").documents("train")), "holds int, not text"),
+        (
+            lambda: next(in_files(tmp_path, data_files=broken).documents("train")),
+            "json cannot be read on|cannot be loaded",
+        ),
+        (
+            lambda: in_files(tmp_path, data_files={"train": "/no"}).fingerprint(),
+            "data_files.train=/no: there is no such file",
+        ),
+        (lambda: next(in_files(tmp_path).documents("dev")), "choose one of train"),
+        (lambda: next(AnyDataset("nobody/nothing", max_documents=1).documents("train")), "hub cannot be reached"),
+    ]
+    for do, message in cases:
+        with pytest.raises(UserError, match=message) as caught:
+            do()
+        assert "\n" not in str(caught.value)
 
 
 # ---- tokens ----

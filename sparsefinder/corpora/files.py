@@ -57,7 +57,7 @@ class TextFiles:
         digest = hashlib.sha256(f"{self.max_documents} {self.max_characters}".encode())
         for split, file in (("train", self.train), ("validation", self.validation), ("test", self.test)):
             if file is not None:
-                digest.update(split.encode() + _digest(self._path(split), split))
+                digest.update(split.encode() + digest_of(self._path(split), split))
         return digest.hexdigest()
 
     def _path(self, split: str) -> Path:
@@ -133,7 +133,8 @@ def _lines(path: Path, split: str) -> Iterator[str]:
         raise UserError(f"corpus.{split}={path} is empty; give a file with text")
 
 
-def _digest(path: Path, split: str) -> bytes:
+def digest_of(path: Path, split: str) -> bytes:
+    """A hash of the file that ``corpus.<split>`` names; a `UserError` where there is none."""
     digest = hashlib.sha256()
     with _opened(path, split) as file:
         while block := file.read(1 << 20):

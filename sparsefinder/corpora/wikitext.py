@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsefinder import hub
 from sparsefinder.corpora.files import split_documents
+from sparsefinder.corpora.loading import load_split
 from sparsefinder.store import UserError
 
 _REPOSITORY, _NAME = "Salesforce/wikitext", "wikitext-103-raw-v1"
@@ -47,22 +47,4 @@ class WikiText103:
 
 
 def _load(split: str) -> Any:
-    from datasets import DownloadConfig, load_dataset  # half a second to import, and only needed here
-    from datasets.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    online = hub.reachable()
-    try:
-        if not online:
-            return load_dataset(
-                _REPOSITORY, _NAME, split=split, download_config=DownloadConfig(local_files_only=True, max_retries=0)
-            )
-        return load_dataset(_REPOSITORY, _NAME, split=split)
-    except Exception as error:  # ConnectionError, DatasetNotFoundError, hub errors: no common type
-        if not online:
-            raise UserError(
-                f"corpus=wikitext103: the Hugging Face hub cannot be reached, and {_REPOSITORY} is not in its cache; "
-                "connect, or use corpus=docstrings or corpus=text"
-            ) from error
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"corpus=wikitext103 cannot be loaded ({type(error).__name__}: {reason})") from error
+    return load_split("corpus=wikitext103", _REPOSITORY, _NAME, split)

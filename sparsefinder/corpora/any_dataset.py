@@ -1,0 +1,95 @@
+"""The ``datasets`` corpus: any data set that the library ``datasets`` reads, on the hub or in files, streamed or downloaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sparsefinder.corpora.files import digest_of
+from sparsefinder.corpora.loading import load_split
+from sparsefinder.store import UserError
+
+
+@dataclass(frozen=True)
+class AnyDataset:
+    """One document a row: the strings of one column.
+
+    Streamed rows are read as they come and never kept, so a data set may be larger than the disk; how many of them are wanted
+    must be said. A data set of the hub is known by its name: give a ``revision`` where a run must stay repeatable.
+    """
+
+    path: str | None = None  # a name on the hub such as allenai/c4, or a reader of files: json, csv, parquet, text
+    name: str | None = None  # configuration of the data set, such as en
+    revision: str | None = None  # commit or tag on the hub; None for the newest
+    data_files: Mapping[str, str] | None = None  # split → file, for readers of files
+    column: str = "text"
+    train: str = "train"  # names of the splits there; slices such as train[:1%] work where nothing is streamed
+    validation: str = "validation"
+    test: str | None = None  # None: the validation split serves here too
+    streaming: bool = True
+    max_documents: int | None = None  # of each split; None for all, which only works without streaming
+
+    def __post_init__(self) -> None:
+        if self.path is None:
+            raise UserError(
+                "corpus=datasets needs a data set: give corpus.path=NAME_ON_THE_HUB, or corpus.path=json (csv, parquet, text) "
+                "with corpus.data_files={train: FILE, validation: FILE}"
+            )
+        if self.max_documents is not None and self.max_documents < 1:
+            raise UserError(f"corpus.max_documents must be a positive number or null, got {self.max_documents}")
+        if self.streaming and self.max_documents is None:
+            raise UserError(
+                "corpus=datasets streams: say how many rows of each split to read with corpus.max_documents=N, or download "
+                "all with corpus.streaming=false"
+            )
+        if self.train in (self.validation, self.test):
+            raise UserError(
+                f"corpus=datasets names {self.train} for two splits: text held out must not be training text"
+            )
+
+    def documents(self, split: str, cache: Path | None = None) -> Iterator[str]:
+        """The documents of ``split`` that are not empty. ``cache`` is not used: ``datasets`` keeps its own."""
+        names = {"train": self.train, "validation": self.validation, "test": self.test or self.validation}
+        if split not in names:
+            raise UserError(f"there is no split {split}; choose one of {', '.join(names)}")
+        options: dict[str, Any] = {"streaming": self.streaming, "revision": self.revision}
+        if self.data_files is not None:
+            options["data_files"] = {key: str(file) for key, file in self.data_files.items()}
+        rows = load_split(
+            f"corpus=datasets corpus.path={self.path}",
+            str(self.path),
+            self.name,
+            names[split],
+            bool(self.data_files),
+            **options,
+        )
+        try:
+            for index, row in enumerate(rows):
+                if index == self.max_documents:
+                    return
+                if self.column not in row:
+                    raise UserError(
+                        f"{self.path} has no column {self.column}: choose one of {', '.join(row)} with corpus.column="
+                    )
+                if not isinstance(row[self.column], str):
+                    raise UserError(
+                        f"corpus.column={self.column} of {self.path} holds {type(row[self.column]).__name__}, not text; "
+                        f"its columns: {', '.join(row)}"
+                    )
+                if document := row[self.column].strip():
+                    yield document
+        except (OSError, ValueError) as error:  # a stream that breaks, a file that its reader does not understand
+            raise UserError(
+                f"{self.path} cannot be read on ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+            ) from error
+
+    def fingerprint(self) -> str:
+        """Changes with the settings and the bytes of local files; what the hub holds is known by its name and revision."""
+        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True, default=str).encode())
+        for split, file in sorted((self.data_files or {}).items()):
+            digest.update(split.encode() + digest_of(Path(file), f"data_files.{split}"))
+        return digest.hexdigest()

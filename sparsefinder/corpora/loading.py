@@ -1,0 +1,29 @@
+"""A split through ``datasets``, downloaded or from its cache; what goes wrong there, in one line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sparsefinder import hub
+from sparsefinder.store import UserError
+
+
+def load_split(label: str, path: str, name: str | None, split: str, local: bool = False, **options: Any) -> Any:
+    """The rows of a split. ``label``: the corpus in messages. ``local``: of files that are here, nothing is downloaded."""
+    from datasets import DownloadConfig, load_dataset  # half a second to import, and only needed here
+    from datasets.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    online = local or hub.reachable()
+    if not online:
+        options["download_config"] = DownloadConfig(local_files_only=True, max_retries=0)
+    try:
+        return load_dataset(path, name, split=split, **options)
+    except Exception as error:  # ConnectionError, DatasetNotFoundError, hub errors, those of readers: no common type
+        if not online:
+            raise UserError(
+                f"{label}: the Hugging Face hub cannot be reached, and {path} is not in its cache; "
+                "connect, or use corpus=docstrings or corpus=text"
+            ) from error
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{label} cannot be loaded ({type(error).__name__}: {reason})") from error
