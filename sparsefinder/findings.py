@@ -13,6 +13,7 @@ from sparsefinder.frontiers import broken_curves, recall_table
 from sparsefinder.intervals import Replicas, with_intervals
 from sparsefinder.store import ARTEFACTS, Manifest
 
+_NAMED = 4  # of many that have the same to say, so many are named
 SAME = 1e-3  # nats; attention over every pair that differs by more from dense attention is not the same attention
 
 _FACTS: dict[tuple[str, str], tuple[str, Callable[[Any], str]]] = {
@@ -210,7 +211,7 @@ def warnings(table: pd.DataFrame | None, results: pd.DataFrame | None, manifests
 
 def _about_variants(results: pd.DataFrame) -> list[str]:
     found: list[str] = []
-    slower: list[str] = []
+    slower: list[tuple[float, str]] = []
     for row in results[results["attention"] != "dense"].to_dict("records"):
         away, speed = row.get("loss_minus_entmax"), row.get("speed_against_dense")
         high = row.get("loss_minus_entmax_high")
@@ -225,9 +226,11 @@ def _about_variants(results: pd.DataFrame) -> list[str]:
                 f"{row['variant']} computes every pair and still differs from dense attention by {away:+.4f} nats"
             )
         if pd.notna(speed) and speed < 1:
-            slower.append(f"{row['variant']} ({speed:.2f} × its speed)")
+            slower.append((speed, f"{row['variant']} ({speed:.2f} × its speed)"))
     if slower:
-        found.append(f"slower than dense attention on this machine: {'; '.join(slower)}")
+        slowest = "; ".join(words for _, words in sorted(slower)[:_NAMED])
+        rest = f"; and {len(slower) - _NAMED} more, see speed_against_dense" if len(slower) > _NAMED else ""
+        found.append(f"slower than dense attention on this machine: {slowest}{rest}")
     return found
 
 
