@@ -33,6 +33,7 @@ _COLOURS = {
     "routed": "#882255",
     "routed_budget": "#CC6677",
     "lowrank": "#332288",
+    "clustered": "#999933",
     "bilinear": "#AA4499",
 }
 _MARKERS = {
@@ -52,6 +53,7 @@ _MARKERS = {
     "routed": "p",
     "routed_budget": "h",
     "lowrank": "d",
+    "clustered": "v",
     "bilinear": "8",
 }
 # for patterns without a line above: Tol (2021), "Colour schemes", the muted one, colour-blind safe as well
