@@ -100,7 +100,7 @@ class Bucketed:
     def _attend(self, pieces: Pieces, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q = q / math.sqrt(q.shape[-1])
         rows = pieces.rows()
-        probabilities = [self.normalizer(scores) for scores in rows.pack(pieces.scores(q, k))]
+        probabilities = self.normalizer.each(rows.pack(pieces.scores(q, k)))
         out = pieces.apply(rows.unpack(probabilities).to(v.dtype), v)
         if pieces.globals is None:
             return out

@@ -119,16 +119,19 @@ def kernel(function: Callable[..., Any], alpha: float | Tensor) -> Callable[...,
         return compiled(function, alpha)
     general = compiled(function, None)
 
-    def run(rows: Tensor, *others: Tensor) -> Any:
+    def run(rows: Tensor, *others: Tensor, together: int = 0) -> Any:
         column = alpha if isinstance(alpha, Tensor) else rows.new_full((rows.shape[0], 1), alpha)
-        return general(rows, *others, column)
+        return general(rows, *others, column, together=together)
 
     return run
 
 
 @functools.cache
 def compiled(function: Callable[..., Any], constant: float | None) -> Callable[..., Any]:
-    """``function``, compiled where a C++ compiler is at hand (about 20 times faster on CPU), else eager."""
+    """``function``, compiled where a C++ compiler is at hand (about 20 times faster on CPU), else eager.
+
+    What it returns takes ``together`` as well: how many scores there are in all, where these are some of several rectangles.
+    """
 
     def bound(*inputs: Tensor) -> Any:
         return function(*inputs) if constant is None else function(*inputs, constant)
@@ -139,8 +142,9 @@ def compiled(function: Callable[..., Any], constant: float | None) -> Callable[.
     own = types.FunctionType(code, bound.__globals__, code.co_name, None, bound.__closure__)
     state = {"kernel": torch.compile(own, dynamic=True)}
 
-    def run(*inputs: Tensor) -> Any:
-        if inputs[0].numel() < WORTH_COMPILING or state["kernel"] is bound:
+    def run(*inputs: Tensor, together: int = 0) -> Any:
+        rows = inputs[0].shape[:-1].numel()  # a single one would be compiled again, by itself
+        if max(inputs[0].numel(), together) < WORTH_COMPILING or rows < 2 or state["kernel"] is bound:
             return bound(*inputs)
         try:
             return state["kernel"](*inputs)

@@ -19,6 +19,7 @@ a fixed count.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +47,13 @@ class Normalizer:
     def __call__(self, scores: Tensor) -> Tensor:
         """``(..., N)`` scores, ``-inf`` where absent → ``(..., N)`` float32 probabilities, zeros for an empty row."""
         return softmax(scores) if self.alpha == 1.0 else entmax(scores, self.alpha)
+
+    def each(self, rectangles: Sequence[Tensor]) -> list[Tensor]:
+        """Rows of several lengths, each ``(M, N)``: as one by one, but what is worth compiling is decided for all together."""
+        together = sum(rectangle.numel() for rectangle in rectangles)
+        if self.alpha == 1.0:
+            return [softmax(rectangle) for rectangle in rectangles]
+        return [_Entmax.apply(_at_least_float32(rectangle), self.alpha, together) for rectangle in rectangles]
 
     @property
     def sparse(self) -> bool:
@@ -116,23 +124,24 @@ def entmax(scores: Tensor, alpha: float | Tensor = 1.5) -> Tensor:
         return by_row
     if not 1.0 < alpha <= 2.0:
         raise ValueError(f"entmax needs 1 < alpha <= 2, got {alpha}; for alpha = 1 use softmax")
-    result: Tensor = _Entmax.apply(scores, alpha)
+    result: Tensor = _Entmax.apply(scores, alpha, 0)
     return result
 
 
 class _Entmax(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, alpha: float) -> Tensor:
-        probabilities = _rows_to_probabilities(scores, alpha)
+    def forward(ctx: Any, scores: Tensor, alpha: float, together: int) -> Tensor:
+        probabilities = _rows_to_probabilities(scores, alpha, together)
         ctx.save_for_backward(probabilities)
-        ctx.alpha = alpha
+        ctx.alpha, ctx.together = alpha, together
         return probabilities
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (probabilities,) = ctx.saved_tensors
         rows, gradient = _rows(probabilities), _rows(gradients[0])
-        return kernel(jacobian_product, ctx.alpha)(rows, gradient).view(probabilities.shape), None
+        product = kernel(jacobian_product, ctx.alpha)(rows, gradient, together=ctx.together)
+        return product.view(probabilities.shape), None, None
 
 
 class _EntmaxByRow(torch.autograd.Function):
@@ -155,7 +164,7 @@ class _EntmaxByRow(torch.autograd.Function):
         )
 
 
-def _rows_to_probabilities(scores: Tensor, alpha: float | Tensor) -> Tensor:
+def _rows_to_probabilities(scores: Tensor, alpha: float | Tensor, together: int = 0) -> Tensor:
     """``(..., N)`` → the same shape: Newton's steps until no row's threshold moves. A tensor ``alpha`` is ``(M, 1)``."""
     if scores.numel() == 0:
         return scores.clone()
@@ -164,7 +173,7 @@ def _rows_to_probabilities(scores: Tensor, alpha: float | Tensor) -> Tensor:
     still = 2 * torch.finfo(rows.dtype).eps  # a step of τ, which lies in [−1, 0], that is rounding noise
     height = rows.new_ones(rows.shape[0], 1)
     for _ in range(0, _LIMIT, STEPS):
-        probabilities, total, slope, height = step_by_step(rows, height)
+        probabilities, total, slope, height = step_by_step(rows, height, together=together)
         # an empty row has no slope: its sum stays 0
         if not bool(((total - 1.0) * (alpha - 1.0) > still * slope).any()):
             break

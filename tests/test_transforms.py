@@ -225,7 +225,7 @@ def looks(z: torch.Tensor, alpha: float, monkeypatch: pytest.MonkeyPatch) -> int
 
     def counting(function, alpha):
         run = original(function, alpha)
-        return lambda *inputs: calls.append(1) or run(*inputs)
+        return lambda *inputs, together: calls.append(1) or run(*inputs, together=together)
 
     monkeypatch.setattr(transforms, "kernel", counting)
     entmax(z, alpha)
@@ -239,3 +239,24 @@ def test_one_look_is_the_rule(alpha: float, monkeypatch: pytest.MonkeyPatch) -> 
     z[4] = 0.0
     z[5, 1:] = -math.inf
     assert looks(z, alpha, monkeypatch) == 1
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.3, 1.5, 2.0])
+@pytest.mark.parametrize("worth", [1, 1 << 40])
+def test_rectangles_together_are_rectangles_one_by_one(
+    alpha: float, worth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled or not, with gradients; a single row and an empty one are among them."""
+    monkeypatch.setattr(entmax_kernels, "WORTH_COMPILING", worth)
+    normalizer = transforms.Normalizer(alpha)
+    several = [rows(count, width).requires_grad_() for count, width in ((40, 16), (1, 16), (7, 80))]
+    with torch.no_grad():
+        several[2][3] = -math.inf
+    weights = [torch.randn(z.shape) for z in several]
+    together = normalizer.each(several)
+    found = torch.autograd.grad(sum((p * w).sum() for p, w in zip(together, weights, strict=True)), several)
+    monkeypatch.setattr(entmax_kernels, "WORTH_COMPILING", 1 << 40)
+    for z, w, p, gradient in zip(several, weights, together, found, strict=True):
+        alone = normalizer(z)
+        torch.testing.assert_close(p, alone, atol=1e-6, rtol=0)
+        torch.testing.assert_close(gradient, torch.autograd.grad((alone * w).sum(), z)[0], atol=1e-5, rtol=0)
