@@ -55,14 +55,13 @@ test-lowest:
 	$(LOWEST)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	$(LOWEST)/bin/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-# ratios measured side by side in one run, on a quiet machine; minutes
+# ratios measured side by side in one run, on a quiet machine; half an hour. The README quotes the file that this writes
 bench: setup
-	$(BIN)/python benchmarks/normalizers.py
-	$(BIN)/python benchmarks/entmax_steps.py
-	$(BIN)/python benchmarks/bucketed.py
-	$(BIN)/python benchmarks/lsg.py
-	$(BIN)/python benchmarks/learning.py
-	$(BIN)/python benchmarks/stages.py
+	rm -f benchmarks/results.new
+	for each in normalizers entmax_steps bucketed lsg learning stages; do \
+	    echo "measuring: $$each"; $(BIN)/python benchmarks/$$each.py >> benchmarks/results.new || exit 1; done
+	mv benchmarks/results.new benchmarks/results.md
+	cat benchmarks/results.md
 
 # needs CUDA, triton, and for all rows of its table adasplash
 bench-gpu: setup
