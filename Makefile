@@ -61,7 +61,7 @@ bench: setup
 	for each in normalizers entmax_steps bucketed lsg learning stages; do \
 	    echo "measuring: $$each"; $(BIN)/python benchmarks/$$each.py >> benchmarks/results.new || exit 1; done
 	mv benchmarks/results.new benchmarks/results.md
-	cat benchmarks/results.md
+	$(BIN)/python benchmarks/quote.py
 
 # needs CUDA, triton, and for all rows of its table adasplash
 bench-gpu: setup
