@@ -36,8 +36,8 @@ def section(results: str) -> str:
         f"{BEGIN}\n",
         f"`make bench` ({machine.group() if machine else ''}); `benchmarks/results.md` is what it",
         "printed, `docs/performance.md` tells what was tried. Bucketed entmax attention, predictor inside, beside torch's dense",
-        "softmax attention (SDPA): how many times as fast, and the median time. 12 heads of 64, buckets of 64 tokens, a window of 11,",
-        "one global token.\n",
+        "softmax attention (SDPA): how many times as fast, and the median time. 12 heads of 64, buckets of 64",
+        "tokens, a window of 11, one global token.\n",
         f"| attention | {' | '.join(heads)} | pairs of a query at 8,192 | MB at 16,384 |",
         f"|---{'|---' * (len(heads) + 2)}|",
     ]
@@ -45,8 +45,8 @@ def section(results: str) -> str:
         times = [f"{found[name][2]} ({found[name][0]} ms)" for found in (*forward.values(), *both.values())]
         lines.append(f"| {name} | {' | '.join(times)} | {forward['8,192'][name][4]} | {forward['16,384'][name][3]} |")
     lines += [
-        "\nThe normalizer: α-entmax (α = 1.5) in the speed of the `entmax` package, and the time of dense attention with it in that",
-        "of dense softmax attention, forward.\n",
+        "\nThe normalizer: α-entmax (α = 1.5) in the speed of the `entmax` package, and the time of dense attention",
+        "with it in that of dense softmax attention, forward.\n",
         "| rows of | forward | forward and backward | peak MB, ours and the package's | dense attention |",
         "|---|---|---|---|---|",
     ]
