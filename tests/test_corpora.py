@@ -269,7 +269,7 @@ def in_files(tmp_path, **settings):
 def test_a_dataset_is_read_row_by_row(tmp_path, monkeypatch, streaming):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     corpus = in_files(tmp_path, streaming=streaming)
-    assert list(corpus.documents("train")) == ["Document 0.", "Document 1.", "Document 2."]  # an empty row is none
+    assert list(corpus.documents("train")) == [f"Document {i}." for i in range(4)]  # an empty row is none
     assert (
         list(corpus.documents("test")) == list(corpus.documents("validation")) == [f"Document {i}." for i in range(4)]
     )
@@ -286,6 +286,8 @@ def test_a_stream_takes_no_more_rows_than_wanted(monkeypatch):
 
     monkeypatch.setattr("sparsefinder.corpora.any_dataset.load_split", endless)
     assert list(AnyDataset("endless", max_documents=2).documents("train")) == ["Text."] * 2
+    assert list(AnyDataset("endless", max_characters=12).documents("train")) == ["Text."] * 3
+    assert list(AnyDataset("endless", max_characters=12).documents("test")) == ["Text."]
 
 
 def test_a_wrong_dataset_is_one_line(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsefinder.corpora.files import digest_of
+from sparsefinder.corpora.files import digest_of, limited
 from sparsefinder.corpora.loading import load_split
 from sparsefinder.store import UserError
 
@@ -31,7 +31,8 @@ class AnyDataset:
     validation: str = "validation"
     test: str | None = None  # None: the validation split serves here too
     streaming: bool = True
-    max_documents: int | None = None  # of each split; None for all, which only works without streaming
+    max_documents: int | None = None  # of each split that are not empty; None for all
+    max_characters: int | None = None  # of the training split, an eighth of it for each other split; None for all
 
     def __post_init__(self) -> None:
         if self.path is None:
@@ -39,12 +40,14 @@ class AnyDataset:
                 "corpus=datasets needs a data set: give corpus.path=NAME_ON_THE_HUB, or corpus.path=json (csv, parquet, text) "
                 "with corpus.data_files={train: FILE, validation: FILE}"
             )
-        if self.max_documents is not None and self.max_documents < 1:
-            raise UserError(f"corpus.max_documents must be a positive number or null, got {self.max_documents}")
-        if self.streaming and self.max_documents is None:
+        for field in ("max_documents", "max_characters"):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise UserError(f"corpus.{field} must be a positive number or null, got {value}")
+        if self.streaming and self.max_documents is None and self.max_characters is None:
             raise UserError(
-                "corpus=datasets streams: say how many rows of each split to read with corpus.max_documents=N, or download "
-                "all with corpus.streaming=false"
+                "corpus=datasets streams: say how much of each split to read with corpus.max_documents=N or "
+                "corpus.max_characters=N, or download all with corpus.streaming=false"
             )
         if self.train in (self.validation, self.test):
             raise UserError(
@@ -53,6 +56,9 @@ class AnyDataset:
 
     def documents(self, split: str, cache: Path | None = None) -> Iterator[str]:
         """The documents of ``split`` that are not empty. ``cache`` is not used: ``datasets`` keeps its own."""
+        yield from limited(self._documents(split), split, self.max_documents, self.max_characters)
+
+    def _documents(self, split: str) -> Iterator[str]:
         names = {"train": self.train, "validation": self.validation, "test": self.test or self.validation}
         if split not in names:
             raise UserError(f"there is no split {split}; choose one of {', '.join(names)}")
@@ -68,9 +74,7 @@ class AnyDataset:
             **options,
         )
         try:
-            for index, row in enumerate(rows):
-                if index == self.max_documents:
-                    return
+            for row in rows:
                 if self.column not in row:
                     raise UserError(
                         f"{self.path} has no column {self.column}: choose one of {', '.join(row)} with corpus.column="

@@ -42,15 +42,9 @@ class TextFiles:
 
     def documents(self, split: str, cache: Path | None = None) -> Iterator[str]:
         """The documents of ``split``, in the order of the file. ``cache`` is not needed and not used."""
-        limit = self.max_characters
-        if limit is not None and split != "train":
-            limit = max(1, limit // 8)
-        characters = 0
-        for index, document in enumerate(documents_of(lambda: _lines(self._path(split), split))):
-            if index == self.max_documents or (limit is not None and characters >= limit):
-                return
-            characters += len(document)
-            yield document
+        yield from limited(
+            documents_of(lambda: _lines(self._path(split), split)), split, self.max_documents, self.max_characters
+        )
 
     def fingerprint(self) -> str:
         """Changes with the bytes of the files and the limits."""
@@ -65,6 +59,21 @@ class TextFiles:
         if split not in files:
             raise UserError(f"there is no split {split}; choose one of {', '.join(files)}")
         return Path(str(files[split]))
+
+
+def limited(
+    documents: Iterator[str], split: str, max_documents: int | None, max_characters: int | None
+) -> Iterator[str]:
+    """The first documents of a split: so many, or until so many characters; an eighth of these where it is held out."""
+    if max_characters is not None and split != "train":
+        max_characters = max(1, max_characters // 8)
+    characters, count = 0, 0
+    while count != max_documents and (max_characters is None or characters < max_characters):
+        document = next(documents, None)
+        if document is None:
+            return
+        count, characters = count + 1, characters + len(document)
+        yield document
 
 
 def split_documents(text: str) -> Iterator[str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsefinder.corpora.files import split_documents
+from sparsefinder.corpora.files import limited, split_documents
 from sparsefinder.corpora.loading import load_split
 from sparsefinder.store import UserError
 
@@ -19,31 +19,32 @@ class WikiText103:
     """Articles of the English Wikipedia: 28,475 to train on, 60 and 60 held out. Downloaded once (about 190 MB)."""
 
     max_documents: int | None = None  # of each split; None for all
+    max_characters: int | None = None  # of the training split, an eighth of it for each other split; None for all
 
     def __post_init__(self) -> None:
-        if self.max_documents is not None and self.max_documents < 1:
-            raise UserError(f"corpus.max_documents must be a positive number or null, got {self.max_documents}")
+        for name in ("max_documents", "max_characters"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"corpus.{name} must be a positive number or null, got {value}")
 
     def documents(self, split: str, cache: Path | None = None) -> Iterator[str]:
         """The articles of ``split``. ``cache`` is not used: ``datasets`` keeps its own."""
-        lines: list[str] = []
-        count = 0
-        for row in _load(split):
-            line = row["text"]
-            if line.startswith(" = ") and not line.startswith(" = =") and lines:
-                for document in split_documents("".join(lines)):
-                    if count == self.max_documents:
-                        return
-                    count += 1
-                    yield document
-                lines = []
-            lines.append(line)
-        if count != self.max_documents:
-            yield from split_documents("".join(lines))
+        yield from limited(_articles(split), split, self.max_documents, self.max_characters)
 
     def fingerprint(self) -> str:
-        """The data set is frozen; only the limit can change."""
-        return f"{_REPOSITORY}/{_NAME}/{self.max_documents}"
+        """The data set is frozen; only the limits can change."""
+        return f"{_REPOSITORY}/{_NAME}/{self.max_documents}/{self.max_characters}"
+
+
+def _articles(split: str) -> Iterator[str]:
+    lines: list[str] = []
+    for row in _load(split):
+        line = row["text"]
+        if line.startswith(" = ") and not line.startswith(" = =") and lines:
+            yield from split_documents("".join(lines))
+            lines = []
+        lines.append(line)
+    yield from split_documents("".join(lines))
 
 
 def _load(split: str) -> Any:
