@@ -5,15 +5,16 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 LOWEST := .venv-lowest
+# files of tests are shared among the cores
+PYTEST := -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 .PHONY: run test test-faults test-lowest check setup lock bench bench-gpu clean
 
 run: setup
 	$(BIN)/python scripts/run.py $(ARGS)
 
-# files of tests are shared among the cores
 test: check
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python $(PYTEST) $(ARGS)
 
 # a hundred kills, and every fault and mutation; a quarter of an hour
 test-faults: setup
@@ -53,7 +54,7 @@ test-lowest:
 	grep -vE '^(nvidia-|cuda-|triton)' $(LOWEST)/all.txt > $(LOWEST)/requirements.txt
 	$(LOWEST)/bin/python -m pip install --quiet --requirement $(LOWEST)/requirements.txt
 	$(LOWEST)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
-	$(LOWEST)/bin/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(LOWEST)/bin/python $(PYTEST) $(ARGS)
 
 # ratios measured side by side in one run, on a quiet machine; half an hour. The README quotes the file that this writes
 bench: setup

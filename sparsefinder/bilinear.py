@@ -26,17 +26,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsefinder.graphs import QK
-from sparsefinder.kmeans_centroids import ClusterSettings, fit_centroids
+from sparsefinder.kmeans_centroids import KeyClusterSettings, fit_centroids
 from sparsefinder.lowrank import fit_lowrank, normal_form
 from sparsefinder.metrics import Counts, Gold, count
 from sparsefinder.pairs import GoldPairs, mean_of_heads
+from sparsefinder.patterns.lowrank import LowRank
 from sparsefinder.projections import Projections
 from sparsefinder.samples import Samples, training_samples, validation_samples
-from sparsefinder.selection import select
 from sparsefinder.stacks import (
     Trained,
     check_one_model,
     clip_each_layer,
+    mean_recall,
     per_layer,
     sample_plan,
     stacked_linear,
@@ -51,7 +52,7 @@ LOSSES = ("bce", "pair")
 
 
 @dataclass(frozen=True)
-class BilinearSettings:
+class BilinearSettings(KeyClusterSettings):
     """Settings of the stage ``bilinear``."""
 
     rounds: int = 4  # R, numbers that queries and keys are compared by; at most the head size
@@ -65,13 +66,9 @@ class BilinearSettings:
     clip: float = 1.0  # largest norm of a layer's gradient
     alpha: float = 1.5  # of the entmax whose support is learned
     causal: bool = False
-    n_clusters: int = 64  # of keys
-    max_iterations: int = 100  # of Lloyd's algorithm
     eval_every: int = 50  # steps between two measurements on held-out samples; 0: only at the start and the end
     eval_samples: int = 8  # held-out samples to measure on
     eval_density: float = 0.2  # share of each query's keys predicted when measuring recall
-    seed: int = 0
-    jobs: int = -1  # heads clustered at the same time; -1: one for each core
 
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
@@ -92,13 +89,6 @@ class BilinearSettings:
     def needs(self) -> tuple[str, ...]:
         """Artefacts read by the stage."""
         return ("qk", "qk_validation")
-
-    @property
-    def clusters(self) -> ClusterSettings:
-        """How the keys are clustered."""
-        return ClusterSettings(
-            n_clusters=self.n_clusters, max_iterations=self.max_iterations, seed=self.seed, jobs=self.jobs
-        )
 
 
 def run(settings: BilinearSettings, store: Store) -> None:
@@ -191,19 +181,15 @@ def _rows(qk: QK, drawn: Tensor) -> Tensor:
     return scores.masked_fill(~qk.allowed[0, 0, drawn], -math.inf)
 
 
-@torch.no_grad()
 def _measure(projections: Projections, held_out: Samples, settings: BilinearSettings) -> dict[str, float]:
     """Recall when each query takes the best ``eval_density`` of its keys, and the true sparsity of that."""
-    counts: list[Counts] = []
-    for index in range(len(held_out)):
-        for layer, qk in enumerate(held_out.layers(index, settings.causal)):
-            probabilities = Normalizer(settings.alpha)(qk.scores())
-            scores = projections(qk, layer).scores()
-            allowed = qk.allowed.expand(scores.shape)
-            graph = select(scores, allowed.to(scores.dtype), "budget", settings.eval_density, settings.alpha)
-            counts.append(count(graph & allowed, Gold(probabilities, probabilities > 0), qk))
-    macro = Counts.cat(counts).macro()
-    return {"recall": macro["recall"].mean().item(), "sparsity": macro["sparsity"].mean().item()}
+    pattern = LowRank("budget", settings.eval_density, settings.alpha)
+
+    def counted(qk: QK, layer: int) -> Counts:
+        probabilities = Normalizer(settings.alpha)(qk.scores())
+        return count(pattern(projections(qk, layer), layer), Gold(probabilities, probabilities > 0), qk)
+
+    return mean_recall(held_out, settings.causal, counted)
 
 
 def _shown(history: list[dict[str, float]]) -> tuple[float, float]:

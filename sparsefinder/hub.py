@@ -8,6 +8,8 @@ import urllib.request
 
 from huggingface_hub import constants
 
+from sparsefinder.store import UserError
+
 _PATIENCE = 5.0  # seconds; the hub's own client tries five times and gives up after 23 seconds
 
 
@@ -29,3 +31,18 @@ def reachable() -> bool:
     except OSError:
         return False
     return True
+
+
+def in_words(error: Exception) -> str:
+    """What a loader of others raised, in one line: its type, and as much of its message as a line can take."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def refusal(label: str, error: Exception, failed: str, offline: str = "") -> UserError:
+    """What to say where something named by ``label`` could not be loaded.
+
+    ``offline``: what was not in the cache and what to do instead; empty where the hub was asked, or not needed.
+    """
+    if offline:
+        return UserError(f"{label}: the Hugging Face hub cannot be reached, and {offline}")
+    return UserError(f"{label}{failed} ({in_words(error)})")

@@ -91,9 +91,8 @@ def nearest(x: Tensor, centres: Tensor, top: int) -> Tensor:
     runs, clusters, size = centres.shape[1:]
     first = torch.arange(runs, device=x.device)[:, None] * clusters
     found = []
-    for tokens, own in zip(
-        x.unbind(1), centres.to(x.dtype).flatten(1, 2), strict=True
-    ):  # a head's products fit the cache
+    # head by head: the products of one fit the cache
+    for tokens, own in zip(x.unbind(1), centres.to(x.dtype).flatten(1, 2), strict=True):
         # ‖x − c‖² = ‖x‖² − 2 (x·c − ‖c‖²/2): the nearest centroids are those of the largest bracket, one matrix product
         closeness = torch.addmm(own.square().sum(-1) / -2, tokens.reshape(-1, size), own.T)
         closeness = closeness.view(*tokens.shape[:2], runs, clusters)
@@ -128,6 +127,23 @@ class ClusterSettings:
     def needs(self) -> tuple[str, ...]:
         """Artefacts read by the stage."""
         return ("qk", "projections")
+
+
+@dataclass(frozen=True)
+class KeyClusterSettings:
+    """How a stage clusters the keys alone, after it has learned the space in which it does."""
+
+    n_clusters: int = 64
+    max_iterations: int = 100  # of Lloyd's algorithm
+    seed: int = 0
+    jobs: int = -1  # heads clustered at the same time; -1: one for each core
+
+    @property
+    def clusters(self) -> ClusterSettings:
+        """How the keys are clustered."""
+        return ClusterSettings(
+            n_clusters=self.n_clusters, max_iterations=self.max_iterations, seed=self.seed, jobs=self.jobs
+        )
 
 
 def run(settings: ClusterSettings, store: Store) -> None:

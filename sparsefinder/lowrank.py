@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsefinder.kmeans_centroids import ClusterSettings, fit_centroids
+from sparsefinder.kmeans_centroids import KeyClusterSettings, fit_centroids
 from sparsefinder.projections import LayerProjections, Linear, Projections
 from sparsefinder.samples import Samples, training_samples
 from sparsefinder.store import Store, UserError, progress
@@ -36,14 +36,10 @@ _NEGLIGIBLE = 1e-9  # share of the largest variance below which a direction coun
 
 
 @dataclass(frozen=True)
-class RouteSettings:
+class RouteSettings(KeyClusterSettings):
     """Settings of the stage ``route``."""
 
     rank: int = 32  # R, numbers that queries and keys are compared by; at most the head size
-    n_clusters: int = 64  # clusters of keys
-    max_iterations: int = 100  # of Lloyd's algorithm
-    seed: int = 0
-    jobs: int = -1  # heads clustered at the same time; -1: one for each core
 
     def __post_init__(self) -> None:
         for name in ("rank", "n_clusters", "max_iterations"):
@@ -54,13 +50,6 @@ class RouteSettings:
     def needs(self) -> tuple[str, ...]:
         """Artefacts read by the stage."""
         return ("qk",)
-
-    @property
-    def clusters(self) -> ClusterSettings:
-        """How the keys are clustered."""
-        return ClusterSettings(
-            n_clusters=self.n_clusters, max_iterations=self.max_iterations, seed=self.seed, jobs=self.jobs
-        )
 
 
 def run(settings: RouteSettings, store: Store) -> None:

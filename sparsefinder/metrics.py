@@ -158,7 +158,7 @@ def balance(buckets: Buckets, valid: Tensor) -> dict[str, Tensor]:
 
 def pairs(graph: Tensor) -> Tensor:
     """Edges of each example and head: ``(B, H, N, N)`` bool → ``(B, H)`` int64."""
-    if graph.is_cuda:
+    if graph.device.type != "cpu":
         return graph.sum((-2, -1))
     counted = [
         [np.count_nonzero(head) for head in example] for example in graph.numpy()

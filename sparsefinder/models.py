@@ -136,13 +136,8 @@ def _read(what: str, name: str, load: Any, **options: Any) -> Any:
         return load(name, trust_remote_code=False, **options)
     except Exception as error:  # OSError, ValueError, SafetensorError, JSON errors: the loaders have no common type
         local = options.get("local_files_only") and not Path(name).is_dir()
-        if local:
-            raise UserError(
-                f"model={name}: the Hugging Face hub cannot be reached, and {what} of that name are not in its cache; "
-                "connect, or give the path of a folder written by save_pretrained"
-            ) from error
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"model={name}: cannot read its {what} ({type(error).__name__}: {reason})") from error
+        absent = f"{what} of that name are not in its cache; connect, or give the path of a folder written by save_pretrained"
+        raise hub.refusal(f"model={name}", error, f": cannot read its {what}", absent if local else "") from error
 
 
 def _check_family(config: Any, name: str) -> None:

@@ -32,7 +32,15 @@ from sparsefinder.metrics import Counts, Gold, count
 from sparsefinder.pairs import GoldPairs, PairsOnDisk, gold_pairs, mean_of_heads
 from sparsefinder.projections import Hidden, Identity, LayerProjections, Linear, Projection, Projections
 from sparsefinder.samples import Samples, training_samples, validation_samples
-from sparsefinder.stacks import Trained, check_one_model, clip_each_layer, per_layer, sample_plan, stacked_sample
+from sparsefinder.stacks import (
+    Trained,
+    check_one_model,
+    clip_each_layer,
+    mean_recall,
+    per_layer,
+    sample_plan,
+    stacked_sample,
+)
 from sparsefinder.store import Store, UserError, progress, remove
 from sparsefinder.transforms import Normalizer
 
@@ -203,15 +211,11 @@ def _all_gold(samples: Samples, settings: ProjectSettings, scratch: Path | None)
     return kept
 
 
-@torch.no_grad()
 def recall_of_nearest(projections: Projections, held_out: Samples, settings: ProjectSettings) -> dict[str, float]:
     """Recall when the nearest ``eval_density`` of the allowed pairs of each head are predicted, and their true sparsity."""
-    counts: list[Counts] = []
-    for index in range(len(held_out)):
-        for layer, qk in enumerate(held_out.layers(index, settings.causal)):
-            counts.append(_count_nearest(projections(qk, layer), qk, settings))
-    macro = Counts.cat(counts).macro()
-    return {"recall": macro["recall"].mean().item(), "sparsity": macro["sparsity"].mean().item()}
+    return mean_recall(
+        held_out, settings.causal, lambda qk, layer: _count_nearest(projections(qk, layer), qk, settings)
+    )
 
 
 def _count_nearest(projected: QK, qk: QK, settings: ProjectSettings) -> Counts:

@@ -6,12 +6,14 @@ The loss is a sum over layers, and gradients are clipped for each layer, so that
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sparsefinder.graphs import QK
+from sparsefinder.metrics import Counts
 from sparsefinder.projections import Hidden, Identity, LayerProjections, Linear, Projection, Projections
 from sparsefinder.samples import Samples
 from sparsefinder.store import UserError
@@ -101,3 +103,11 @@ def sample_plan(
         order = torch.randperm(samples, generator=generator).tolist()
         plan += [order[start : start + in_a_step] for start in range(0, samples, in_a_step)]
     return plan[:steps]
+
+
+@torch.no_grad()
+def mean_recall(held_out: Samples, causal: bool, counted: Callable[[QK, int], Counts]) -> dict[str, float]:
+    """Recall and sparsity of what ``counted(qk, layer)`` measured, averaged over samples, layers and heads."""
+    layers = (pair for index in range(len(held_out)) for pair in enumerate(held_out.layers(index, causal)))
+    macro = Counts.cat([counted(qk, layer) for layer, qk in layers]).macro()
+    return {name: macro[name].mean().item() for name in ("recall", "sparsity")}

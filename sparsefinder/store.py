@@ -83,6 +83,13 @@ ARTEFACTS = {
 }
 
 
+def missing(pattern: str, name: str) -> UserError:
+    """What to say where a pattern lacks the artefact ``name``: the stage that makes it, and how to give a file."""
+    return UserError(
+        f"{pattern} needs {name}: run stage={ARTEFACTS[name].stage} first, or give a file with {name}=PATH"
+    )
+
+
 class Store:
     """The artefacts of one run.
 

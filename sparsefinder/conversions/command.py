@@ -100,5 +100,4 @@ def _load(what: str, name: str, load: Any) -> Any:
     try:
         return load(name, local_files_only=Path(name).is_dir() or not hub.reachable())
     except Exception as error:  # OSError, ValueError, SafetensorError, JSON errors: the loaders have no common type
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"no {what} can be loaded from {name} ({type(error).__name__}: {reason})") from error
+        raise UserError(f"no {what} can be loaded from {name} ({hub.in_words(error)})") from error

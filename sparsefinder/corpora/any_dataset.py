@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsefinder.corpora.files import digest_of, limited
+from sparsefinder import hub
+from sparsefinder.corpora.files import check_limits, digest_of, limited
 from sparsefinder.corpora.loading import load_split
 from sparsefinder.store import UserError
 
@@ -40,10 +41,7 @@ class AnyDataset:
                 "corpus=datasets needs a data set: give corpus.path=NAME_ON_THE_HUB, or corpus.path=json (csv, parquet, text) "
                 "with corpus.data_files={train: FILE, validation: FILE}"
             )
-        for field in ("max_documents", "max_characters"):
-            value = getattr(self, field)
-            if value is not None and value < 1:
-                raise UserError(f"corpus.{field} must be a positive number or null, got {value}")
+        check_limits(self.max_documents, self.max_characters)
         if self.streaming and self.max_documents is None and self.max_characters is None:
             raise UserError(
                 "corpus=datasets streams: say how much of each split to read with corpus.max_documents=N or "
@@ -87,9 +85,7 @@ class AnyDataset:
                 if document := row[self.column].strip():
                     yield document
         except (OSError, ValueError) as error:  # a stream that breaks, a file that its reader does not understand
-            raise UserError(
-                f"{self.path} cannot be read on ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-            ) from error
+            raise hub.refusal(str(self.path), error, " cannot be read on") from error
 
     def fingerprint(self) -> str:
         """Changes with the settings and the bytes of local files; what the hub holds is known by its name and revision."""

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sparsefinder.corpora import prose
+from sparsefinder.corpora.files import check_limits
 from sparsefinder.store import UserError, progress, remove
 
 log = logging.getLogger(__name__)
@@ -51,8 +52,7 @@ class Docstrings:
     def __post_init__(self) -> None:
         for split in SPLITS:
             object.__setattr__(self, split, tuple(getattr(self, split)))
-        if self.max_characters is not None and self.max_characters < 1:
-            raise UserError(f"corpus.max_characters must be a positive number or null, got {self.max_characters}")
+        check_limits(None, self.max_characters)
         named = [*self.train, *self.validation, *self.test]
         twice = sorted({name for name in named if named.count(name) > 1})
         if twice:

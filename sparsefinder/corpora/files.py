@@ -32,10 +32,7 @@ class TextFiles:
     def __post_init__(self) -> None:
         if self.train is None or self.validation is None:
             raise UserError("corpus=text needs two files: give corpus.train=FILE and corpus.validation=FILE")
-        for name in ("max_documents", "max_characters"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"corpus.{name} must be a positive number or null, got {value}")
+        check_limits(self.max_documents, self.max_characters)
         given = [Path(file).resolve() for file in (self.train, self.validation, self.test) if file is not None]
         if len(set(given)) < len(given):
             raise UserError(f"corpus=text names {given[0]} for two splits: text held out must not be training text")
@@ -59,6 +56,13 @@ class TextFiles:
         if split not in files:
             raise UserError(f"there is no split {split}; choose one of {', '.join(files)}")
         return Path(str(files[split]))
+
+
+def check_limits(max_documents: int | None, max_characters: int | None) -> None:
+    """Raise a `UserError` for limits that `limited` cannot keep."""
+    for name, value in (("max_documents", max_documents), ("max_characters", max_characters)):
+        if value is not None and value < 1:
+            raise UserError(f"corpus.{name} must be a positive number or null, got {value}")
 
 
 def limited(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from sparsefinder import hub
-from sparsefinder.store import UserError
 
 
 def load_split(label: str, path: str, name: str | None, split: str, local: bool = False, **options: Any) -> Any:
@@ -20,10 +19,5 @@ def load_split(label: str, path: str, name: str | None, split: str, local: bool 
     try:
         return load_dataset(path, name, split=split, **options)
     except Exception as error:  # ConnectionError, DatasetNotFoundError, hub errors, those of readers: no common type
-        if not online:
-            raise UserError(
-                f"{label}: the Hugging Face hub cannot be reached, and {path} is not in its cache; "
-                "connect, or use corpus=docstrings or corpus=text"
-            ) from error
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{label} cannot be loaded ({type(error).__name__}: {reason})") from error
+        absent = f"{path} is not in its cache; connect, or use corpus=docstrings or corpus=text"
+        raise hub.refusal(label, error, " cannot be loaded", "" if online else absent) from error

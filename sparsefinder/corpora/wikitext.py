@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsefinder.corpora.files import limited, split_documents
+from sparsefinder.corpora.files import check_limits, limited, split_documents
 from sparsefinder.corpora.loading import load_split
-from sparsefinder.store import UserError
 
 _REPOSITORY, _NAME = "Salesforce/wikitext", "wikitext-103-raw-v1"
 
@@ -22,10 +21,7 @@ class WikiText103:
     max_characters: int | None = None  # of the training split, an eighth of it for each other split; None for all
 
     def __post_init__(self) -> None:
-        for name in ("max_documents", "max_characters"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"corpus.{name} must be a positive number or null, got {value}")
+        check_limits(self.max_documents, self.max_characters)
 
     def documents(self, split: str, cache: Path | None = None) -> Iterator[str]:
         """The articles of ``split``. ``cache`` is not used: ``datasets`` keeps its own."""

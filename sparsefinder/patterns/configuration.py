@@ -18,7 +18,7 @@ from sparsefinder.patterns.combine import Blocked, Projected, Union, layout_of
 from sparsefinder.patterns.per_head import PerHead
 from sparsefinder.patterns.window import near_pairs, surroundings
 from sparsefinder.projections import Projections, load_projections
-from sparsefinder.store import ARTEFACTS, Store, UserError
+from sparsefinder.store import Store, UserError, missing
 
 log = logging.getLogger(__name__)
 
@@ -155,8 +155,7 @@ class Learned:
     def get(self, name: str, pattern: str) -> Any:
         """The artefact of that name; without it a `UserError` that names the pattern and the stage."""
         if name not in self.artefacts:
-            stage = ARTEFACTS[name].stage
-            raise UserError(f"{pattern} needs {name}: run stage={stage} first, or give a file with {name}=PATH")
+            raise missing(pattern, name)
         return self.artefacts[name]
 
     def check(self, layers: int, heads: int, size: int) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparsefinder.graphs import QK, Buckets, Layout
 from sparsefinder.kmeans_centroids import Centroids, nearest
-from sparsefinder.store import UserError
+from sparsefinder.store import UserError, missing
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class KMeans:
     def layout(self, qk: QK, layer: int) -> Layout:
         """Clusters as buckets: run ``u`` uses the ids ``u · C … u · C + C − 1``."""
         if self.centroids is None:
-            raise UserError("kmeans needs centroids: run stage=cluster first, or give a file with centroids=PATH")
+            raise missing("kmeans", "centroids")
         centres = self.centroids(qk, layer)
         q_ids, k_ids = (nearest(x, centres, self.top_clusters) for x in (qk.q, qk.k))
         return Layout(Buckets(q_ids, k_ids, centres.shape[1] * centres.shape[2]))

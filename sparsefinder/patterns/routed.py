@@ -14,7 +14,7 @@ from sparsefinder.graphs import QK, Buckets, Layout
 from sparsefinder.kmeans_centroids import Centroids, nearest
 from sparsefinder.patterns.choosing import as_ids
 from sparsefinder.selection import check_rule, select
-from sparsefinder.store import UserError
+from sparsefinder.store import missing
 
 _AT_ONCE = 1 << 20  # scores of queries and clusters in memory at one time: what fits the cache is faster
 
@@ -41,14 +41,19 @@ class ToClusters:
     alpha: float = 1.5  # of the entmax whose threshold is estimated
 
     dial: ClassVar[str | None] = "level"
+    needs: ClassVar[tuple[str, ...]]
 
     def __post_init__(self) -> None:
         check_rule(self.rule, self.level, self.alpha)
 
     @property
     def centroids(self) -> Centroids:
-        """The clusters of keys; a `UserError` where none are attached."""
-        raise NotImplementedError
+        """The clusters of keys, the last artefact of ``needs``; a `UserError` where none are attached."""
+        name = self.needs[-1]
+        found: Centroids | None = getattr(self, name)
+        if found is None:
+            raise missing(type(self).__name__, name)
+        return found
 
     def layout(self, qk: QK, layer: int) -> Layout:
         """Clusters as buckets: each key in one, each query in those that it is routed to."""
@@ -79,13 +84,6 @@ class Routed(ToClusters):
     key_centroids: Centroids | None = None  # attached by a `Configuration`
 
     needs: ClassVar[tuple[str, ...]] = ("lowrank", "key_centroids")
-
-    @property
-    def centroids(self) -> Centroids:
-        """Those of the stage ``route``."""
-        if self.key_centroids is None:
-            raise UserError("routed needs key_centroids: run stage=route first, or give a file with key_centroids=PATH")
-        return self.key_centroids
 
 
 def _whole(qk: QK, cluster: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:

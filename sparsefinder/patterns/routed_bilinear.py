@@ -7,7 +7,6 @@ from typing import ClassVar
 
 from sparsefinder.kmeans_centroids import Centroids
 from sparsefinder.patterns.routed import ToClusters
-from sparsefinder.store import UserError
 
 
 @dataclass(frozen=True)
@@ -20,13 +19,3 @@ class RoutedBilinear(ToClusters):
     bilinear_centroids: Centroids | None = None  # attached by a `Configuration`
 
     needs: ClassVar[tuple[str, ...]] = ("bilinear_projections", "bilinear_centroids")
-
-    @property
-    def centroids(self) -> Centroids:
-        """Those of the stage ``bilinear``."""
-        if self.bilinear_centroids is None:
-            raise UserError(
-                "routed_bilinear needs bilinear_centroids: run stage=bilinear first, or give a file with "
-                "bilinear_centroids=PATH"
-            )
-        return self.bilinear_centroids

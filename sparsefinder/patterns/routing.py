@@ -14,7 +14,7 @@ from sparsefinder.kmeans_centroids import Centroids
 from sparsefinder.patterns.choosing import as_ids, check_counts, check_share, first_share, vectors
 from sparsefinder.patterns.lloyd import lloyd
 from sparsefinder.randomness import normal
-from sparsefinder.store import UserError
+from sparsefinder.store import UserError, missing
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,7 @@ class LearnedRouting:
     def layout(self, qk: QK, layer: int) -> Layout:
         """Centroids as buckets: run ``u`` uses the ids ``u · C … u · C + C − 1``."""
         if self.centroids is None:
-            raise UserError(
-                "routing_learned needs centroids: run stage=cluster first, or give a file with centroids=PATH"
-            )
+            raise missing("routing_learned", "centroids")
         centres = F.normalize(self.centroids(qk, layer).flatten(1, 2), dim=-1)
         q, k = (F.normalize(x, dim=-1) for x in vectors(qk))
         return _taken(q, k, centres.to(q.dtype), qk, self.share)
