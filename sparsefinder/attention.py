@@ -18,12 +18,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import sparsefinder.native.attention as native
 from sparsefinder.graphs import QK, HasLayout, Layout, Pattern
 from sparsefinder.pieces import Pieces, cut
 from sparsefinder.shares import Shares, shares_of
 from sparsefinder.store import UserError
 from sparsefinder.transforms import Normalizer
 
+EXECUTORS = ("auto", "native", "blocks")
 _ENTMAX15 = Normalizer(1.5)  # the normalizer of the gold graphs
 
 
@@ -60,14 +62,20 @@ class Bucketed:
 
     The same output and gradients as ``Masked`` of the same pattern, to rounding. The pattern must have a ``layout``: buckets,
     a window, global tokens and unions of these. Work and memory are linear in N where buckets keep their size; a bucket with
-    all tokens costs what dense attention costs. Buckets are filled up to a few sizes, so that those of like size are one
-    product (never up to the fullest one), and ``computed_pairs`` counts the filling.
+    all tokens costs what dense attention costs. Two executors multiply it:
+
+    - ``native``, C++ on a CPU (`sparsefinder.native.attention`): a query at a time, the pairs of the graph and no others;
+    - ``blocks``, torch's products on any device (`sparsefinder.pieces`): buckets are filled up to a few sizes, so that those of
+      like size are one product (never up to the fullest one), and ``computed_pairs`` counts the filling.
+
+    ``auto`` is ``native`` wherever it works, which on a CPU needs a C++ compiler the first time.
     """
 
     pattern: Pattern  # who may attend to whom; must have a layout
     normalizer: Normalizer = _ENTMAX15  # how the scores on the graph become probabilities
     causal: bool = False  # whether a query sees no later key
-    queries_at_once: int = 1 << 15  # queries (once for each of their buckets) whose scores are in memory at one time
+    executor: str = "auto"  # auto, native or blocks
+    queries_at_once: int = 1 << 15  # of blocks: queries (once for each bucket) whose scores are in memory at one time
 
     def __post_init__(self) -> None:
         if not isinstance(self.pattern, HasLayout):
@@ -75,6 +83,8 @@ class Bucketed:
                 f"attention=bucketed got the pattern {type(self.pattern).__name__}, which has no layout (buckets, window, "
                 "global tokens): choose a pattern with buckets such as kmeans or quantize, or use attention=masked"
             )
+        if self.executor not in EXECUTORS:
+            raise UserError(f"executor={self.executor} is unknown; choose one of {', '.join(EXECUTORS)}")
         if self.queries_at_once < 1:
             raise UserError(f"queries_at_once must be 1 query or more, got {self.queries_at_once}")
 
@@ -82,6 +92,9 @@ class Bucketed:
         """``q, k, v (B, H, N, D)``, ``valid (B, N)`` bool → ``(B, H, N, D)`` in the dtype of ``v``."""
         q, k, v = without_padding(q, valid), without_padding(k, valid), without_padding(v, valid)
         qk = QK(q, k, valid, self.causal)
+        if self._is_native(q):
+            exact = qk.with_vectors(at_least_float32(q), at_least_float32(k))
+            return native.attend(exact, v, self._layout(qk, layer), self.normalizer.alpha)
         layout, shares = self._layout_and_shares(qk, layer)
         vectors = (shares.split(x) for x in (at_least_float32(q), at_least_float32(k), v))
         parts = zip(shares.split_layout(layout, qk), *vectors, strict=True)
@@ -90,10 +103,12 @@ class Bucketed:
     @torch.no_grad()
     def graph(self, qk: QK, layer: int) -> Tensor:
         """The graph that is executed, in its dense form: ``(B, H, N, N)`` bool."""
-        return self._layout_and_shares(qk, layer)[0].graph(qk)
+        return self._layout(qk, layer).graph(qk)
 
     def computed_pairs(self, qk: QK, layer: int) -> Tensor:
-        """Pairs that are multiplied, ``(B, H)`` int64: what is in several pieces or filling is counted too."""
+        """Pairs that are multiplied, ``(B, H)`` int64: those of the graph, and with ``blocks`` the filling too."""
+        if self._is_native(qk.q):
+            return native.pairs(qk, self._layout(qk, layer))
         layout, shares = self._layout_and_shares(qk, layer)
         return shares.join([cut(*part).computed_pairs() for part in shares.split_layout(layout, qk)])
 
@@ -107,10 +122,20 @@ class Bucketed:
         probabilities_of_globals = self.normalizer(pieces.globals.query_scores(q, k))
         return pieces.globals.add(out, probabilities_of_globals.to(v.dtype) @ v)
 
+    def _is_native(self, q: Tensor) -> bool:
+        if self.executor == "auto":
+            return native.works_on(q.device)
+        if self.executor == "native" and q.device.type != "cpu":
+            raise UserError(f"executor=native runs on a CPU, the queries are on {q.device}: choose executor=blocks")
+        return self.executor == "native"
+
     @torch.no_grad()
-    def _layout_and_shares(self, qk: QK, layer: int) -> tuple[Layout, Shares]:
+    def _layout(self, qk: QK, layer: int) -> Layout:
         assert isinstance(self.pattern, HasLayout)  # checked when made
-        layout = self.pattern.layout(qk, layer)
+        return self.pattern.layout(qk, layer)
+
+    def _layout_and_shares(self, qk: QK, layer: int) -> tuple[Layout, Shares]:
+        layout = self._layout(qk, layer)
         times = 1.0  # that a query is multiplied, once for each of its buckets
         if layout.buckets is not None and layout.buckets.q_ids.numel():
             times = max((layout.buckets.q_ids >= 0).sum(-1).double().mean().item(), 1.0)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sparsefinder.graphs import QK
+from sparsefinder.native import predictors as native
 from sparsefinder.projections import Projections, load_projections
 from sparsefinder.samples import Samples, training_samples
 from sparsefinder.store import Store, UserError, progress
@@ -88,6 +89,11 @@ def nearest(x: Tensor, centres: Tensor, top: int) -> Tensor:
 
     ``centres``: ``(H, runs, C, R)``; run ``u`` uses the ids ``u · C … u · C + C − 1``.
     """
+    return native.nearest(x, centres, top) if native.works_on(x) else nearest_by_products(x, centres, top)
+
+
+def nearest_by_products(x: Tensor, centres: Tensor, top: int) -> Tensor:
+    """`nearest` by torch's operations, on any device."""
     runs, clusters, size = centres.shape[1:]
     first = torch.arange(runs, device=x.device)[:, None] * clusters
     found = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import entmax
@@ -23,6 +24,9 @@ from sparsefinder.store import UserError
 from sparsefinder.transforms import Normalizer
 
 ALPHAS = [1.0, 1.3, 1.5, 2.0]
+Blocks, Native = (partial(Bucketed, executor=executor) for executor in ("blocks", "native"))
+EXECUTORS = pytest.mark.parametrize("executor", [Blocks, Native], ids=["blocks", "native"])
+ATTENTIONS = pytest.mark.parametrize("attention", [Masked, Blocks, Native], ids=["masked", "blocks", "native"])
 
 
 @dataclass(frozen=True)
@@ -161,21 +165,22 @@ def test_matches_the_reference(causal: bool, alpha: float) -> None:
     valid = right_padded([40, 25], 40)
     pattern = Fixed(nearest(2, 1, 40, 2, 9), 7, positions(40, [0, 39], [0, 20]))
     expected = reference(*inputs, pattern(QK(inputs[0], inputs[1], valid, causal), 0), alpha)
-    for attention in (Masked, Bucketed):
+    for attention in (Masked, Blocks, Native):
         out = attention(pattern, Normalizer(alpha), causal)(*inputs, valid, 0)
         torch.testing.assert_close(out, expected.float(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_bucketed_is_masked(name: str, causal: bool) -> None:
+@EXECUTORS
+def test_bucketed_is_masked(executor: Any, name: str, causal: bool) -> None:
     """Output and gradients, in float32 and closer in float64, right-padded and with holes."""
     holes = right_padded([75, 50], TOKENS) & (torch.arange(TOKENS) % 7 != 3)
     for dtype, tolerance in ((torch.float32, 2e-5), (torch.float64, 1e-9)):
         inputs = vectors(2, 2, TOKENS, dtype=dtype)
         for valid in (right_padded([75, 50], TOKENS), holes):
             for alpha in ALPHAS:
-                masked, bucketed = (a(LAYOUTS[name], Normalizer(alpha), causal) for a in (Masked, Bucketed))
+                masked, bucketed = (a(LAYOUTS[name], Normalizer(alpha), causal) for a in (Masked, executor))
                 assert_same(with_gradients(bucketed, inputs, valid), with_gradients(masked, inputs, valid), tolerance)
                 assert not bucketed(*inputs, valid, 0)[(~valid)[:, None].expand(-1, 2, -1)].any()
 
@@ -192,12 +197,13 @@ def test_bucketed_is_masked(name: str, causal: bool) -> None:
     ids=["all in one", "one each", "nobody meets", "crossed", "mixed"],
 )
 @pytest.mark.parametrize("causal", [False, True])
-def test_unbalanced_buckets(buckets: Buckets, causal: bool) -> None:
+@EXECUTORS
+def test_unbalanced_buckets(executor: Any, buckets: Buckets, causal: bool) -> None:
     inputs = vectors(1, 1, 40, dtype=torch.float64)
     valid = torch.ones(1, 40, dtype=torch.bool)
     for pattern in (Fixed(buckets), Fixed(buckets, 3, positions(40, [0, 39]))):
         masked, bucketed = (
-            with_gradients(attention(pattern, causal=causal), inputs, valid) for attention in (Masked, Bucketed)
+            with_gradients(attention(pattern, causal=causal), inputs, valid) for attention in (Masked, executor)
         )
         assert_same(bucketed, masked, 1e-9)
 
@@ -219,25 +225,29 @@ def test_any_layout(data: st.DataObject) -> None:
     pattern, valid = Fixed(buckets, window, is_global), right_padded(lengths, tokens)
     inputs = vectors(len(lengths), heads, tokens, 4, seed, torch.float64)
     at_once = data.draw(st.sampled_from([1, 60, 10_000]), "queries at once")
-    bucketed = Bucketed(pattern, Normalizer(alpha), causal, at_once)
-    masked = Masked(pattern, Normalizer(alpha), causal)
-    assert_same(with_gradients(bucketed, inputs, valid), with_gradients(masked, inputs, valid), 1e-8)
+    masked = with_gradients(Masked(pattern, Normalizer(alpha), causal), inputs, valid)
+    for executor in (partial(Blocks, queries_at_once=at_once), Native):
+        bucketed = executor(pattern, Normalizer(alpha), causal)
+        assert_same(with_gradients(bucketed, inputs, valid), masked, 1e-8)
+        qk = QK(inputs[0], inputs[1], valid, causal)
+        assert (bucketed.computed_pairs(qk, 0) >= pattern(qk, 0).sum((-1, -2))).all()
 
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("alpha", ALPHAS)
-def test_gradients_of_bucketed(alpha: float, causal: bool) -> None:
+@EXECUTORS
+def test_gradients_of_bucketed(executor: Any, alpha: float, causal: bool) -> None:
     inputs = [x.requires_grad_() for x in vectors(2, 1, 7, 2, seed=3, dtype=torch.float64)]
     valid = right_padded([7, 5], 7)
     pattern = Fixed(nearest(2, 1, 7, 2, 4), 3, positions(7, [0], [0, 4]))
-    attention = Bucketed(pattern, Normalizer(alpha), causal)
+    attention = executor(pattern, Normalizer(alpha), causal)
     assert torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, valid, 0), inputs)
 
 
 # ---- promises of every attention ----
 
 
-@pytest.mark.parametrize("attention", [Masked, Bucketed])
+@ATTENTIONS
 def test_no_key_gives_zeros_and_padding_never_matters(attention: Any) -> None:
     inputs = vectors(1, 1, 6)
     valid = right_padded([4], 6)
@@ -252,7 +262,7 @@ def test_no_key_gives_zeros_and_padding_never_matters(attention: Any) -> None:
         assert not gradient[:, :, 4:].any()
 
 
-@pytest.mark.parametrize("attention", [Masked, Bucketed])
+@ATTENTIONS
 def test_an_example_gets_the_same_output_alone_padded_and_in_a_batch(attention: Any) -> None:
     pattern, inputs = BySign(2, 6), vectors(3, 2, 60)
     lengths = [60, 41, 7]
@@ -263,7 +273,7 @@ def test_an_example_gets_the_same_output_alone_padded_and_in_a_batch(attention: 
         torch.testing.assert_close(together[example : example + 1, :, :length], out, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("attention", [Masked, Bucketed])
+@ATTENTIONS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_scores_in_float32(attention: Any, dtype: torch.dtype) -> None:
     inputs = [x.to(dtype) for x in vectors(2, 2, TOKENS)]
@@ -285,8 +295,8 @@ def test_computed_pairs_are_all_that_are_multiplied(name: str, causal: bool) -> 
     qk = QK(q, k, valid, causal)
     for attention in (
         Masked(LAYOUTS[name], causal=causal),
-        Bucketed(LAYOUTS[name], causal=causal),
-        Bucketed(LAYOUTS[name], causal=causal, queries_at_once=1),
+        Blocks(LAYOUTS[name], causal=causal),
+        Blocks(LAYOUTS[name], causal=causal, queries_at_once=1),
     ):
         with FlopCounterMode(display=False) as predicting:
             if isinstance(attention, Masked):
@@ -300,13 +310,15 @@ def test_computed_pairs_are_all_that_are_multiplied(name: str, causal: bool) -> 
         graph = attention.graph(qk, 0)
         assert torch.equal(graph, LAYOUTS[name](qk, 0))
         assert (pairs >= graph.sum((-1, -2))).all()
+    native = Native(LAYOUTS[name], causal=causal)
+    assert torch.equal(native.computed_pairs(qk, 0), native.graph(qk, 0).sum((-1, -2)))
 
 
 def test_filling_follows_each_bucket_not_the_fullest() -> None:
     """One bucket of 400 and 400 of one token: filled up to the fullest, this would be 401 · 400² pairs."""
     ids = [0] * 400 + list(range(1, 401))
     q, k, _ = vectors(1, 1, 800)
-    pairs = Bucketed(Fixed(same_buckets(ids, ids, 401))).computed_pairs(QK(q, k, torch.ones(1, 800) > 0), 0)
+    pairs = Blocks(Fixed(same_buckets(ids, ids, 401))).computed_pairs(QK(q, k, torch.ones(1, 800) > 0), 0)
     assert pairs.item() == 448**2 + 400 * 16**2  # 400 is 25 times 16, which becomes 28 times; 1 becomes 16
 
 
@@ -330,13 +342,14 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_never_of_size_n_by_n(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@EXECUTORS
+def test_never_of_size_n_by_n(executor: Any, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(entmax_kernels, "WORTH_COMPILING", 1 << 40)
     largest = []
     for tokens in (2048, 4096, 8192):
         pattern = Fixed(rounds(1, 1, tokens, 2, tokens // 64), 11, positions(tokens, [0, tokens - 1]))
         valid = torch.ones(1, tokens, dtype=torch.bool)
-        attention = Bucketed(pattern, causal=causal)
+        attention = executor(pattern, causal=causal)
         inputs = vectors(1, 1, tokens, 4)
         with LargestTensor() as mode:
             with_gradients(attention, inputs, valid)

@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparsefinder.attention import without_padding
 from sparsefinder.graphs import QK, Buckets, Layout
 from sparsefinder.kmeans_centroids import Centroids, nearest
+from sparsefinder.native import predictors as native
 from sparsefinder.patterns.choosing import as_ids
 from sparsefinder.selection import check_rule, select
 from sparsefinder.store import missing
@@ -70,6 +72,8 @@ class ToClusters:
     def _routes(self, qk: QK, cluster: Tensor, centres: Tensor) -> Tensor:
         """The clusters of each query of some heads, ``(B, h, N, P)`` int64, -1 in slots that a query does not need."""
         scores, numbers = (_causal if qk.causal else _whole)(qk, cluster, centres)
+        if native.works_on(scores):
+            return native.chosen(scores, numbers, self.rule, self.level, self.alpha)
         return as_ids(select(scores, numbers, self.rule, self.level, self.alpha))
 
     def __call__(self, qk: QK, layer: int) -> Tensor:
@@ -88,22 +92,27 @@ class Routed(ToClusters):
 
 def _whole(qk: QK, cluster: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
     """Scores of the clusters ``(B, H, N, C)`` and their keys ``(B, H, 1, C)``; ``cluster`` is C on padding."""
-    batch, heads, _, size = qk.k.shape
-    count = centres.shape[1]
-    first = torch.arange(batch * heads, device=cluster.device).view(batch, heads, 1) * (count + 1)
-    row = (cluster + first).flatten()  # whole rows are added and taken, three times as fast as their numbers one by one
+    of_clusters = native.moments if native.works_on(qk.k) else moments
+    numbers, mean, variance = of_clusters(without_padding(qk.k, qk.valid), cluster, centres.shape[1])
+    size = qk.k.shape[-1]
+    scores = (qk.q.square() @ (variance / size).mT).sqrt_()  # the spread; N × C numbers, so nothing is copied
+    return scores.add_(qk.q @ (mean / math.sqrt(size)).mT), numbers[:, :, None]
 
-    def sums(x: Tensor) -> Tensor:
-        found = x.new_zeros(batch * heads * (count + 1), x.shape[-1])
-        return found.index_add_(0, row, x.flatten(0, 2)).view(batch, heads, count + 1, -1)
 
-    keys = qk.k.masked_fill(~qk.valid[:, None, :, None], 0.0) / math.sqrt(size)
-    numbers = sums(torch.ones_like(keys[..., :1]))
-    mean = sums(keys) / numbers.clamp_min(1)
-    deviation = keys - mean.flatten(0, 2).index_select(0, row).view(keys.shape)
-    variance = (sums(deviation.square()) / numbers.clamp_min(1))[:, :, :count]
-    scores = (qk.q.square() @ variance.mT).sqrt_()  # the spread; N × C numbers, so nothing is copied
-    return scores.add_(qk.q @ mean[:, :, :count].mT), numbers[:, :, :count].mT
+def moments(x: Tensor, ids: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`sparsefinder.native.predictors.moments` by torch's operations, on any device; ids are in ``[0, count]``."""
+    batch, heads = x.shape[:2]
+    first = torch.arange(batch * heads, device=x.device).view(batch, heads, 1) * (count + 1)
+    row = (ids + first).flatten()  # whole rows are added and taken, three times as fast as their numbers one by one
+
+    def sums(values: Tensor) -> Tensor:
+        found = values.new_zeros(batch * heads * (count + 1), values.shape[-1])
+        return found.index_add_(0, row, values.flatten(0, 2)).view(batch, heads, count + 1, -1)
+
+    numbers = sums(torch.ones_like(x[..., :1]))
+    mean = sums(x) / numbers.clamp_min(1)
+    variance = sums((x - mean.flatten(0, 2).index_select(0, row).view(x.shape)).square()) / numbers.clamp_min(1)
+    return numbers[:, :, :count, 0], mean[:, :, :count], variance[:, :, :count]
 
 
 def _causal(qk: QK, cluster: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,269 @@
+// Attention over the union of buckets, a window and global tokens, one query at a time: see attention.py.
+//
+// A query lists its keys (each once, by a stamp), multiplies with those alone, solves entmax on what can be above the threshold,
+// and adds up the values of its support. Nothing is kept but that row. Heads are the parallel loop: the gradients of keys and
+// values are sums over queries, so a head in one thread has one order of summation, and one result.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+namespace {
+
+// a graph in compressed form; the same fields, in this order, in attention.py
+struct Graph {
+    int64_t batch, heads, tokens, size;   // B, H, N, D
+    int64_t q_slots, k_slots, buckets;    // P, P', bucket ids in all
+    int64_t back, ahead;                  // the window reaches from i - back to i + ahead; ahead < -back: none
+    int64_t causal, threads;
+    const int64_t *q_ids, *k_ids;         // (B, H, N, P), (B, H, N, P'), -1 for none
+    const uint8_t *valid, *is_global;     // (B, N)
+    double alpha;
+};
+
+// an id, or one more than all of them for whatever names no bucket
+int64_t bucket(const Graph &g, int64_t id) { return id >= 0 && id < g.buckets ? id : g.buckets; }
+
+// who is in each bucket of one head, and the order in which queries are handled: those of a bucket find its keys in the cache
+struct Head {
+    std::vector<int32_t> first, members, order, globals;
+};
+
+// where the members of each bucket begin, those of none behind the last, by the first `used` of the slots
+std::vector<int32_t> starts(const Graph &g, const int64_t *ids, int64_t slots, int64_t used, const uint8_t *valid) {
+    std::vector<int32_t> first(g.buckets + 2, 0);
+    for (int64_t i = 0; i < g.tokens; ++i)
+        for (int64_t p = 0; p < used && valid[i]; ++p) ++first[bucket(g, ids[i * slots + p]) + 1];
+    for (int64_t b = 0; b <= g.buckets; ++b) first[b + 1] += first[b];
+    return first;
+}
+
+Head prepare(const Graph &g, int64_t example, int64_t head) {
+    const uint8_t *valid = g.valid + example * g.tokens, *is_global = g.is_global + example * g.tokens;
+    const int64_t *q_ids = g.q_ids + head * g.tokens * g.q_slots, *k_ids = g.k_ids + head * g.tokens * g.k_slots;
+    Head h;
+    h.first = starts(g, k_ids, g.k_slots, g.k_slots, valid);
+    h.members.resize(h.first.back());
+    auto at = h.first;
+    for (int64_t j = 0; j < g.tokens; ++j) {
+        if (valid[j] && is_global[j]) h.globals.push_back(j);
+        for (int64_t p = 0; p < g.k_slots && valid[j]; ++p) h.members[at[bucket(g, k_ids[j * g.k_slots + p])]++] = j;
+    }
+    // by the first slot, which is filled before the others
+    const int64_t used = std::min<int64_t>(g.q_slots, 1);
+    auto place = starts(g, q_ids, g.q_slots, used, valid);
+    h.order.resize(std::count(valid, valid + g.tokens, 1));
+    int32_t next = 0;
+    for (int64_t i = 0; i < g.tokens; ++i)
+        if (valid[i]) h.order[used ? place[bucket(g, q_ids[i * g.q_slots])]++ : next++] = i;
+    return h;
+}
+
+template <class T> struct Row {
+    std::vector<int32_t> stamp, keys, support;
+    std::vector<T> scores, excess, weights;
+    explicit Row(int64_t tokens) : stamp(tokens, -1) {}
+};
+
+// every key of query i, once, into row.keys
+template <class T> void list_keys(const Graph &g, const Head &h, int64_t example, int64_t head, int32_t i, Row<T> &row) {
+    const uint8_t *valid = g.valid + example * g.tokens;
+    const int32_t tokens = g.tokens, last = g.causal ? i : tokens - 1;
+    row.keys.clear();
+    const auto take = [&](int32_t j) {
+        if (j <= last && row.stamp[j] != i) {
+            row.stamp[j] = i;
+            row.keys.push_back(j);
+        }
+    };
+    if (g.is_global[example * g.tokens + i]) {
+        for (int32_t j = 0; j <= last; ++j)
+            if (valid[j]) take(j);
+        return;
+    }
+    const int64_t *ids = g.q_ids + (head * g.tokens + i) * g.q_slots;
+    for (int64_t p = 0; p < g.q_slots; ++p)
+        if (const int64_t id = bucket(g, ids[p]); id < g.buckets)
+            for (int32_t m = h.first[id]; m < h.first[id + 1]; ++m) take(h.members[m]);
+    for (int64_t j = std::max<int64_t>(i - g.back, 0); j <= std::min<int64_t>(i + g.ahead, last); ++j)
+        if (valid[j]) take(j);
+    for (const int32_t j : h.globals) take(j);
+}
+
+template <class T> void multiply(const T *q, const T *k, int64_t size, T scale, Row<T> &row) {
+    const int64_t count = row.keys.size();
+    row.scores.resize(count);
+    int64_t n = 0;
+    for (; n + 4 <= count; n += 4) {  // four at a time: additions do not wait for each other
+        const T *a = k + row.keys[n] * size, *b = k + row.keys[n + 1] * size;
+        const T *c = k + row.keys[n + 2] * size, *d = k + row.keys[n + 3] * size;
+        T s = 0, t = 0, u = 0, w = 0;
+#pragma omp simd reduction(+ : s, t, u, w)
+        for (int64_t x = 0; x < size; ++x) s += q[x] * a[x], t += q[x] * b[x], u += q[x] * c[x], w += q[x] * d[x];
+        row.scores[n] = s * scale, row.scores[n + 1] = t * scale, row.scores[n + 2] = u * scale, row.scores[n + 3] = w * scale;
+    }
+    for (; n < count; ++n) {
+        const T *a = k + row.keys[n] * size;
+        T s = 0;
+#pragma omp simd reduction(+ : s)
+        for (int64_t x = 0; x < size; ++x) s += q[x] * a[x];
+        row.scores[n] = s * scale;
+    }
+}
+
+// e^p with p = 1 / (alpha - 1), and e^(p - 1)
+template <class T> T power(T e, double alpha) {
+    return alpha == 1.5 ? e * e : alpha == 2.0 ? e : std::pow(e, T(1.0 / (alpha - 1.0)));
+}
+template <class T> T one_less(T e, double alpha) {
+    return alpha == 1.5 ? e : alpha == 2.0 ? T(1) : std::pow(e, T((2.0 - alpha) / (alpha - 1.0)));
+}
+
+// probabilities of row.scores: keys of positive weight into row.support, their weights into row.weights
+template <class T> void normalize(double alpha, Row<T> &row) {
+    const int64_t count = row.keys.size();
+    row.support.resize(count), row.excess.resize(count), row.weights.resize(count);
+    if (!count) return;
+    T peak = row.scores[0];
+#pragma omp simd reduction(max : peak)
+    for (int64_t n = 0; n < count; ++n) peak = std::max(peak, row.scores[n]);
+    if (alpha == 1.0) {
+        T total = 0;
+        for (int64_t n = 0; n < count; ++n) total += row.weights[n] = std::exp(row.scores[n] - peak);
+        for (T &w : row.weights) w /= total;
+        row.support = row.keys;
+        return;
+    }
+    // the threshold lies in [-1, 0) below the peak, so a score further down is in no support, whatever the others are
+    bool strange = false;
+    int64_t some = 0;
+    for (int64_t n = 0; n < count; ++n) {  // written always, kept sometimes: no branch to guess
+        const T x = (row.scores[n] - peak) * T(alpha - 1.0);
+        strange |= std::isnan(x);
+        row.support[some] = row.keys[n], row.excess[some] = x;
+        some += x > T(-1);
+    }
+    if (strange) {  // as dense attention has it: whoever meets a NaN is NaN
+        row.support = row.keys;
+        row.weights.assign(count, std::numeric_limits<T>::quiet_NaN());
+        return;
+    }
+    // Newton's method on the p-norm, from the left: sparsefinder.entmax_kernels
+    T threshold = -1;
+    const T *x = row.excess.data();
+    const T still = 2 * std::numeric_limits<T>::epsilon();
+    for (int step = 0; step < 160; ++step) {
+        T sum = 0, slope = 0;
+        if (alpha == 1.5) {
+#pragma omp simd reduction(+ : sum, slope)
+            for (int64_t n = 0; n < some; ++n) {
+                const T e = std::max(x[n] - threshold, T(0));
+                sum += e * e, slope += e;
+            }
+        } else {
+            for (int64_t n = 0; n < some; ++n)
+                if (x[n] > threshold) sum += power(x[n] - threshold, alpha), slope += one_less(x[n] - threshold, alpha);
+        }
+        const T root = alpha == 1.5 ? std::sqrt(sum) : alpha == 2.0 ? T(1) : std::pow(sum, T(2.0 - alpha));
+        const T move = (sum - root) / std::max(slope, T(1e-30));
+        threshold += move;
+        if (!(move > still)) break;
+    }
+    int64_t kept = 0;
+    for (int64_t n = 0; n < some; ++n) {
+        const T e = std::max(x[n] - threshold, T(0));
+        row.support[kept] = row.support[n], row.weights[kept] = power(e, alpha);
+        kept += e > 0;
+    }
+    row.support.resize(kept), row.weights.resize(kept);
+    if (alpha != 1.5 && alpha != 2.0) {  // near 1 the power is large and makes much of the last digit of the threshold
+        T total = 0;
+        for (const T w : row.weights) total += w;
+        for (T &w : row.weights) w /= total;
+    }
+}
+
+template <class T> void add(T *to, const T *from, T weight, int64_t size) {
+#pragma omp simd
+    for (int64_t x = 0; x < size; ++x) to[x] += weight * from[x];
+}
+
+template <class T> void forward(const Graph &g, const T *q, const T *k, const T *v, T *out) {
+    const T scale = T(1.0 / std::sqrt(double(g.size)));
+#pragma omp parallel for schedule(dynamic) num_threads(g.threads)
+    for (int64_t head = 0; head < g.batch * g.heads; ++head) {
+        const int64_t example = head / g.heads, at = head * g.tokens * g.size;
+        const Head h = prepare(g, example, head);
+        Row<T> row(g.tokens);
+        for (const int32_t i : h.order) {
+            list_keys(g, h, example, head, i, row);
+            multiply(q + at + i * g.size, k + at, g.size, scale, row);
+            normalize(g.alpha, row);
+            for (size_t n = 0; n < row.support.size(); ++n)
+                add(out + at + i * g.size, v + at + row.support[n] * g.size, row.weights[n], g.size);
+        }
+    }
+}
+
+template <class T>
+void backward(const Graph &g, const T *q, const T *k, const T *v, const T *gradient, T *dq, T *dk, T *dv) {
+    const T scale = T(1.0 / std::sqrt(double(g.size)));
+#pragma omp parallel for schedule(dynamic) num_threads(g.threads)
+    for (int64_t head = 0; head < g.batch * g.heads; ++head) {
+        const int64_t example = head / g.heads, at = head * g.tokens * g.size;
+        const Head h = prepare(g, example, head);
+        Row<T> row(g.tokens);
+        for (const int32_t i : h.order) {
+            list_keys(g, h, example, head, i, row);
+            multiply(q + at + i * g.size, k + at, g.size, scale, row);
+            normalize(g.alpha, row);
+            // dz = s (g - (s·g) / Σs) with s = p^(2 - alpha), g the gradients of the probabilities
+            row.keys.swap(row.support);
+            multiply(gradient + at + i * g.size, v + at, g.size, T(1), row);
+            T weighted = 0, sum = 0;
+            const int64_t count = row.keys.size();
+            const auto s = [&](int64_t n) {
+                const T p = row.weights[n];
+                return g.alpha == 1.0 ? p : g.alpha == 1.5 ? std::sqrt(p) : g.alpha == 2.0 ? T(1) : std::pow(p, T(2.0 - g.alpha));
+            };
+            for (int64_t n = 0; n < count; ++n) weighted += s(n) * row.scores[n], sum += s(n);
+            weighted /= std::max(sum, T(1e-30));
+            for (int64_t n = 0; n < count; ++n) {
+                const int64_t j = at + row.keys[n] * g.size;
+                const T dz = s(n) * (row.scores[n] - weighted) * scale;
+                add(dv + j, gradient + at + i * g.size, row.weights[n], g.size);
+                add(dk + j, q + at + i * g.size, dz, g.size);
+                add(dq + at + i * g.size, k + j, dz, g.size);
+            }
+        }
+    }
+}
+
+void count(const Graph &g, int64_t *pairs) {
+#pragma omp parallel for schedule(dynamic) num_threads(g.threads)
+    for (int64_t head = 0; head < g.batch * g.heads; ++head) {
+        const Head h = prepare(g, head / g.heads, head);
+        Row<float> row(g.tokens);
+        for (const int32_t i : h.order) list_keys(g, h, head / g.heads, head, i, row), pairs[head] += row.keys.size();
+    }
+}
+
+}  // namespace
+
+extern "C" {
+void count_int64(const Graph *g, int64_t *pairs) { count(*g, pairs); }
+void forward_float32(const Graph *g, const float *q, const float *k, const float *v, float *out) { forward(*g, q, k, v, out); }
+void forward_float64(const Graph *g, const double *q, const double *k, const double *v, double *out) {
+    forward(*g, q, k, v, out);
+}
+void backward_float32(const Graph *g, const float *q, const float *k, const float *v, const float *gradient, float *dq,
+                      float *dk, float *dv) {
+    backward(*g, q, k, v, gradient, dq, dk, dv);
+}
+void backward_float64(const Graph *g, const double *q, const double *k, const double *v, const double *gradient, double *dq,
+                      double *dk, double *dv) {
+    backward(*g, q, k, v, gradient, dq, dk, dv);
+}
+}

@@ -1,0 +1,106 @@
+"""Attention on a layout, query by query, in C++: the fast way on a CPU.
+
+Where `sparsefinder.pieces` cuts a layout into dense blocks, pads them to like sizes, and moves their scores into rows, this
+lists a query's keys, multiplies with those alone and finishes the row while it is in the first cache: with entmax most
+values are then never read, since their weight is zero. The backward pass computes a row again instead of keeping it. Work is
+that of the pairs in the graph; memory, beyond the result, is a few numbers per token and one row per thread.
+
+The formulas are those of `sparsefinder.attention` and `sparsefinder.transforms`; results differ from theirs by rounding only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sparsefinder.graphs import QK, Layout
+from sparsefinder.native.build import available, load
+
+_POINTER = ctypes.c_void_p
+_DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.int64: "int64"}
+
+
+class _Graph(ctypes.Structure):
+    """``Graph`` of attention.cpp: the same fields in the same order."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("batch", "heads", "tokens", "size", "q_slots", "k_slots", "buckets")),
+        *((name, ctypes.c_int64) for name in ("back", "ahead", "causal", "threads")),
+        *((name, _POINTER) for name in ("q_ids", "k_ids", "valid", "is_global")),
+        ("alpha", ctypes.c_double),
+    ]
+
+
+def works_on(device: torch.device) -> bool:
+    """Whether tensors there can be attended to: on a CPU, where a C++ compiler is or was at hand."""
+    return device.type == "cpu" and available("attention")
+
+
+def attend(qk: QK, v: Tensor, layout: Layout, alpha: float) -> Tensor:
+    """Entmax attention (softmax where α = 1) on the pairs of ``layout``, differentiable once in ``q``, ``k`` and ``v``.
+
+    ``qk``: ``(B, H, N, D)`` float32 or float64 on a CPU; ``v``: the same shape and any floating point, the dtype of the result
+    ``(B, H, N, D)``. Padding and queries without a key get zeros, whatever padded positions contain.
+    """
+    run = _Run(layout, qk.valid, qk.causal, alpha)
+    result: Tensor = _Attend.apply(qk.q, qk.k, v.to(qk.q.dtype), run)
+    return result.to(v.dtype)
+
+
+def pairs(qk: QK, layout: Layout) -> Tensor:
+    """Pairs of ``layout``, each counted once: ``(B, H)`` int64, on a CPU and without a matrix of N × N."""
+    counts = torch.zeros(qk.q.shape[:2], dtype=torch.int64)
+    _Run(layout, qk.valid, qk.causal, 1.0)("count", qk.q.shape, counts)
+    return counts
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One call of a function of the library."""
+
+    layout: Layout
+    valid: Tensor
+    causal: bool
+    alpha: float
+
+    def __call__(self, function: str, shape: torch.Size, *tensors: Tensor) -> None:
+        """``shape``: ``(B, H, N, D)``. ``tensors``: contiguous, what the function reads and then what it writes."""
+        buckets, reach = self.layout.buckets, self.layout.window // 2
+        nobody = torch.empty(0, dtype=torch.int64)
+        q_ids, k_ids = (nobody, nobody) if buckets is None else (buckets.q_ids.contiguous(), buckets.k_ids.contiguous())
+        is_global = torch.zeros_like(self.valid) if self.layout.is_global is None else self.layout.is_global
+        masks = self.valid.contiguous(), is_global.contiguous()
+        slots = (0, 0, 0) if buckets is None else (q_ids.shape[-1], k_ids.shape[-1], buckets.count)
+        back, ahead = (reach, reach) if self.layout.window else (-1, -1)
+        pointers = (x.data_ptr() for x in (q_ids, k_ids, *masks))
+        graph = _Graph(
+            *(*shape, *slots, back, ahead, self.causal, torch.get_num_threads()),
+            *pointers,
+            self.alpha,
+        )
+        call = getattr(load("attention"), f"{function}_{_DTYPES[tensors[0].dtype]}")
+        call(ctypes.byref(graph), *(_POINTER(x.data_ptr()) for x in tensors))
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, run: _Run) -> Tensor:
+        q, k, v = (x.contiguous() for x in (q, k, v))
+        out = torch.zeros_like(q)
+        run("forward", q.shape, q, k, v, out)
+        ctx.save_for_backward(q, k, v)
+        ctx.run = run
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        read = (*ctx.saved_tensors, gradient.contiguous())
+        q, k, v = (torch.zeros_like(x) for x in ctx.saved_tensors)
+        ctx.run("backward", q.shape, *read, q, k, v)
+        return q, k, v, None

@@ -1,0 +1,86 @@
+"""Compile a C++ file of this package once per machine, and load it.
+
+Needs nothing but a C++ compiler (``CXX``, or else ``c++``, ``g++`` or ``clang++``): functions are called through `ctypes` with
+plain pointers, so no headers of torch or Python take part and compiling takes seconds. Libraries are kept in
+``$XDG_CACHE_HOME/sparsefinder`` (``~/.cache/sparsefinder``) under a name made of the source, the compiler and the instructions
+of the processor: a home directory shared by unlike machines, or a new version of the package, never finds a wrong one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+from sparsefinder.store import UserError
+
+log = logging.getLogger(__name__)
+
+# no flag here changes a sum's meaning for infinity or NaN; of vectors of 256 and 512 bits the former were as fast or faster
+_FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared")
+_VECTORS = {"AVX2": ("-mavx2", "-mfma"), "AVX512": ("-mavx2", "-mfma")}  # by what torch says of the processor
+_SECONDS = 300
+
+
+@functools.cache
+def available(name: str) -> bool:
+    """Whether the compiled ``<name>.cpp`` of this folder can be had; one warning in the log where it cannot."""
+    try:
+        load(name)
+    except UserError as error:
+        log.warning("%s; torch's own operations are used until then, slower", error)
+        return False
+    return True
+
+
+@functools.cache
+def load(name: str) -> ctypes.CDLL:
+    """The compiled ``<name>.cpp`` of this folder; a `UserError` where there is no compiler, or it fails."""
+    source = Path(__file__).with_name(f"{name}.cpp")
+    compiler = next(filter(None, map(shutil.which, [os.environ.get("CXX", ""), "c++", "g++", "clang++"])), None)
+    if compiler is None:
+        raise UserError("no C++ compiler was found (CXX, c++, g++, clang++): install one")
+    flags = (*_FLAGS, *_VECTORS.get(torch.backends.cpu.get_cpu_capability(), ()))
+    told = (source.read_text(encoding="utf-8"), compiler, *flags, platform.system(), platform.machine())
+    key = hashlib.sha256("\0".join(told).encode()).hexdigest()[:16]
+    for folder in (_cache(), Path(tempfile.gettempdir()) / f"sparsefinder-{os.getuid()}"):
+        try:
+            return _built(source, folder / f"{name}-{key}.so", [compiler, *flags])
+        except OSError as error:  # not writable, full, or no program may be loaded from there
+            reason = error
+    raise UserError(
+        f"{source.name} could not be kept or loaded ({reason}): set XDG_CACHE_HOME to a folder that can be written"
+    )
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsefinder"
+
+
+def _built(source: Path, target: Path, command: list[str]) -> ctypes.CDLL:
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryDirectory(
+            dir=target.parent
+        ) as folder:  # moved when whole: others may be building the same
+            new = Path(folder) / target.name
+            try:
+                done = subprocess.run(
+                    [*command, str(source), "-o", str(new)], capture_output=True, text=True, timeout=_SECONDS
+                )
+            except subprocess.TimeoutExpired:
+                raise UserError(f"{command[0]} took more than {_SECONDS} s over {source.name}") from None
+            if done.returncode:
+                first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200])
+                raise UserError(f"{command[0]} could not compile {source.name} ({first})")
+            new.replace(target)
+    return ctypes.CDLL(str(target))

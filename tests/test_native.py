@@ -1,0 +1,228 @@
+"""The C++ of `sparsefinder.native` against plain references, on hostile input, and where it cannot be built."""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sparsefinder.attention import Bucketed
+from sparsefinder.graphs import QK, Buckets, Layout
+from sparsefinder.kmeans_centroids import nearest_by_products
+from sparsefinder.native import attention, build, predictors
+from sparsefinder.patterns.choosing import as_ids
+from sparsefinder.patterns.routed import moments
+from sparsefinder.patterns.window import Window
+from sparsefinder.selection import select
+from sparsefinder.store import UserError
+
+DTYPES = st.sampled_from([torch.float32, torch.float64])
+
+
+def noise(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+# ---- predictors ----
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.integers(0, 99), st.integers(1, 2), st.integers(1, 3), st.integers(0, 40), st.integers(1, 70), DTYPES, st.data()
+)
+def test_nearest(
+    seed: int, runs: int, heads: int, tokens: int, count: int, dtype: torch.dtype, data: st.DataObject
+) -> None:
+    top = data.draw(st.integers(1, min(count, 3)), "top")
+    x, centres = noise(seed, 2, heads, tokens, 5, dtype=dtype), noise(seed + 1, heads, runs, count, 5, dtype=dtype)
+    found = predictors.nearest(x, centres, top)
+    assert torch.equal(found, nearest_by_products(x, centres, top))
+    one_by_one = torch.cdist(x.double()[0, 0], centres.double()[0, 0]).argsort(-1)[:, :top]
+    assert torch.equal(found[0, 0, :, :top], one_by_one)
+
+
+def test_nearest_of_equals_is_the_first_and_nan_stays_inside() -> None:
+    x = torch.zeros(1, 1, 3, 2)
+    x[0, 0, 2] = math.nan
+    found = predictors.nearest(x, torch.ones(1, 1, 40, 2), 2)
+    assert found[0, 0, :2].tolist() == [[0, 1], [0, 1]]
+    assert ((found >= 0) & (found < 40)).all()
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 99), st.integers(1, 3), st.integers(0, 50), st.integers(1, 9), DTYPES)
+def test_moments(seed: int, heads: int, tokens: int, count: int, dtype: torch.dtype) -> None:
+    x = noise(seed, 2, heads, tokens, 6, dtype=dtype)
+    ids = torch.randint(count + 1, (2, heads, tokens), generator=torch.Generator().manual_seed(seed))
+    for ours, plain in zip(predictors.moments(x, ids, count), moments(x, ids, count), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
+    members = x[1, 0, ids[1, 0] == 0].double()
+    if len(members):
+        torch.testing.assert_close(
+            predictors.moments(x, ids, count)[2][1, 0, 0].double(), members.var(0, correction=0), rtol=1e-5, atol=1e-5
+        )
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(0, 99),
+    st.sampled_from(
+        [("budget", 0.02), ("budget", 0.3), ("budget", 1.0), ("margin", 0.0), ("margin", 0.4), ("margin", -0.3)]
+    ),
+    st.sampled_from([1.2, 1.5, 2.0]),
+    st.integers(1, 60),
+    st.booleans(),
+    DTYPES,
+)
+def test_chosen(
+    seed: int, rule: tuple[str, float], alpha: float, columns: int, own_numbers: bool, dtype: torch.dtype
+) -> None:
+    """Numbers of keys, some of them zero, shared by all rows or each row's own, as in causal attention."""
+    scores = noise(seed, 2, 2, 17, columns, dtype=dtype)
+    rows = 17 if own_numbers else 1
+    numbers = torch.randint(0, 5, (2, 2, rows, columns), generator=torch.Generator().manual_seed(seed)).to(dtype)
+    expected = as_ids(select(scores, numbers, *rule, alpha))
+    found = predictors.chosen(scores, numbers, *rule, alpha)
+    assert found.shape == expected.shape
+    assert torch.equal(found.sort(-1).values, expected.sort(-1).values)
+
+
+def test_chosen_of_nothing_and_of_nan() -> None:
+    numbers = torch.ones(1, 1, 1, 20)
+    assert predictors.chosen(torch.zeros(1, 1, 0, 20), numbers, "budget", 0.1, 1.5).shape == (1, 1, 0, 0)
+    assert predictors.chosen(torch.zeros(1, 1, 4, 20), numbers * 0, "margin", 0.1, 1.5).shape == (1, 1, 4, 0)
+    scores = torch.full((1, 1, 2, 20), math.nan)
+    scores[0, 0, 1, 7] = 1.0
+    for rule in ("budget", "margin"):
+        found = predictors.chosen(scores, numbers, rule, 0.05, 1.5)
+        assert found.squeeze(0).squeeze(0).tolist() == [[-1], [7]]
+
+
+# ---- attention: beyond what tests/test_attention.py asks of every executor ----
+
+
+def buckets(tokens: int, slots: int, count: int) -> Buckets:
+    generator = torch.Generator().manual_seed(0)
+    q_ids, k_ids = (torch.randint(count, (2, 3, tokens, slots), generator=generator) for _ in range(2))
+    offsets = torch.arange(slots) * count
+    return Buckets(q_ids + offsets, k_ids + offsets, slots * count)
+
+
+def test_threads_change_nothing() -> None:
+    """A row, and a head's sums over rows, have one order: equal to the last bit."""
+    layout = Layout(buckets(150, 2, 5), 5)
+    results = []
+    before = torch.get_num_threads()
+    for threads in (1, 2, 7):
+        torch.set_num_threads(threads)
+        q, k, v = (noise(i, 2, 3, 150, 8).requires_grad_() for i in range(3))
+        out = attention.attend(QK(q, k, torch.ones(2, 150) > 0), v, layout, 1.5)
+        results.append([out, *torch.autograd.grad(out.sin().sum(), (q, k, v))])
+    torch.set_num_threads(before)
+    for one, other in zip(results[0] * 2, [*results[1], *results[2]], strict=True):
+        assert torch.equal(one, other)
+
+
+def test_ids_that_do_not_exist_are_no_bucket() -> None:
+    """Ids of padding may be anything; a wrong one elsewhere must not read beyond a list."""
+    wild = buckets(40, 1, 4)
+    q_ids, k_ids = wild.q_ids.clone(), wild.k_ids.clone()
+    q_ids[..., 7, :], k_ids[..., 9, :], q_ids[..., 30:, :] = 1 << 40, -(1 << 40), 99
+    q_ids[..., 11, :] = k_ids[..., 11, :] = 4
+    qk = QK(noise(0, 2, 3, 40, 4), noise(1, 2, 3, 40, 4), (torch.arange(40) < 30).expand(2, -1))
+    layout = Layout(Buckets(q_ids, k_ids, 4))
+    out = attention.attend(qk, qk.k, layout, 1.5)
+    assert not out[:, :, [7, 11]].any()
+    assert out.isfinite().all()
+    none = torch.tensor([7, 11])
+    expected = Layout(
+        Buckets(
+            q_ids.clamp(0, 3).index_fill(2, none, -1), k_ids.clamp(0, 3).index_fill(2, torch.tensor([9, 11]), -1), 4
+        )
+    )
+    torch.testing.assert_close(out, attention.attend(qk, qk.k, expected, 1.5))
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.3, 1.5, 2.0])
+def test_whoever_meets_nan_is_nan(alpha: float) -> None:
+    """As in dense attention: a broken number is never turned into a quiet zero."""
+    q, k, v = (noise(i, 1, 1, 9, 4) for i in range(3))
+    k[0, 0, 4, 1] = math.nan
+    out = attention.attend(QK(q, k, torch.ones(1, 9) > 0), v, Layout(window=3), alpha)
+    assert out[0, 0].isnan().any(-1).tolist() == [i in (3, 4, 5) for i in range(9)]
+
+
+# ---- building ----
+
+
+@pytest.fixture
+def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Nothing has been built yet, and what is built is forgotten again."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for function in (build.load, build.available):
+        function.cache_clear()
+    yield tmp_path
+    for function in (build.load, build.available):
+        function.cache_clear()
+
+
+def test_it_is_built_once(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert build.available("predictors")
+    (built,) = (fresh / "sparsefinder").iterdir()
+    assert built.suffix == ".so"
+    build.load.cache_clear()
+    monkeypatch.setattr(build.subprocess, "run", lambda *_, **__: pytest.fail("it was compiled again"))
+    build.load("predictors")
+
+
+def test_without_a_compiler(fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """One line in the log, and the same numbers from torch; who insists on C++ is told what is missing."""
+    monkeypatch.setattr(shutil, "which", lambda *_: None)
+    x = noise(0, 1, 2, 30, 4)
+    valid = torch.ones(1, 30) > 0
+    with caplog.at_level(logging.WARNING):
+        slow = Bucketed(Window(5))(x, x, x, valid, 0)
+        Bucketed(Window(5))(x, x, x, valid, 0)
+    assert [record.getMessage() for record in caplog.records] == [
+        "no C++ compiler was found (CXX, c++, g++, clang++): install one; torch's own operations are used until then, slower"
+    ]
+    with pytest.raises(UserError, match=r"no C\+\+ compiler was found"):
+        Bucketed(Window(5), executor="native")(x, x, x, valid, 0)
+    monkeypatch.undo()
+    build.available.cache_clear()
+    torch.testing.assert_close(Bucketed(Window(5), executor="native")(x, x, x, valid, 0), slow)
+
+
+def test_a_compiler_that_fails(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = fresh / "broken"
+    broken.write_text("#!/bin/sh\necho 'attention.cpp:1: error: no such machine' >&2\nexit 1\n")
+    broken.chmod(broken.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("CXX", str(broken))
+    with pytest.raises(UserError, match=r"could not compile attention\.cpp .*error: no such machine"):
+        build.load("attention")
+    assert not list((fresh / "sparsefinder").iterdir())
+
+
+def test_a_cache_that_cannot_be_written(fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (fresh / "file").write_text("in the way")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(fresh / "file"))
+    monkeypatch.setattr(build.tempfile, "gettempdir", lambda: str(tmp_path))
+    build.load("predictors")
+    assert list(tmp_path.glob("sparsefinder-*/predictors-*.so"))
+
+
+def test_executors_that_do_not_exist_or_cannot_be() -> None:
+    with pytest.raises(UserError, match="executor=gpu is unknown; choose one of auto, native, blocks"):
+        Bucketed(Window(3), executor="gpu")
+    x = torch.zeros(1, 1, 4, 2, device="meta")
+    with pytest.raises(UserError, match="executor=native runs on a CPU"):
+        Bucketed(Window(3), executor="native")(x, x, x, torch.ones(1, 4) > 0, 0)
