@@ -21,7 +21,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, InstantiationException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sparsefinder import points
@@ -223,6 +223,8 @@ def patterns(cfg: DictConfig) -> Iterable[tuple[str, DictConfig, list[Any], list
         around += [around[0] | more for more in plain(cfg.pattern.also_with) if around[0] | more not in around]
         nodes = list(files(cfg, "pattern"))
         if cfg.patterns is not None:
+            if not isinstance(cfg.patterns, ListConfig):
+                raise UserError(f"patterns is a list such as [kmeans,window], or null for all, got {cfg.patterns}")
             if unknown := [name for name in cfg.patterns if name not in dict(nodes)]:
                 raise UserError(f"patterns={unknown} are unknown; choose some of {', '.join(dict(nodes))}")
             nodes = [(name, node) for name, node in nodes if name in cfg.patterns]

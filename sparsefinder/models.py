@@ -57,6 +57,7 @@ FAMILIES = ("roberta", "bert", "xlm-roberta", "camembert", "electra", "albert", 
 REGISTERED = "sparsefinder"  # the name in both registries, and of `attn_implementation` in config.json
 SOFTMAX = "sdpa"  # what transformers calls its own dense softmax attention
 
+_LARGEST_WEIGHT = 1e12  # far above any that was trained, far below one whose square is infinite
 _LARGEST = {  # sizes in a configuration that can be meant
     "num_hidden_layers": 1000,
     "num_attention_heads": 1000,
@@ -162,10 +163,13 @@ def _check_sizes(config: Any, name: str) -> None:
 
 def _check_weights(model: PreTrainedModel, found: dict[str, Any], name: str) -> None:
     missing = sorted(found["missing_keys"])
-    encoder = [key for key in missing if key.startswith(model.base_model_prefix + ".")]
-    if encoder:
+    prefix = model.base_model_prefix + "."
+    head = {key for key, _ in model.named_parameters() if not key.startswith(prefix)}
+    # a checkpoint may lack the head as a whole: some of it gone is damage
+    wrong = missing if set(missing) < head else [key for key in missing if key.startswith(prefix)]
+    if wrong:
         raise UserError(
-            f"model={name}: {len(encoder)} weights of the encoder are not in the checkpoint, the first is {encoder[0]}; "
+            f"model={name}: {len(wrong)} of its weights are not in the checkpoint, the first is {wrong[0]}; "
             "it is damaged or of another architecture"
         )
     if missing:
@@ -182,13 +186,14 @@ def _check_that_it_runs(model: PreTrainedModel, vocabulary: int, name: str) -> N
     try:
         with torch.inference_mode():
             finite = model(input_ids=torch.full((1, 2), min(4, vocabulary - 1))).logits.isfinite().all()
-            finite = finite and all(weight.isfinite().all() for weight in model.parameters())
+            sane = all((weight.abs() < _LARGEST_WEIGHT).all() for weight in model.parameters())  # NaN is below nothing
     except Exception as error:  # whatever the model's code does with a value it was not made for
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"model={name}: cannot be run, its config.json may be damaged ({reason})") from error
-    if not finite:
+    if not finite or not sane:
         raise UserError(
-            f"model={name}: its weights contain NaN or infinity, or lead to them; the checkpoint is damaged"
+            f"model={name}: its weights contain NaN or numbers above {_LARGEST_WEIGHT:.0e}, or lead to such; "
+            "the checkpoint is damaged"
         )
 
 

@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny, tiny_batch, tiny_config, tiny_model
 from transformers import AttentionInterface, AutoModelForMaskedLM
 
@@ -307,6 +308,29 @@ def test_an_unreachable_hub_is_one_line_within_seconds(monkeypatch):
     assert time.monotonic() - start < 8
 
 
+def test_a_head_may_be_missing_but_not_half_of_it(tmp_path, caplog):
+    folder = save_tiny(tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    save_file({k: t for k, t in weights.items() if not k.startswith("lm_head.")}, folder / "model.safetensors")
+    load_masked_lm(folder)
+    assert "has no masked-LM head" in caplog.text
+    del weights["lm_head.layer_norm.bias"]
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(
+        UserError, match=r"1 of its weights are not in the checkpoint, the first is lm_head\.layer_norm\.bias"
+    ):
+        load_masked_lm(folder)
+
+
+def test_a_weight_that_nobody_trained_is_refused(tmp_path):
+    folder = save_tiny(tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights["roberta.embeddings.word_embeddings.weight"][-1, 0] = 1e30
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(UserError, match="numbers above 1e"):
+        load_masked_lm(folder)
+
+
 def test_damaged_folders_are_one_line(tmp_path):
     folder = save_tiny(tmp_path / "model")
     weights, config = (folder / "model.safetensors").read_bytes(), (folder / "config.json").read_text()
@@ -319,7 +343,7 @@ def test_damaged_folders_are_one_line(tmp_path):
         (json.dumps({**json.loads(config), "attention_alpha": 7}), "attention_alpha"),
         (
             json.dumps({**json.loads(config), "num_hidden_layers": 5}),
-            "weights of the encoder are not in the checkpoint",
+            "weights are not in the checkpoint",
         ),
         (json.dumps({**json.loads(config), "is_decoder": True}), "decoder"),
     ):
