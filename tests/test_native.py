@@ -80,31 +80,30 @@ def test_moments(seed: int, heads: int, tokens: int, count: int, dtype: torch.dt
     ),
     st.sampled_from([1.2, 1.5, 2.0]),
     st.integers(1, 60),
-    st.booleans(),
+    st.integers(0, 80),
     DTYPES,
 )
-def test_chosen(
-    seed: int, rule: tuple[str, float], alpha: float, columns: int, own_numbers: bool, dtype: torch.dtype
-) -> None:
-    """Numbers of keys, some of them zero, shared by all rows or each row's own, as in causal attention."""
-    scores = noise(seed, 2, 2, 17, columns, dtype=dtype)
-    rows = 17 if own_numbers else 1
-    numbers = torch.randint(0, 5, (2, 2, rows, columns), generator=torch.Generator().manual_seed(seed)).to(dtype)
-    expected = as_ids(select(scores, numbers, *rule, alpha))
-    found = predictors.chosen(scores, numbers, *rule, alpha)
+def test_routed(seed: int, rule: tuple[str, float], alpha: float, count: int, rows: int, dtype: torch.dtype) -> None:
+    """Against the scores of all clusters and their selection by torch; some clusters have no key."""
+    q, mean = noise(seed, 2, 2, rows, 5, dtype=dtype), noise(seed + 1, 2, 2, count, 5, dtype=dtype)
+    variance = noise(seed + 2, 2, 2, count, 5, dtype=dtype).square()
+    numbers = torch.randint(0, 5, (2, 2, count), generator=torch.Generator().manual_seed(seed)).to(dtype)
+    scores = q @ mean.mT + (q.square() @ variance.mT).sqrt()
+    expected = as_ids(select(scores, numbers[:, :, None], *rule, alpha))
+    found = predictors.routed(q, numbers, mean, variance, *rule, alpha)
     assert found.shape == expected.shape
     assert torch.equal(found.sort(-1).values, expected.sort(-1).values)
 
 
-def test_chosen_of_nothing_and_of_nan() -> None:
-    numbers = torch.ones(1, 1, 1, 20)
-    assert predictors.chosen(torch.zeros(1, 1, 0, 20), numbers, "budget", 0.1, 1.5).shape == (1, 1, 0, 0)
-    assert predictors.chosen(torch.zeros(1, 1, 4, 20), numbers * 0, "margin", 0.1, 1.5).shape == (1, 1, 4, 0)
-    scores = torch.full((1, 1, 2, 20), math.nan)
-    scores[0, 0, 1, 7] = 1.0
+def test_routed_to_nothing_and_by_nan() -> None:
+    q, numbers, mean = torch.ones(1, 1, 3, 2), torch.ones(1, 1, 20), torch.zeros(1, 1, 20, 2)
+    mean[0, 0, 7] = 3.0
+    assert predictors.routed(q[:, :, :0], numbers, mean, mean * 0, "budget", 0.1, 1.5).shape == (1, 1, 0, 0)
+    assert predictors.routed(q, numbers * 0, mean, mean * 0, "margin", 0.1, 1.5).shape == (1, 1, 3, 0)
+    q[0, 0, 1] = math.nan
     for rule in ("budget", "margin"):
-        found = predictors.chosen(scores, numbers, rule, 0.05, 1.5)
-        assert found.squeeze(0).squeeze(0).tolist() == [[-1], [7]]
+        found = predictors.routed(q, numbers, mean, mean * 0, rule, 0.05, 1.5)
+        assert found.flatten().tolist() == [7, -1, 7]
 
 
 # ---- attention: beyond what tests/test_attention.py asks of every executor ----

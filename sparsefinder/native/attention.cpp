@@ -190,21 +190,33 @@ template <class T> void add(T *to, const T *from, T weight, int64_t size) {
     for (int64_t x = 0; x < size; ++x) to[x] += weight * from[x];
 }
 
-template <class T> void forward(const Graph &g, const T *q, const T *k, const T *v, T *out) {
-    const T scale = T(1.0 / std::sqrt(double(g.size)));
-#pragma omp parallel for schedule(dynamic) num_threads(g.threads)
-    for (int64_t head = 0; head < g.batch * g.heads; ++head) {
-        const int64_t example = head / g.heads, at = head * g.tokens * g.size;
-        const Head h = prepare(g, example, head);
+// `each(head, its buckets, query, row)` for every query, head after head: all threads share the keys and values of one
+template <class T, class F> void for_queries(const Graph &g, const F &each) {
+    const int64_t some = std::max<int64_t>(1, std::min<int64_t>(64, g.tokens / (4 * g.threads)));
+    Head h;
+#pragma omp parallel num_threads(g.threads)
+    {
         Row<T> row(g.tokens);
-        for (const int32_t i : h.order) {
-            list_keys(g, h, example, head, i, row);
-            multiply(q + at + i * g.size, k + at, g.size, scale, row);
-            normalize(g.alpha, row);
-            for (size_t n = 0; n < row.support.size(); ++n)
-                add(out + at + i * g.size, v + at + row.support[n] * g.size, row.weights[n], g.size);
+        for (int64_t head = 0; head < g.batch * g.heads; ++head) {
+#pragma omp single
+            h = prepare(g, head / g.heads, head);
+            std::fill(row.stamp.begin(), row.stamp.end(), -1);
+#pragma omp for schedule(dynamic, some)
+            for (size_t n = 0; n < h.order.size(); ++n) each(head, h, h.order[n], row);
         }
     }
+}
+
+template <class T> void forward(const Graph &g, const T *q, const T *k, const T *v, T *out) {
+    const T scale = T(1.0 / std::sqrt(double(g.size)));
+    for_queries<T>(g, [&](int64_t head, const Head &h, int32_t i, Row<T> &row) {
+        const int64_t at = head * g.tokens * g.size;
+        list_keys(g, h, head / g.heads, head, i, row);
+        multiply(q + at + i * g.size, k + at, g.size, scale, row);
+        normalize(g.alpha, row);
+        for (size_t n = 0; n < row.support.size(); ++n)
+            add(out + at + i * g.size, v + at + row.support[n] * g.size, row.weights[n], g.size);
+    });
 }
 
 template <class T>
@@ -242,12 +254,11 @@ void backward(const Graph &g, const T *q, const T *k, const T *v, const T *gradi
 }
 
 void count(const Graph &g, int64_t *pairs) {
-#pragma omp parallel for schedule(dynamic) num_threads(g.threads)
-    for (int64_t head = 0; head < g.batch * g.heads; ++head) {
-        const Head h = prepare(g, head / g.heads, head);
-        Row<float> row(g.tokens);
-        for (const int32_t i : h.order) list_keys(g, h, head / g.heads, head, i, row), pairs[head] += row.keys.size();
-    }
+    for_queries<float>(g, [&](int64_t head, const Head &h, int32_t i, Row<float> &row) {
+        list_keys(g, h, head / g.heads, head, i, row);
+#pragma omp atomic
+        pairs[head] += row.keys.size();
+    });
 }
 
 }  // namespace

@@ -8,60 +8,97 @@
 
 namespace {
 
-constexpr int64_t PANEL = 32;  // centroids multiplied at a time: their sums stay in registers
-constexpr int64_t STRIP = 16;  // columns whose largest one is remembered
+constexpr int64_t PANEL = 32;  // vectors multiplied at a time: their sums stay in registers
+constexpr int64_t BLOCK = 64;  // rows that a thread takes at a time
 
 struct Choice {
     int64_t groups, rows, columns;  // scores (groups, rows, columns)
-    int64_t numbers_row;            // numbers (groups, rows, columns) if 1, (groups, 1, columns) if 0
     int64_t budget, threads;        // the rule: 1 budget, 0 margin
     double level, alpha;
 };
+
+// what rows chose, those of a block one after the other; how many each chose is told apart
+struct Kept {
+    int64_t in_group;  // blocks
+    std::vector<std::vector<int32_t>> blocks;
+    explicit Kept(const Choice &rule) : in_group((rule.rows + BLOCK - 1) / BLOCK), blocks(rule.groups * in_group) {}
+};
+
+// vectors laid side by side, PANEL of them coordinate by coordinate; what fills the last panel is zero
+template <class T> struct Panels {
+    int64_t count, size, panels;
+    std::vector<T> laid;
+    Panels(const T *vectors, int64_t count, int64_t size)
+        : count(count), size(size), panels((count + PANEL - 1) / PANEL), laid(panels * size * PANEL, T(0)) {
+        for (int64_t c = 0; c < count; ++c)
+            for (int64_t r = 0; r < size; ++r) laid[((c / PANEL) * size + r) * PANEL + c % PANEL] = vectors[c * size + r];
+    }
+    // sum[c] += x·vector, or x²·vector, for the vectors of one panel
+    void multiply(const T *x, int64_t panel, T *sum) const { add<false>(x, panel, sum); }
+    void multiply_squared(const T *x, int64_t panel, T *sum) const { add<true>(x, panel, sum); }
+
+   private:
+    template <bool SQUARED> void add(const T *x, int64_t panel, T *sum) const {
+        T own[PANEL];
+        std::copy_n(sum, PANEL, own);
+        const T *from = laid.data() + panel * size * PANEL;
+        for (int64_t r = 0; r < size; ++r) {
+            const T factor = SQUARED ? x[r] * x[r] : x[r];
+#pragma omp simd
+            for (int64_t c = 0; c < PANEL; ++c) own[c] += factor * from[r * PANEL + c];
+        }
+        std::copy_n(own, PANEL, sum);
+    }
+};
+
+template <class T> T largest(const T *x) {
+    T most = x[0];
+#pragma omp simd reduction(max : most)
+    for (int64_t c = 0; c < PANEL; ++c) most = std::max(most, x[c]);
+    return most;
+}
+
+// place of the largest of the values, given the largest of each panel; the first of equals, and nothing beyond `count`
+template <class T> int64_t place(const std::vector<T> &values, const std::vector<T> &most, int64_t count) {
+    const int64_t panel = std::max_element(most.begin(), most.end()) - most.begin();
+    const auto from = values.begin() + panel * PANEL;
+    return std::min<int64_t>(std::find(from, from + PANEL, most[panel]) - values.begin(), count - 1);
+}
 
 // ids of the `top` centroids of largest x·c - |c|²/2 in each run
 template <class T>
 void nearest(int64_t batch, int64_t heads, int64_t tokens, int64_t size, int64_t runs, int64_t count, int64_t top,
              int64_t threads, const T *x, const T *centres, int64_t *ids) {
-    const int64_t panels = (count + PANEL - 1) / PANEL;
-#pragma omp parallel for schedule(dynamic) collapse(2) num_threads(threads)
-    for (int64_t example = 0; example < batch; ++example)
-        for (int64_t head = 0; head < heads; ++head) {
-            // coordinate by coordinate, PANEL centroids side by side
-            std::vector<T> laid(runs * panels * PANEL * size, 0), bias(runs * panels * PANEL, -std::numeric_limits<T>::infinity());
-            for (int64_t run = 0; run < runs; ++run)
-                for (int64_t c = 0; c < count; ++c) {
-                    const T *centre = centres + ((head * runs + run) * count + c) * size;
-                    const int64_t panel = run * panels + c / PANEL;
-                    T square = 0;
-                    for (int64_t r = 0; r < size; ++r) {
-                        laid[(panel * size + r) * PANEL + c % PANEL] = centre[r];
-                        square += centre[r] * centre[r];
+    const T nothing = -std::numeric_limits<T>::infinity();
+    for (int64_t head = 0; head < heads; ++head)
+        for (int64_t run = 0; run < runs; ++run) {
+            const T *own = centres + (head * runs + run) * count * size;
+            const Panels<T> laid(own, count, size);
+            std::vector<T> bias(laid.panels * PANEL, nothing);
+            for (int64_t c = 0; c < count; ++c) {
+                T square = 0;
+                for (int64_t r = 0; r < size; ++r) square += own[c * size + r] * own[c * size + r];
+                bias[c] = square / -2;
+            }
+#pragma omp parallel num_threads(threads)
+            {
+                std::vector<T> closeness, most(laid.panels);
+                for (int64_t example = 0; example < batch; ++example)
+#pragma omp for schedule(static)
+                    for (int64_t i = 0; i < tokens; ++i) {
+                        const int64_t token = (example * heads + head) * tokens + i;
+                        closeness = bias;
+                        for (int64_t panel = 0; panel < laid.panels; ++panel) {
+                            laid.multiply(x + token * size, panel, closeness.data() + panel * PANEL);
+                            most[panel] = largest(closeness.data() + panel * PANEL);
+                        }
+                        for (int64_t t = 0; t < top; ++t) {
+                            const int64_t at = place(closeness, most, count), panel = at / PANEL;
+                            ids[(token * runs + run) * top + t] = run * count + at;
+                            closeness[at] = nothing;
+                            most[panel] = largest(closeness.data() + panel * PANEL);
+                        }
                     }
-                    bias[panel * PANEL + c % PANEL] = square / -2;
-                }
-            std::vector<T> closeness(panels * PANEL);
-            for (int64_t i = 0; i < tokens; ++i) {
-                const T *token = x + ((example * heads + head) * tokens + i) * size;
-                int64_t *to = ids + ((example * heads + head) * tokens + i) * runs * top;
-                for (int64_t run = 0; run < runs; ++run) {
-                    for (int64_t panel = 0; panel < panels; ++panel) {
-                        const T *from = laid.data() + (run * panels + panel) * size * PANEL;
-                        T sum[PANEL];
-                        std::copy_n(bias.data() + (run * panels + panel) * PANEL, PANEL, sum);
-                        for (int64_t r = 0; r < size; ++r)
-#pragma omp simd
-                            for (int64_t c = 0; c < PANEL; ++c) sum[c] += token[r] * from[r * PANEL + c];
-                        std::copy_n(sum, PANEL, closeness.data() + panel * PANEL);
-                    }
-                    for (int64_t t = 0; t < top; ++t) {
-                        T best = closeness[0];
-#pragma omp simd reduction(max : best)
-                        for (int64_t c = 0; c < panels * PANEL; ++c) best = std::max(best, closeness[c]);
-                        const int64_t at = std::find(closeness.begin(), closeness.begin() + count - 1, best) - closeness.begin();
-                        to[run * top + t] = run * count + at;
-                        closeness[at] = -std::numeric_limits<T>::infinity();
-                    }
-                }
             }
         }
 }
@@ -95,46 +132,46 @@ void moments(int64_t parts, int64_t tokens, int64_t size, int64_t count, int64_t
     }
 }
 
+// what is needed to choose from one row
+template <class T> struct Scratch {
+    std::vector<T> left, most, above, many;
+};
+
 // columns of largest score until they stand for a share of the keys
-template <class T> int32_t by_budget(const Choice &rule, const T *scores, const T *numbers, std::vector<T> &left, int32_t *kept) {
-    const int64_t strips = (rule.columns + STRIP - 1) / STRIP;
+template <class T>
+void by_budget(const Choice &rule, const T *scores, const T *numbers, Scratch<T> &row, std::vector<int32_t> &kept) {
     const T nothing = -std::numeric_limits<T>::infinity();
-    left.assign(strips * STRIP + strips, nothing);
-    T *largest = left.data() + strips * STRIP, total = 0;
-    for (int64_t c = 0; c < rule.columns; ++c) left[c] = numbers[c] > 0 && !std::isnan(scores[c]) ? scores[c] : nothing, total += numbers[c];
-    const auto look = [&](int64_t strip) {
-        T most = nothing;
-#pragma omp simd reduction(max : most)
-        for (int64_t c = 0; c < STRIP; ++c) most = std::max(most, left[strip * STRIP + c]);
-        largest[strip] = most;
-    };
-    for (int64_t strip = 0; strip < strips; ++strip) look(strip);
-    T before = 0;
-    int32_t found = 0;
-    while (found < rule.columns) {
-        const int64_t strip = std::max_element(largest, largest + strips) - largest;
-        if (largest[strip] == nothing) break;
-        const int64_t at = std::find(left.data() + strip * STRIP, left.data() + (strip + 1) * STRIP, largest[strip]) - left.data();
+    const int64_t panels = (rule.columns + PANEL - 1) / PANEL;
+    row.left.assign(panels * PANEL, nothing), row.most.resize(panels);
+    T total = 0, before = 0;
+    for (int64_t c = 0; c < rule.columns; ++c) {
+        row.left[c] = numbers[c] > 0 && !std::isnan(scores[c]) ? scores[c] : nothing;
+        total += numbers[c];
+    }
+    for (int64_t panel = 0; panel < panels; ++panel) row.most[panel] = largest(row.left.data() + panel * PANEL);
+    for (int64_t found = 0; found < rule.columns; ++found) {
+        const int64_t at = place(row.left, row.most, rule.columns);
+        if (row.left[at] == nothing) break;
         // a column is kept where that brings the row nearer to its budget than stopping before it; the first one always is
         if (found && !(before + numbers[at] / 2 <= T(rule.level) * total)) break;
-        kept[found++] = at;
+        kept.push_back(at);
         before += numbers[at];
-        left[at] = nothing;
-        look(strip);
+        row.left[at] = nothing;
+        row.most[at / PANEL] = largest(row.left.data() + at / PANEL * PANEL);
     }
-    return found;
 }
 
 // columns above the threshold of entmax less the level; a column stands for as many equal keys as its number says
-template <class T> int32_t by_margin(const Choice &rule, const T *scores, const T *numbers, std::vector<T> &x, int32_t *kept) {
+template <class T>
+void by_margin(const Choice &rule, const T *scores, const T *numbers, Scratch<T> &row, std::vector<int32_t> &kept) {
     const T scale = rule.alpha - 1.0;
     T peak = -std::numeric_limits<T>::infinity();
     for (int64_t c = 0; c < rule.columns; ++c)
         if (numbers[c] > 0) peak = std::max(peak, scores[c]);
-    if (std::isinf(peak)) return 0;
+    if (std::isinf(peak)) return;
     // what may be above the threshold, which is at most 1 below the peak: excess over it, and for how many keys
-    x.resize(2 * rule.columns);
-    T *above = x.data(), *many = x.data() + rule.columns, threshold = -1;
+    row.above.resize(rule.columns), row.many.resize(rule.columns);
+    T *above = row.above.data(), *many = row.many.data(), threshold = -1;
     int64_t some = 0;
     for (int64_t c = 0; c < rule.columns; ++c) {
         const T below = (scores[c] - peak) * scale;
@@ -162,25 +199,44 @@ template <class T> int32_t by_margin(const Choice &rule, const T *scores, const 
         threshold += move;
         if (!(move > 2 * std::numeric_limits<T>::epsilon())) break;
     }
-    int32_t found = 0;
-    for (int64_t c = 0; c < rule.columns; ++c) {
-        kept[found] = c;
-        found += numbers[c] > 0 && (scores[c] - peak) * scale >= threshold - T(rule.level);
-    }
-    return found;
+    for (int64_t c = 0; c < rule.columns; ++c)
+        if (numbers[c] > 0 && (scores[c] - peak) * scale >= threshold - T(rule.level)) kept.push_back(c);
 }
 
-template <class T> void choose(const Choice &rule, const T *scores, const T *numbers, int32_t *kept, int32_t *counts) {
+// from queries (groups, rows, size) and the number, mean and variance (groups, columns, size) of the keys in each column; the
+// scores q·mean + √(q²·variance) of a row are gone when it has chosen
+template <class T>
+Kept *route(const Choice &rule, int64_t size, const T *q, const T *numbers, const T *mean, const T *variance, int32_t *counts) {
+    auto kept = new Kept(rule);
+    for (int64_t group = 0; group < rule.groups; ++group) {
+        const Panels<T> means(mean + group * rule.columns * size, rule.columns, size);
+        const Panels<T> variances(variance + group * rule.columns * size, rule.columns, size);
+        const T *own = numbers + group * rule.columns;
 #pragma omp parallel num_threads(rule.threads)
-    {
-        std::vector<T> scratch;
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < rule.groups * rule.rows; ++row) {
-            const T *own = numbers + (rule.numbers_row ? row : row / rule.rows) * rule.columns, *of = scores + row * rule.columns;
-            int32_t *to = kept + row * rule.columns;
-            counts[row] = rule.budget ? by_budget(rule, of, own, scratch, to) : by_margin(rule, of, own, scratch, to);
+        {
+            Scratch<T> scratch;
+            std::vector<T> scores(means.panels * PANEL);
+#pragma omp for schedule(dynamic)
+            for (int64_t block = 0; block < kept->in_group; ++block) {
+                auto &ids = kept->blocks[group * kept->in_group + block];
+                for (int64_t i = block * BLOCK; i < std::min((block + 1) * BLOCK, rule.rows); ++i) {
+                    const int64_t row = group * rule.rows + i;
+                    for (int64_t panel = 0; panel < means.panels; ++panel) {
+                        T *to = scores.data() + panel * PANEL;
+                        std::fill_n(to, PANEL, T(0));
+                        variances.multiply_squared(q + row * size, panel, to);
+#pragma omp simd
+                        for (int64_t c = 0; c < PANEL; ++c) to[c] = std::sqrt(to[c]);
+                        means.multiply(q + row * size, panel, to);
+                    }
+                    const size_t before = ids.size();
+                    (rule.budget ? by_budget<T> : by_margin<T>)(rule, scores.data(), own, scratch, ids);
+                    counts[row] = ids.size() - before;
+                }
+            }
         }
     }
+    return kept;
 }
 
 }  // namespace
@@ -202,16 +258,26 @@ void moments_float64(int64_t parts, int64_t tokens, int64_t size, int64_t count,
                      const int64_t *ids, double *numbers, double *mean, double *variance) {
     moments(parts, tokens, size, count, threads, x, ids, numbers, mean, variance);
 }
-void choose_float32(const Choice *rule, const float *scores, const float *numbers, int32_t *kept, int32_t *counts) {
-    choose(*rule, scores, numbers, kept, counts);
+Kept *route_float32(const Choice *rule, int64_t size, const float *q, const float *numbers, const float *mean,
+                    const float *variance, int32_t *counts) {
+    return route(*rule, size, q, numbers, mean, variance, counts);
 }
-void choose_float64(const Choice *rule, const double *scores, const double *numbers, int32_t *kept, int32_t *counts) {
-    choose(*rule, scores, numbers, kept, counts);
+Kept *route_float64(const Choice *rule, int64_t size, const double *q, const double *numbers, const double *mean,
+                    const double *variance, int32_t *counts) {
+    return route(*rule, size, q, numbers, mean, variance, counts);
 }
-// rows (rows, columns) with their counts → (rows, most), -1 behind the last one
-void spread(int64_t rows, int64_t columns, int64_t most, int64_t threads, const int32_t *kept, const int32_t *counts, int64_t *ids) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t row = 0; row < rows; ++row)
-        for (int64_t n = 0; n < most; ++n) ids[row * most + n] = n < counts[row] ? kept[row * columns + n] : -1;
+// what was kept → ids (groups, rows, most), -1 behind the last one of each row; `kept` is gone then
+void spread(Kept *kept, const Choice *rule, int64_t most, const int32_t *counts, int64_t *ids) {
+#pragma omp parallel for schedule(static) num_threads(rule->threads)
+    for (size_t block = 0; block < kept->blocks.size(); ++block) {
+        const int32_t *from = kept->blocks[block].data();
+        const int64_t start = block % kept->in_group * BLOCK, group = block / kept->in_group;
+        for (int64_t i = start; i < std::min(start + BLOCK, rule->rows); ++i) {
+            const int64_t row = group * rule->rows + i;
+            for (int64_t n = 0; n < most; ++n) ids[row * most + n] = n < counts[row] ? from[n] : -1;
+            from += counts[row];
+        }
+    }
+    delete kept;
 }
 }

@@ -1,7 +1,8 @@
 """Nearest centroids and chosen clusters of every token, in C++ on a CPU.
 
-The slow references are `sparsefinder.kmeans_centroids.nearest_by_products` and `sparsefinder.selection.select`: results are the
-same but for ties and the last bit of a score, where two centroids are equally near or a cluster lies on the threshold.
+The slow references are `sparsefinder.kmeans_centroids.nearest_by_products` and what `sparsefinder.patterns.routed` does on
+other devices: results are the same but for the last bit of a score, where two centroids are equally near or a cluster lies on
+the threshold.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class _Choice(ctypes.Structure):
     """``Choice`` of predictors.cpp: the same fields in the same order."""
 
     _fields_ = [
-        *((name, _LONG) for name in ("groups", "rows", "columns", "numbers_row", "budget", "threads")),
+        *((name, _LONG) for name in ("groups", "rows", "columns", "budget", "threads")),
         *((name, ctypes.c_double) for name in ("level", "alpha")),
     ]
 
@@ -59,22 +60,24 @@ def moments(x: Tensor, ids: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]
     return numbers, mean, variance
 
 
-def chosen(scores: Tensor, numbers: Tensor, rule: str, level: float, alpha: float) -> Tensor:
-    """The columns that each row keeps by `sparsefinder.selection`, ``(B, H, N, M)`` → ids ``(B, H, N, P)`` int64, then -1.
+def routed(q: Tensor, numbers: Tensor, mean: Tensor, variance: Tensor, rule: str, level: float, alpha: float) -> Tensor:
+    """The clusters that each query keeps by `sparsefinder.selection`: ids ``(B, H, N, P)`` int64, then -1.
 
-    ``numbers``: keys behind each column, ``(B, H, N or 1, M)``. P is what the busiest row needs.
+    Scores are ``q_i·μ_c + √(Σ_r q_ir² σ²_cr)``, a row of them at a time. ``q``: ``(B, H, N, R)``. ``numbers``: ``(B, H, C)``
+    keys in each cluster. ``mean``, ``variance``: ``(B, H, C, R)``. P is what the busiest query needs.
     """
-    scores, numbers = scores.contiguous(), numbers.to(scores.dtype).contiguous()
-    *groups, rows, columns = scores.shape
-    total, threads, library = scores.shape[:-1].numel(), torch.get_num_threads(), load("predictors")
-    own = int(numbers.shape[-2] == rows)
-    choice = _Choice(total // max(rows, 1), rows, columns, own, rule == "budget", threads, level, alpha)
-    kept, counts = torch.empty(total, columns, dtype=torch.int32), torch.empty(total, dtype=torch.int32)
-    call = getattr(library, f"choose_{_DTYPES[scores.dtype]}")
-    call(ctypes.byref(choice), *_pointers(scores, numbers, kept, counts))
-    most = int(counts.max()) if total else 0
-    ids = torch.empty(*groups, rows, most, dtype=torch.int64)
-    library.spread(*(_LONG(n) for n in (total, columns, most, threads)), *_pointers(kept, counts, ids))
+    batch, heads, rows, size = q.shape
+    read = tuple(x.to(q.dtype).contiguous() for x in (q, numbers, mean, variance))
+    library, counts = load("predictors"), torch.zeros(batch, heads, rows, dtype=torch.int32)
+    choice = _Choice(
+        batch * heads, rows, numbers.shape[-1], rule == "budget", torch.get_num_threads(), level=level, alpha=alpha
+    )
+    call = getattr(library, f"route_{_DTYPES[q.dtype]}")
+    call.restype = _POINTER
+    kept = _POINTER(call(ctypes.byref(choice), _LONG(size), *_pointers(*read, counts)))
+    most = int(counts.max()) if counts.numel() else 0
+    ids = torch.empty(batch, heads, rows, most, dtype=torch.int64)
+    library.spread(kept, ctypes.byref(choice), _LONG(most), *_pointers(counts, ids))
     return ids
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,6 +18,10 @@ from sparsefinder.native import predictors as native
 from sparsefinder.patterns.choosing import as_ids
 from sparsefinder.selection import check_rule, select
 from sparsefinder.store import missing
+
+Moments = Callable[
+    [Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]
+]  # of vectors, their cluster, and how many there are
 
 _AT_ONCE = 1 << 20  # scores of queries and clusters in memory at one time: what fits the cache is faster
 
@@ -62,19 +67,25 @@ class ToClusters:
         centres = self.centroids(qk, layer).flatten(1, 2)  # several runs are as many clusters more
         count = centres.shape[1]
         cluster = nearest(qk.k, centres[:, None], 1)[..., 0].masked_fill(~qk.valid[:, None], count)  # (B, H, N)
-        some = max(_AT_ONCE // max(cluster.shape[0] * cluster.shape[2] * count, 1), 1)  # heads
-        parts = zip(*(x.split(some, dim=1) for x in (qk.q, qk.k, cluster)), centres.split(some), strict=True)
-        slots = [self._routes(qk.with_vectors(q, k), *rest) for q, k, *rest in parts]
-        most = max(part.shape[-1] for part in slots)
-        q_ids = torch.cat([F.pad(part, (0, most - part.shape[-1]), value=-1) for part in slots], dim=1)
+        route = self._route if qk.causal or not native.works_on(qk.q) else self._route_natively
+        q_ids = route(qk, cluster, centres)
         return Layout(Buckets(q_ids, cluster.masked_fill(cluster == count, -1)[..., None], count))
 
-    def _routes(self, qk: QK, cluster: Tensor, centres: Tensor) -> Tensor:
-        """The clusters of each query of some heads, ``(B, h, N, P)`` int64, -1 in slots that a query does not need."""
-        scores, numbers = (_causal if qk.causal else _whole)(qk, cluster, centres)
-        if native.works_on(scores):
-            return native.chosen(scores, numbers, self.rule, self.level, self.alpha)
-        return as_ids(select(scores, numbers, self.rule, self.level, self.alpha))
+    def _route_natively(self, qk: QK, cluster: Tensor, centres: Tensor) -> Tensor:
+        """The clusters of each query ``(B, H, N, P)`` int64, -1 in slots that it does not need."""
+        of_clusters = _estimates(native.moments, qk, cluster, centres.shape[1])
+        return native.routed(qk.q, *of_clusters, self.rule, self.level, self.alpha)
+
+    def _route(self, qk: QK, cluster: Tensor, centres: Tensor) -> Tensor:
+        """The same with torch's operations, some heads at a time."""
+        some = max(_AT_ONCE // max(cluster.shape[0] * cluster.shape[2] * centres.shape[1], 1), 1)
+        parts = zip(*(x.split(some, dim=1) for x in (qk.q, qk.k, cluster)), centres.split(some), strict=True)
+        slots = []
+        for q, k, *rest in parts:
+            scores, numbers = (_causal if qk.causal else _whole)(qk.with_vectors(q, k), *rest)
+            slots.append(as_ids(select(scores, numbers, self.rule, self.level, self.alpha)))
+        most = max(part.shape[-1] for part in slots)
+        return torch.cat([F.pad(part, (0, most - part.shape[-1]), value=-1) for part in slots], dim=1)
 
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool from vectors ``(B, H, N, R)``."""
@@ -92,11 +103,16 @@ class Routed(ToClusters):
 
 def _whole(qk: QK, cluster: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
     """Scores of the clusters ``(B, H, N, C)`` and their keys ``(B, H, 1, C)``; ``cluster`` is C on padding."""
-    of_clusters = native.moments if native.works_on(qk.k) else moments
-    numbers, mean, variance = of_clusters(without_padding(qk.k, qk.valid), cluster, centres.shape[1])
+    numbers, mean, variance = _estimates(moments, qk, cluster, centres.shape[1])
+    scores = (qk.q.square() @ variance.mT).sqrt_()  # the spread; N × C numbers, so nothing is copied
+    return scores.add_(qk.q @ mean.mT), numbers[:, :, None]
+
+
+def _estimates(moments: Moments, qk: QK, cluster: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The keys of each cluster ``(B, H, C)``, and the mean and variance ``(B, H, C, R)`` of ``k / √R`` over them."""
+    numbers, mean, variance = moments(without_padding(qk.k, qk.valid), cluster, count)
     size = qk.k.shape[-1]
-    scores = (qk.q.square() @ (variance / size).mT).sqrt_()  # the spread; N × C numbers, so nothing is copied
-    return scores.add_(qk.q @ (mean / math.sqrt(size)).mT), numbers[:, :, None]
+    return numbers, mean / math.sqrt(size), variance / size
 
 
 def moments(x: Tensor, ids: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
