@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 namespace {
@@ -38,21 +39,22 @@ template <class T> struct Panels {
     void multiply_squared(const T *x, int64_t panel, T *sum) const { add<true>(x, panel, sum); }
 
    private:
+    // vectors of the compiler's own kind (GCC and Clang have them for any processor): it does not keep plain arrays in registers
     template <bool SQUARED> void add(const T *x, int64_t panel, T *sum) const {
-        T own[PANEL];
-        std::copy_n(sum, PANEL, own);
-        const T *from = laid.data() + panel * size * PANEL;
-        for (int64_t r = 0; r < size; ++r) {
-            const T factor = SQUARED ? x[r] * x[r] : x[r];
-#pragma omp simd
-            for (int64_t c = 0; c < PANEL; ++c) own[c] += factor * from[r * PANEL + c];
-        }
-        std::copy_n(own, PANEL, sum);
+        typedef T Vector __attribute__((vector_size(32), aligned(alignof(T)), may_alias));
+        constexpr int LANES = 32 / sizeof(T), VECTORS = PANEL / LANES;
+        Vector own[VECTORS], *to = reinterpret_cast<Vector *>(sum);
+        for (int v = 0; v < VECTORS; ++v) own[v] = to[v];
+        const Vector *from = reinterpret_cast<const Vector *>(laid.data() + panel * size * PANEL);
+        for (int64_t r = 0; r < size; ++r, from += VECTORS)
+            for (int v = 0; v < VECTORS; ++v) own[v] += (SQUARED ? x[r] * x[r] : x[r]) * from[v];
+        for (int v = 0; v < VECTORS; ++v) to[v] = own[v];
     }
 };
 
+// of the numbers of a panel; -inf where none is a number
 template <class T> T largest(const T *x) {
-    T most = x[0];
+    T most = -std::numeric_limits<T>::infinity();
 #pragma omp simd reduction(max : most)
     for (int64_t c = 0; c < PANEL; ++c) most = std::max(most, x[c]);
     return most;
@@ -132,38 +134,32 @@ void moments(int64_t parts, int64_t tokens, int64_t size, int64_t count, int64_t
     }
 }
 
-// what is needed to choose from one row
-template <class T> struct Scratch {
-    std::vector<T> left, most, above, many;
+// the scores of one row, of whole panels, -inf where there is no key, how many keys it may take, and room to choose
+template <class T> struct Scores {
+    T budget;
+    std::vector<T> values, most, above, many;
+    Scores(int64_t panels, T budget) : budget(budget), values(panels * PANEL), most(panels) {}
 };
 
 // columns of largest score until they stand for a share of the keys
-template <class T>
-void by_budget(const Choice &rule, const T *scores, const T *numbers, Scratch<T> &row, std::vector<int32_t> &kept) {
+template <class T> void by_budget(const Choice &rule, const T *numbers, Scores<T> &row, std::vector<int32_t> &kept) {
     const T nothing = -std::numeric_limits<T>::infinity();
-    const int64_t panels = (rule.columns + PANEL - 1) / PANEL;
-    row.left.assign(panels * PANEL, nothing), row.most.resize(panels);
-    T total = 0, before = 0;
-    for (int64_t c = 0; c < rule.columns; ++c) {
-        row.left[c] = numbers[c] > 0 && !std::isnan(scores[c]) ? scores[c] : nothing;
-        total += numbers[c];
-    }
-    for (int64_t panel = 0; panel < panels; ++panel) row.most[panel] = largest(row.left.data() + panel * PANEL);
+    for (size_t panel = 0; panel < row.most.size(); ++panel) row.most[panel] = largest(row.values.data() + panel * PANEL);
+    T before = 0;
     for (int64_t found = 0; found < rule.columns; ++found) {
-        const int64_t at = place(row.left, row.most, rule.columns);
-        if (row.left[at] == nothing) break;
+        const int64_t at = place(row.values, row.most, rule.columns);
         // a column is kept where that brings the row nearer to its budget than stopping before it; the first one always is
-        if (found && !(before + numbers[at] / 2 <= T(rule.level) * total)) break;
+        if (!(row.values[at] > nothing) || (found && !(before + numbers[at] / 2 <= row.budget))) break;
         kept.push_back(at);
         before += numbers[at];
-        row.left[at] = nothing;
-        row.most[at / PANEL] = largest(row.left.data() + at / PANEL * PANEL);
+        row.values[at] = nothing;
+        row.most[at / PANEL] = largest(row.values.data() + at / PANEL * PANEL);
     }
 }
 
 // columns above the threshold of entmax less the level; a column stands for as many equal keys as its number says
-template <class T>
-void by_margin(const Choice &rule, const T *scores, const T *numbers, Scratch<T> &row, std::vector<int32_t> &kept) {
+template <class T> void by_margin(const Choice &rule, const T *numbers, Scores<T> &row, std::vector<int32_t> &kept) {
+    const T *scores = row.values.data();
     const T scale = rule.alpha - 1.0;
     T peak = -std::numeric_limits<T>::infinity();
     for (int64_t c = 0; c < rule.columns; ++c)
@@ -212,25 +208,27 @@ Kept *route(const Choice &rule, int64_t size, const T *q, const T *numbers, cons
         const Panels<T> means(mean + group * rule.columns * size, rule.columns, size);
         const Panels<T> variances(variance + group * rule.columns * size, rule.columns, size);
         const T *own = numbers + group * rule.columns;
+        std::vector<T> missing(means.panels * PANEL, -std::numeric_limits<T>::infinity());
+        for (int64_t c = 0; c < rule.columns; ++c)
+            if (own[c] > 0) missing[c] = 0;
 #pragma omp parallel num_threads(rule.threads)
         {
-            Scratch<T> scratch;
-            std::vector<T> scores(means.panels * PANEL);
+            Scores<T> scores(means.panels, T(rule.level) * std::accumulate(own, own + rule.columns, T(0)));
 #pragma omp for schedule(dynamic)
             for (int64_t block = 0; block < kept->in_group; ++block) {
                 auto &ids = kept->blocks[group * kept->in_group + block];
                 for (int64_t i = block * BLOCK; i < std::min((block + 1) * BLOCK, rule.rows); ++i) {
                     const int64_t row = group * rule.rows + i;
                     for (int64_t panel = 0; panel < means.panels; ++panel) {
-                        T *to = scores.data() + panel * PANEL;
+                        T *to = scores.values.data() + panel * PANEL;
                         std::fill_n(to, PANEL, T(0));
                         variances.multiply_squared(q + row * size, panel, to);
 #pragma omp simd
-                        for (int64_t c = 0; c < PANEL; ++c) to[c] = std::sqrt(to[c]);
+                        for (int64_t c = 0; c < PANEL; ++c) to[c] = std::sqrt(to[c]) + missing[panel * PANEL + c];
                         means.multiply(q + row * size, panel, to);
                     }
                     const size_t before = ids.size();
-                    (rule.budget ? by_budget<T> : by_margin<T>)(rule, scores.data(), own, scratch, ids);
+                    (rule.budget ? by_budget<T> : by_margin<T>)(rule, own, scores, ids);
                     counts[row] = ids.size() - before;
                 }
             }
