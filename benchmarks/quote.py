@@ -12,9 +12,9 @@ HERE = Path(__file__).parent
 BEGIN, END = "### Speed", "### Learning and measuring"
 NAMES = [
     *("SDPA softmax", "dense entmax", "quantize, 1 round", "quantize, 4 rounds of 16", "kmeans, top 1"),
-    "routed, 64 keys",
+    *("routed, 64 keys", "routed, 64 keys, in torch"),
 ]
-LENGTHS = ["2,048", "4,096", "8,192", "16,384"]
+LENGTHS = ["2,048", "4,096", "8,192", "16,384", "32,768"]
 
 
 def rows(results: str, title: str) -> dict[str, list[str]]:
@@ -37,13 +37,19 @@ def section(results: str) -> str:
         f"`make bench` ({machine.group() if machine else ''}); `benchmarks/results.md` is what it",
         "printed, `docs/performance.md` tells what was tried. Bucketed entmax attention, predictor inside, beside torch's dense",
         "softmax attention (SDPA): how many times as fast, and the median time. 12 heads of 64, buckets of 64",
-        "tokens, a window of 11, one global token.\n",
-        f"| attention | {' | '.join(heads)} | pairs of a query at 8,192 | MB at 16,384 |",
-        f"|---{'|---' * (len(heads) + 2)}|",
+        "tokens, a window of 11, one global token; in C++ but for the last row. Growth: the exponent of the time",
+        f"from {LENGTHS[1]} to {LENGTHS[-1]} tokens.\n",
+        f"| attention | {' | '.join(heads)} | pairs of a query at 8,192 | MB at 16,384 | growth |",
+        f"|---{'|---' * (len(heads) + 3)}|",
     ]
+    growth = dict(re.findall(r"^- (.*): ([\d.]+)$", results, re.MULTILINE))
     for name in NAMES:
-        times = [f"{found[name][2]} ({found[name][0]} ms)" for found in (*forward.values(), *both.values())]
-        lines.append(f"| {name} | {' | '.join(times)} | {forward['8,192'][name][4]} | {forward['16,384'][name][3]} |")
+        times = [
+            f"{found[name][2]} ({found[name][0]} ms)" if name in found else ""
+            for found in (*forward.values(), *both.values())
+        ]
+        more = forward["8,192"][name][4], forward["16,384"][name][3], growth.get(name, "")
+        lines.append(f"| {name} | {' | '.join((*times, *more))} |")
     lines += [
         "\nThe normalizer: α-entmax (α = 1.5) in the speed of the `entmax` package, and the time of dense attention",
         "with it in that of dense softmax attention, forward.\n",
