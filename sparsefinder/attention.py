@@ -7,7 +7,7 @@ What every attention here promises:
 
 - a query without any key, or padded, gets zeros; padded keys are never attended, whatever padded positions contain;
 - scores, threshold and probabilities are float32 at least; probabilities are cast to the dtype of ``v`` for the product;
-- ``graph`` is the graph that is executed and ``computed_pairs`` the pairs that are multiplied, padding and tiles included.
+- ``graph`` is the graph that is executed and ``computed_pairs`` the pairs that are multiplied, whatever is added to it included.
 """
 
 from __future__ import annotations

@@ -151,6 +151,20 @@ def test_ids_that_do_not_exist_are_no_bucket() -> None:
     torch.testing.assert_close(out, attention.attend(qk, qk.k, expected, 1.5))
 
 
+def test_ids_and_globals_of_all_heads_at_once() -> None:
+    """What is broadcast elsewhere is not read beyond its end here."""
+    one = buckets(40, 2, 4)
+    shared = Buckets(one.q_ids[:1, :1], one.k_ids[:1, :1].int(), one.count)
+    q, k, v = (noise(i, 2, 3, 40, 4) for i in range(3))
+    qk = QK(q, k, torch.ones(2, 40) > 0)
+    is_global = torch.arange(40)[None] == 3
+    written = Buckets(*(ids.expand(2, 3, -1, -1) for ids in (shared.q_ids, shared.k_ids.long())), one.count)
+    expected = attention.attend(qk, v, Layout(written, 3, is_global.expand(2, -1)), 1.5)
+    assert torch.equal(attention.attend(qk, v, Layout(shared, 3, is_global), 1.5), expected)
+    with pytest.raises(ValueError, match="values must be of the shape of the queries"):
+        attention.attend(qk, v[..., :2], Layout(written), 1.5)
+
+
 @pytest.mark.parametrize("alpha", [1.0, 1.3, 1.5, 2.0])
 def test_whoever_meets_nan_is_nan(alpha: float) -> None:
     """As in dense attention: a broken number is never turned into a quiet zero."""

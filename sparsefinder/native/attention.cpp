@@ -1,8 +1,9 @@
 // Attention over the union of buckets, a window and global tokens, one query at a time: see attention.py.
 //
 // A query lists its keys (each once, by a stamp), multiplies with those alone, solves entmax on what can be above the threshold,
-// and adds up the values of its support. Nothing is kept but that row. Heads are the parallel loop: the gradients of keys and
-// values are sums over queries, so a head in one thread has one order of summation, and one result.
+// and adds up the values of its support. Nothing is kept but that row. Forward, all threads share the queries of one head and find
+// its keys in the cache. Backward, a head belongs to one thread: the gradients of its keys and values are sums over queries, which
+// then have one order, and one result.
 
 #include <algorithm>
 #include <cmath>
@@ -263,18 +264,14 @@ void count(const Graph &g, int64_t *pairs) {
 
 }  // namespace
 
+#define FUNCTIONS(T, NAME)                                                                                                \
+    void forward_##NAME(const Graph *g, const T *q, const T *k, const T *v, T *out) { forward(*g, q, k, v, out); }         \
+    void backward_##NAME(const Graph *g, const T *q, const T *k, const T *v, const T *gradient, T *dq, T *dk, T *dv) {     \
+        backward(*g, q, k, v, gradient, dq, dk, dv);                                                                      \
+    }
+
 extern "C" {
+FUNCTIONS(float, float32)
+FUNCTIONS(double, float64)
 void count_int64(const Graph *g, int64_t *pairs) { count(*g, pairs); }
-void forward_float32(const Graph *g, const float *q, const float *k, const float *v, float *out) { forward(*g, q, k, v, out); }
-void forward_float64(const Graph *g, const double *q, const double *k, const double *v, double *out) {
-    forward(*g, q, k, v, out);
-}
-void backward_float32(const Graph *g, const float *q, const float *k, const float *v, const float *gradient, float *dq,
-                      float *dk, float *dv) {
-    backward(*g, q, k, v, gradient, dq, dk, dv);
-}
-void backward_float64(const Graph *g, const double *q, const double *k, const double *v, const double *gradient, double *dq,
-                      double *dk, double *dv) {
-    backward(*g, q, k, v, gradient, dq, dk, dv);
-}
 }

@@ -47,8 +47,10 @@ def attend(qk: QK, v: Tensor, layout: Layout, alpha: float) -> Tensor:
     ``qk``: ``(B, H, N, D)`` float32 or float64 on a CPU; ``v``: the same shape and any floating point, the dtype of the result
     ``(B, H, N, D)``. Padding and queries without a key get zeros, whatever padded positions contain.
     """
+    if v.shape != qk.q.shape:
+        raise ValueError(f"values must be of the shape of the queries, {tuple(qk.q.shape)}, got {tuple(v.shape)}")
     run = _Run(layout, qk.valid, qk.causal, alpha)
-    result: Tensor = _Attend.apply(qk.q, qk.k, v.to(qk.q.dtype), run)
+    result: Tensor = _Attend.apply(qk.q, qk.k.to(qk.q.dtype), v.to(qk.q.dtype), run)
     return result.to(v.dtype)
 
 
@@ -70,12 +72,14 @@ class _Run:
 
     def __call__(self, function: str, shape: torch.Size, *tensors: Tensor) -> None:
         """``shape``: ``(B, H, N, D)``. ``tensors``: contiguous, what the function reads and then what it writes."""
-        buckets, reach = self.layout.buckets, self.layout.window // 2
-        nobody = torch.empty(0, dtype=torch.int64)
-        q_ids, k_ids = (nobody, nobody) if buckets is None else (buckets.q_ids.contiguous(), buckets.k_ids.contiguous())
+        # whatever could be broadcast is written out: C++ reads by the shape alone
+        buckets, nobody = self.layout.buckets, torch.empty(*shape[:3], 0, dtype=torch.int64)
+        each = (nobody, nobody) if buckets is None else (buckets.q_ids, buckets.k_ids)
+        q_ids, k_ids = (ids.expand(*shape[:3], -1).to(torch.int64).contiguous() for ids in each)
         is_global = torch.zeros_like(self.valid) if self.layout.is_global is None else self.layout.is_global
-        masks = self.valid.contiguous(), is_global.contiguous()
-        slots = (0, 0, 0) if buckets is None else (q_ids.shape[-1], k_ids.shape[-1], buckets.count)
+        masks = self.valid.contiguous(), is_global.expand_as(self.valid).contiguous()
+        slots = q_ids.shape[-1], k_ids.shape[-1], 0 if buckets is None else buckets.count
+        reach = self.layout.window // 2
         back, ahead = (reach, reach) if self.layout.window else (-1, -1)
         pointers = (x.data_ptr() for x in (q_ids, k_ids, *masks))
         graph = _Graph(

@@ -239,31 +239,23 @@ Kept *route(const Choice &rule, int64_t size, const T *q, const T *numbers, cons
 
 }  // namespace
 
+#define FUNCTIONS(T, NAME)                                                                                                \
+    void nearest_##NAME(int64_t batch, int64_t heads, int64_t tokens, int64_t size, int64_t runs, int64_t count,           \
+                        int64_t top, int64_t threads, const T *x, const T *centres, int64_t *ids) {                       \
+        nearest(batch, heads, tokens, size, runs, count, top, threads, x, centres, ids);                                  \
+    }                                                                                                                     \
+    void moments_##NAME(int64_t parts, int64_t tokens, int64_t size, int64_t count, int64_t threads, const T *x,          \
+                        const int64_t *ids, T *numbers, T *mean, T *variance) {                                           \
+        moments(parts, tokens, size, count, threads, x, ids, numbers, mean, variance);                                    \
+    }                                                                                                                     \
+    Kept *route_##NAME(const Choice *rule, int64_t size, const T *q, const T *numbers, const T *mean, const T *variance,  \
+                       int32_t *counts) {                                                                                 \
+        return route(*rule, size, q, numbers, mean, variance, counts);                                                    \
+    }
+
 extern "C" {
-void nearest_float32(int64_t batch, int64_t heads, int64_t tokens, int64_t size, int64_t runs, int64_t count, int64_t top,
-                     int64_t threads, const float *x, const float *centres, int64_t *ids) {
-    nearest(batch, heads, tokens, size, runs, count, top, threads, x, centres, ids);
-}
-void nearest_float64(int64_t batch, int64_t heads, int64_t tokens, int64_t size, int64_t runs, int64_t count, int64_t top,
-                     int64_t threads, const double *x, const double *centres, int64_t *ids) {
-    nearest(batch, heads, tokens, size, runs, count, top, threads, x, centres, ids);
-}
-void moments_float32(int64_t parts, int64_t tokens, int64_t size, int64_t count, int64_t threads, const float *x,
-                     const int64_t *ids, float *numbers, float *mean, float *variance) {
-    moments(parts, tokens, size, count, threads, x, ids, numbers, mean, variance);
-}
-void moments_float64(int64_t parts, int64_t tokens, int64_t size, int64_t count, int64_t threads, const double *x,
-                     const int64_t *ids, double *numbers, double *mean, double *variance) {
-    moments(parts, tokens, size, count, threads, x, ids, numbers, mean, variance);
-}
-Kept *route_float32(const Choice *rule, int64_t size, const float *q, const float *numbers, const float *mean,
-                    const float *variance, int32_t *counts) {
-    return route(*rule, size, q, numbers, mean, variance, counts);
-}
-Kept *route_float64(const Choice *rule, int64_t size, const double *q, const double *numbers, const double *mean,
-                    const double *variance, int32_t *counts) {
-    return route(*rule, size, q, numbers, mean, variance, counts);
-}
+FUNCTIONS(float, float32)
+FUNCTIONS(double, float64)
 // what was kept → ids (groups, rows, most), -1 behind the last one of each row; `kept` is gone then
 void spread(Kept *kept, const Choice *rule, int64_t most, const int32_t *counts, int64_t *ids) {
 #pragma omp parallel for schedule(static) num_threads(rule->threads)
