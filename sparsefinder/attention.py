@@ -85,6 +85,8 @@ class Bucketed:
             )
         if self.executor not in EXECUTORS:
             raise UserError(f"executor={self.executor} is unknown; choose one of {', '.join(EXECUTORS)}")
+        if self.executor == "native":
+            native.require()
         if self.queries_at_once < 1:
             raise UserError(f"queries_at_once must be 1 query or more, got {self.queries_at_once}")
 

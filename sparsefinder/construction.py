@@ -11,7 +11,7 @@ from sparsefinder.store import UserError
 
 
 def construct(kind: Any, values: dict[str, Any]) -> Any:
-    """``kind(**values)``, after one clear line for a setting that it does not have or a value of another type."""
+    """``kind(**values)``, or one clear line: a setting that it does not have, a value of another type or one that it refuses."""
     parameters = inspect.signature(kind).parameters
     unknown = [name for name in values if name not in parameters]
     if unknown:
@@ -23,7 +23,12 @@ def construct(kind: Any, values: dict[str, Any]) -> Any:
         if name in hints and not fits(value, hints[name]):
             kinds = " or ".join("null" if k is type(None) else k.__name__ for k in choices(hints[name]))
             raise UserError(f"{name} must be {kinds}, got {value!r}")
-    return kind(**values)
+    try:
+        return kind(**values)
+    except UserError:
+        raise
+    except ValueError as error:  # of classes that are also used without files and settings, such as a normalizer
+        raise UserError(str(error)) from error
 
 
 def fits(value: Any, hint: Any) -> bool:

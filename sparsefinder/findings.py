@@ -165,9 +165,8 @@ def fact_lines(manifests: Mapping[str, Manifest]) -> list[tuple[str, str]]:
         history = manifest.facts.get("history")
         if isinstance(history, list) and history and {"recall", "sparsity"} <= history[-1].keys():
             last = history[-1]
-            lines.append(
-                ("held-out recall of the projections", f"{last['recall']:.3f} at sparsity {last['sparsity']:.3f}")
-            )
+            what = f"held-out recall of {artefact.replace('_', ' ')}"
+            lines.append((what, f"{last['recall']:.3f} at sparsity {last['sparsity']:.3f}"))
     return lines
 
 

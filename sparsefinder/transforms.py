@@ -27,7 +27,6 @@ import torch
 from torch import Tensor
 
 from sparsefinder.entmax_kernels import STEPS, alpha_derivative_product, jacobian_product, kernel, solve
-from sparsefinder.files import UserError
 
 _LIMIT = 160  # steps after which a row is given up; ordinary rows need 5, sparsemax of long and flat rows some 15
 
@@ -43,7 +42,7 @@ class Normalizer:
 
     def __post_init__(self) -> None:
         if not 1.0 <= self.alpha <= 2.0:
-            raise UserError(f"alpha must lie between 1 (softmax) and 2 (sparsemax), got {self.alpha}")
+            raise ValueError(f"alpha must lie between 1 (softmax) and 2 (sparsemax), got {self.alpha}")
 
     def __call__(self, scores: Tensor) -> Tensor:
         """``(..., N)`` scores, ``-inf`` where absent → ``(..., N)`` float32 probabilities, zeros for an empty row."""

@@ -11,6 +11,7 @@ from sparsefinder.attention import Bucketed
 from sparsefinder.graphs import Pattern
 from sparsefinder.patterns.configuration import Configuration, Learned
 from sparsefinder.patterns.full import Full
+from sparsefinder.patterns.window import Window
 from sparsefinder.store import plain
 from sparsefinder.transforms import Normalizer
 
@@ -25,6 +26,9 @@ class AttentionChoice:
     name: str  # of the file
     kind: type
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.build(Window(1), Normalizer())  # what is wrong with the settings is said before any work
 
     @property
     def takes_pattern(self) -> bool:

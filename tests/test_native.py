@@ -24,6 +24,7 @@ from sparsefinder.patterns.routed import moments
 from sparsefinder.patterns.window import Window
 from sparsefinder.selection import select
 from sparsefinder.store import UserError
+from sparsefinder.variants import AttentionChoice
 
 DTYPES = st.sampled_from([torch.float32, torch.float64])
 
@@ -208,8 +209,8 @@ def test_without_a_compiler(fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog
     assert [record.getMessage() for record in caplog.records] == [
         "no C++ compiler was found (CXX, c++, g++, clang++): install one; torch's own operations are used until then, slower"
     ]
-    with pytest.raises(UserError, match=r"no C\+\+ compiler was found"):
-        Bucketed(Window(5), executor="native")(x, x, x, valid, 0)
+    with pytest.raises(UserError, match=r"executor=native: no C\+\+ compiler was found .* or choose executor=blocks"):
+        Bucketed(Window(5), executor="native")
     monkeypatch.undo()
     build.available.cache_clear()
     torch.testing.assert_close(Bucketed(Window(5), executor="native")(x, x, x, valid, 0), slow)
@@ -236,6 +237,8 @@ def test_a_cache_that_cannot_be_written(fresh: Path, tmp_path: Path, monkeypatch
 def test_executors_that_do_not_exist_or_cannot_be() -> None:
     with pytest.raises(UserError, match="executor=gpu is unknown; choose one of auto, native, blocks"):
         Bucketed(Window(3), executor="gpu")
+    with pytest.raises(UserError, match="executor=gpu is unknown"):  # before a pattern is at hand, and any work is done
+        AttentionChoice("bucketed", Bucketed, {"executor": "gpu"})
     x = torch.zeros(1, 1, 4, 2, device="meta")
     with pytest.raises(UserError, match="executor=native runs on a CPU"):
         Bucketed(Window(3), executor="native")(x, x, x, torch.ones(1, 4) > 0, 0)

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from sparsefinder.graphs import QK, Layout
 from sparsefinder.native.build import available, load
+from sparsefinder.store import UserError
 
 _POINTER = ctypes.c_void_p
 _DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.int64: "int64"}
@@ -39,6 +40,14 @@ class _Graph(ctypes.Structure):
 def works_on(device: torch.device) -> bool:
     """Whether tensors there can be attended to: on a CPU, where a C++ compiler is or was at hand."""
     return device.type == "cpu" and available("attention")
+
+
+def require() -> None:
+    """A `UserError` where there is no compiler, or it fails."""
+    try:
+        load("attention")
+    except UserError as error:
+        raise UserError(f"executor=native: {error}, or choose executor=blocks") from error
 
 
 def attend(qk: QK, v: Tensor, layout: Layout, alpha: float) -> Tensor:

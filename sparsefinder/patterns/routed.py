@@ -19,9 +19,8 @@ from sparsefinder.patterns.choosing import as_ids
 from sparsefinder.selection import check_rule, select
 from sparsefinder.store import missing
 
-Moments = Callable[
-    [Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]
-]  # of vectors, their cluster, and how many there are
+# vectors, the cluster of each, and how many clusters there are → their numbers, means and variances
+Moments = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
 
 _AT_ONCE = 1 << 20  # scores of queries and clusters in memory at one time: what fits the cache is faster
 
