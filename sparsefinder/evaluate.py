@@ -265,7 +265,7 @@ class Observer:
     own: Normalizer
     counts: dict[int, list[Counts]] = field(default_factory=dict)
     errors: dict[int, list[Tensor]] = field(default_factory=dict)
-    densities: dict[int, list[Tensor]] = field(default_factory=dict)
+    pairs: dict[int, list[Tensor]] = field(default_factory=dict)  # computed and allowed, each ``(B, H)``
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, layer: int) -> Tensor:
         """As the attention."""
@@ -274,8 +274,8 @@ class Observer:
         difference = (output.float() - dense.float()).flatten(2).norm(dim=-1)
         self.errors.setdefault(layer, []).append(difference / dense.float().flatten(2).norm(dim=-1).clamp_min(1e-30))
         qk = QK(q.float(), k.float(), valid)
-        allowed = qk.allowed.sum((-2, -1)).double()
-        self.densities.setdefault(layer, []).append(self.attention.computed_pairs(qk, layer) / allowed)
+        computed = self.attention.computed_pairs(qk, layer)
+        self.pairs.setdefault(layer, []).append(torch.stack([computed, qk.allowed.sum((-2, -1)).expand_as(computed)]))
         graph = self.attention.graph(qk, layer)
         if graph is not None:  # pooled keys have no token graph
             probabilities = self.own(qk.scores())
@@ -287,16 +287,15 @@ class Observer:
         """Take in what the observers of the other processes measured."""
         self.counts = _joined(processes.parts(lambda: self.counts))
         self.errors = _joined(processes.parts(lambda: self.errors))
-        self.densities = _joined(processes.parts(lambda: self.densities))
+        self.pairs = _joined(processes.parts(lambda: self.pairs))
 
     def rows(self) -> list[dict[str, Any]]:
         """One row per layer and head."""
         rows = []
         for layer in sorted(self.errors):
-            means = {
-                "output_error": torch.cat(self.errors[layer]).mean(0),
-                "computed_density": torch.cat(self.densities[layer]).mean(0),
-            }
+            # of all examples together: in a short one beside long ones, nearly everything that is computed is padding
+            computed, allowed = torch.cat(self.pairs[layer], dim=1).double().sum(1)
+            means = {"output_error": torch.cat(self.errors[layer]).mean(0), "computed_density": computed / allowed}
             if layer in self.counts:
                 means |= Counts.cat(self.counts[layer]).macro()
             rows += [

@@ -29,6 +29,7 @@ from sparsefinder.patterns.oracle import Oracle
 from sparsefinder.patterns.window import Window
 from sparsefinder.samples import load_samples
 from sparsefinder.store import ARTEFACTS, Store, UserError
+from sparsefinder.transforms import Normalizer
 from sparsefinder.variants import AttentionChoice, Conversion
 
 SENTENCE = "Every query of this small model attends to few keys, and nobody knows which before looking. "
@@ -270,3 +271,11 @@ class TestAdapt:
     def test_wrong_settings(self) -> None:
         with pytest.raises(UserError, match="head, all_but_projections, all"):
             AdaptSettings(1, "everything")
+
+
+def test_computed_pairs_are_a_share_of_all_examples_together() -> None:
+    """Two tokens beside ten: 200 pairs are multiplied and 104 are allowed, whatever each example's own share is."""
+    observer = evaluate.Observer(Masked(Window(3)), None, Normalizer(1.5))
+    x = torch.randn(2, 1, 10, 4, generator=torch.Generator().manual_seed(0))
+    observer(x, x, x, torch.arange(10) < torch.tensor([[10], [2]]), 0)
+    assert observer.rows()[0]["computed_density"] == pytest.approx(200 / 104)
