@@ -11,6 +11,8 @@
 #include <limits>
 #include <vector>
 
+#include "entmax.hpp"
+
 namespace {
 
 // a graph in compressed form; the same fields, in this order, in attention.py
@@ -114,14 +116,6 @@ template <class T> void multiply(const T *q, const T *k, int64_t size, T scale, 
     }
 }
 
-// e^p with p = 1 / (alpha - 1), and e^(p - 1)
-template <class T> T power(T e, double alpha) {
-    return alpha == 1.5 ? e * e : alpha == 2.0 ? e : std::pow(e, T(1.0 / (alpha - 1.0)));
-}
-template <class T> T one_less(T e, double alpha) {
-    return alpha == 1.5 ? e : alpha == 2.0 ? T(1) : std::pow(e, T((2.0 - alpha) / (alpha - 1.0)));
-}
-
 // probabilities of row.scores: keys of positive weight into row.support, their weights into row.weights
 template <class T> void normalize(double alpha, Row<T> &row) {
     const int64_t count = row.keys.size();
@@ -137,10 +131,9 @@ template <class T> void normalize(double alpha, Row<T> &row) {
         row.support = row.keys;
         return;
     }
-    // the threshold lies in [-1, 0) below the peak, so a score further down is in no support, whatever the others are
     bool strange = false;
     int64_t some = 0;
-    for (int64_t n = 0; n < count; ++n) {  // written always, kept sometimes: no branch to guess
+    for (int64_t n = 0; n < count; ++n) {  // what can be above the threshold; written always, kept sometimes: no branch to guess
         const T x = (row.scores[n] - peak) * T(alpha - 1.0);
         strange |= std::isnan(x);
         row.support[some] = row.keys[n], row.excess[some] = x;
@@ -151,27 +144,7 @@ template <class T> void normalize(double alpha, Row<T> &row) {
         row.weights.assign(count, std::numeric_limits<T>::quiet_NaN());
         return;
     }
-    // Newton's method on the p-norm, from the left: sparsefinder.entmax_kernels
-    T threshold = -1;
-    const T *x = row.excess.data();
-    const T still = 2 * std::numeric_limits<T>::epsilon();
-    for (int step = 0; step < 160; ++step) {
-        T sum = 0, slope = 0;
-        if (alpha == 1.5) {
-#pragma omp simd reduction(+ : sum, slope)
-            for (int64_t n = 0; n < some; ++n) {
-                const T e = std::max(x[n] - threshold, T(0));
-                sum += e * e, slope += e;
-            }
-        } else {
-            for (int64_t n = 0; n < some; ++n)
-                if (x[n] > threshold) sum += power(x[n] - threshold, alpha), slope += one_less(x[n] - threshold, alpha);
-        }
-        const T root = alpha == 1.5 ? std::sqrt(sum) : alpha == 2.0 ? T(1) : std::pow(sum, T(2.0 - alpha));
-        const T move = (sum - root) / std::max(slope, T(1e-30));
-        threshold += move;
-        if (!(move > still)) break;
-    }
+    const T *x = row.excess.data(), threshold = threshold_of(x, some, alpha, [](int64_t) { return T(1); });
     int64_t kept = 0;
     for (int64_t n = 0; n < some; ++n) {
         const T e = std::max(x[n] - threshold, T(0));
@@ -254,7 +227,7 @@ void backward(const Graph &g, const T *q, const T *k, const T *v, const T *gradi
     }
 }
 
-void count(const Graph &g, int64_t *pairs) {
+void count_pairs(const Graph &g, int64_t *pairs) {
     for_queries<float>(g, [&](int64_t head, const Head &h, int32_t i, Row<float> &row) {
         list_keys(g, h, head / g.heads, head, i, row);
 #pragma omp atomic
@@ -273,5 +246,5 @@ void count(const Graph &g, int64_t *pairs) {
 extern "C" {
 FUNCTIONS(float, float32)
 FUNCTIONS(double, float64)
-void count_int64(const Graph *g, int64_t *pairs) { count(*g, pairs); }
+void count(const Graph *g, int64_t *pairs) { count_pairs(*g, pairs); }
 }

@@ -19,20 +19,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparsefinder.graphs import QK, Layout
-from sparsefinder.native.build import available, load
+from sparsefinder.native.build import DTYPES, LONG, POINTER, available, load, pointers
 from sparsefinder.store import UserError
-
-_POINTER = ctypes.c_void_p
-_DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.int64: "int64"}
 
 
 class _Graph(ctypes.Structure):
     """``Graph`` of attention.cpp: the same fields in the same order."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("batch", "heads", "tokens", "size", "q_slots", "k_slots", "buckets")),
-        *((name, ctypes.c_int64) for name in ("back", "ahead", "causal", "threads")),
-        *((name, _POINTER) for name in ("q_ids", "k_ids", "valid", "is_global")),
+        *((name, LONG) for name in ("batch", "heads", "tokens", "size", "q_slots", "k_slots", "buckets")),
+        *((name, LONG) for name in ("back", "ahead", "causal", "threads")),
+        *((name, POINTER) for name in ("q_ids", "k_ids", "valid", "is_global")),
         ("alpha", ctypes.c_double),
     ]
 
@@ -90,14 +87,13 @@ class _Run:
         slots = q_ids.shape[-1], k_ids.shape[-1], 0 if buckets is None else buckets.count
         reach = self.layout.window // 2
         back, ahead = (reach, reach) if self.layout.window else (-1, -1)
-        pointers = (x.data_ptr() for x in (q_ids, k_ids, *masks))
+        read = (x.data_ptr() for x in (q_ids, k_ids, *masks))
         graph = _Graph(
             *(*shape, *slots, back, ahead, self.causal, torch.get_num_threads()),
-            *pointers,
+            *read,
             self.alpha,
         )
-        call = getattr(load("attention"), f"{function}_{_DTYPES[tensors[0].dtype]}")
-        call(ctypes.byref(graph), *(_POINTER(x.data_ptr()) for x in tensors))
+        getattr(load("attention"), function)(ctypes.byref(graph), *pointers(*tensors))
 
 
 class _Attend(torch.autograd.Function):
@@ -105,7 +101,7 @@ class _Attend(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, run: _Run) -> Tensor:
         q, k, v = (x.contiguous() for x in (q, k, v))
         out = torch.zeros_like(q)
-        run("forward", q.shape, q, k, v, out)
+        run(f"forward_{DTYPES[q.dtype]}", q.shape, q, k, v, out)
         ctx.save_for_backward(q, k, v)
         ctx.run = run
         return out
@@ -115,5 +111,5 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         read = (*ctx.saved_tensors, gradient.contiguous())
         q, k, v = (torch.zeros_like(x) for x in ctx.saved_tensors)
-        ctx.run("backward", q.shape, *read, q, k, v)
+        ctx.run(f"backward_{DTYPES[q.dtype]}", q.shape, *read, q, k, v)
         return q, k, v, None

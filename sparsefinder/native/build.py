@@ -20,6 +20,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from sparsefinder.store import UserError
 
@@ -29,6 +30,9 @@ log = logging.getLogger(__name__)
 _FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared")
 _VECTORS = {"AVX2": ("-mavx2", "-mfma"), "AVX512": ("-mavx2", "-mfma")}  # by what torch says of the processor
 _SECONDS = 300
+
+DTYPES = {torch.float32: "float32", torch.float64: "float64"}  # the last part of a function's name
+LONG, POINTER = ctypes.c_int64, ctypes.c_void_p  # of arguments and fields
 
 
 @functools.cache
@@ -50,7 +54,8 @@ def load(name: str) -> ctypes.CDLL:
     if compiler is None:
         raise UserError("no C++ compiler was found (CXX, c++, g++, clang++): install one")
     flags = (*_FLAGS, *_VECTORS.get(torch.backends.cpu.get_cpu_capability(), ()))
-    told = (source.read_text(encoding="utf-8"), compiler, *flags, platform.system(), platform.machine())
+    texts = (path.read_text(encoding="utf-8") for path in (source, *sorted(source.parent.glob("*.hpp"))))
+    told = (*texts, compiler, *flags, platform.system(), platform.machine())
     key = hashlib.sha256("\0".join(told).encode()).hexdigest()[:16]
     for folder in (_cache(), Path(tempfile.gettempdir()) / f"sparsefinder-{os.getuid()}"):
         try:
@@ -84,3 +89,8 @@ def _built(source: Path, target: Path, command: list[str]) -> ctypes.CDLL:
                 raise UserError(f"{command[0]} could not compile {source.name} ({first})")
             new.replace(target)
     return ctypes.CDLL(str(target))
+
+
+def pointers(*tensors: Tensor) -> list[ctypes.c_void_p]:
+    """Contiguous tensors as arguments; whoever calls keeps them alive."""
+    return [POINTER(x.data_ptr()) for x in tensors]

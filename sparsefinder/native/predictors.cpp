@@ -7,6 +7,8 @@
 #include <numeric>
 #include <vector>
 
+#include "entmax.hpp"
+
 namespace {
 
 constexpr int64_t PANEL = 32;  // vectors multiplied at a time: their sums stay in registers
@@ -165,36 +167,16 @@ template <class T> void by_margin(const Choice &rule, const T *numbers, Scores<T
     for (int64_t c = 0; c < rule.columns; ++c)
         if (numbers[c] > 0) peak = std::max(peak, scores[c]);
     if (std::isinf(peak)) return;
-    // what may be above the threshold, which is at most 1 below the peak: excess over it, and for how many keys
+    // what can be above the threshold: how far it is below the peak, and for how many keys it stands
     row.above.resize(rule.columns), row.many.resize(rule.columns);
-    T *above = row.above.data(), *many = row.many.data(), threshold = -1;
+    T *above = row.above.data(), *many = row.many.data();
     int64_t some = 0;
     for (int64_t c = 0; c < rule.columns; ++c) {
         const T below = (scores[c] - peak) * scale;
         above[some] = below, many[some] = numbers[c];
         some += numbers[c] > 0 && below > T(-1);
     }
-    for (int step = 0; step < 160; ++step) {  // Newton's method on the p-norm, from the left: sparsefinder.entmax_kernels
-        T sum = 0, slope = 0;
-        if (rule.alpha == 1.5) {
-#pragma omp simd reduction(+ : sum, slope)
-            for (int64_t n = 0; n < some; ++n) {
-                const T e = std::max(above[n] - threshold, T(0));
-                sum += many[n] * e * e, slope += many[n] * e;
-            }
-        } else {
-            for (int64_t n = 0; n < some; ++n) {
-                const T e = above[n] - threshold;
-                if (!(e > 0)) continue;
-                const T less = rule.alpha == 2.0 ? T(1) : std::pow(e, T((2.0 - rule.alpha) / (rule.alpha - 1.0)));
-                sum += many[n] * less * e, slope += many[n] * less;
-            }
-        }
-        const T root = rule.alpha == 1.5 ? std::sqrt(sum) : std::pow(sum, T(2.0 - rule.alpha));
-        const T move = (sum - root) / std::max(slope, T(1e-30));
-        threshold += move;
-        if (!(move > 2 * std::numeric_limits<T>::epsilon())) break;
-    }
+    const T threshold = threshold_of(above, some, rule.alpha, [&](int64_t n) { return many[n]; });
     for (int64_t c = 0; c < rule.columns; ++c)
         if (numbers[c] > 0 && (scores[c] - peak) * scale >= threshold - T(rule.level)) kept.push_back(c);
 }

@@ -12,24 +12,21 @@ import ctypes
 import torch
 from torch import Tensor
 
-from sparsefinder.native.build import available, load
-
-_POINTER, _LONG = ctypes.c_void_p, ctypes.c_int64
-_DTYPES = {torch.float32: "float32", torch.float64: "float64"}
+from sparsefinder.native.build import DTYPES, LONG, POINTER, available, load, pointers
 
 
 class _Choice(ctypes.Structure):
     """``Choice`` of predictors.cpp: the same fields in the same order."""
 
     _fields_ = [
-        *((name, _LONG) for name in ("groups", "rows", "columns", "budget", "threads")),
+        *((name, LONG) for name in ("groups", "rows", "columns", "budget", "threads")),
         *((name, ctypes.c_double) for name in ("level", "alpha")),
     ]
 
 
 def works_on(x: Tensor) -> bool:
     """Whether ``x`` can be read here: float32 or float64 on a CPU, where a C++ compiler is or was at hand."""
-    return x.device.type == "cpu" and x.dtype in _DTYPES and available("predictors")
+    return x.device.type == "cpu" and x.dtype in DTYPES and available("predictors")
 
 
 def nearest(x: Tensor, centres: Tensor, top: int) -> Tensor:
@@ -40,8 +37,8 @@ def nearest(x: Tensor, centres: Tensor, top: int) -> Tensor:
     x, centres = x.contiguous(), centres.to(x.dtype).contiguous()
     runs, count, _ = centres.shape[1:]
     ids = torch.empty(*x.shape[:3], runs * top, dtype=torch.int64)
-    numbers = (_LONG(n) for n in (*x.shape, runs, count, top, torch.get_num_threads()))
-    getattr(load("predictors"), f"nearest_{_DTYPES[x.dtype]}")(*numbers, *_pointers(x, centres, ids))
+    numbers = (LONG(n) for n in (*x.shape, runs, count, top, torch.get_num_threads()))
+    getattr(load("predictors"), f"nearest_{DTYPES[x.dtype]}")(*numbers, *pointers(x, centres, ids))
     return ids
 
 
@@ -54,9 +51,9 @@ def moments(x: Tensor, ids: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]
     batch, heads, tokens, size = x.shape
     numbers = x.new_zeros(batch, heads, count)
     mean, variance = (x.new_zeros(batch, heads, count, size) for _ in range(2))
-    shape = (_LONG(n) for n in (batch * heads, tokens, size, count, torch.get_num_threads()))
-    call = getattr(load("predictors"), f"moments_{_DTYPES[x.dtype]}")
-    call(*shape, *_pointers(x, ids, numbers, mean, variance))
+    shape = (LONG(n) for n in (batch * heads, tokens, size, count, torch.get_num_threads()))
+    call = getattr(load("predictors"), f"moments_{DTYPES[x.dtype]}")
+    call(*shape, *pointers(x, ids, numbers, mean, variance))
     return numbers, mean, variance
 
 
@@ -72,14 +69,10 @@ def routed(q: Tensor, numbers: Tensor, mean: Tensor, variance: Tensor, rule: str
     choice = _Choice(
         batch * heads, rows, numbers.shape[-1], rule == "budget", torch.get_num_threads(), level=level, alpha=alpha
     )
-    call = getattr(library, f"route_{_DTYPES[q.dtype]}")
-    call.restype = _POINTER
-    kept = _POINTER(call(ctypes.byref(choice), _LONG(size), *_pointers(*read, counts)))
+    call = getattr(library, f"route_{DTYPES[q.dtype]}")
+    call.restype = POINTER
+    kept = POINTER(call(ctypes.byref(choice), LONG(size), *pointers(*read, counts)))
     most = int(counts.max()) if counts.numel() else 0
     ids = torch.empty(batch, heads, rows, most, dtype=torch.int64)
-    library.spread(kept, ctypes.byref(choice), _LONG(most), *_pointers(counts, ids))
+    library.spread(kept, ctypes.byref(choice), LONG(most), *pointers(counts, ids))
     return ids
-
-
-def _pointers(*tensors: Tensor) -> list[ctypes.c_void_p]:
-    return [_POINTER(x.data_ptr()) for x in tensors]

@@ -1,0 +1,42 @@
+// The threshold of entmax by Newton's method on the p-norm, from the left: sparsefinder/entmax_kernels.py says why.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+// e^p with p = 1 / (alpha - 1), and e^(p - 1)
+template <class T> T power(T e, double alpha) {
+    return alpha == 1.5 ? e * e : alpha == 2.0 ? e : std::pow(e, T(1.0 / (alpha - 1.0)));
+}
+template <class T> T one_less(T e, double alpha) {
+    return alpha == 1.5 ? e : alpha == 2.0 ? T(1) : std::pow(e, T((2.0 - alpha) / (alpha - 1.0)));
+}
+
+// of x = (alpha - 1)(score - peak), where entry n stands for many(n) equal ones. It lies in [-1, 0], so whoever is at or below -1
+// need not be given: it is in no support, whatever the others are.
+template <class T, class F> T threshold_of(const T *x, int64_t count, double alpha, const F &many) {
+    T threshold = -1;
+    for (int step = 0; step < 160; ++step) {
+        T sum = 0, slope = 0;
+        if (alpha == 1.5) {
+#pragma omp simd reduction(+ : sum, slope)
+            for (int64_t n = 0; n < count; ++n) {
+                const T e = std::max(x[n] - threshold, T(0));
+                sum += many(n) * e * e, slope += many(n) * e;
+            }
+        } else {
+            for (int64_t n = 0; n < count; ++n) {
+                const T e = x[n] - threshold;
+                if (e > 0) sum += many(n) * power(e, alpha), slope += many(n) * one_less(e, alpha);
+            }
+        }
+        const T root = alpha == 1.5 ? std::sqrt(sum) : alpha == 2.0 ? T(1) : std::pow(sum, T(2.0 - alpha));
+        const T move = (sum - root) / std::max(slope, T(1e-30));
+        threshold += move;
+        if (!(move > 2 * std::numeric_limits<T>::epsilon())) break;
+    }
+    return threshold;
+}
