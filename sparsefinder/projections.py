@@ -29,8 +29,8 @@ class Identity(nn.Module):
     out_size: int | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(B, H, N, D)`` → the same."""
-        return x
+        """``(B, H, N, D)`` → the same numbers, as new as those of any projection."""
+        return x.clone()
 
 
 class Linear(nn.Module):
@@ -102,9 +102,9 @@ class LayerProjections(nn.Module):
         q, k = at_least_float32(qk.q), at_least_float32(qk.k)
         if self.q.in_size == 2 * q.shape[-1]:
             q = k = torch.cat([q, k], dim=-1)
-        q, k = self.q(q), self.k(k)
         padded = ~qk.valid[:, None, :, None]
-        return qk.with_vectors(q.masked_fill(padded, 0.0), k.masked_fill(padded, 0.0))
+        # what a projection makes is its own: no second copy of it
+        return qk.with_vectors(*(x.masked_fill_(padded, 0.0) for x in (self.q(q), self.k(k))))
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <functional>
 #include <limits>
 #include <numeric>
 #include <vector>
@@ -11,8 +12,9 @@
 
 namespace {
 
-constexpr int64_t PANEL = 32;  // vectors multiplied at a time: their sums stay in registers
-constexpr int64_t BLOCK = 64;  // rows that a thread takes at a time
+constexpr int64_t PANEL = 32;   // vectors multiplied at a time: their sums stay in registers
+constexpr int64_t AT_ONCE = 8;  // rows for which a panel is read once
+constexpr int64_t BLOCK = 64;   // rows that a thread takes at a time
 
 struct Choice {
     int64_t groups, rows, columns;  // scores (groups, rows, columns)
@@ -27,6 +29,15 @@ struct Kept {
     explicit Kept(const Choice &rule) : in_group((rule.rows + BLOCK - 1) / BLOCK), blocks(rule.groups * in_group) {}
 };
 
+// Vectors of the compiler's own kind (GCC and Clang have them for any processor): it neither keeps plain arrays in registers nor
+// finds their largest number without going through them one by one.
+template <class T> struct Lanes {
+    typedef T Vector __attribute__((vector_size(32), aligned(alignof(T)), may_alias));
+};
+template <class T> using Vector = typename Lanes<T>::Vector;
+template <class T> constexpr int LANES = 32 / sizeof(T);
+template <class T> constexpr int VECTORS = PANEL / LANES<T>;
+
 // vectors laid side by side, PANEL of them coordinate by coordinate; what fills the last panel is zero
 template <class T> struct Panels {
     int64_t count, size, panels;
@@ -36,37 +47,51 @@ template <class T> struct Panels {
         for (int64_t c = 0; c < count; ++c)
             for (int64_t r = 0; r < size; ++r) laid[((c / PANEL) * size + r) * PANEL + c % PANEL] = vectors[c * size + r];
     }
-    // sum[c] += x·vector, or x²·vector, for the vectors of one panel
-    void multiply(const T *x, int64_t panel, T *sum) const { add<false>(x, panel, sum); }
-    void multiply_squared(const T *x, int64_t panel, T *sum) const { add<true>(x, panel, sum); }
+    int64_t width() const { return panels * PANEL; }
+    // sums[i][c] += x_i·vector_c for every vector and a few rows; sums (rows, width)
+    void multiply(const T *x, int64_t rows, T *sums) const {
+        for (int64_t panel = 0; panel < panels; ++panel)
+            for (int64_t i = 0; i < rows; i += 2) {
+                const int64_t j = std::min(i + 1, rows - 1);  // an odd one is its own neighbour: the same sum, written twice
+                two(x + i * size, x + j * size, panel, sums + i * width() + panel * PANEL, sums + j * width() + panel * PANEL);
+            }
+    }
 
    private:
-    // vectors of the compiler's own kind (GCC and Clang have them for any processor): it does not keep plain arrays in registers
-    template <bool SQUARED> void add(const T *x, int64_t panel, T *sum) const {
-        typedef T Vector __attribute__((vector_size(32), aligned(alignof(T)), may_alias));
-        constexpr int LANES = 32 / sizeof(T), VECTORS = PANEL / LANES;
-        Vector own[VECTORS], *to = reinterpret_cast<Vector *>(sum);
-        for (int v = 0; v < VECTORS; ++v) own[v] = to[v];
-        const Vector *from = reinterpret_cast<const Vector *>(laid.data() + panel * size * PANEL);
-        for (int64_t r = 0; r < size; ++r, from += VECTORS)
-            for (int v = 0; v < VECTORS; ++v) own[v] += (SQUARED ? x[r] * x[r] : x[r]) * from[v];
-        for (int v = 0; v < VECTORS; ++v) to[v] = own[v];
+    // two rows at a time: as many sums as a processor adds to at once
+    void two(const T *x, const T *y, int64_t panel, T *x_sums, T *y_sums) const {
+        constexpr int N = VECTORS<T>;
+        Vector<T> a[N], b[N], *to_a = reinterpret_cast<Vector<T> *>(x_sums), *to_b = reinterpret_cast<Vector<T> *>(y_sums);
+        for (int v = 0; v < N; ++v) a[v] = to_a[v], b[v] = to_b[v];
+        const auto *from = reinterpret_cast<const Vector<T> *>(laid.data() + panel * size * PANEL);
+        for (int64_t r = 0; r < size; ++r, from += N)
+            for (int v = 0; v < N; ++v) a[v] += x[r] * from[v], b[v] += y[r] * from[v];
+        for (int v = 0; v < N; ++v) to_a[v] = a[v], to_b[v] = b[v];
     }
 };
 
 // of the numbers of a panel; -inf where none is a number
 template <class T> T largest(const T *x) {
-    T most = -std::numeric_limits<T>::infinity();
-#pragma omp simd reduction(max : most)
-    for (int64_t c = 0; c < PANEL; ++c) most = std::max(most, x[c]);
-    return most;
+    const auto *from = reinterpret_cast<const Vector<T> *>(x);
+    Vector<T> most = Vector<T>{} - std::numeric_limits<T>::infinity();
+    for (int v = 0; v < VECTORS<T>; ++v) most = from[v] > most ? from[v] : most;
+    T found = most[0];
+    for (int lane = 1; lane < LANES<T>; ++lane) found = std::max(found, T(most[lane]));
+    return found;
 }
 
 // place of the largest of the values, given the largest of each panel; the first of equals, and nothing beyond `count`
-template <class T> int64_t place(const std::vector<T> &values, const std::vector<T> &most, int64_t count) {
+template <class T> int64_t place(const T *values, const std::vector<T> &most, int64_t count) {
     const int64_t panel = std::max_element(most.begin(), most.end()) - most.begin();
-    const auto from = values.begin() + panel * PANEL;
-    return std::min<int64_t>(std::find(from, from + PANEL, most[panel]) - values.begin(), count - 1);
+    const T *from = values + panel * PANEL;
+    return std::min<int64_t>(std::find(from, from + PANEL, most[panel]) - values, count - 1);
+}
+
+template <class T> T product(const T *x, const T *y, int64_t size) {
+    T sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t r = 0; r < size; ++r) sum += x[r] * y[r];
+    return sum;
 }
 
 // ids of the `top` centroids of largest x·c - |c|²/2 in each run
@@ -78,29 +103,26 @@ void nearest(int64_t batch, int64_t heads, int64_t tokens, int64_t size, int64_t
         for (int64_t run = 0; run < runs; ++run) {
             const T *own = centres + (head * runs + run) * count * size;
             const Panels<T> laid(own, count, size);
-            std::vector<T> bias(laid.panels * PANEL, nothing);
-            for (int64_t c = 0; c < count; ++c) {
-                T square = 0;
-                for (int64_t r = 0; r < size; ++r) square += own[c * size + r] * own[c * size + r];
-                bias[c] = square / -2;
-            }
+            std::vector<T> bias(laid.width(), nothing);
+            for (int64_t c = 0; c < count; ++c) bias[c] = product(own + c * size, own + c * size, size) / -2;
 #pragma omp parallel num_threads(threads)
             {
-                std::vector<T> closeness, most(laid.panels);
+                std::vector<T> closeness(AT_ONCE * laid.width()), most(laid.panels);
                 for (int64_t example = 0; example < batch; ++example)
 #pragma omp for schedule(static)
-                    for (int64_t i = 0; i < tokens; ++i) {
-                        const int64_t token = (example * heads + head) * tokens + i;
-                        closeness = bias;
-                        for (int64_t panel = 0; panel < laid.panels; ++panel) {
-                            laid.multiply(x + token * size, panel, closeness.data() + panel * PANEL);
-                            most[panel] = largest(closeness.data() + panel * PANEL);
-                        }
-                        for (int64_t t = 0; t < top; ++t) {
-                            const int64_t at = place(closeness, most, count), panel = at / PANEL;
-                            ids[(token * runs + run) * top + t] = run * count + at;
-                            closeness[at] = nothing;
-                            most[panel] = largest(closeness.data() + panel * PANEL);
+                    for (int64_t from = 0; from < tokens; from += AT_ONCE) {
+                        const int64_t first = (example * heads + head) * tokens + from, rows = std::min(AT_ONCE, tokens - from);
+                        for (int64_t i = 0; i < rows; ++i) std::copy(bias.begin(), bias.end(), closeness.begin() + i * laid.width());
+                        laid.multiply(x + first * size, rows, closeness.data());
+                        for (int64_t i = 0; i < rows; ++i) {
+                            T *values = closeness.data() + i * laid.width();
+                            for (int64_t panel = 0; panel < laid.panels; ++panel) most[panel] = largest(values + panel * PANEL);
+                            for (int64_t t = 0; t < top; ++t) {
+                                const int64_t at = place(values, most, count), panel = at / PANEL;
+                                ids[((first + i) * runs + run) * top + t] = run * count + at;
+                                values[at] = nothing;
+                                most[panel] = largest(values + panel * PANEL);
+                            }
                         }
                     }
             }
@@ -138,15 +160,15 @@ void moments(int64_t parts, int64_t tokens, int64_t size, int64_t count, int64_t
 
 // the scores of one row, of whole panels, -inf where there is no key, how many keys it may take, and room to choose
 template <class T> struct Scores {
-    T budget;
-    std::vector<T> values, most, above, many;
-    Scores(int64_t panels, T budget) : budget(budget), values(panels * PANEL), most(panels) {}
+    T *values, budget;
+    std::vector<T> most, above, many;
+    Scores(int64_t panels, T budget) : budget(budget), most(panels) {}
 };
 
 // columns of largest score until they stand for a share of the keys
 template <class T> void by_budget(const Choice &rule, const T *numbers, Scores<T> &row, std::vector<int32_t> &kept) {
     const T nothing = -std::numeric_limits<T>::infinity();
-    for (size_t panel = 0; panel < row.most.size(); ++panel) row.most[panel] = largest(row.values.data() + panel * PANEL);
+    for (size_t panel = 0; panel < row.most.size(); ++panel) row.most[panel] = largest(row.values + panel * PANEL);
     T before = 0;
     for (int64_t found = 0; found < rule.columns; ++found) {
         const int64_t at = place(row.values, row.most, rule.columns);
@@ -155,13 +177,13 @@ template <class T> void by_budget(const Choice &rule, const T *numbers, Scores<T
         kept.push_back(at);
         before += numbers[at];
         row.values[at] = nothing;
-        row.most[at / PANEL] = largest(row.values.data() + at / PANEL * PANEL);
+        row.most[at / PANEL] = largest(row.values + at / PANEL * PANEL);
     }
 }
 
 // columns above the threshold of entmax less the level; a column stands for as many equal keys as its number says
 template <class T> void by_margin(const Choice &rule, const T *numbers, Scores<T> &row, std::vector<int32_t> &kept) {
-    const T *scores = row.values.data();
+    const T *scores = row.values;
     const T scale = rule.alpha - 1.0;
     T peak = -std::numeric_limits<T>::infinity();
     for (int64_t c = 0; c < rule.columns; ++c)
@@ -181,8 +203,7 @@ template <class T> void by_margin(const Choice &rule, const T *numbers, Scores<T
         if (numbers[c] > 0 && (scores[c] - peak) * scale >= threshold - T(rule.level)) kept.push_back(c);
 }
 
-// from queries (groups, rows, size) and the number, mean and variance (groups, columns, size) of the keys in each column; the
-// scores q·mean + √(q²·variance) of a row are gone when it has chosen
+// from queries (groups, rows, size) and the number, mean and variance (groups, columns, size) of the keys in each column
 template <class T>
 Kept *route(const Choice &rule, int64_t size, const T *q, const T *numbers, const T *mean, const T *variance, int32_t *counts) {
     auto kept = new Kept(rule);
@@ -190,28 +211,35 @@ Kept *route(const Choice &rule, int64_t size, const T *q, const T *numbers, cons
         const Panels<T> means(mean + group * rule.columns * size, rule.columns, size);
         const Panels<T> variances(variance + group * rule.columns * size, rule.columns, size);
         const T *own = numbers + group * rule.columns;
-        std::vector<T> missing(means.panels * PANEL, -std::numeric_limits<T>::infinity());
+        const int64_t width = means.width();
+        std::vector<T> missing(width, -std::numeric_limits<T>::infinity());
         for (int64_t c = 0; c < rule.columns; ++c)
             if (own[c] > 0) missing[c] = 0;
 #pragma omp parallel num_threads(rule.threads)
         {
-            Scores<T> scores(means.panels, T(rule.level) * std::accumulate(own, own + rule.columns, T(0)));
+            std::vector<T> scores(AT_ONCE * width), squares(AT_ONCE * size);
+            Scores<T> row(means.panels, T(rule.level) * std::accumulate(own, own + rule.columns, T(0)));
 #pragma omp for schedule(dynamic)
             for (int64_t block = 0; block < kept->in_group; ++block) {
                 auto &ids = kept->blocks[group * kept->in_group + block];
-                for (int64_t i = block * BLOCK; i < std::min((block + 1) * BLOCK, rule.rows); ++i) {
-                    const int64_t row = group * rule.rows + i;
-                    for (int64_t panel = 0; panel < means.panels; ++panel) {
-                        T *to = scores.values.data() + panel * PANEL;
-                        std::fill_n(to, PANEL, T(0));
-                        variances.multiply_squared(q + row * size, panel, to);
+                const int64_t end = std::min((block + 1) * BLOCK, rule.rows);
+                for (int64_t from = block * BLOCK; from < end; from += AT_ONCE) {
+                    const int64_t rows = std::min(AT_ONCE, end - from), first = group * rule.rows + from;
+                    const T *x = q + first * size;
+                    // scores q·mean + √(q²·variance)
+                    std::fill(scores.begin(), scores.end(), T(0));
+                    std::transform(x, x + rows * size, x, squares.begin(), std::multiplies<T>());
+                    variances.multiply(squares.data(), rows, scores.data());
+                    for (int64_t i = 0; i < rows; ++i)
 #pragma omp simd
-                        for (int64_t c = 0; c < PANEL; ++c) to[c] = std::sqrt(to[c]) + missing[panel * PANEL + c];
-                        means.multiply(q + row * size, panel, to);
+                        for (int64_t c = 0; c < width; ++c) scores[i * width + c] = std::sqrt(scores[i * width + c]) + missing[c];
+                    means.multiply(x, rows, scores.data());
+                    for (int64_t i = 0; i < rows; ++i) {
+                        row.values = scores.data() + i * width;  // gone when the row has chosen
+                        const size_t before = ids.size();
+                        (rule.budget ? by_budget<T> : by_margin<T>)(rule, own, row, ids);
+                        counts[first + i] = ids.size() - before;
                     }
-                    const size_t before = ids.size();
-                    (rule.budget ? by_budget<T> : by_margin<T>)(rule, own, scores, ids);
-                    counts[row] = ids.size() - before;
                 }
             }
         }
