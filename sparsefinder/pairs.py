@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sparsefinder.graphs import QK
+from sparsefinder.native import pairs as native
 from sparsefinder.tensor_files import load_tensors, save_tensors
 from sparsefinder.transforms import Normalizer
 
@@ -39,6 +40,16 @@ class GoldPairs:
         rows, columns = flat.nonzero(as_tuple=True)
         return cls(rows, columns, allowed.sum(-1).repeat(heads) - flat.sum(-1), tokens)
 
+    def chances(self, generator: torch.Generator) -> Tensor:
+        """A number in [0, 1) for each positive whose row has a zero, and 0 for the others: ``(P,)`` float64."""
+        drawn = torch.zeros(len(self.rows), dtype=torch.float64)
+        wanted = self.zeros > 0
+        if bool(wanted.all()):
+            return drawn.uniform_(generator=generator)
+        kept = wanted[self.rows]
+        drawn[kept] = torch.rand(int(kept.sum()), generator=generator, dtype=torch.float64)
+        return drawn
+
     def draw_negatives(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """A negative for each positive, uniform over the allowed zeros of its row, with replacement.
 
@@ -47,8 +58,7 @@ class GoldPairs:
         """
         kept = (self.zeros[self.rows] > 0).nonzero().squeeze(-1)
         rows = self.rows[kept]
-        chance = torch.rand(rows.shape, generator=generator, dtype=torch.float64)
-        order = (chance * self.zeros[rows]).long()
+        order = (self.chances(generator)[kept] * self.zeros[rows]).long()
         span = self.tokens + 1
         begins = torch.searchsorted(self.rows, torch.arange(len(self.zeros)))
         rank = torch.arange(len(self.rows)) - begins[self.rows]
@@ -80,6 +90,8 @@ def gold_pairs(qk: QK, alpha: float, block_size: int = 1, symmetric: bool = Fals
     """
     if qk.q.shape[0] != 1 or not qk.valid.all():
         raise ValueError("gold_pairs takes one example without padding")
+    if block_size == 1 and not symmetric and native.works_on(qk.q):
+        return _listed(qk, alpha)
     graph = (Normalizer(alpha)(qk.scores()) > 0)[0]
     allowed = qk.allowed[0, 0]
     if block_size > 1:
@@ -87,6 +99,14 @@ def gold_pairs(qk: QK, alpha: float, block_size: int = 1, symmetric: bool = Fals
     if symmetric:
         graph = (graph | graph.transpose(-1, -2)) & allowed
     return GoldPairs.of(graph, allowed)
+
+
+def _listed(qk: QK, alpha: float) -> GoldPairs:
+    """`gold_pairs` without a matrix of n × n."""
+    heads, tokens = qk.q.shape[1:3]
+    rows, columns, counts = native.support(qk.q[0], qk.k[0], qk.causal, alpha)
+    allowed = torch.arange(1, tokens + 1) if qk.causal else torch.tensor([tokens]).expand(tokens)
+    return GoldPairs(rows, columns, allowed.repeat(heads) - counts, tokens)
 
 
 def mean_of_heads(values: Tensor, heads: Tensor, count: int) -> Tensor:

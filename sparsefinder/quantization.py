@@ -29,6 +29,7 @@ from torch import Tensor
 from sparsefinder.distances import PAIRWISE
 from sparsefinder.graphs import QK
 from sparsefinder.metrics import Counts, Gold, count
+from sparsefinder.native import pairs as native
 from sparsefinder.pairs import GoldPairs, PairsOnDisk, gold_pairs, mean_of_heads
 from sparsefinder.projections import Hidden, Identity, LayerProjections, Linear, Projection, Projections
 from sparsefinder.samples import Samples, training_samples, validation_samples
@@ -162,6 +163,14 @@ def contrastive_loss(projected: QK, gold: GoldPairs, settings: ProjectSettings, 
     """
     if settings.block_size > 1:
         projected = projected.in_blocks(settings.block_size)
+    if settings.distance == "l2" and native.works_on(projected.q):
+        pairs = native.Learned(gold.rows, gold.columns, gold.zeros, gold.chances(generator))
+        return native.hinge(projected.q[0], projected.k[0], pairs, settings.margin, settings.loss == "row")
+    return _contrastive_loss(projected, gold, settings, generator)
+
+
+def _contrastive_loss(projected: QK, gold: GoldPairs, settings: ProjectSettings, generator: torch.Generator) -> Tensor:
+    """The same by torch's operations, for each distance and on any device."""
     heads, tokens, size = projected.q.shape[1:]
     kept, negatives = gold.draw_negatives(generator)
     rows = gold.rows[kept]

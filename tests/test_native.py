@@ -18,11 +18,14 @@ from torch import Tensor
 from sparsefinder.attention import Bucketed
 from sparsefinder.graphs import QK, Buckets, Layout
 from sparsefinder.kmeans_centroids import nearest_by_products
-from sparsefinder.native import attention, build, predictors
+from sparsefinder.native import attention, build, pairs, predictors
+from sparsefinder.pairs import GoldPairs
 from sparsefinder.patterns.routed import moments
 from sparsefinder.patterns.window import Window
+from sparsefinder.quantization import ProjectSettings, _contrastive_loss, contrastive_loss
 from sparsefinder.selection import select
 from sparsefinder.store import UserError
+from sparsefinder.transforms import Normalizer
 from sparsefinder.variants import AttentionChoice
 
 DTYPES = st.sampled_from([torch.float32, torch.float64])
@@ -116,6 +119,71 @@ def test_routed_to_nothing_and_by_nan() -> None:
     for rule in ("budget", "margin"):
         found = predictors.routed(q, numbers, mean, mean * 0, rule, 0.05, 1.5)
         assert found.flatten().tolist() == [7, -1, 7]
+
+
+# ---- pairs ----
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(0, 99),
+    st.integers(1, 70),
+    st.integers(1, 9),
+    st.sampled_from([0.1, 1.0, 6.0]),  # nearly all, some, and few keys are positive
+    st.sampled_from([1.05, 1.3, 1.5, 2.0]),
+    st.booleans(),
+    DTYPES,
+)
+def test_support(
+    seed: int, tokens: int, size: int, scale: float, alpha: float, causal: bool, dtype: torch.dtype
+) -> None:
+    """Against the probabilities of whole rows; pairs within rounding of the threshold may be either."""
+    q, k = (noise(seed + n, 2, tokens, size, dtype=dtype) * scale for n in range(2))
+    rows, columns, counts = pairs.support(q, k, causal, alpha)
+    assert torch.equal(counts, torch.bincount(rows, minlength=2 * tokens))
+    assert torch.equal(torch.stack([rows, columns]).unique(dim=1), torch.stack([rows, columns])), "sorted, each once"
+    found = torch.zeros(2 * tokens, tokens, dtype=torch.bool)
+    found[rows, columns] = True
+    qk = QK(q[None].double(), k[None].double(), torch.ones(1, tokens) > 0, causal)
+    scores = qk.scores()[0].flatten(0, 1)
+    probabilities = Normalizer(alpha)(scores)
+    peak = probabilities.amax(-1, keepdim=True) ** (alpha - 1)
+    height = (alpha - 1) * (scores - scores.amax(-1, keepdim=True)) + peak  # above the threshold
+    sure = (height.abs() > 1e-4) & ((height < 0) | (probabilities > 1e-30))  # less is zero in float32
+    assert torch.equal(found & sure, (height > 0) & sure)
+
+
+def test_support_of_what_is_no_number() -> None:
+    q = torch.full((1, 40, 3), math.nan)
+    assert pairs.support(q, q, False, 1.5)[2].sum() == 0
+    assert pairs.support(q[:, :0], q[:, :0], False, 1.5)[0].shape == (0,)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(0, 99),
+    st.integers(1, 20),
+    st.integers(1, 6),
+    st.sampled_from([0.0, 0.2, 0.7, 1.0]),
+    st.sampled_from(["pair", "row"]),
+    st.booleans(),
+)
+def test_hinge(seed: int, tokens: int, size: int, density: float, loss: str, causal: bool) -> None:
+    """Loss and gradients, against torch's; heads and rows without a positive or without a zero among them."""
+    allowed = torch.ones(tokens, tokens) > 0
+    allowed = allowed.tril() if causal else allowed
+    graph = (torch.rand(3, tokens, tokens, generator=torch.Generator().manual_seed(seed)) < density) & allowed
+    graph[0] = allowed
+    gold = GoldPairs.of(graph, allowed)
+    chosen = ProjectSettings(loss=loss, margin=0.5)
+    results = []
+    for of in (contrastive_loss, _contrastive_loss):
+        q, k = (noise(seed + n, 1, 3, tokens, size).requires_grad_() for n in range(2))
+        projected = QK(q, k, torch.ones(1, tokens) > 0)
+        value = of(projected, gold, chosen, torch.Generator().manual_seed(seed))
+        results.append((value, *torch.autograd.grad(3 * value, (q, k))))
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain)
 
 
 # ---- attention: beyond what tests/test_attention.py asks of every executor ----

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from sparsefinder.graphs import QK
+from sparsefinder.native import pairs as native
 from sparsefinder.pairs import gold_pairs
 from sparsefinder.projections import LayerProjections, Linear, load_projections
 from sparsefinder.quantization import ProjectSettings, contrastive_loss, train_projections
@@ -20,10 +21,18 @@ from sparsefinder.transforms import entmax15
 from tests.conftest import random_qk
 
 
+@pytest.fixture(params=["in C++", "in torch"])
+def executed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to list and to learn from pairs."""
+    if request.param == "in torch":
+        monkeypatch.setattr(native, "works_on", lambda _: False)
+
+
 def gold_of(qk: QK) -> torch.Tensor:
     return (entmax15(qk.scores()) > 0)[0]
 
 
+@pytest.mark.usefixtures("executed")
 class TestPairs:
     @pytest.mark.parametrize("causal", [False, True])
     def test_positives_are_the_gold_graph(self, causal: bool) -> None:
@@ -77,6 +86,7 @@ class TestPairs:
             gold_pairs(random_qk([3, 5]), 1.5)
 
 
+@pytest.mark.usefixtures("executed")
 @pytest.mark.parametrize("loss", ["pair", "row"])
 @pytest.mark.parametrize("distance", ["l2", "min"])
 def test_the_losses_by_hand(loss: str, distance: str) -> None:

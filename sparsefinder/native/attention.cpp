@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "entmax.hpp"
+#include "panels.hpp"
 
 namespace {
 
@@ -129,9 +130,7 @@ template <class T> void normalize(double alpha, Row<T> &row) {
     const int64_t count = row.keys.size();
     row.support.resize(count), row.excess.resize(count), row.weights.resize(count);
     if (!count) return;
-    T peak = row.scores[0];
-#pragma omp simd reduction(max : peak)
-    for (int64_t n = 0; n < count; ++n) peak = std::max(peak, row.scores[n]);
+    const T peak = largest(row.scores.data(), count);
     if (alpha == 1.0) {
         T total = 0;
         for (int64_t n = 0; n < count; ++n) total += row.weights[n] = std::exp(row.scores[n] - peak);

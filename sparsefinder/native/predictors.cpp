@@ -9,12 +9,11 @@
 #include <vector>
 
 #include "entmax.hpp"
+#include "panels.hpp"
 
 namespace {
 
-constexpr int64_t PANEL = 32;   // vectors multiplied at a time: their sums stay in registers
-constexpr int64_t AT_ONCE = 8;  // rows for which a panel is read once
-constexpr int64_t BLOCK = 64;   // rows that a thread takes at a time
+constexpr int64_t BLOCK = 64;  // rows that a thread takes at a time
 
 struct Choice {
     int64_t groups, rows, columns;  // scores (groups, rows, columns)
@@ -28,57 +27,6 @@ struct Kept {
     std::vector<std::vector<int32_t>> blocks;
     explicit Kept(const Choice &rule) : in_group((rule.rows + BLOCK - 1) / BLOCK), blocks(rule.groups * in_group) {}
 };
-
-// Vectors of the compiler's own kind (GCC and Clang have them for any processor): it neither keeps plain arrays in registers nor
-// finds their largest number without going through them one by one.
-template <class T> struct Lanes {
-    typedef T Vector __attribute__((vector_size(32), aligned(alignof(T)), may_alias));
-};
-template <class T> using Vector = typename Lanes<T>::Vector;
-template <class T> constexpr int LANES = 32 / sizeof(T);
-template <class T> constexpr int VECTORS = PANEL / LANES<T>;
-
-// vectors laid side by side, PANEL of them coordinate by coordinate; what fills the last panel is zero
-template <class T> struct Panels {
-    int64_t count, size, panels;
-    std::vector<T> laid;
-    Panels(const T *vectors, int64_t count, int64_t size)
-        : count(count), size(size), panels((count + PANEL - 1) / PANEL), laid(panels * size * PANEL, T(0)) {
-        for (int64_t c = 0; c < count; ++c)
-            for (int64_t r = 0; r < size; ++r) laid[((c / PANEL) * size + r) * PANEL + c % PANEL] = vectors[c * size + r];
-    }
-    int64_t width() const { return panels * PANEL; }
-    // sums[i][c] += x_i·vector_c for every vector and a few rows; sums (rows, width)
-    void multiply(const T *x, int64_t rows, T *sums) const {
-        for (int64_t panel = 0; panel < panels; ++panel)
-            for (int64_t i = 0; i < rows; i += 2) {
-                const int64_t j = std::min(i + 1, rows - 1);  // an odd one is its own neighbour: the same sum, written twice
-                two(x + i * size, x + j * size, panel, sums + i * width() + panel * PANEL, sums + j * width() + panel * PANEL);
-            }
-    }
-
-   private:
-    // two rows at a time: as many sums as a processor adds to at once
-    void two(const T *x, const T *y, int64_t panel, T *x_sums, T *y_sums) const {
-        constexpr int N = VECTORS<T>;
-        Vector<T> a[N], b[N], *to_a = reinterpret_cast<Vector<T> *>(x_sums), *to_b = reinterpret_cast<Vector<T> *>(y_sums);
-        for (int v = 0; v < N; ++v) a[v] = to_a[v], b[v] = to_b[v];
-        const auto *from = reinterpret_cast<const Vector<T> *>(laid.data() + panel * size * PANEL);
-        for (int64_t r = 0; r < size; ++r, from += N)
-            for (int v = 0; v < N; ++v) a[v] += x[r] * from[v], b[v] += y[r] * from[v];
-        for (int v = 0; v < N; ++v) to_a[v] = a[v], to_b[v] = b[v];
-    }
-};
-
-// of the numbers of a panel; -inf where none is a number
-template <class T> T largest(const T *x) {
-    const auto *from = reinterpret_cast<const Vector<T> *>(x);
-    Vector<T> most = Vector<T>{} - std::numeric_limits<T>::infinity();
-    for (int v = 0; v < VECTORS<T>; ++v) most = from[v] > most ? from[v] : most;
-    T found = most[0];
-    for (int lane = 1; lane < LANES<T>; ++lane) found = std::max(found, T(most[lane]));
-    return found;
-}
 
 // place of the largest of the values, given the largest of each panel; the first of equals, and nothing beyond `count`
 template <class T> int64_t place(const T *values, const std::vector<T> &most, int64_t count) {
@@ -116,12 +64,12 @@ void nearest(int64_t batch, int64_t heads, int64_t tokens, int64_t size, int64_t
                         laid.multiply(x + first * size, rows, closeness.data());
                         for (int64_t i = 0; i < rows; ++i) {
                             T *values = closeness.data() + i * laid.width();
-                            for (int64_t panel = 0; panel < laid.panels; ++panel) most[panel] = largest(values + panel * PANEL);
+                            for (int64_t panel = 0; panel < laid.panels; ++panel) most[panel] = largest(values + panel * PANEL, PANEL);
                             for (int64_t t = 0; t < top; ++t) {
                                 const int64_t at = place(values, most, count), panel = at / PANEL;
                                 ids[((first + i) * runs + run) * top + t] = run * count + at;
                                 values[at] = nothing;
-                                most[panel] = largest(values + panel * PANEL);
+                                most[panel] = largest(values + panel * PANEL, PANEL);
                             }
                         }
                     }
@@ -168,7 +116,7 @@ template <class T> struct Scores {
 // columns of largest score until they stand for a share of the keys
 template <class T> void by_budget(const Choice &rule, const T *numbers, Scores<T> &row, std::vector<int32_t> &kept) {
     const T nothing = -std::numeric_limits<T>::infinity();
-    for (size_t panel = 0; panel < row.most.size(); ++panel) row.most[panel] = largest(row.values + panel * PANEL);
+    for (size_t panel = 0; panel < row.most.size(); ++panel) row.most[panel] = largest(row.values + panel * PANEL, PANEL);
     T before = 0;
     for (int64_t found = 0; found < rule.columns; ++found) {
         const int64_t at = place(row.values, row.most, rule.columns);
@@ -177,7 +125,7 @@ template <class T> void by_budget(const Choice &rule, const T *numbers, Scores<T
         kept.push_back(at);
         before += numbers[at];
         row.values[at] = nothing;
-        row.most[at / PANEL] = largest(row.values + at / PANEL * PANEL);
+        row.most[at / PANEL] = largest(row.values + at / PANEL * PANEL, PANEL);
     }
 }
 
