@@ -62,14 +62,19 @@ def measure(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, Me
 
 
 def peak_memory(call: Callable[[], object]) -> int | None:
-    """Bytes that ``call`` adds to the resident memory at its peak."""
+    """Bytes that ``call`` adds to the resident memory at its peak; it is called all the same where that cannot be told."""
+    before = _from_here()
+    call()
+    return None if before is None else _status("VmHWM") - before
+
+
+def _from_here() -> int | None:
+    """Forget the peak so far; the resident memory now."""
     try:
         gc.collect()
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what earlier calls left would hide what this one needs
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-        before = _status("VmRSS")
-        call()
-        return _status("VmHWM") - before
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what earlier calls left would hide what the next one needs
+        Path("/proc/self/clear_refs").write_text("5")
+        return _status("VmRSS")
     except OSError:
         return None
 

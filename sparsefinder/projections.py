@@ -31,7 +31,7 @@ class Identity(nn.Module):
     out_size: int | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(B, H, N, D)`` → the same numbers, as new as those of any projection."""
+        """``(B, H, N, D)`` → a copy, as of any projection: `LayerProjections` blanks padding in place."""
         return x.clone()
 
 
@@ -59,7 +59,7 @@ class Linear(nn.Module):
         # one pass, product and bias; of few columns BLAS makes less than half the speed that it makes of as many rows
         narrow = self.out_size <= _NARROW
         projected = torch.baddbmm(b.mT, w.mT, x.mT).mT.contiguous() if narrow else torch.baddbmm(b, x, w)
-        return projected.view(batch, heads, tokens, -1)
+        return projected.view(batch, heads, tokens, self.out_size)
 
 
 class Hidden(nn.Module):

@@ -89,10 +89,10 @@ class ProjectSettings:
             raise UserError(f"project.steps must be 1 or more, or null to count epochs, got {self.steps}")
         if not 0 < self.eval_density < 1:
             raise UserError(f"project.eval_density must lie between 0 and 1, got {self.eval_density}")
-        if self.learning_rate <= 0 or self.margin < 0 or self.weight_decay < 0:
-            raise UserError("project needs learning_rate > 0, margin >= 0 and weight_decay >= 0")
-        if self.alpha <= 1:
-            raise UserError("project.alpha must be greater than 1: softmax has no zeros to learn from")
+        if self.learning_rate <= 0 or self.clip <= 0 or self.margin < 0 or self.weight_decay < 0:
+            raise UserError("project needs learning_rate > 0, clip > 0, margin >= 0 and weight_decay >= 0")
+        if not 1 < self.alpha <= 2:
+            raise UserError(f"project.alpha must be above 1 (softmax has no zeros) and at most 2, got {self.alpha}")
 
     @property
     def needs(self) -> tuple[str, ...]:

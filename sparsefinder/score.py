@@ -110,7 +110,7 @@ def other_seeds(
     """
     added: list[Configuration] = []
     random: dict[str, bool] = {}
-    layers = samples.layers(0, settings.causal)
+    layers = list(samples.layers(0, settings.causal))
     for configuration in configurations if settings.seeds > 1 else ():
         if not hasattr(configuration.pattern, "seed"):
             continue
@@ -276,7 +276,7 @@ def save_maps(path: Path, samples: Samples, settings: ScoreSettings, patterns: M
     ``gold``: ``(L, H, n, n)`` float32; ``predicted_<configuration>``: bool of the same shape; the first ``map_tokens`` tokens.
     """
     tokens = min(settings.map_tokens, samples.lengths[0])
-    layers = samples.layers(0, settings.causal)
+    layers = list(samples.layers(0, settings.causal))
     gold = torch.stack([Normalizer(settings.alpha)(qk.scores())[0, :, :tokens, :tokens] for qk in layers])
     maps = {"gold": gold.contiguous()}
     for place, pattern in patterns.items():

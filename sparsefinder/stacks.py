@@ -38,7 +38,7 @@ def check_one_model(training: Samples, held_out: Samples) -> None:
 
 def stacked_sample(samples: Samples, index: int, causal: bool) -> QK:
     """One sample, ``(1, L·H, n, D)``."""
-    layers = samples.layers(index, causal)
+    layers = list(samples.layers(index, causal))
     q, k = (torch.cat([getattr(layer, side) for layer in layers], dim=1) for side in ("q", "k"))
     return QK(q, k, layers[0].valid, causal)
 

@@ -30,7 +30,7 @@ from sparsefinder.corpora import TokenBlocks
 from sparsefinder.models import reserved_positions
 from sparsefinder.store import UserError
 
-FAMILIES = ("roberta", "bert", "xlm-roberta", "camembert")  # where these five things have the same names
+FAMILIES = ("roberta", "bert", "xlm-roberta", "camembert")  # where these things have the same names
 
 _REACH = 4  # words to each side that are counted as neighbours, the d-th with weight 1/d
 _MOST_WORDS = 8192  # that get a counted embedding, the most frequent ones: memory grows with the square

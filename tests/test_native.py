@@ -154,9 +154,17 @@ def test_support(
 
 
 def test_support_of_what_is_no_number() -> None:
-    q = torch.full((1, 40, 3), math.nan)
-    assert pairs.support(q, q, False, 1.5)[2].sum() == 0
-    assert pairs.support(q[:, :0], q[:, :0], False, 1.5)[0].shape == (0,)
+    """A row that meets a NaN has no support, as in torch; no tokens have none; keys may be of another precision."""
+    q, k = noise(0, 1, 40, 3), noise(1, 1, 40, 3)
+    k[0, 30] = math.nan
+    assert pairs.support(q, k, False, 1.5)[2].sum() == 0
+    counts = pairs.support(q, k, True, 1.5)[2]
+    assert (counts[:30] > 0).all()
+    assert (counts[30:] == 0).all()
+    assert pairs.support(q[:, :0], k[:, :0], False, 1.5)[0].shape == (0,)
+    assert torch.equal(
+        pairs.support(q.float(), k.half(), True, 1.5)[1], pairs.support(q.float(), k.half().float(), True, 1.5)[1]
+    )
 
 
 @settings(deadline=None, max_examples=60)
@@ -286,7 +294,7 @@ def test_without_a_compiler(fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog
         slow = Bucketed(Window(5))(x, x, x, valid, 0)
         Bucketed(Window(5))(x, x, x, valid, 0)
     assert [record.getMessage() for record in caplog.records] == [
-        "no C++ compiler was found (CXX, c++, g++, clang++): install one; torch's own operations are used until then, slower"
+        "no C++ compiler was found (CXX, c++, g++, clang++): install one; torch's own operations are used instead, slower"
     ]
     with pytest.raises(UserError, match=r"executor=native: no C\+\+ compiler was found .* or choose executor=blocks"):
         Bucketed(Window(5), executor="native")
@@ -311,6 +319,19 @@ def test_a_cache_that_cannot_be_written(fresh: Path, tmp_path: Path, monkeypatch
     monkeypatch.setattr(build.tempfile, "gettempdir", lambda: str(tmp_path))
     build.load("predictors")
     assert list(tmp_path.glob("sparsefinder-*/predictors-*.so"))
+
+
+def test_a_folder_that_others_can_write_is_not_loaded_from(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (fresh / "temporary").mkdir()
+    monkeypatch.setattr(build.tempfile, "gettempdir", lambda: str(fresh / "temporary"))
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(build.Path, "home", classmethod(lambda _: (_ for _ in ()).throw(RuntimeError("no home"))))
+    build.load("predictors")
+    (folder,) = (fresh / "temporary").iterdir()
+    folder.chmod(0o777)
+    build.load.cache_clear()
+    with pytest.raises(UserError, match="belongs to or can be written by others"):
+        build.load("predictors")
 
 
 def test_executors_that_do_not_exist_or_cannot_be() -> None:

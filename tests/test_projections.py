@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsefinder.projections import Hidden, Identity, LayerProjections, Linear, Projections, load_projections
+from sparsefinder.projections import (
+    Hidden,
+    Identity,
+    LayerProjections,
+    Linear,
+    Projection,
+    Projections,
+    load_projections,
+)
 from sparsefinder.store import UserError
 from tests.conftest import random_qk
 
@@ -40,9 +48,28 @@ def test_writes_what_it_reads(kind: str, tmp_path: Path) -> None:
         assert torch.equal(after.q, after.k)
 
 
-def test_padding_is_projected_to_zero() -> None:
-    projected = LayerProjections(layer := Linear(2, 8, 3), layer)(random_qk([2, 6]))
+@pytest.mark.parametrize("projection", [Linear(2, 8, 3), Linear(2, 8, 12), Hidden(2, 8, 5, 3), Identity()])
+def test_padding_is_projected_to_zero(projection: Projection) -> None:
+    qk = random_qk([2, 6])
+    before = qk.q.clone()
+    projected = LayerProjections(projection, projection)(qk)
     assert (projected.q[0, :, 2:] == 0).all()
+    assert torch.equal(qk.q, before), "in a copy"
+
+
+@pytest.mark.parametrize("size", [1, 3, 8, 9, 12])
+@pytest.mark.parametrize("tokens", [0, 1, 7])
+def test_linear_by_hand(size: int, tokens: int) -> None:
+    """Few columns are multiplied in another order; gradients reach weights and biases either way."""
+    layer, x = Linear(2, 8, size), torch.randn(3, 2, tokens, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        layer.b.add_(1.0)
+    found, plain = layer(x), torch.einsum("bhnd,hdr->bhnr", x, layer.w) + layer.b
+    assert found.is_contiguous()
+    torch.testing.assert_close(found, plain)
+    both = [torch.autograd.grad(y.square().sum(), (layer.w, layer.b)) for y in (found, plain)]
+    for ours, expected in zip(*both, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
 LINEAR = {"w": torch.zeros(2, 8, 3), "b": torch.zeros(2, 1, 3)}

@@ -196,6 +196,8 @@ def test_gradients_are_clipped_for_each_layer() -> None:
         ({"loss": "l1"}, "pair, row"),
         ({"distance": "cos"}, "l2, min"),
         ({"alpha": 1.0}, "softmax has no zeros"),
+        ({"alpha": 3.0}, "at most 2, got 3"),
+        ({"clip": 0.0}, "clip > 0"),
         ({"steps": 0}, "steps must be"),
         ({"eval_density": 1.5}, "between 0 and 1"),
         ({"learning_rate": -1.0}, "learning_rate"),

@@ -77,9 +77,9 @@ def test_nan_names_its_place(value: float, tmp_path: Path) -> None:
     wrong["q"][1][1, 0, 2, 3] = value
     torch.save(wrong, tmp_path / "nan.pt")
     samples = load_samples(tmp_path / "nan.pt")
-    samples.layers(0)
+    list(samples.layers(0))
     with pytest.raises(UserError, match="q of sample 1, layer 1 contains NaN"):
-        samples.layers(1)
+        list(samples.layers(1))
 
 
 def test_a_missing_file(tmp_path: Path) -> None:

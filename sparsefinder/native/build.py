@@ -41,7 +41,7 @@ def available(name: str) -> bool:
     try:
         load(name)
     except UserError as error:
-        log.warning("%s; torch's own operations are used until then, slower", error)
+        log.warning("%s; torch's own operations are used instead, slower", error)
         return False
     return True
 
@@ -57,10 +57,11 @@ def load(name: str) -> ctypes.CDLL:
     texts = (path.read_text(encoding="utf-8") for path in (source, *sorted(source.parent.glob("*.hpp"))))
     told = (*texts, compiler, *flags, platform.system(), platform.machine())
     key = hashlib.sha256("\0".join(told).encode()).hexdigest()[:16]
-    for folder in (_cache(), Path(tempfile.gettempdir()) / f"sparsefinder-{os.getuid()}"):
+    reason: Exception | None = None
+    for folder in (_cache, _temporary):
         try:
-            return _built(source, folder / f"{name}-{key}.so", [compiler, *flags])
-        except OSError as error:  # not writable, full, or no program may be loaded from there
+            return _built(source, folder() / f"{name}-{key}.so", [compiler, *flags])
+        except (OSError, RuntimeError) as error:  # no home, not writable, full, or no program may be loaded from there
             reason = error
     raise UserError(
         f"{source.name} could not be kept or loaded ({reason}): set XDG_CACHE_HOME to a folder that can be written"
@@ -71,9 +72,16 @@ def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsefinder"
 
 
+def _temporary() -> Path:
+    return Path(tempfile.gettempdir()) / f"sparsefinder-{os.getuid()}"
+
+
 def _built(source: Path, target: Path, command: list[str]) -> ctypes.CDLL:
+    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    owner = target.parent.stat()
+    if owner.st_uid != os.getuid() or owner.st_mode & 0o022:  # what is loaded from there runs as this user
+        raise OSError(f"{target.parent} belongs to or can be written by others")
     if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(
             dir=target.parent
         ) as folder:  # moved when whole: others may be building the same
@@ -86,7 +94,9 @@ def _built(source: Path, target: Path, command: list[str]) -> ctypes.CDLL:
                 raise UserError(f"{command[0]} took more than {_SECONDS} s over {source.name}") from None
             if done.returncode:
                 first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200])
-                raise UserError(f"{command[0]} could not compile {source.name} ({first})")
+                raise UserError(
+                    f"{command[0]} could not compile {source.name} ({first}): set CXX to a compiler for C++17 and OpenMP"
+                )
             new.replace(target)
     return ctypes.CDLL(str(target))
 

@@ -37,10 +37,14 @@ template <class T> Found *support(const Rows &g, const T *q, const T *k, int64_t
                 const T peak = largest(x, seen);
                 // what can be above the threshold; written always, kept sometimes: no branch to guess
                 int64_t some = 0;
+                bool strange = false;
                 for (int64_t j = 0; j < seen; ++j) {
-                    above[some] = (x[j] - peak) * scale, columns[some] = j;
-                    some += (x[j] - peak) * scale > T(-1);
+                    const T below = (x[j] - peak) * scale;
+                    above[some] = below, columns[some] = j;
+                    some += below > T(-1);
+                    strange |= std::isnan(below);
                 }
+                if (strange) some = 0;  // a row with a NaN has no support
                 const T threshold = threshold_of(above.data(), some, g.alpha, [](int64_t) { return T(1); });
                 int64_t kept = 0;
                 for (int64_t n = 0; n < some; ++n) {
@@ -106,7 +110,7 @@ template <class T> double hinge(const Hinge &h, const T *q, const T *k, T *dq, T
             if (h.by_row) loss += std::max(sum, T(0));
             for (int64_t n = 0; n < count; ++n) {
                 if (!h.by_row) loss += std::max(gaps[n], T(0));
-                if (!((h.by_row ? sum : gaps[n]) > 0)) continue;
+                if ((h.by_row ? sum : gaps[n]) <= 0) continue;  // a NaN goes on
                 const int64_t near = (first + h.columns[from + n]) * size, far = negatives[n] * size;
                 for (int64_t r = 0; r < size; ++r) {
                     dq[row * size + r] += 2 * (k[far + r] - k[near + r]);

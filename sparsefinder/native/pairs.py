@@ -42,12 +42,12 @@ def works_on(x: Tensor) -> bool:
 
 
 def support(q: Tensor, k: Tensor, causal: bool, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Pairs of positive probability under α-entmax of ``q·k / √D``, one row of scores at a time.
+    """Pairs of positive probability under α-entmax of ``q·k / √D``, a few rows of scores at a time.
 
     ``q``, ``k``: ``(H, n, D)``. Returns ``rows`` and ``columns`` ``(P,)`` int64, sorted by both, row ``h · n + i`` for query
     ``i`` of head ``h``, and how many each row has, ``(H·n,)`` int64.
     """
-    q, k = q.contiguous(), k.contiguous()
+    q, k = q.contiguous(), k.to(q.dtype).contiguous()
     heads, tokens, size = q.shape
     library, counts = load("pairs"), torch.zeros(heads * tokens, dtype=torch.int64)
     shape = _Rows(heads, tokens, size, causal, torch.get_num_threads(), alpha=alpha)
@@ -82,7 +82,8 @@ class _Contrast(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, pairs: Learned, margin: float, by_row: bool) -> Tensor:
         q, k = q.contiguous(), k.contiguous()
-        of_pairs = (pairs.rows, pairs.columns, pairs.zeros, pairs.chances)
+        lists = (x.to(torch.int64).contiguous() for x in (pairs.rows, pairs.columns, pairs.zeros))
+        of_pairs = (*lists, pairs.chances.contiguous())
         numbers = (*q.shape, len(pairs.rows), by_row, torch.get_num_threads())
         told = _Hinge(*numbers, margin, *(x.data_ptr() for x in of_pairs))
         gradients = torch.zeros_like(q), torch.zeros_like(k)

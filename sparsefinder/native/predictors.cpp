@@ -1,4 +1,4 @@
-// The inner loops of predicting buckets, one token at a time: see predictors.py.
+// The inner loops of predicting buckets, a few tokens at a time: see predictors.py.
 
 #include <algorithm>
 #include <cmath>

@@ -60,7 +60,7 @@ def moments(x: Tensor, ids: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]
 def routed(q: Tensor, numbers: Tensor, mean: Tensor, variance: Tensor, rule: str, level: float, alpha: float) -> Tensor:
     """The clusters that each query keeps by `sparsefinder.selection`: ids ``(B, H, N, P)`` int64, then -1.
 
-    Scores are ``q_i·μ_c + √(Σ_r q_ir² σ²_cr)``, a row of them at a time. ``q``: ``(B, H, N, R)``. ``numbers``: ``(B, H, C)``
+    Scores are ``q_i·μ_c + √(Σ_r q_ir² σ²_cr)``, a few rows of them at a time. ``q``: ``(B, H, N, R)``. ``numbers``: ``(B, H, C)``
     keys in each cluster. ``mean``, ``variance``: ``(B, H, C, R)``. P is what the busiest query needs.
     """
     batch, heads, rows, size = q.shape
