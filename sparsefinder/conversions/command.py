@@ -1,9 +1,11 @@
 """From the name of a checkpoint to a folder with the converted model: what the command line calls."""
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
@@ -14,8 +16,10 @@ from sparsefinder.conversions.led import convert_longformer_to_led
 from sparsefinder.conversions.longformer import convert_roberta_to_longformer, resize_longformer
 from sparsefinder.conversions.nystromformer import convert_roberta_to_nystromformer
 from sparsefinder.conversions.proof import save
-from sparsefinder.conversions.sources import SOURCE_FAMILIES
+from sparsefinder.conversions.sources import SOURCE_FAMILIES, base_of
 from sparsefinder.store import UserError
+
+logger = logging.getLogger(__name__)
 
 TARGETS = {
     "longformer": ("attention_window",),
@@ -39,10 +43,11 @@ def convert_checkpoint(
 
     `architecture` names the class to load; by default the one that the checkpoint names. `settings` are arguments of
     the target's function, e.g. `{"attention_window": 256}`. A Longformer as source is resized for `longformer`, and
-    lengthened first for `led` if need be; a RoBERTa becomes a Longformer on its way to `led`.
+    lengthened first for `led` if need be; a RoBERTa becomes a Longformer on its way to `led`. A head (or pooler) that the
+    checkpoint has not is drawn from a fixed seed, and named in the log.
 
-    Raises `UserError` for an existing folder, a checkpoint that cannot be loaded, an unknown target, architecture or
-    setting, and for everything that the conversions refuse.
+    Raises `UserError` for an existing folder, a checkpoint that cannot be loaded or lacks other weights, an unknown
+    target, architecture or setting, and for everything that the conversions refuse.
     """
     if target not in TARGETS:
         raise UserError(f"target {target!r} is unknown; choose one of {', '.join(TARGETS)}")
@@ -84,20 +89,49 @@ def _load_model(name: str, architecture: str | None) -> PreTrainedModel:
     config = _load("configuration", name, AutoConfig.from_pretrained)
     families = (*SOURCE_FAMILIES, "Longformer")
     wanted = architecture or next(iter(config.architectures or ()), None)
-    found = getattr(transformers, wanted, None) if wanted else None
-    if found is None or not str(wanted).startswith(families):
+    found: Any = getattr(transformers, wanted, None) if wanted else None
+    is_model = isinstance(found, type) and issubclass(found, PreTrainedModel)  # and no tokenizer or configuration
+    if not is_model or not str(wanted).startswith(families):
         names = ", ".join([*SOURCE_FAMILIES.values(), "longformer"])
         raise UserError(f"architecture {wanted} of {name} cannot be converted; needed: a class of {names}")
     if found.config_class.model_type != config.model_type:
         raise UserError(
             f"architecture {wanted} does not load a {config.model_type} checkpoint; leave it out, or give a class of it"
         )
-    model: PreTrainedModel = _load("weights", name, found.from_pretrained)
-    return model
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # for a head that the checkpoint has not
+        model, report = _load("weights", name, found.from_pretrained, output_loading_info=True)
+    _check_weights(model, {*report["missing_keys"]}, name)
+    checked: PreTrainedModel = model
+    return checked
 
 
-def _load(what: str, name: str, load: Any) -> Any:
+def _check_weights(model: Any, missing: set[str], name: str) -> None:
+    """Name the head or pooler that a checkpoint lacks as a whole in the log; raises `UserError` for any other gap."""
+    prefix = "" if base_of(model) is model else f"{model.base_model_prefix}."
+
+    def is_pooler(key: str) -> bool:
+        return key.startswith(f"{prefix}pooler.")
+
+    def is_head(key: str) -> bool:
+        return not key.startswith(prefix)
+
+    gaps = {key for key in missing if not is_pooler(key) and not is_head(key)}
+    for part in (is_pooler, is_head):
+        gone, whole = set(filter(part, missing)), {key for key, _ in model.named_parameters() if part(key)}
+        if gone < whole:  # some of it gone is damage
+            gaps |= gone
+    if gaps:
+        raise UserError(
+            f"{name} lacks {len(gaps)} weights of a {type(model).__name__}, the first is {min(gaps)}; it is damaged or of "
+            "another architecture"
+        )
+    if missing:
+        logger.warning("%s has no %s: drawn anew, train them", name, ", ".join(sorted(missing)))
+
+
+def _load(what: str, name: str, load: Callable[..., Any], **options: Any) -> Any:
     try:
-        return load(name, local_files_only=Path(name).is_dir() or not hub.reachable())
+        return load(name, local_files_only=Path(name).is_dir() or not hub.reachable(), **options)
     except Exception as error:  # OSError, ValueError, SafetensorError, JSON errors: the loaders have no common type
         raise UserError(f"no {what} can be loaded from {name} ({hub.in_words(error)})") from error

@@ -1,7 +1,8 @@
 """One clear line for an input that is too long, where transformers would index beyond a table.
 
 The guard is a hook on the model in memory. It cannot travel with saved weights: after `from_pretrained`, call
-`guard_length` again, or rely on the tokenizer, whose `model_max_length` does travel.
+`guard_length` again (for an LED once for the encoder and once for the decoder: `generate` calls the encoder alone), or rely
+on the tokenizer, whose `model_max_length` does travel.
 """
 
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ def input_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
 
 
 def guard_length(base: nn.Module, length: int) -> RemovableHandle:
-    """Make `base` (a model without its head) refuse inputs longer than `length` tokens with a `UserError`.
+    """Make `base` (a model without its head, or one side of an LED) refuse inputs longer than `length` tokens with a `UserError`.
 
     Returns torch's handle: `handle.remove()` takes the guard off.
     """

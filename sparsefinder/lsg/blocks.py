@@ -31,11 +31,13 @@ def attend(
     `q (…, Q, D)`, `k`, `v (…, K, D)`, `mask (…, 1 or Q, K)` bool, True = may attend, None for all.
     """
     if normalizer.alpha != 1.0:
-        scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1])
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -math.inf)
-        probabilities = F.dropout(normalizer(scores), dropout)
-        return probabilities.to(v.dtype) @ v
+        # float32 also under autocast: the support and the sum of a row do not survive half precision
+        with torch.autocast(q.device.type, enabled=False):
+            scores = q.float() @ k.float().transpose(-1, -2) / math.sqrt(q.shape[-1])
+            if mask is not None:
+                scores = scores.masked_fill(~mask, -math.inf)
+            probabilities = F.dropout(normalizer(scores), dropout)
+            return probabilities.to(v.dtype) @ v
     if mask is None:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
     # an empty row is zero forwards, but its gradient would be NaN: let it see all, and drop what it saw

@@ -17,15 +17,20 @@ from transformers import AutoTokenizer
 from sparsefinder.conversions.certificate import Certificate, refuse_existing
 from sparsefinder.conversions.positions import check_target_length
 from sparsefinder.conversions.sources import lengthened_tokenizer
+from sparsefinder.lsg.attention import SOFTMAX
 from sparsefinder.lsg.configuration import config_class
 from sparsefinder.lsg.families import Family, architecture_of, family_of, plain_class
 from sparsefinder.lsg.loading import IGNORED, check_config, is_lsg, quiet, read_config
 from sparsefinder.lsg.modeling import model_class
-from sparsefinder.lsg.proof import certify, save
+from sparsefinder.lsg.proof import certify, normalizer_of, save
 from sparsefinder.lsg.tables import global_rows, global_table, lengthen_positions, position_tables, word_table
+from sparsefinder.models import set_normalizer
 from sparsefinder.store import UserError
+from sparsefinder.transforms import Normalizer
 
 log = logging.getLogger(__name__)
+
+_DENSE_NORMALIZER = ("attention_alpha", "attn_implementation")  # what a plain model remembers; `normalizer_alpha` here
 
 
 def convert(
@@ -46,8 +51,10 @@ def convert(
     """The LSG model made of `initial_model` (a folder, or a name on the hub), in evaluation mode, and its tokenizer.
 
     `model_name`: folder to save it in, with its certificate; None to keep it in memory (it is checked all the same).
-    `architecture`: its class, by default the one that the checkpoint names; a new head is drawn from `seed`.
-    `model_kwargs` or further keywords: settings of the configuration (`sparsity_type`, `block_size`, …).
+    `architecture`: its class, by default the one that the checkpoint names; a new head is drawn from `seed`, and so is
+    one of another size (`num_labels`).
+    `model_kwargs` or further keywords: settings of the configuration (`sparsity_type`, `block_size`, …);
+    `normalizer_alpha` is by default the α that the source attends with.
     `random_global_init`: draw the global tokens after the first from the distribution of the words.
     `global_positional_stride`: distance of their positions. `use_token_ids`: add token type 0 to them (ALBERT, BERT, ELECTRA).
     `resize_lsg`: of an LSG model, only lengthen the positions; `keep_first_global_token`: keep its first global token.
@@ -64,14 +71,18 @@ def convert(
     for flag, given in (("resize_lsg", resize_lsg), ("keep_first_global_token", keep_first_global_token)):
         if given and not was_lsg:
             log.warning("%s has no effect: %s is no LSG model", flag, initial_model)
-    config = _configuration(raw, family, {**(model_kwargs or {}), **settings})
+    chosen = {**(model_kwargs or {}), **settings}
+    config = _configuration(raw, family, chosen)
     _check_length(config, family, max_sequence_length)
     tokenizer = _tokenizer(initial_model)
     source = _source(initial_model, raw, family, plain, was_lsg)
     check_ids_fit(tokenizer, len(word_table(source)))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _load(model_class(f"LSG{plain}"), family, initial_model, config).eval()
+        model = _load(model_class(f"LSG{plain}"), family, initial_model, config, "num_labels" in chosen).eval()
+    own, sources = normalizer_of(model), normalizer_of(source)
+    if own != sources:
+        log.warning("%s attends with alpha %s, the LSG model with %s", initial_model, sources.alpha, own.alpha)
     table = global_table(model, family)
     if table is not None and not (was_lsg and resize_lsg):
         first = 1 if was_lsg and keep_first_global_token else 0
@@ -114,7 +125,8 @@ def check_ids_fit(tokenizer: Any, rows: int) -> None:
 
 def _configuration(raw: dict[str, Any], family: Family, settings: dict[str, Any]) -> Any:
     made = config_class(family)
-    unknown = sorted(set(settings) - {*made.__dataclass_fields__, *made.attribute_map, "num_labels", *raw})
+    kept = {name: value for name, value in raw.items() if name not in (*IGNORED, *_DENSE_NORMALIZER)}
+    unknown = sorted(set(settings) - {*made.__dataclass_fields__, *made.attribute_map, "num_labels", *kept})
     if unknown:
         raise UserError(
             f"unknown setting {', '.join(unknown)}; LSG has {', '.join(made.lsg_fields)}, and the fields of "
@@ -124,7 +136,12 @@ def _configuration(raw: dict[str, Any], family: Family, settings: dict[str, Any]
         raise UserError(
             f"position_embedding_type {raw['position_embedding_type']!r} is not supported; only absolute positions are"
         )
-    return check_config(made, {**{name: value for name, value in raw.items() if name not in IGNORED}, **settings})
+    if "num_labels" in settings and settings["num_labels"] != len(kept.get("id2label") or ()):
+        # beside the checkpoint's names of labels, another number of them would go unheard
+        kept = {name: value for name, value in kept.items() if name not in ("id2label", "label2id")}
+    if not is_lsg(raw):
+        kept["normalizer_alpha"] = _normalizer(raw).alpha
+    return check_config(made, {**kept, **settings})
 
 
 def _check_length(config: Any, family: Family, length: Any) -> None:
@@ -144,12 +161,26 @@ def _source(name: str | Path, raw: dict[str, Any], family: Family, plain: str, w
     """The model to compare with: the checkpoint as it is."""
     if was_lsg:
         return _load(model_class(f"LSG{plain}"), family, name, _configuration(raw, family, {})).eval()
-    return _load(plain_class(plain), family, name).eval()
+    source = _load(plain_class(plain), family, name).eval()
+    if _normalizer(raw) != SOFTMAX:
+        set_normalizer(source, _normalizer(raw))
+    return source
 
 
-def _load(cls: Any, family: Family, name: str | Path, config: Any = None) -> Any:
-    """A model of class `cls`; weights that the checkpoint lacks are named in the log, but for the global tokens."""
-    model, missing = _load_as(cls, name, config)
+def _normalizer(raw: dict[str, Any]) -> Normalizer:
+    """What a plain checkpoint attends with."""
+    try:
+        return Normalizer(raw.get("attention_alpha", 1.0))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"attention_alpha in the source's config.json is wrong: {error}") from error
+
+
+def _load(cls: Any, family: Family, name: str | Path, config: Any = None, resized_head: bool = False) -> Any:
+    """A model of class `cls`; weights that the checkpoint lacks are named in the log, but for the global tokens.
+
+    With `resized_head`, weights of the head may have another size in the checkpoint: they are new, too.
+    """
+    model, missing = _load_as(cls, name, config, resized_head)
     words = "model.decoder.embed_tokens.weight"
     if family.encoder_decoder and words in missing:
         # a decoder alone, out of a checkpoint that has the words once for both sides: transformers would draw them anew
@@ -161,16 +192,24 @@ def _load(cls: Any, family: Family, name: str | Path, config: Any = None) -> Any
     return model
 
 
-def _load_as(cls: Any, name: str | Path, config: Any) -> tuple[Any, set[str]]:
+def _load_as(cls: Any, name: str | Path, config: Any, resized_head: bool = False) -> tuple[Any, set[str]]:
     given = {} if config is None else {"config": config}
     try:
         with quiet():
-            model, report = cls.from_pretrained(name, output_loading_info=True, **given)
+            model, report = cls.from_pretrained(
+                name, output_loading_info=True, ignore_mismatched_sizes=resized_head, **given
+            )
     except UserError:
         raise
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{cls.__name__} cannot be loaded from {name}: {_one_line(error)}") from error
-    return model, {key for key in report["missing_keys"] if "global_embeddings" not in key}
+    resized = {key for key, *_ in report["mismatched_keys"]}
+    body = sorted(key for key in resized if key.startswith(f"{model.base_model_prefix}."))
+    if body:
+        raise UserError(
+            f"{cls.__name__} cannot be loaded from {name}: {body[0]} has another size there; only the head may have"
+        )
+    return model, {key for key in report["missing_keys"] if "global_embeddings" not in key} | resized
 
 
 def _global_tokens(

@@ -48,11 +48,11 @@ def check_config(made: Any, settings: dict[str, Any]) -> Any:
     """A configuration of class `made`, whose LSG settings are sound. Raises `UserError` for others, in one line."""
     try:
         config = made(**settings)
+        config.lsg_attention()
     except UserError:
         raise
     except (TypeError, ValueError) as error:
         raise UserError(f"configuration of {made.__name__}: {' '.join(str(error).split())}") from error
-    config.lsg_attention()
     return config
 
 

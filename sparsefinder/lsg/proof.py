@@ -29,6 +29,8 @@ from sparsefinder.conversions.positions import audit, audit_sinusoidal
 from sparsefinder.lsg.attention import LSGAttention
 from sparsefinder.lsg.families import Family
 from sparsefinder.lsg.tables import position_tables, word_table
+from sparsefinder.models import get_normalizer
+from sparsefinder.transforms import Normalizer
 
 
 def certify(model: Any, tokenizer: Any, source: Any, family: Family, certificate: Certificate) -> Certificate:
@@ -82,9 +84,18 @@ def output_states(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     return result
 
 
+def normalizer_of(model: Any) -> Normalizer:
+    """How a model, plain or LSG, makes probabilities of its scores; where no layer is LSG, the plain normalizer."""
+    attention = next((module.lsg for module in model.modules() if hasattr(module, "lsg")), None)
+    return get_normalizer(model) if attention is None else attention.normalizer
+
+
 @contextmanager
-def without_globals(model: Any) -> Iterator[None]:
-    """Let nothing see the global tokens, and take them off the output: on a short input that is the plain model."""
+def without_globals(model: Any, normalizer: Normalizer | None = None) -> Iterator[None]:
+    """Let nothing see the global tokens, and take them off the output: on a short input that is the plain model.
+
+    An LSG model attends with `normalizer`, by default its own.
+    """
     config = model.config
     if not hasattr(config, "lsg_attention"):  # a plain model has none
         yield
@@ -96,7 +107,7 @@ def without_globals(model: Any) -> Iterator[None]:
         for name in names:
             setattr(config, name, False)
         for module, attention in modules:
-            module.lsg = _TextOnly(attention)
+            module.lsg = _TextOnly(attention, normalizer or attention.normalizer)
         yield
     finally:
         for name, value in kept.items():
@@ -108,14 +119,17 @@ def without_globals(model: Any) -> Iterator[None]:
 class _TextOnly:
     """Dense attention of the tokens after the global ones."""
 
-    def __init__(self, attention: LSGAttention) -> None:
+    def __init__(self, attention: LSGAttention, normalizer: Normalizer) -> None:
         self.front = attention.num_global_tokens
         self.causal = attention.causal
+        self.normalizer = normalizer
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, layer: int = 0, dropout: float = 0.0) -> Tensor:
         seen = valid.clone()
         seen[:, : self.front] = False
-        dense = LSGAttention("none", block_size=q.shape[2], sparsity_factor=1, causal=self.causal)
+        dense = LSGAttention(
+            "none", block_size=q.shape[2], sparsity_factor=1, normalizer=self.normalizer, causal=self.causal
+        )
         return dense(q, k, v, seen, layer)
 
 
@@ -123,19 +137,30 @@ def _short_inputs(model: Any, source: Any, family: Family) -> Iterator[Check]:
     has_globals = any(hasattr(module, "lsg") for module in model.modules())
     longest = min(family.tokens(source.config), 2 * model.config.block_size if has_globals else 512)
     lengths = sorted({1, 2, max(1, longest // 2), longest})
-    worst, in_view, scale = 0.0, 0.0, 1.0
+    own, sources = normalizer_of(model), normalizer_of(source)
+    worst, apart, in_view, scale = 0.0, 0.0, 0.0, 1.0
     for length in lengths:
         ids, mask = sample(source, length, rows=2)
         with without_globals(source):
             expected = output_states(source, ids, mask)
-        with without_globals(model):
+        with without_globals(model, sources):
             worst = max(worst, max_difference(expected, output_states(model, ids, mask), mask))
             scale = max(scale, float(expected.abs().max()))
+        if own != sources:
+            with without_globals(model):
+                apart = max(apart, max_difference(expected, output_states(model, ids, mask), mask))
         found = output_states(model, ids, mask)[:, -length:]
         in_view = max(in_view, max_difference(expected, found, mask))
     note = f"hidden states, {lengths} tokens, one of two rows padded"
     bound = scale * max(1e-4, 64 * torch.finfo(model.dtype).eps if model.dtype != torch.float32 else 0.0)
-    yield at_most("short-input difference to the source, global tokens out of view", worst, bound, note)
+    name = "short-input difference to the source, global tokens out of view"
+    if own == sources:
+        yield at_most(name, worst, bound, note)
+    else:
+        remark = f"the model attends with alpha {own.alpha}, so it does not compute what the source does"
+        yield states("alpha of the source's attention", sources.alpha, remark)
+        yield at_most(f"{name}, the model with the source's alpha", worst, bound, f"{note}; shows that weights agree")
+        yield states(name, apart, f"{note}; what alpha {own.alpha} changes")
     if has_globals:
         yield states("short-input difference to the source", in_view, f"{note}; what the global tokens change")
 

@@ -1,14 +1,18 @@
 """From a folder to a folder, as the command line does it."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_sources import make_source, make_tokenizer
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_sources import FAMILIES, make_source, make_tokenizer
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import sparsefinder.conversions
 from sparsefinder.conversions import TARGETS, convert_checkpoint
+from sparsefinder.conversions.lengths import guard_length
 from sparsefinder.store import UserError
 
 
@@ -55,6 +59,8 @@ def test_a_longformer_is_lengthened_and_becomes_led(checkpoint: str, tmp_path: P
         ({"architecture": "BertForMaskedLM"}, "architecture BertForMaskedLM .* cannot be converted"),
         ({"architecture": "CamembertForMaskedLM"}, "does not load a roberta checkpoint"),
         ({"architecture": "RobertaForNothing"}, "cannot be converted"),
+        ({"architecture": "RobertaTokenizer"}, "architecture RobertaTokenizer .* cannot be converted"),
+        ({"architecture": "RobertaConfig"}, "architecture RobertaConfig .* cannot be converted"),
         ({"initial_model": "/nowhere/at/all"}, "no configuration can be loaded from /nowhere/at/all"),
         ({"max_sequence_length": 10}, "shorter than"),
     ],
@@ -67,6 +73,69 @@ def test_bad_input_is_one_clear_line(change: dict[str, Any], message: str, check
         convert_checkpoint(**{**arguments, **change})
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("lost", "first"),
+    [
+        ("roberta.encoder.layer.1.", "roberta.encoder.layer.1.attention.output.LayerNorm.bias"),
+        ("lm_head.dense.", "lm_head.dense.bias"),
+    ],
+)
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_checkpoint_with_a_gap_is_refused(
+    target: str, lost: str, first: str, checkpoint: str, tmp_path: Path
+) -> None:
+    file = Path(checkpoint) / "model.safetensors"
+    kept = {name: tensor for name, tensor in load_file(file).items() if not name.startswith(lost)}
+    save_file(kept, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=f"of a RobertaForMaskedLM, the first is {first}; it is damaged") as error:
+        convert_checkpoint(checkpoint, tmp_path / "out", 64, target=target)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("head", ["ForSequenceClassification", "ForMaskedLM", "ForMultipleChoice"])
+def test_a_head_that_the_checkpoint_has_not_is_named_and_the_same_every_time(
+    head: str, family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = tmp_path / "source"
+    make_source("ForQuestionAnswering", family).save_pretrained(source)
+    make_tokenizer().save_pretrained(source)
+    weights = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        with caplog.at_level(logging.WARNING):
+            convert_checkpoint(
+                str(source), tmp_path / str(seed), 32, target="longformer", architecture=f"{family}{head}",
+                settings={"attention_window": 8},
+            )  # fmt: skip
+        assert torch.equal(before, torch.get_rng_state())
+        weights.append(load_file(tmp_path / str(seed) / "model.safetensors"))
+    assert "drawn anew, train them" in caplog.text
+    assert ("lm_head.dense.weight" if head == "ForMaskedLM" else "classifier.") in caplog.text
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+def test_a_loaded_led_is_guarded_on_both_sides(checkpoint: str, tmp_path: Path) -> None:
+    """As `docs/conversions.md` says: `generate` never shows its input to the model below the head."""
+    settings = {"attention_window": 8, "decoder_output_max_length": 16}
+    convert_checkpoint(checkpoint, tmp_path / "led", 30, target="led", settings=settings)
+    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "led")
+    long = torch.full((1, 31), 7)
+    with guard_length(model.base_model, 30):
+        assert model.generate(long, max_new_tokens=2).shape[1] > 1
+    guard_length(model.base_model.encoder, 30)
+    guard_length(model.base_model.decoder, 16)
+    with pytest.raises(UserError, match="input of 31 tokens, and the model's longest is 30"):
+        model.generate(long, max_new_tokens=2)
+    with pytest.raises(UserError, match="input of 17 tokens, and the model's longest is 16"):
+        model(input_ids=long[:, :30], decoder_input_ids=long[:, :17])
+    advice = (Path(__file__).parents[2] / "docs" / "conversions.md").read_text(encoding="utf-8")
+    assert "guard_length(model.base_model.encoder, length)" in advice
 
 
 def test_an_existing_folder_is_refused_before_any_work(checkpoint: str, tmp_path: Path) -> None:

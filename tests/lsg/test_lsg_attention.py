@@ -8,6 +8,7 @@ from lsg_plain import plain_lsg
 
 from sparsefinder.graphs import QK
 from sparsefinder.lsg.attention import LSGAttention
+from sparsefinder.lsg.blocks import attend
 from sparsefinder.lsg.settings import SPARSITY_TYPES
 from sparsefinder.store import UserError
 from sparsefinder.transforms import Normalizer
@@ -155,6 +156,19 @@ def test_half_precision_stays_within_its_rounding(sparsity_type, dtype):
         assert spec(q, k, v, valid).dtype == dtype
         error = (spec(q, k, v, valid).float() - expected).abs().max()
         assert error < 40 * torch.finfo(dtype).eps, error
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_entmax_scores_are_not_rounded_to_half_precision(autocast):
+    """In bfloat16, and under autocast, with float32's support: values that are unit vectors give the probabilities."""
+    q, k = (4 * torch.randn(2, 3, 20, 8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    q, k = (x.bfloat16() for x in (q, k))
+    expected = Normalizer(1.5)(q.float() @ k.float().transpose(-1, -2) / 8**0.5)
+    given = (q.float(), k.float()) if autocast else (q, k)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = attend(*given, torch.eye(20).expand(2, 3, -1, -1), None, Normalizer(1.5))
+    assert torch.equal(found > 0, expected > 0)
+    torch.testing.assert_close(found, expected)
 
 
 def test_lsh_is_fixed_by_seed_and_layer():

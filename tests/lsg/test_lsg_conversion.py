@@ -30,7 +30,9 @@ from sparsefinder.lsg import convert, from_pretrained
 from sparsefinder.lsg.families import FAMILIES
 from sparsefinder.lsg.tables import global_rows, global_table, position_tables, spread_positions, word_table
 from sparsefinder.lsg.trial import try_heads
+from sparsefinder.models import set_normalizer
 from sparsefinder.store import UserError
+from sparsefinder.transforms import Normalizer
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"block_size": 4, "sparse_block_size": 4}
@@ -254,6 +256,64 @@ def test_trial_of_every_auto_class(converted):
     assert not any("NOT FINITE" in line for line in lines)
 
 
+# ---- the normalizer ----
+
+OUT_OF_VIEW = "short-input difference to the source, global tokens out of view"
+
+
+def entmax_source(name, folder, alpha=1.5):
+    model = plain_model(name, FAMILIES[name].default)
+    set_normalizer(model, Normalizer(alpha))
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["roberta", "albert", "distilbert"])
+def test_an_entmax_source_stays_one(name, tmp_path):
+    source = entmax_source(name, tmp_path / "source")
+    model, _ = convert(source, tmp_path / "out", LENGTH, **SMALL)
+    raw = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert raw["normalizer_alpha"] == model.config.normalizer_alpha == 1.5
+    assert not {"attention_alpha", "attn_implementation"} & {*raw}
+    assert all(module.lsg.normalizer == Normalizer(1.5) for module in model.modules() if hasattr(module, "lsg"))
+    checks = {check.name: check for check in read(tmp_path / "out").checks}
+    assert checks[OUT_OF_VIEW].bound is not None
+    assert "alpha of the source's attention" not in checks
+    longer, _ = convert(tmp_path / "out", None, 2 * LENGTH, resize_lsg=True)
+    assert longer.config.normalizer_alpha == 1.5
+
+
+@pytest.mark.parametrize(("sources", "asked"), [(1.0, 1.5), (1.5, 1.0), (1.5, 2.0)])
+def test_another_normalizer_than_the_source_s_is_said_and_not_called_equal(sources, asked, tmp_path, caplog):
+    source = entmax_source("roberta", tmp_path / "source", sources)
+    convert(source, tmp_path / "out", LENGTH, normalizer_alpha=asked, **SMALL)
+    assert f"alpha {sources}, the LSG model with {asked}" in caplog.text
+    checks = {check.name: check for check in read(tmp_path / "out").checks}
+    assert checks["alpha of the source's attention"].measured == sources
+    assert f"attends with alpha {asked}" in checks["alpha of the source's attention"].note
+    assert checks[OUT_OF_VIEW].bound is None
+    assert checks[OUT_OF_VIEW].measured > 1e-3
+    assert checks[f"{OUT_OF_VIEW}, the model with the source's alpha"].bound is not None
+
+
+def test_alphas_that_cannot_be_are_one_line(roberta, tmp_path):
+    source = entmax_source("roberta", tmp_path / "source")
+    raw = json.loads((source / "config.json").read_text())
+    for settings in ({}, {"normalizer_alpha": 1.5}):
+        (source / "config.json").write_text(json.dumps({**raw, "attention_alpha": 7}))
+        with pytest.raises(UserError, match=r"attention_alpha in the source.s config\.json is wrong") as error:
+            convert(source, None, LENGTH, **settings, **SMALL)
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="alpha must lie between 1"):
+        convert(roberta, None, LENGTH, normalizer_alpha=7.0, **SMALL)
+    bart = save_plain("bart", tmp_path / "bart")
+    raw = json.loads((bart / "config.json").read_text())
+    (bart / "config.json").write_text(json.dumps({**raw, "attention_alpha": 1.5}))
+    with pytest.raises(UserError, match="is a bart, whose attention cannot be replaced"):
+        convert(bart, None, LENGTH, **SMALL)
+
+
 # ---- what is refused ----
 
 
@@ -325,6 +385,23 @@ def test_new_heads_are_named_in_the_log(roberta, caplog):
     assert "classifier.dense.weight" in caplog.text
     second, _ = convert(roberta, None, LENGTH, architecture="RobertaForSequenceClassification", seed=5, **SMALL)
     assert torch.equal(first.classifier.dense.weight, second.classifier.dense.weight)
+
+
+def test_a_head_of_another_size_is_drawn_anew(tmp_path, caplog):
+    names = {0: "contradiction", 1: "entailment", 2: "neutral"}
+    source = save_plain("roberta", tmp_path / "source", "RobertaForSequenceClassification", id2label=names)
+    model, _ = convert(source, tmp_path / "out", LENGTH, num_labels=5, seed=5, **SMALL)
+    assert model(text(30)).logits.shape == (1, 5)
+    assert "has no classifier.out_proj.bias, classifier.out_proj.weight: drawn anew" in caplog.text
+    assert len(json.loads((tmp_path / "out" / "config.json").read_text())["id2label"]) == 5
+    again, _ = convert(source, None, LENGTH, num_labels=5, seed=5, **SMALL)
+    assert torch.equal(again.classifier.out_proj.weight, model.classifier.out_proj.weight)
+    caplog.clear()
+    same, _ = convert(source, None, LENGTH, num_labels=3, **SMALL)
+    assert same.config.id2label == names
+    assert not caplog.text
+    with pytest.raises(UserError, match="only the head may have"):
+        convert(source, None, LENGTH, num_labels=5, intermediate_size=40, **SMALL)
 
 
 # ---- the command line ----
