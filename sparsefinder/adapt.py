@@ -30,12 +30,16 @@ class AdaptSettings:
     """How long, and what, to train."""
 
     steps: int = 0  # 0: evaluate the model as it is
-    part: str = "all_but_projections"  # head: the masked-LM head alone; all: the projections as well
+    part: str = "all_but_projections"  # head: the masked-LM head alone; all: the projections of stage=project as well
     batch_size: int = 8
     learning_rate: float = 1e-4
     weight_decay: float = 0.01
     clip: float = 1.0  # largest norm of the gradient
-    projection_learning_rate: float = 1e-3  # of `all`
+    projection_learning_rate: float = 1e-3  # of `all`; the next four as in stage=project
+    loss: str = "pair"
+    distance: str = "l2"
+    margin: float = 1.0
+    block_size: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -45,6 +49,12 @@ class AdaptSettings:
             raise UserError(
                 f"adapt_steps must be 0 or more and the batch size 1 or more, got {self.steps} and {self.batch_size}"
             )
+        self.contrast(Normalizer(1.5))
+
+    def contrast(self, normalizer: Normalizer) -> ProjectSettings:
+        """The loss that projections learn from, of a model that attends by ``normalizer``."""
+        own = {name: getattr(self, name) for name in ("loss", "distance", "margin", "block_size")}
+        return ProjectSettings(alpha=max(normalizer.alpha, 1.01), **own)
 
 
 def adapt(
@@ -84,7 +94,8 @@ def adapt(
             for step in progress(range(settings.steps), "adapt"):
                 loss = model(**batches[step % len(batches)]).loss
                 if learning is not None and listener is not None:
-                    loss = loss + _projection_loss(listener.met, learning, models.get_normalizer(model), generator)
+                    contrast = settings.contrast(models.get_normalizer(model))
+                    loss = loss + _projection_loss(listener.met, learning, contrast, generator)
                 loss.backward()
                 nn.utils.clip_grad_norm_(trained, settings.clip)
                 optimizer.step()
@@ -116,9 +127,8 @@ class _Listener:
 
 
 def _projection_loss(
-    met: dict[int, QK], projections: Projections, normalizer: Normalizer, generator: torch.Generator
+    met: dict[int, QK], projections: Projections, settings: ProjectSettings, generator: torch.Generator
 ) -> Tensor:
-    settings = ProjectSettings(alpha=max(normalizer.alpha, 1.01))
     losses = []
     for layer, qk in met.items():
         for example, length in enumerate(qk.lengths.tolist()):
@@ -127,6 +137,6 @@ def _projection_loss(
                 qk.k[example : example + 1, :, :length],
                 qk.valid[example : example + 1, :length],
             )
-            gold = gold_pairs(one, settings.alpha)
+            gold = gold_pairs(one, settings.alpha, settings.block_size)
             losses.append(contrastive_loss(projections(one, layer), gold, settings, generator))
     return torch.stack(losses).mean()

@@ -34,6 +34,8 @@ def shared_buckets(
     for place, configuration in enumerate(configurations):
         if not isinstance(configuration.pattern, Quantize) or configuration.window or configuration.dials is not None:
             continue
+        if configuration.chunk > 1:  # pairs here are pairs of tokens
+            continue
         projections = learned.get("projections", configuration.name)
         for layer in range(samples.shape[0]):
             rounds = projections.layers[layer].q.out_size or samples.shape[2]

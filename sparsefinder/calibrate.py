@@ -139,11 +139,17 @@ def run(settings: CalibrateSettings, store: Store) -> None:
     learned.check(*training.shape)
     possible = set(map(id, buildable(tuple(each.configuration for each in settings.dialled), learned)))
     dialled = [each for each in settings.dialled if id(each.configuration) in possible]
+    if not dialled:
+        raise UserError(f"target={settings.target} turns the dials of patterns, and none of those chosen has one")
     curves = measured_curves(training, dialled, target, settings, learned)
     rows: list[dict[str, Any]] = []
     chosen = []
     layers, heads, _ = training.shape
     for place, each in enumerate(dialled):
+        if not curves[place, 0, 0]:
+            raise UserError(
+                f"{each.configuration.label}: none of its values {each.values} can be had; give another sweep"
+            )
         values = tuple(
             tuple(target.choose(curves[place, layer, head]) for head in range(heads)) for layer in range(layers)
         )

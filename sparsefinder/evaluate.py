@@ -58,6 +58,7 @@ class EvaluateSettings:
     mask_probability: float = 0.15
     measured: int = 8  # blocks on which graphs and output errors are measured
     adapt: AdaptSettings = field(default_factory=AdaptSettings)
+    causal: bool = False  # of the other stages: a model that guesses masked words reads both ways
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -68,6 +69,11 @@ class EvaluateSettings:
             raise UserError(f"evaluate.mask_probability must lie between 0 and 1, got {self.mask_probability}")
         if self.alpha is not None:
             Normalizer(self.alpha)
+
+    @property
+    def left_out(self) -> str:
+        """Why there is nothing to do; empty where there is."""
+        return "causal=true, and a model that guesses masked words reads both ways" if self.causal else ""
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -110,13 +116,17 @@ def run(settings: EvaluateSettings, store: Store) -> None:
         Variant(dense, Configuration("full", Full()), Normalizer(1.0)),
         *crossed(settings.attentions, _at_target(settings, store, learned), normalizer, learned, shape.head_size),
     ]
+    converted = []
+    for conversion in settings.conversions:  # first, since one may be refused
+        converted.append(
+            evaluate_converted(model, tokenizer, conversion, held_out, training, shape.max_length, settings)
+        )
+        log.info("%s: loss %.4f", conversion.columns["variant"], converted[-1].row["loss"])
     outcomes: list[Outcome] = []
     for variant in progress(everything, "evaluate"):
         outcomes.append(evaluate_variant(model, variant, learned, held_out, training, own, settings))
         log.info("%s: loss %.4f, accuracy %.4f", variant.label, outcomes[-1].row["loss"], outcomes[-1].row["accuracy"])
-    for conversion in settings.conversions:
-        outcomes.append(evaluate_converted(model, tokenizer, conversion, held_out, training, length, settings))
-        log.info("%s: loss %.4f", conversion.columns["variant"], outcomes[-1].row["loss"])
+    outcomes += converted
     results = compared(outcomes)
     if not processes.first():
         return

@@ -18,6 +18,7 @@ recall_far     recall on pairs outside the window and the global tokens, which o
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from functools import cached_property
 
@@ -56,21 +57,22 @@ class Counts:
 
     def ratios(self) -> dict[str, Tensor]:
         """Each metric of ``RATIOS`` for each example and head, ``(B, H)`` float64; NaN where it is undefined."""
-        recall, precision = self.hits / self.gold, self.hits / self.predicted
+        # a quotient of whole numbers is float32 in torch, too coarse for a share of exactly 10 %
+        own = Counts(**{f.name: getattr(self, f.name).double() for f in fields(self)})
         return {
-            "sparsity": 1 - self.predicted / self.allowed,
-            "recall": recall,
-            "precision": precision,
-            "exact": self.exact / self.queries,
-            "f1": 2 * self.hits / (self.predicted + self.gold),
-            "kept_mass": self.mass / self.queries,
-            "recall_far": self.far_hits / self.far_gold,
-            "gold_sparsity": 1 - self.gold / self.allowed,
+            "sparsity": 1 - own.predicted / own.allowed,
+            "recall": own.hits / own.gold,
+            "precision": own.hits / own.predicted,
+            "exact": own.exact / own.queries,
+            "f1": 2 * own.hits / (own.predicted + own.gold),
+            "kept_mass": own.mass / own.queries,
+            "recall_far": own.far_hits / own.far_gold,
+            "gold_sparsity": 1 - own.gold / own.allowed,
         }
 
     def macro(self) -> dict[str, Tensor]:
         """Each metric for each head, ``(H,)`` float64: the mean over the examples where it is defined."""
-        return {name: ratio.double().nanmean(0) for name, ratio in self.ratios().items()}
+        return {name: ratio.nanmean(0) for name, ratio in self.ratios().items()}
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def balance(buckets: Buckets, valid: Tensor) -> dict[str, Tensor]:
     shares = sizes / sizes.sum(-1, keepdim=True)
     entropy = -torch.special.xlogy(shares, shares).sum(-1)
     return {
-        "bucket_entropy": entropy / max(torch.tensor(float(buckets.count)).log().item(), 1e-12),
+        "bucket_entropy": entropy / math.log(buckets.count) if buckets.count > 1 else torch.ones_like(entropy),
         "bucket_largest": shares.amax(-1),
         "bucket_empty": (sizes == 0).double().mean(-1),
     }

@@ -76,6 +76,9 @@ STAGES = {
 }
 
 
+_SAMPLES = ("qk", "qk_validation")
+
+
 def chosen_stages(stage: str | Sequence[str]) -> list[Stage]:
     """``all``, one name or several → stages in their order; an unknown name is a `UserError` that lists them."""
     names = [stage] if isinstance(stage, str) else list(stage or ())
@@ -137,6 +140,10 @@ def _prepared(stage: Stage, settings: Settings, store: Store) -> tuple[dict[str,
     if len(given) == len(stage.makes):
         log.info("%s: skipped, %s is given by path", stage.name, " and ".join(given))
         return None
+    if given:
+        rest = " and ".join(f"{name}=PATH" for name in stage.makes if name not in given)
+        raise UserError(f"{' and '.join(given)} is given by path, but stage={stage.name} makes both: give {rest} too")
+    _check_kin(settings, store)
     parents = _parents(stage, settings, store)
     described = json.loads(json.dumps(plain(settings)))
     stale = [_changes(store, described, parents, name) for name in stage.makes]
@@ -148,6 +155,29 @@ def _prepared(stage: Stage, settings: Settings, store: Store) -> tuple[dict[str,
     ]
     log.info("%s: %s", stage.name, reasons[0])
     return described, parents
+
+
+def _check_kin(settings: Settings, store: Store) -> None:
+    """A space and what was learned in it belong together; a `UserError` where they do not.
+
+    Samples may be others than those learned from, and what is given by path is taken as it is.
+    """
+    for stage in STAGES.values():
+        siblings = [name for name in stage.makes if name in settings.needs and name not in _SAMPLES]
+        given = [name for name in siblings if name in store.given]
+        if given and given != siblings:
+            rest = " and ".join(f"{name}=PATH" for name in siblings if name not in given)
+            raise UserError(
+                f"{' and '.join(given)} is given by path and was made with another artefact: give {rest} too"
+            )
+    for name in settings.needs:
+        manifest = None if name in store.given else store.manifest(name)
+        for parent, content in manifest.parents.items() if manifest else ():
+            apart = parent in _SAMPLES or parent not in settings.needs
+            if not apart and store.content(parent) != content:
+                raise UserError(
+                    f"{name} was made from other {parent}: run stage={ARTEFACTS[name].stage} on these, or give it"
+                )
 
 
 def _finish(

@@ -243,9 +243,13 @@ def metrics_table(scores: Scores, settings: ScoreSettings, learned: Learned) -> 
         means = counts.macro() | {
             name: values.nanmean(0) for name, values in scores.balance.get((place, layer), {}).items()
         }
+        own = configuration.columns
+        if "alpha" in own:  # not the one of the gold graph
+            own["pattern_alpha"] = own.pop("alpha")
+        sizes = {name: size for name, size in learned.sizes(configuration.needs).items() if own.get(name) is None}
         for head in range(counts.gold.shape[1]):
             rows.append(
-                {"configuration": place, **configuration.columns, **learned.sizes(configuration.needs)}
+                {"configuration": place, **own, **sizes}
                 | {"causal": settings.causal, "alpha": settings.alpha, "quadratic": configuration.quadratic}
                 | {"samples": counts.gold.shape[0], "layer": layer, "head": head}
                 | {name: means[name][head].item() for name in (*RATIOS, *BALANCE) if name in means}

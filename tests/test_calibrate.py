@@ -174,6 +174,15 @@ def calibrated_run(store: Store, target: str, **more: Any) -> pd.DataFrame:
 
 
 class TestStage:
+    def test_what_cannot_be_calibrated_is_refused(self, store: Store) -> None:
+        settings = CalibrateSettings((), "density=0.2", samples=6)
+        with pytest.raises(UserError, match="turns the dials of patterns, and none of those chosen has one"):
+            run_stages([STAGES["calibrate"]], {"calibrate": settings}, store, seed=0)
+        even = replace(DIALLED[0], configuration=Configuration("window", Window(3)), values=(2, 4))
+        settings = CalibrateSettings((even,), "density=0.2", samples=6)
+        with pytest.raises(UserError, match=r"none of its values \(2, 4\) can be had; give another sweep"):
+            run_stages([STAGES["calibrate"]], {"calibrate": settings}, store, seed=0)
+
     def test_a_density_is_met_in_every_head(self, store: Store) -> None:
         table = calibrated_run(store, "density=0.2")
         assert len(table) == len(DIALLED) * 2 * 2

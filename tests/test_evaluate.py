@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -229,6 +230,27 @@ class TestEvaluate:
             EvaluateSettings(corpus, CONFIGURATIONS, (MASKED,), **changes)
 
 
+    def test_conversions_read_shorter_blocks_and_are_refused_first(
+        self, store: Store, corpus: TextFiles, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        given = Store(tmp_path, {name: store.path(name) for name in ("model", "projections", "centroids")})
+        converted = (Conversion("longformer", Longformer(8)), Conversion("nystromformer", Nystromformer(8)))
+        settings = EvaluateSettings(corpus, CONFIGURATIONS[:1], (MASKED,), conversions=converted, length=16, samples=2)
+        evaluate.run(settings, given)
+        results = pd.read_csv(given.run_dir / "evaluate" / "results.csv").set_index("variant")
+        assert results.index.str.contains("former").sum() == 2
+        assert results["loss"].notna().all()
+        caplog.clear()
+        refused = replace(settings, conversions=(Conversion("nystromformer", Nystromformer(7)),))
+        with caplog.at_level("INFO"), pytest.raises(UserError, match="num_landmarks=7 does not divide"):
+            evaluate.run(refused, given)
+        assert "loss" not in caplog.text, "before any work"
+
+    def test_a_causal_run_leaves_it_out(self, corpus: TextFiles) -> None:
+        assert not EvaluateSettings(corpus, CONFIGURATIONS, (MASKED,)).left_out
+        assert "reads both ways" in EvaluateSettings(corpus, CONFIGURATIONS, (MASKED,), causal=True).left_out
+
+
 class TestAdapt:
     def changed(self, before: Any, after: Any) -> set[str]:
         after_state = after.state_dict()
@@ -254,6 +276,23 @@ class TestAdapt:
         assert all(parameter.requires_grad for parameter in trained.parameters())
         assert not any(parameter.requires_grad for parameter in projections.layers[0].parameters())
         assert not trained.training
+
+    def test_projections_go_on_learning_from_their_own_loss(self, store: Store, corpus: TextFiles) -> None:
+        from sparsefinder.corpora import masked_batches
+        from sparsefinder.projections import load_projections
+
+        model, tokenizer = models.load_masked_lm(store.path("model"))
+        batches = masked_batches(token_blocks(corpus, tokenizer, "train", 32, limit=4), tokenizer, batch_size=4)
+        learned = []
+        for own in ({}, {"loss": "row"}, {"distance": "min"}, {"block_size": 2}):
+            projections = load_projections(store.path("projections"))
+            attention = Bucketed(Configuration("quantize", Quantize(4)).build(Learned({"projections": projections})))
+            settings = AdaptSettings(2, "all", projection_learning_rate=1e-2, **own)
+            adapt(copy.deepcopy(model), attention, batches, settings, projections)
+            learned.append(projections.layers[0].q.state_dict()["w"].clone())
+        assert all(not torch.equal(a, b) for a, b in itertools.combinations(learned, 2))
+        with pytest.raises(UserError, match="cubic"):
+            AdaptSettings(loss="cubic")
 
     def test_evaluate_adapts_copies(self, store: Store, corpus: TextFiles, tmp_path: Path) -> None:
         names = ("model", "projections", "centroids")

@@ -7,8 +7,13 @@ import math
 import pytest
 import torch
 
-from sparsefinder.graphs import Buckets, band
+from sparsefinder.graphs import QK, Buckets, band
 from sparsefinder.metrics import Counts, Gold, balance, count
+from sparsefinder.patterns.clustered import Clustered
+from sparsefinder.patterns.configuration import Configuration, Learned
+from sparsefinder.patterns.oracle_topp import OracleTopP
+from sparsefinder.samples import Samples
+from sparsefinder.score import ScoreSettings, metrics_table, score
 from sparsefinder.transforms import entmax15
 from tests.conftest import alone, random_qk
 
@@ -76,6 +81,23 @@ def test_the_gold_graph_is_perfect() -> None:
         torch.testing.assert_close(macro[name], torch.ones(2, dtype=torch.float64), atol=1e-6, rtol=0)
 
 
+def test_a_share_is_exact() -> None:
+    """12 of 120 pairs are 10 %, neither more nor less, so that a table of recall at 10 % has them."""
+    allowed = torch.ones(1, 12, dtype=torch.bool)
+    qk = QK(torch.zeros(1, 1, 12, 2), torch.zeros(1, 1, 12, 2), allowed)
+    graph = torch.zeros(1, 1, 12, 12, dtype=torch.bool)
+    graph[..., :10, 0] = graph[..., :5, 1] = True
+    probabilities = graph / graph.sum(-1, keepdim=True).clamp_min(1)
+    ratios = count(graph, Gold(probabilities, graph), qk).ratios()
+    assert ratios["sparsity"].dtype == torch.float64
+    assert ratios["sparsity"].item() == 1 - 15 / 144
+
+
+def test_one_bucket_is_as_full_as_all() -> None:
+    ids = torch.zeros(1, 1, 3, 1, dtype=torch.long)
+    assert balance(Buckets(ids, ids, 1), torch.ones(1, 3) > 0)["bucket_entropy"].item() == 1
+
+
 def test_bucket_balance() -> None:
     ids = torch.tensor([[[[0], [0], [0], [1], [3]]]])  # the last token is padding
     valid = torch.tensor([[True, True, True, True, False]])
@@ -84,3 +106,14 @@ def test_bucket_balance() -> None:
     assert found["bucket_entropy"].item() == pytest.approx(expected)
     assert found["bucket_largest"].item() == pytest.approx(0.75)
     assert found["bucket_empty"].item() == pytest.approx(0.5)
+
+
+def test_the_table_keeps_the_settings_of_a_pattern() -> None:
+    """Not overwritten by the sizes of artefacts that it does not use, nor by the α of the gold graph."""
+    samples = Samples([torch.randn(1, 2, 9, 4)], [torch.randn(1, 2, 9, 4)])
+    chosen = tuple(Configuration("clustered", Clustered(n_clusters=n)) for n in (3, 5))
+    settings = ScoreSettings((*chosen, Configuration("oracle_topp", OracleTopP(alpha=1.0))), alpha=2.0)
+    table = metrics_table(score(samples, settings, Learned()), settings, Learned())
+    assert table.groupby("configuration")["n_clusters"].first().dropna().tolist() == [3, 5]
+    assert table["alpha"].tolist() == [2.0] * 6
+    assert table["pattern_alpha"].dropna().tolist() == [1.0] * 2

@@ -20,6 +20,7 @@ from sparsefinder.patterns.configuration import LOADERS, Configuration, Learned
 from sparsefinder.patterns.distance import Distance
 from sparsefinder.patterns.full import Full
 from sparsefinder.patterns.kmeans import KMeans
+from sparsefinder.patterns.routed import Routed
 from sparsefinder.patterns.window import GlobalTokens, Window
 from sparsefinder.projections import LayerProjections, Linear, Projections
 from sparsefinder.store import UserError
@@ -40,15 +41,20 @@ AROUND = {
 
 @cache
 def learned() -> dict[int, Learned]:
-    """Artefacts of random numbers for single tokens and for chunks of three: a space, and two runs of six clusters each."""
+    """Artefacts of random numbers: spaces, and two runs of six clusters each.
+
+    Clusters are of single tokens or of chunks of three; those of keys always of single ones, as their stages make them.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(0)
         layers = [LayerProjections(Linear(HEADS, SIZE, ROUNDS), Linear(HEADS, SIZE, ROUNDS)) for _ in range(2)]
         space = Projections([layer.requires_grad_(False) for layer in layers])
         centroids = {b: Centroids([torch.randn(HEADS, 2, 6, ROUNDS * b) / 2 for _ in range(2)]) for b in (1, 3)}
     return {
-        block_size: Learned({name: space if name in SPACES else clusters for name in LOADERS})
-        for block_size, clusters in centroids.items()
+        block_size: Learned(
+            {name: space if name in SPACES else centroids[block_size if name == "centroids" else 1] for name in LOADERS}
+        )
+        for block_size in centroids
     }
 
 
@@ -226,3 +232,10 @@ def test_a_union_of_patterns() -> None:
 def test_wrong_settings(make: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         make()
+
+
+def test_only_the_space_that_is_learned_in_chunks_is_cut_into_them() -> None:
+    pattern, qk = Routed(level=0.0), random_qk([9], HEADS, SIZE)
+    graphs = [build(pattern, block_size=size)(qk, 0) for size in (1, 3)]
+    assert torch.equal(*graphs)
+    assert [Configuration("routed", pattern, block_size=3).columns["block_size"]] == [1]

@@ -152,9 +152,22 @@ class Second:
     needs: tuple[str, ...] = ("projections",)
 
 
-def run(settings: First | Second, store: Store) -> None:
-    """The stage of either settings; the pipeline finds it here by its name."""
-    if isinstance(settings, First):
+@dataclass(frozen=True)
+class Third:
+    needs: tuple[str, ...] = ("projections", "centroids")
+
+
+@dataclass(frozen=True)
+class Space:
+    needs: tuple[str, ...] = ("lowrank", "key_centroids")
+
+
+def run(settings: First | Second | Third | Space, store: Store) -> None:
+    """The stage of any of these settings; the pipeline finds it here by its name."""
+    if isinstance(settings, (Third, Space)):
+        with store.writing("score") as path:
+            path.write_text("read")
+    elif isinstance(settings, First):
         with store.writing("projections") as path:
             path.write_text(str(settings.value))
     else:
@@ -226,6 +239,28 @@ class TestPipeline:
         messages = self.go(Store(tmp_path / "run", {"projections": tmp_path / "mine"}), caplog)
         assert messages[0] == "project: skipped, projections is given by path"
         assert Store(tmp_path / "run").path("centroids").read_text() == "50"
+
+    def test_a_space_and_what_was_learned_in_it_belong_together(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        self.go(Store(tmp_path), caplog)
+        stages, settings = [Stage("score", __name__)], {"score": Third()}
+        run_stages(stages, settings, Store(tmp_path), seed=0)
+        run_stages(STAGES[:1], {"project": First(2)}, Store(tmp_path), seed=0)
+        with pytest.raises(UserError, match="centroids was made from other projections: run stage=cluster"):
+            run_stages(stages, settings, Store(tmp_path), seed=0)
+        run_stages(stages, settings, Store(tmp_path, {"centroids": tmp_path / "centroids.pickle"}), seed=0)
+        self.go(Store(tmp_path), caplog, First(2))
+        run_stages(stages, settings, Store(tmp_path), seed=0)
+
+    def test_what_was_made_together_is_given_together(self, tmp_path: Path) -> None:
+        (tmp_path / "mine").write_text("5")
+        store = Store(tmp_path / "run", {"lowrank": tmp_path / "mine"})
+        finish(store, "key_centroids")
+        with pytest.raises(UserError, match=r"lowrank is given by path .* give key_centroids=PATH too"):
+            run_stages([Stage("score", __name__)], {"score": Space()}, store, seed=0)
+        with pytest.raises(UserError, match="lowrank is given by path, but stage=route makes both: give key_centroids"):
+            run_stages([Stage("route", __name__)], {"route": First()}, store, seed=0)
 
     def test_a_missing_parent_names_its_stage(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="run stage=project first"):

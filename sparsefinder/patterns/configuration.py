@@ -40,7 +40,7 @@ class Configuration:
     window: int | None = None  # odd; None for no window
     global_tokens: int = 0  # the first so many tokens see all and are seen by all
     last_token: bool = False  # so does the last token
-    block_size: int = 1  # tokens in a chunk, for patterns that work on projections
+    block_size: int = 1  # tokens in a chunk, for patterns that work on the projections of stage=project
     dials: Dials | None = None  # of each layer and head, instead of the pattern's own
 
     def __post_init__(self) -> None:
@@ -53,6 +53,11 @@ class Configuration:
         """Artefacts that the pattern works with."""
         needs: tuple[str, ...] = self.pattern.needs
         return needs
+
+    @property
+    def chunk(self) -> int:
+        """Tokens that the pattern takes as one: ``block_size`` in the space that is learned in chunks, else 1."""
+        return self.block_size if "projections" in self.needs else 1
 
     @property
     def columns(self) -> dict[str, Any]:
@@ -71,7 +76,7 @@ class Configuration:
             "window": self.window or None,
             "global_tokens": self.global_tokens,
             "last_token": self.last_token,
-            "block_size": self.block_size,
+            "block_size": self.chunk,
         }
 
     @property
@@ -108,7 +113,7 @@ class Configuration:
         if self.dials is not None:
             whole = PerHead(whole, self.dials.values)
         for space in (value for value in found.values() if isinstance(value, Projections)):
-            whole = Projected(Blocked(whole, self.block_size) if self.block_size > 1 else whole, space)
+            whole = Projected(Blocked(whole, self.chunk) if self.chunk > 1 else whole, space)
         fixed = surroundings(self.window, self.global_tokens, self.last_token)
         return Union((whole, *fixed)) if fixed else whole
 
