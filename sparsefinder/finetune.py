@@ -19,6 +19,7 @@ import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
@@ -26,7 +27,7 @@ from sparsefinder import models, processes
 from sparsefinder.corpora import Corpus, masked_batches, token_blocks, train_tokenizer
 from sparsefinder.masked_lm import gold_sparsity, unigram_entropy, validation_loss
 from sparsefinder.starts import from_statistics
-from sparsefinder.store import Store, UserError, plain, remove
+from sparsefinder.store import ARTEFACTS, Store, UserError, content_hash, plain, remove
 from sparsefinder.training import train
 from sparsefinder.transforms import Normalizer
 
@@ -35,6 +36,21 @@ log = logging.getLogger(__name__)
 STARTS = ("random", "statistics")
 SCHEDULES = ("linear", "cosine", "constant_with_warmup")
 _SPARSITY_BATCHES = 4  # validation batches on which the mean gold sparsity is measured
+# what a family's configuration calls a setting, where not as the others do: a name that it does not know is ignored
+_OTHER_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
+    "distilbert": {
+        "intermediate_size": ("hidden_dim",),
+        "hidden_dropout_prob": ("dropout",),
+        "attention_probs_dropout_prob": ("attention_dropout",),
+    },
+    "modernbert": {
+        "hidden_dropout_prob": ("embedding_dropout", "mlp_dropout"),
+        "attention_probs_dropout_prob": ("attention_dropout",),
+        "layer_norm_eps": ("norm_eps",),
+        "bos_token_id": ("bos_token_id", "cls_token_id"),
+        "eos_token_id": ("eos_token_id", "sep_token_id"),
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -66,22 +82,25 @@ class NewModel:
     def make(self, corpus: Corpus, cache: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model, from the random state of the moment, and its tokenizer."""
         tokenizer = train_tokenizer(corpus.documents("train", cache), self.vocabulary_size, self.max_length)
+        settings = {
+            "vocab_size": len(tokenizer),
+            "hidden_size": self.hidden_size,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "intermediate_size": self.intermediate_size,
+            "max_position_embeddings": self.max_length + models.reserved_positions(self.family, tokenizer.pad_token_id),
+            "type_vocab_size": 1,
+            "hidden_dropout_prob": self.dropout,
+            "attention_probs_dropout_prob": self.dropout,
+            "initializer_range": self.initializer_range,
+            "layer_norm_eps": 1e-5,
+            "pad_token_id": tokenizer.pad_token_id,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+        }
+        names = _OTHER_NAMES.get(self.family, {})
         config = AutoConfig.for_model(
-            self.family,
-            vocab_size=len(tokenizer),
-            hidden_size=self.hidden_size,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            intermediate_size=self.intermediate_size,
-            max_position_embeddings=self.max_length + models.reserved_positions(self.family, tokenizer.pad_token_id),
-            type_vocab_size=1,
-            hidden_dropout_prob=self.dropout,
-            attention_probs_dropout_prob=self.dropout,
-            initializer_range=self.initializer_range,
-            layer_norm_eps=1e-5,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            self.family, **{own: value for name, value in settings.items() for own in names.get(name, (name,))}
         )
         model = AutoModelForMaskedLM.from_config(config)
         if self.start == "statistics":
@@ -99,6 +118,18 @@ class Pretrained:
     def make(self, corpus: Corpus, cache: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model and its tokenizer; nothing is learned from ``corpus``."""
         return models.load_masked_lm(self.name_or_path)
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """A hash of the files of a folder; a model of the hub is known by its name."""
+        folder = Path(self.name_or_path)
+        if not folder.is_dir():
+            return {}
+        try:  # folders inside are not read: they may be checkpoints, or the run directory itself
+            files = {file.name: content_hash(file) for file in folder.iterdir() if file.is_file()}
+        except OSError as error:
+            raise UserError(f"model={folder} cannot be read: {error.strerror} ({error.filename})") from error
+        return {"model": hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()}
 
 
 @dataclass(frozen=True)
@@ -154,12 +185,16 @@ class FinetuneSettings:
     @property
     def inputs(self) -> dict[str, str]:
         """What else the result depends on, by content."""
-        return {"corpus": self.corpus.fingerprint()}
+        given = self.model.inputs if isinstance(self.model, Pretrained) else {}
+        return {"corpus": self.corpus.fingerprint(), **given}
 
 
 def run(settings: FinetuneSettings, store: Store) -> None:
     """Make ``model``, and note its validation loss, the unigram entropy of the same tokens, and its gold sparsity."""
     began = time.monotonic()
+    target = store.run_dir / ARTEFACTS["model"].path
+    if isinstance(settings.model, Pretrained) and Path(settings.model.name_or_path).resolve() == target.resolve():
+        raise UserError(f"model={settings.model.name_or_path} is what this stage writes: choose another run_dir=PATH")
     cache = store.scratch("corpus")
     model, tokenizer = processes.first_then_all(lambda: _made(settings, cache))
     length = _length(settings, models.describe(model).max_length)
@@ -180,7 +215,7 @@ def run(settings: FinetuneSettings, store: Store) -> None:
     sparsity = gold_sparsity(model, held_out[:_SPARSITY_BATCHES])
     with store.writing("model") as folder:
         model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        _save(tokenizer, folder)
     remove(store.scratch("finetune"))
     seconds = time.monotonic() - began
     store.note(
@@ -203,10 +238,19 @@ def _made(settings: FinetuneSettings, cache: Path) -> tuple[PreTrainedModel, Pre
     return settings.model.make(settings.corpus, cache)
 
 
+def _save(tokenizer: Any, folder: Path) -> None:
+    """The tokenizer without the truncation that it was last called with, if at all: blocks may have come from a cache."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # tokenizers in Python have none, and forget by themselves
+    if backend is not None:
+        backend.no_truncation()
+        backend.no_padding()
+    tokenizer.save_pretrained(folder)
+
+
 def _checkpoints(settings: FinetuneSettings, store: Store) -> Path:
-    """A folder that belongs to these settings and this text; checkpoints of others are of no use and go."""
+    """A folder that belongs to these settings, text and given weights; checkpoints of others are of no use and go."""
     scratch = store.scratch("finetune")
-    identity = json.dumps([plain(settings), settings.corpus.fingerprint()], sort_keys=True, default=str)
+    identity = json.dumps([plain(settings), settings.inputs], sort_keys=True, default=str)
     folder = scratch / hashlib.sha256(identity.encode()).hexdigest()[:16]
     for other in scratch.iterdir():
         if other != folder:

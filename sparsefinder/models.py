@@ -93,11 +93,12 @@ def load_masked_lm(name_or_path: str | Path) -> tuple[PreTrainedModel, PreTraine
     """A masked language model, with the attention that it was finetuned with, and its tokenizer.
 
     ``name_or_path``: a folder written by ``save_pretrained``, or a name on the Hugging Face hub. No remote code is ever run.
-    Returns the model in evaluation mode. Raises a `UserError` in one line for a missing path, an unreachable hub, a family
-    other than `FAMILIES`, damaged or missing weights, and a tokenizer without a mask token.
+    Returns the model in evaluation mode and in float32, whatever precision it was saved in. Raises a `UserError` in one line
+    for a missing path, an unreachable hub, a family other than `FAMILIES`, damaged or missing weights, and a tokenizer without
+    a mask token.
     """
     name = str(name_or_path)
-    options = {"local_files_only": _must_be_local(name)}
+    options: dict[str, Any] = {"local_files_only": _must_be_local(name)}
     config = _read("configuration", name, AutoConfig.from_pretrained, **options)
     _check_family(config, name)
     _check_sizes(config, name)
@@ -107,7 +108,11 @@ def load_masked_lm(name_or_path: str | Path) -> tuple[PreTrainedModel, PreTraine
         raise UserError(f"model={name}: attention_alpha in its config.json is wrong: {error}") from error
     forget_attention(config)  # whatever it was saved as; the normalizer is set below
     model, found = _read(
-        "weights", name, AutoModelForMaskedLM.from_pretrained, config=config, output_loading_info=True, **options
+        *("weights", name, AutoModelForMaskedLM.from_pretrained),
+        config=config,
+        dtype=torch.float32,  # transformers would keep half precision, in which small updates are lost
+        output_loading_info=True,
+        **options,
     )
     _check_weights(model, found, name)
     tokenizer = _read("tokenizer", name, AutoTokenizer.from_pretrained, **options)

@@ -176,7 +176,8 @@ def _check_kin(settings: Settings, store: Store) -> None:
             apart = parent in _SAMPLES or parent not in settings.needs
             if not apart and store.content(parent) != content:
                 raise UserError(
-                    f"{name} was made from other {parent}: run stage={ARTEFACTS[name].stage} on these, or give it"
+                    f"{name} was made from other {parent}: run stage={ARTEFACTS[name].stage} first, or use it all the same "
+                    f"with {name}=PATH"
                 )
 
 

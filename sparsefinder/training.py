@@ -55,7 +55,7 @@ def train(
     folder: Path,
 ) -> PreTrainedModel:
     """``model`` trained on ``blocks``; checkpoints go to ``folder``, and a run that was killed goes on from the last."""
-    arguments = TrainingArguments(
+    arguments = _OneDevice(
         output_dir=str(folder),
         max_steps=settings.steps,
         train_sampling_strategy="sequential",  # `Examples` are in their order
@@ -86,12 +86,11 @@ def train(
         dataloader_pin_memory=torch.cuda.is_available(),
     )
     masking = Masking.of(tokenizer, settings.mask_fraction)
-    devices = max(1, arguments.world_size * max(1, arguments.n_gpu))
-    count = settings.steps * settings.batch_size * settings.accumulation * devices
+    count = settings.steps * settings.batch_size * settings.accumulation * arguments.world_size
     trainer = MaskedLMTrainer(
         model=model,
         args=arguments,
-        train_dataset=Examples(blocks, masking, count, settings.batch_size * devices, settings.seed),
+        train_dataset=Examples(blocks, masking, count, settings.batch_size * arguments.world_size, settings.seed),
         eval_dataset=_HeldOut(held_out),
         data_collator=lambda examples: collate(examples, tokenizer.pad_token_id),
         processing_class=tokenizer,
@@ -119,6 +118,15 @@ def last_checkpoint(folder: Path) -> Path | None:
         except (OSError, ValueError):
             remove(path)
     return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+class _OneDevice(TrainingArguments):
+    """One GPU for each process, however many are visible."""
+
+    # with more, the Trainer wraps the model in nn.DataParallel, whose threads would share the hook of `masked_logits`
+    @property
+    def n_gpu(self) -> int:
+        return min(1, super().n_gpu)
 
 
 class Examples(Dataset[tuple[Tensor, Tensor]]):

@@ -200,6 +200,20 @@ def test_what_a_document_is_in_a_file():
     assert list(split_documents(" \n\n")) == []
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_titles_with_any_line_ends_after_a_mark_and_of_one_character(tmp_path, end, mark):
+    lines = [" = A = ", "", " Words . ", "", " = = B = = ", " More . ", "", "= 北 =", " Others . ", ""]
+    (tmp_path / "wiki").write_bytes((mark + end.join(lines)).encode())
+    corpus = TextFiles(str(tmp_path / "wiki"), str(tmp_path / "other"))
+    expected = ["= A =\nWords .\n= = B = =\nMore .", "= 北 =\nOthers ."]
+    assert list(corpus.documents("train")) == expected
+    assert list(split_documents(f" = = B = ={end}one{end}{end} = = = {end}")) == ["= = B = =\none", "= = ="]
+    (tmp_path / "wiki").write_bytes(mark.encode() + b"Good.\n\xff")
+    with pytest.raises(UserError, match=f"at byte {len(mark.encode()) + 6}"):
+        list(corpus.documents("train"))
+
+
 def write(path, text):
     path.write_text(text, encoding="utf-8")
     return str(path)
@@ -277,6 +291,63 @@ def test_a_dataset_is_read_row_by_row(tmp_path, monkeypatch, streaming):
     assert before != in_files(tmp_path, streaming=streaming, max_documents=5).fingerprint()
     jsonl(tmp_path / "b.jsonl", [{"text": "Other."}])
     assert before != corpus.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("train", "held_out"),
+    [
+        *(("train", "train[:1%]"), ("train[:1%]", "train"), ("train", "train"), ("train(closest)", "train")),
+        *(("train[:90%]", "train[80%:]"), ("train[:90%]", "train[-20%:]"), ("train[:10]", "train[9:12]")),
+        *(
+            ("train[:1_000]", "train[:1%]"),
+            ("train[50%:]", "test+train[99%:]"),
+            ("train + test", "test"),
+            ("all", "test"),
+        ),
+    ],
+)
+def test_training_text_is_not_held_out(train, held_out):
+    for name in ("validation", "test"):
+        with pytest.raises(UserError, match="name two splits that share none; text held out must not be") as caught:
+            AnyDataset("x", train=train, streaming=False, **{"validation": "validation", name: held_out})
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("train", "held_out"),
+    [
+        *(("train", "test[:1%]"), ("train[:90%]", "train[90%:]"), ("train[:-10%]", "train[-10%:]")),
+        *(("train[:1000]", "train[1000:1200]"), ("train[:-5]", "train[-5:]"), ("train[100%:]", "train[:100%]")),
+        *(("train[10:20%]", "train[:10%]"), ("train[:40%]+train[60%:]", "train[40%:60%]"), ("train[:0]", "train")),
+    ],
+)
+def test_slices_that_share_no_row_are_taken(train, held_out):
+    AnyDataset("x", train=train, validation=held_out, streaming=False)
+
+
+def test_a_file_is_not_training_text_and_held_out(tmp_path):
+    file, link = jsonl(tmp_path / "a.jsonl", [{"text": "One."}]), tmp_path / "link.jsonl"
+    link.symlink_to(file)
+    for other in (file, f"{tmp_path}/../{tmp_path.name}/a.jsonl", str(link)):
+        with pytest.raises(UserError, match=r"from the same rows of .*a\.jsonl"):
+            in_files(tmp_path, data_files={"train": file, "validation": other})
+    in_files(tmp_path, data_files={"rows": file}, train="rows[:50%]", validation="rows[50%:]")
+
+
+def test_a_folder_of_files_is_known_by_its_content(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split in ("train", "validation"):
+        jsonl(folder / f"{split}.jsonl", [{"text": f"Of {split}."}])
+    corpus = AnyDataset(str(folder), max_documents=4)
+    assert list(corpus.documents("validation")) == ["Of validation."]
+    before = corpus.fingerprint()
+    (folder / ".git").mkdir()
+    write(folder / ".git" / "index", "whatever")
+    assert corpus.fingerprint() == before
+    jsonl(folder / "train.jsonl", [{"text": "Another."}])
+    assert corpus.fingerprint() != before
 
 
 def test_a_stream_takes_no_more_rows_than_wanted(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from tiny_models import save_tiny, tiny_batch, tiny_model
 from torch import nn
 
-from sparsefinder import finetune, masked_lm, starts, training
+from sparsefinder import finetune, masked_lm, pipeline, starts, training
 from sparsefinder.corpora import Masking, TextFiles, TokenBlocks, token_blocks
 from sparsefinder.finetune import FinetuneSettings, NewModel, Pretrained
 from sparsefinder.models import FAMILIES, get_normalizer, load_masked_lm, set_normalizer
@@ -105,6 +106,19 @@ def test_a_killed_run_ends_with_the_same_weights(corpus, tmp_path, monkeypatch, 
     assert training.last_checkpoint(folder).name == f"checkpoint-{kill_at - 1}"
     assert not half.exists()
     assert_same(weights(run(settings_for(corpus, **changes), tmp_path / "killed")), expected)
+    whole, killed = tmp_path / "whole" / "model", tmp_path / "killed" / "model"
+    assert {file.name for file in whole.iterdir()} == {file.name for file in killed.iterdir()}
+    for file in whole.iterdir():  # the second start found its blocks in the cache, and tokenized nothing
+        assert file.read_bytes() == (killed / file.name).read_bytes(), file.name
+    saved = json.loads((whole / "tokenizer.json").read_text())
+    assert saved["truncation"] is saved["padding"] is None
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_process_trains_on_one_device_however_many_there_are(corpus, tmp_path, monkeypatch, devices):
+    expected = weights(run(settings_for(corpus), tmp_path / "one"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    assert_same(weights(run(settings_for(corpus), tmp_path / "many")), expected)
 
 
 def test_checkpoints_of_other_settings_are_not_used(corpus, tmp_path):
@@ -114,6 +128,34 @@ def test_checkpoints_of_other_settings_are_not_used(corpus, tmp_path):
     second = finetune._checkpoints(settings_for(corpus, learning_rate=1e-4), store)
     assert second != first
     assert not first.exists()
+
+
+def test_a_given_folder_is_known_by_its_content(corpus, tmp_path, caplog):
+    """The same command after the folder changed: the stage runs again, and uses no checkpoint of the old weights."""
+    caplog.set_level("INFO")
+    given, store = tmp_path / "given", Store(tmp_path / "run")
+    save_tiny(given)
+    settings = settings_for(corpus, model=Pretrained(str(given)), steps=0)
+
+    def once_more():
+        caplog.clear()
+        pipeline.run_stages([pipeline.STAGES["finetune"]], {"finetune": settings}, store, 0)
+        return caplog.text
+
+    once_more()
+    assert "done and unchanged" in once_more()
+    (given / "checkpoint-1").mkdir()
+    (given / "checkpoint-1" / "model.safetensors").write_bytes(b"not read")
+    assert "done and unchanged" in once_more()
+    checkpoints = finetune._checkpoints(settings, store)
+    save_tiny(given, other := tiny_model(seed=1))
+    assert finetune._checkpoints(settings, store) != checkpoints
+    assert "runs again, because model changed" in once_more()
+    assert_same(weights(store), other.state_dict())
+    assert Pretrained("roberta-base").inputs == {}
+    with pytest.raises(UserError, match="is what this stage writes: choose another run_dir"):
+        run(settings_for(corpus, model=Pretrained(str(store.run_dir / "model"))), store.run_dir)
+    assert_same(weights(store), other.state_dict())
 
 
 def test_no_steps_take_the_model_as_it_is(corpus, tmp_path):
@@ -129,7 +171,16 @@ def test_no_steps_take_the_model_as_it_is(corpus, tmp_path):
 def test_every_family_can_be_made_and_trained(corpus, tmp_path, family):
     model = dataclasses.replace(TINY, family=family)
     store = run(settings_for(corpus, model=model, steps=1), tmp_path)
-    assert load_masked_lm(store.run_dir / "model")[0].config.model_type == family
+    made = load_masked_lm(store.run_dir / "model")[0]
+    assert made.config.model_type == family
+    assert {module.p for module in made.modules() if isinstance(module, nn.Dropout)} == {TINY.dropout}
+    own = {"distilbert": "attention_dropout", "modernbert": "attention_dropout"}
+    assert getattr(made.config, own.get(family, "attention_probs_dropout_prob")) == TINY.dropout
+    inside = {module.out_features for module in made.base_model.modules() if isinstance(module, nn.Linear)}
+    joined = {16, 3 * 16, 2 * 24}  # queries, keys and values are one matrix there; so are the gate and what passes it
+    assert inside == (joined if family == "modernbert" else {16, 24})
+    ids = {name: value for name, value in made.config.to_dict().items() if name.endswith("_token_id")}
+    assert all(value is None or 0 <= value < TINY.vocabulary_size for value in ids.values()), ids
 
 
 def test_training_learns(corpus, tmp_path):

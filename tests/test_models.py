@@ -256,6 +256,16 @@ def test_half_precision_takes_probabilities_in_float32():
         torch.testing.assert_close(probabilities, expected.to(torch.bfloat16), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("saved", [torch.bfloat16, torch.float16])
+def test_weights_saved_in_half_precision_are_loaded_in_float32(saved, tmp_path):
+    """An update a thousand times smaller than its weight is lost in bfloat16."""
+    model = tiny_model().to(saved)
+    loaded, _ = load_masked_lm(save_tiny(tmp_path, model))
+    assert {weight.dtype for weight in loaded.parameters()} == {loaded.dtype} == {torch.float32}
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[name], weight.float(), rtol=0, atol=0)
+
+
 def test_attention_dropout_in_training_only():
     model = tiny_model(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.5)
     set_normalizer(model, Normalizer(1.5))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +14,12 @@ from typing import Any
 from sparsefinder import hub
 from sparsefinder.corpora.files import check_limits, digest_of, limited
 from sparsefinder.corpora.loading import load_split
+from sparsefinder.files import files_of
 from sparsefinder.store import UserError
+
+_BOUND = r"(-?\d+(?:_\d+)*)?(%?)"
+_PART = re.compile(rf"([^\[(]*)(?:\[{_BOUND}:{_BOUND}\])?(?:\(.*\))?$")  # train, train[:1%], train[5:](closest)
+_ROWS = 10**9  # of a split, whose size is not known here: so many that a number of rows is less than one per cent
 
 
 @dataclass(frozen=True)
@@ -47,10 +54,36 @@ class AnyDataset:
                 "corpus=datasets streams: say how much of each split to read with corpus.max_documents=N or "
                 "corpus.max_characters=N, or download all with corpus.streaming=false"
             )
-        if self.train in (self.validation, self.test):
-            raise UserError(
-                f"corpus=datasets names {self.train} for two splits: text held out must not be training text"
-            )
+        for name, held_out in (("validation", self.validation), ("test", self.test)):
+            if held_out is not None and (shared := self._shared(held_out)):
+                raise UserError(
+                    f"corpus=datasets takes train={self.train} and {name}={held_out} from the same rows of {shared}: name two "
+                    "splits that share none; text held out must not be training text"
+                )
+
+    def _shared(self, held_out: str) -> str:
+        """What ``held_out`` and the training split both read, a file or a name; empty where their rows are others."""
+        for source, begin, end in self._rows(self.train):
+            for other, other_begin, other_end in self._rows(held_out):
+                same = source == other or "all" in (source, other)
+                if same and max(begin, other_begin) < min(end, other_end):
+                    return other
+        return ""
+
+    def _rows(self, split: str) -> Iterator[tuple[str, int, int]]:
+        """Source, first row and end of each part of a split such as ``train[:1%]+test``; a source is a file or a name."""
+        for part in str(split).split("+"):
+            found = _PART.match(part.strip())
+            if found is None:  # `datasets` says what is wrong with it
+                yield part, 0, _ROWS
+                continue
+            name, begin, begin_unit, end, end_unit = found.groups()
+            unit = _ROWS // 100 if begin_unit or end_unit else 1  # one % holds for both ends, as `datasets` reads it
+            first = 0 if begin is None else int(begin) * unit
+            last = _ROWS if end is None else int(end) * unit
+            file = (self.data_files or {}).get(name.strip())
+            source = name.strip() if file is None else str(Path(str(file)).resolve())
+            yield source, first + _ROWS * (first < 0), last + _ROWS * (last < 0)
 
     def documents(self, split: str, cache: Path | None = None) -> Iterator[str]:
         """The documents of ``split`` that are not empty. ``cache`` is not used: ``datasets`` keeps its own."""
@@ -88,8 +121,18 @@ class AnyDataset:
             raise hub.refusal(str(self.path), error, " cannot be read on") from error
 
     def fingerprint(self) -> str:
-        """Changes with the settings and the bytes of local files; what the hub holds is known by its name and revision."""
+        """Changes with the settings and the bytes of local files, of ``data_files`` or of a folder given as ``path``.
+
+        What the hub holds is known by its name and revision.
+        """
         digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True, default=str).encode())
         for split, file in sorted((self.data_files or {}).items()):
             digest.update(split.encode() + digest_of(Path(file), f"data_files.{split}"))
+        folder = Path(str(self.path))
+        if folder.is_dir() and not self.data_files:
+            for path in files_of(folder):
+                inside = path.relative_to(folder)
+                hidden = any(part.startswith(".") for part in inside.parts)
+                if not hidden:  # `datasets` does not read those either, and .git changes at a look
+                    digest.update(os.fsencode(inside) + b"\0" + digest_of(path, "path"))
         return digest.hexdigest()

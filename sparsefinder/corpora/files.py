@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 from sparsefinder.store import UserError
 
-_ARTICLE = re.compile(r" ?= [^=].*[^=] = ?$")  # a title of WikiText; sections have more signs
+_ARTICLE = re.compile(r" ?= ([^=].*[^=]|[^=\s]) = ?$")  # a title of WikiText; sections have more signs
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def _kind(lines: Iterable[str]) -> tuple[bool, bool]:
 
 
 def _is_title(line: str) -> bool:
-    return _ARTICLE.match(line) is not None
+    return _ARTICLE.match(line.rstrip("\r\n")) is not None
 
 
 def _always(_: str) -> bool:
@@ -139,6 +139,8 @@ def _lines(path: Path, split: str) -> Iterator[str]:
             except UnicodeDecodeError as error:
                 where = f"{error.reason} at byte {place + error.start}"
                 raise UserError(f"corpus.{split}={path} is not UTF-8 text ({where})") from error
+            if not place:
+                line = line.removeprefix("\ufeff")  # a byte order mark is no text
             place += len(data)
             empty = empty and not line.strip()
             yield line
