@@ -25,7 +25,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sparsefinder import points
-from sparsefinder.construction import construct
+from sparsefinder.construction import class_named, construct
 from sparsefinder.points import Point
 from sparsefinder.store import Store, UserError, read_manifest
 
@@ -37,6 +37,8 @@ INPUTS = (
     *("qk", "qk_validation", "projections", "centroids"),
     *("lowrank", "key_centroids", "bilinear_projections", "bilinear_centroids", "calibration"),
 )
+SUMMED_UP = ("score", "evaluate", "report")  # stages after which the main numbers are printed
+SEEDS = 2**32  # what numpy takes
 SPEAKS = os.environ.get("RANK", "0") == "0"  # of several processes, started by torchrun, the first one
 PLUGINS = {  # what a launcher is installed with
     "joblib": "hydra-joblib-launcher",
@@ -50,7 +52,7 @@ log = logging.getLogger("sparsefinder")
 
 def main(argv: list[str]) -> int:
     """Check the command line, then let Hydra run one job, or many with ``-m``. Returns the exit status."""
-    argv = [translated for argument in argv for translated in path_of_model(quoted_target(argument))]
+    argv = [translated for argument in argv for translated in path_of_model(quoted(argument))]
     argv.sort(key=lambda argument: argument not in MULTIRUN)  # Hydra takes no flag between two settings
     try:
         todo = check(argv)
@@ -114,7 +116,7 @@ def job_of(swept: Sequence[str]) -> Callable[[DictConfig], None]:
     """What a launcher runs for each point, in whatever process: it never raises, the point's record says how it ended."""
 
     def job(cfg: DictConfig) -> None:
-        point = points.point_of(Path(cfg.run_dir), HydraConfig.get().overrides.task, swept)
+        point = points.point_of(path_of(cfg, "run_dir"), HydraConfig.get().overrides.task, swept)
         if point.fate.settled:  # in this sweep, before another point's process was killed
             return
         trace = ""
@@ -140,17 +142,36 @@ def run(cfg: DictConfig, point: Point | None = None) -> None:
 
     processes.start()
     refuse_unknown_keys(cfg)
-    stages = pipeline.chosen_stages(plain(cfg.stage))
-    store = store_of(cfg, [stage.name for stage in stages], point)
-    for stage in stages:
-        if not OmegaConf.is_dict(cfg[stage.name]):
-            raise UserError(
-                f"{stage.name}={cfg[stage.name]}: a stage needs its settings; {stage.name}.FIELD=VALUE sets one"
-            )
-    settings = {stage.name: build(cfg[stage.name], **objects(cfg, stage.name)) for stage in stages}
+    stages = pipeline.chosen_stages(stage_names(cfg))
+    names = [stage.name for stage in stages]
+    refuse_wrong_seeds(cfg, names)
+    store = store_of(cfg, names, point)
+    summed_up = not {*SUMMED_UP}.isdisjoint(names)
+    # the settings of the report are also those of the summary
+    configured = dict.fromkeys([*names, "report"] if summed_up else names)
+    for name in configured:
+        if not OmegaConf.is_dict(cfg[name]):
+            raise UserError(f"{name}={cfg[name]}: a stage needs its settings; {name}.FIELD=VALUE sets one")
+    settings = {name: build(cfg[name], **objects(cfg, name)) for name in configured}
     pipeline.run_stages(stages, settings, store, cfg.seed)
-    if processes.first() and any(stage.name in ("score", "evaluate", "report") for stage in stages):
-        print(report.summary(store), flush=True)
+    if processes.first() and summed_up:
+        print(report.summary(store, settings["report"]), flush=True)
+
+
+def stage_names(cfg: DictConfig) -> str | list[str]:
+    """The setting ``stage``: one name, or a list of names."""
+    names = plain(cfg.stage)
+    if isinstance(names, str) or (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        return names
+    raise UserError(f"stage={names} is no stage: give one by its name, a list such as [score,report], or all")
+
+
+def refuse_wrong_seeds(cfg: DictConfig, stages: Iterable[str]) -> None:
+    """A seed is a whole number that every generator takes, numpy's included."""
+    for key in ("seed", *(f"{stage}.seed" for stage in stages)):
+        seed = OmegaConf.select(cfg, key, default=0)  # not every stage has one
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < SEEDS:
+            raise UserError(f"{key}={seed}: a seed must be a whole number from 0 to {SEEDS - 1}")
 
 
 def objects(cfg: DictConfig, stage: str) -> dict[str, Any]:
@@ -170,18 +191,27 @@ def objects(cfg: DictConfig, stage: str) -> dict[str, Any]:
 
 def store_of(cfg: DictConfig, stages: list[str], point: Point | None) -> Store:
     """The run directory, the artefacts named by path, and for a point of a sweep its own folder below."""
-    if not str(cfg.run_dir or "").strip():
-        raise UserError(f"run_dir={cfg.run_dir}: a folder is needed, in which everything of the run will lie")
-    run_dir = Path(cfg.run_dir)
-    given = {name: Path(cfg[name]) for name in INPUTS if cfg[name] is not None}
+    run_dir = path_of(cfg, "run_dir")
+    given: dict[str, str | Path] = {name: path_of(cfg, name) for name in INPUTS if cfg[name] is not None}
     name = cfg.model.get("name_or_path")
     if name is not None and "finetune" not in stages:
         finetuned = read_manifest(run_dir / "model")
         if finetuned is None or finetuned.settings.get("model", {}).get("name_or_path") != name:
-            given["model"] = Path(name) if Path(name).exists() else name
+            given["model"] = Path(str(name)) if Path(str(name)).exists() else str(name)
     if point is None:
         return Store(run_dir, given)
     return Store(point.folder, given, base=run_dir)
+
+
+def path_of(cfg: DictConfig, key: str) -> Path:
+    """A path of the configuration. A number is a name like any other: ``run_dir=2024`` is the folder 2024."""
+    value = cfg[key]
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)) or not str(value).strip():
+        needed = "a folder is needed, in which everything of the run will lie"
+        raise UserError(
+            f"{key}={value}: {needed if key == 'run_dir' else 'the path of an artefact is needed, or null'}"
+        )
+    return Path(str(value))
 
 
 # ---- patterns, attentions and conversions: a file of their folder in conf, or all of them ----
@@ -231,7 +261,10 @@ def patterns(cfg: DictConfig) -> Iterable[tuple[str, DictConfig, list[Any], list
     else:
         nodes = [(chosen("pattern"), cfg.pattern)]
     for name, node in nodes:
-        yield name, without(node, "sweep"), plain(node.get("sweep", [])), around
+        sweep = plain(node.get("sweep", []))
+        if not isinstance(sweep, list):
+            raise UserError(f"pattern.sweep={sweep}: the values of a sweep are a list, such as [1,2,4]")
+        yield name, without(node, "sweep"), sweep, around
 
 
 def attentions(cfg: DictConfig) -> Iterable[Any]:
@@ -241,7 +274,7 @@ def attentions(cfg: DictConfig) -> Iterable[Any]:
     nodes = files(cfg, "attention") if cfg.attention.get("every") else [(chosen("attention"), cfg.attention)]
     for name, node in nodes:
         options = {key: value for key, value in plain(node).items() if key != "_target_"}
-        yield AttentionChoice(name, hydra.utils.get_class(node._target_), options)
+        yield AttentionChoice(name, class_named(node.get("_target_"), "attention"), options)
 
 
 def conversions(cfg: DictConfig) -> Iterable[Any]:
@@ -281,9 +314,17 @@ def without(node: Any, key: str) -> Any:
 
 
 def build(node: DictConfig, **extra: Any) -> Any:
-    """The object that ``_target_`` names, its plain fields checked against their declared types first."""
-    target = hydra.utils.instantiate(node, _partial_=True, _convert_="all")
-    return construct(target.func, {**target.keywords, **extra})
+    """The object that ``_target_`` names, from the inside out; fields are checked against their declared types first."""
+    place = node._get_full_key(None)  # corpus, wherever it is interpolated: what the command line calls it
+    values = {str(key): built(node[key]) for key in node if key != "_target_"}
+    return construct(class_named(node.get("_target_"), place), {**values, **extra}, place)
+
+
+def built(value: Any) -> Any:
+    """What stands in a field of a configuration, with objects for all that has a ``_target_``."""
+    if OmegaConf.is_dict(value):
+        return build(value) if "_target_" in value else {key: built(value[key]) for key in value}
+    return [built(each) for each in value] if OmegaConf.is_list(value) else value
 
 
 def plain(node: Any) -> Any:
@@ -302,12 +343,17 @@ def path_of_model(argument: str) -> list[str]:
     return ["model=pretrained", f"model.name_or_path='{value}'"]
 
 
-def quoted_target(argument: str) -> str:
-    """``target=density=0.1`` with the quotes that Hydra wants around an equals sign; one pair for each value of a sweep."""
+def quoted(argument: str) -> str:
+    """With the quotes that Hydra wants around an equals sign, ``target=density=0.1``, and a path that begins with a digit.
+
+    One pair for each value of a sweep. Without them ``run_dir=2024_01`` is the number 202401.
+    """
     key, _, value = argument.partition("=")
-    if key != "target" or "=" not in value or "'" in value or '"' in value:
-        return argument
-    return "target=" + ",".join(f"'{each}'" for each in value.split(","))
+    if key == "target" and "=" in value and "'" not in value and '"' not in value:
+        return "target=" + ",".join(f"'{each}'" for each in value.split(","))
+    if key in ("run_dir", *INPUTS) and re.fullmatch(r"\d[\w.+-]*", value):
+        return f"{key}='{value}'"
+    return argument
 
 
 def check(argv: list[str]) -> list[Point]:
@@ -331,7 +377,7 @@ def check(argv: list[str]) -> list[Point]:
             alternatives = [expanded(override) for override in overrides]
             swept = [choices[0].partition("=")[0] for choices in alternatives if len(choices) > 1]
             return [
-                points.point_of(Path(hydra.compose("config", overrides=list(chosen)).run_dir), chosen, swept)
+                points.point_of(path_of(hydra.compose("config", overrides=list(chosen)), "run_dir"), chosen, swept)
                 for chosen in itertools.product(*alternatives)
             ]
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # Hydra raises the last for corpus=null

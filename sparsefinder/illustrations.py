@@ -38,10 +38,7 @@ def of_score(
     layers, heads = metrics["layer"].nunique(), metrics["head"].nunique()
     over = f"{_samples(metrics)}, then over {layers} layers × {heads} heads"
     found = [_recall(points, over, replicas)]
-    if (
-        len(recall_figures.highlighted(points))
-        < points.loc[points["pattern"].map(family_of) != BOUNDS, "pattern"].nunique()
-    ):
+    if _not_all_coloured(points):
         found.append(_families(points, over, replicas))
     chosen = comparable(points)
     if not chosen.empty:
@@ -94,7 +91,7 @@ def _recall(points: pd.DataFrame, over: str, replicas: Replicas | None) -> Illus
         caption += " Bands: 95 % intervals of the frontier over documents drawn again."
     if points["quadratic"].any():
         caption += " Open markers and dashed lines: predicting compares every pair, so it saves no work by itself."
-    if len(recall_figures.highlighted(points)) < points["pattern"].nunique() - 2:
+    if _not_all_coloured(points):
         caption += (
             " In colour: the published patterns, the best of ours and of the others, the best that compares every pair."
         )
@@ -104,6 +101,12 @@ def _recall(points: pd.DataFrame, over: str, replicas: Replicas | None) -> Illus
             caption += " Patterns that were run only without them are repeated in every panel."
     figure = recall_figures.recall_sparsity(points, replicas)
     return Illustration("recall_sparsity", "Recall against sparsity", figure, caption)
+
+
+def _not_all_coloured(points: pd.DataFrame) -> bool:
+    """Whether there are so many patterns, bounds apart, that some of them are drawn in grey."""
+    patterns = points.loc[points["pattern"].map(family_of) != BOUNDS, "pattern"].nunique()
+    return len(recall_figures.highlighted(points)) < patterns
 
 
 def _families(points: pd.DataFrame, over: str, replicas: Replicas | None) -> Illustration:
@@ -167,12 +170,13 @@ def _median_head(gold: np.ndarray) -> tuple[int, int]:
 
 
 def _rows_of(metrics: pd.DataFrame, point: Mapping[Any, Any]) -> pd.DataFrame:
-    keys = [name for name in ("run", "configuration") if name in metrics]
-    return metrics[np.logical_and.reduce([metrics[key] == point[key] for key in keys])]
+    rows = metrics[metrics["configuration"].isin(point["members"])]
+    return rows[rows["run"] == point["run"]] if "run" in rows else rows
 
 
 def _grid(rows: pd.DataFrame, measure: str) -> pd.DataFrame:
-    return rows.pivot(index="layer", columns="head", values=measure)
+    """A line for each layer and a column for each head; the mean over the seeds, where there are several."""
+    return rows.groupby(["layer", "head"])[measure].mean().unstack("head")
 
 
 def _samples(metrics: pd.DataFrame) -> str:

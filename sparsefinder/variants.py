@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sparsefinder.attention import Bucketed
+from sparsefinder.construction import construct
 from sparsefinder.graphs import Pattern
 from sparsefinder.patterns.configuration import Configuration, Learned
 from sparsefinder.patterns.full import Full
 from sparsefinder.patterns.window import Window
-from sparsefinder.store import plain
+from sparsefinder.store import UserError, plain
 from sparsefinder.transforms import Normalizer
 
 
@@ -28,6 +29,8 @@ class AttentionChoice:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if given := [name for name in ("pattern", "normalizer") if name in self.options]:
+            raise UserError(f"attention.{given[0]} is no setting: `evaluate` gives every attention its {given[0]}")
         self.build(Window(1), Normalizer())  # what is wrong with the settings is said before any work
 
     @property
@@ -38,7 +41,7 @@ class AttentionChoice:
     def build(self, pattern: Pattern | None, normalizer: Normalizer) -> Any:
         """The attention, ready to be plugged into a model."""
         given = {"pattern": pattern} if self.takes_pattern else {}
-        return self.kind(**given, normalizer=normalizer, **self.options)
+        return construct(self.kind, {**given, "normalizer": normalizer, **self.options}, "attention")
 
 
 @dataclass(frozen=True)

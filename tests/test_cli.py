@@ -150,6 +150,11 @@ WRONG = {
     "a need of a later stage": (["stage=[finetune,extract,score]", "pattern=kmeans"], "run stage=project first"),
     "unwritable folder": (["stage=score", *GIVEN, "run_dir=/proc/none/x"], "choose another run_dir"),
     "unknown model": (["stage=extract", "model=/does/not/exist"], "model=/does/not/exist"),
+    "a number for a stage": (["stage=5"], "stage=5 is no stage: give one by its name"),
+    "no such attention": (
+        ["stage=evaluate", "attention=bucketed", "attention._target_=nothing"],
+        "attention._target_=nothing cannot be used (No module named 'nothing')",
+    ),
     "too many clusters": (["stage=score", *GIVEN, "pattern=kmeans", "pattern.top_clusters=9"], "has 6 clusters"),
 }
 
@@ -181,6 +186,15 @@ def test_a_wrong_file_is_one_clear_line(case: str, tmp_path: Path) -> None:
     file = make(tmp_path / "wrong.pt")
     given = [*GIVEN[2:], f"qk={file}", f"qk_validation={file}", f"run_dir={tmp_path / 'run'}"]
     check_refused(call("stage=score", "pattern=kmeans", *given), message)
+
+
+@pytest.mark.parametrize("sweep", [[], ["-m", "window=null,3"]], ids=["once", "swept"])
+def test_a_number_is_the_name_of_a_file_or_folder(sweep: list[str], tmp_path: Path) -> None:
+    shutil.copy(GRAPH / "golden_enc-attn.pt", tmp_path / "2024")
+    settings = ["stage=score", "pattern=window", "qk=2024", "qk_validation=2024", "run_dir=2024_01"]
+    done = call(*settings, *sweep, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "2024_01").rglob("metrics.csv"))) == (2 if sweep else 1)
 
 
 def test_centroids_of_another_size(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +15,8 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from sparsefinder import pipeline
-from sparsefinder.store import Store
-from tests.conftest import ROOT
+from sparsefinder.store import Store, UserError
+from tests.conftest import GRAPH, ROOT
 
 CONF = ROOT / "conf"
 GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir())
@@ -66,6 +67,74 @@ def test_every_file_composes_and_every_stage_can_be_set_up(
 
 def settings_of(cfg: DictConfig, stage: str, script: ModuleType) -> Any:
     return script.build(cfg[stage], **script.objects(cfg, stage))
+
+
+WRONG = {  # settings of the command line → what the one line about them says
+    "stage=finetune model.vocabulary_size=1e4": "model.vocabulary_size must be int, got 10000.0",
+    "adapt_steps=1e2": "evaluate.adapt.steps must be int, got 100.0",
+    "evaluate.adapt=null": "evaluate.adapt must be AdaptSettings, got None",
+    "finetune.corpus=5": "finetune.corpus must be Corpus, got 5",
+    "stage=extract corpus=datasets corpus.data_files=a.jsonl": "corpus.data_files must be ",
+    "stage=extract corpus=text corpus.max_documents=2.5": "corpus.max_documents must be int or null, got 2.5",
+    "stage=extract corpus.train=numpy": "corpus.train must be a list of str, got 'numpy'",
+    "stage=extract ~corpus.train": "corpus.train is missing, which Docstrings needs: set corpus.train=VALUE",
+    "score._target_=sparsefinder.nothing": "score._target_=sparsefinder.nothing cannot be used",
+    "attention=bucketed +attention.foo=1": "Bucketed has no setting foo; its settings are pattern,",
+    "attention=bucketed +attention.queries_at_once=many": "attention.queries_at_once must be int, got 'many'",
+    "attention=bucketed +attention.normalizer=1": "attention.normalizer is no setting",
+    "attention=bucketed attention._target_=nothing": "attention._target_=nothing cannot be used",
+    "attention=bucketed attention._target_=os": "is not a callable object",
+    "run_dir=true": "run_dir=True: a folder is needed",
+    "run_dir=[a]": "a folder is needed",
+    "qk=[a]": "the path of an artefact is needed, or null",
+    "stage=5": "stage=5 is no stage: give one by its name, a list such as",
+    "stage=true": "stage=True is no stage",
+    "stage=[[score]]": "is no stage: give one by its name, a list such as",
+    "report.levels=0.1": "report.levels must be a list of float, got 0.1",
+    "stage=score report.levels=0.1": "report.levels must be a list of float, got 0.1",
+    "report.levels=null": "report.levels must be a list of float, got None",
+    "report.levels=[a]": "report.levels must be a list of float, got ['a']",
+    "stage=score pattern=kmeans pattern.sweep=3": "pattern.sweep=3: the values of a sweep are a list",
+    "seed=-1": "seed=-1: a seed must be a whole number from 0 to 4294967295",
+    "seed=4294967296": "seed=4294967296: a seed must be",
+    "seed=0.5": "seed=0.5: a seed must be",
+    "stage=extract extract.seed=-1": "extract.seed=-1: a seed must be",
+}
+
+
+@pytest.mark.parametrize("settings", WRONG)
+def test_a_wrong_setting_is_one_line_before_any_work(
+    settings: str, script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    own = [] if "run_dir=" in settings else [f"run_dir={tmp_path / 'run'}"]
+    cfg = compose(*settings.split(), *own)
+    monkeypatch.setattr(script, "chosen", lambda g: cfg.hydra.runtime.choices[g])
+    with pytest.raises(UserError) as error:
+        script.run(cfg)
+    assert WRONG[settings] in script.one_line(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["2024", "2024_01", "1e3", "007"])
+def test_a_path_may_look_like_a_number(name: str, script: ModuleType) -> None:
+    cfg = compose(*(script.quoted(f"{key}={name}") for key in ("run_dir", "qk")))
+    store = script.store_of(cfg, [], None)
+    assert (store.run_dir, store.given["qk"]) == (Path(name), Path(name))
+    cfg.run_dir = 2024  # in a file, where nothing puts quotes
+    assert script.store_of(cfg, [], None).run_dir == Path("2024")
+
+
+def test_a_run_prints_its_numbers_at_the_levels_of_the_report(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = GRAPH / "golden_enc-attn.pt"
+    given = [f"qk={file}", f"qk_validation={file}", f"run_dir={tmp_path}"]
+    cfg = compose("stage=score", "pattern=window", "report.levels=[0.15]", *given)
+    monkeypatch.setattr(script, "chosen", lambda g: cfg.hydra.runtime.choices[g])
+    script.run(cfg)
+    printed = capsys.readouterr().out
+    assert "15 %" in printed
+    assert not re.search(r"\b(2|5|10|20|30) %", printed)
 
 
 def test_the_default_is_the_tiny_experiment() -> None:

@@ -15,7 +15,7 @@ import pytest
 from matplotlib import pyplot
 from small_runs import RESULTS, make_evaluated, make_scored, variant
 
-from sparsefinder import drawing, findings, frontiers, heatmaps, page, recall_figures, report
+from sparsefinder import drawing, findings, frontiers, heatmaps, illustrations, page, recall_figures, report
 from sparsefinder.patterns.configuration import Configuration
 from sparsefinder.patterns.full import Full
 from sparsefinder.patterns.window import Window
@@ -241,6 +241,41 @@ def test_seeds_are_one_point_and_no_dial(metrics: pd.DataFrame) -> None:
         assert row.recall == pytest.approx(own["recall"].mean() + 0.05)
         assert "seed" not in row.label
     assert set(points.loc[points["pattern"] != "random", "members"].map(len)) == {1}
+
+
+def test_the_heat_map_of_a_point_over_seeds_is_their_mean(
+    metrics: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every map under its label and density: the mean over its layers and heads is the recall of the point."""
+    random = metrics[metrics["pattern"] == "random"]
+    again = random.assign(configuration=random["configuration"] + 1000, seed=1, recall=random["recall"] + 0.1)
+    both = pd.concat([metrics, again])
+    points = frontiers.points(both)
+    drawn: dict[str, pd.DataFrame] = {}
+    draw = heatmaps.layer_heads
+    monkeypatch.setattr(heatmaps, "layer_heads", lambda gold, recalls: drawn.update(recalls) or draw(gold, recalls))
+    illustrations.of_score(both, points, tmp_path)
+    means = {f"{row.label}\n{row.density:.1%} of pairs": row.recall for row in points.itertuples()}
+    assert any(label.startswith("random") for label in drawn)
+    assert {label: grid.to_numpy().mean() for label, grid in drawn.items()} == pytest.approx(
+        {label: means[label] for label in drawn}
+    )
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_the_caption_tells_colours_apart_only_where_there_is_grey(
+    metrics: pd.DataFrame, tmp_path: Path, many: bool
+) -> None:
+    """However many bounds there are: they always have a look of their own."""
+    names = [f"other{number}" for number in range(recall_figures.FEW)] if many else []
+    oracle, window = (metrics[metrics["pattern"] == name] for name in ("oracle", "window"))
+    copies = [oracle.assign(pattern=name) for name in ("oracle_topk", "oracle_topp", "oracle_head")]
+    copies += [window.assign(pattern=name) for name in names]
+    copies = [copy.assign(configuration=copy["configuration"] + 1000 * i) for i, copy in enumerate(copies, 1)]
+    table = pd.concat([metrics, *copies])
+    drawn = {each.name: each for each in illustrations.of_score(table, frontiers.points(table), tmp_path)}
+    assert ("In colour" in drawn["recall_sparsity"].caption) == many
+    assert ("recall_by_family" in drawn) == many
 
 
 def test_joined_runs_keep_their_configurations_apart(metrics: pd.DataFrame) -> None:
