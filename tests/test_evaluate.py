@@ -229,7 +229,6 @@ class TestEvaluate:
         with pytest.raises(ValueError, match=r"evaluate|alpha"):
             EvaluateSettings(corpus, CONFIGURATIONS, (MASKED,), **changes)
 
-
     def test_conversions_read_shorter_blocks_and_are_refused_first(
         self, store: Store, corpus: TextFiles, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
