@@ -1,11 +1,14 @@
 """Several calls side by side in one run: warm-up, median, spread, peak memory.
 
 Every round runs each call once, in the same order, so that what else the machine does falls on all of them; a ratio is the
-median over rounds of that round's ratio. Peak memory is what a call adds to the resident memory of the process (Linux only).
+median over rounds of that round's ratio. Freed memory stays with the process (glibc only): a call of the `entmax` package
+hands 200 MB back to the system, and whoever came next would pay for getting them anew. Peak memory is what a call adds to
+the resident memory of the process (Linux only).
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import os
@@ -48,6 +51,7 @@ class Measured:
 
 def measure(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, Measured]:
     """Warm up and find the peaks, then time every call once a round."""
+    keep_freed_memory()
     peaks = {}
     for name, call in calls.items():
         call()  # compiles
@@ -59,6 +63,14 @@ def measure(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, Me
             call()
             seconds[name].append(time.perf_counter() - start)
     return {name: Measured(seconds[name], peaks[name]) for name in calls}
+
+
+def keep_freed_memory() -> None:
+    """Blocks below 32 MB, glibc's limit, come from the heap, and the heap does not shrink by itself."""
+    with contextlib.suppress(OSError):
+        library = ctypes.CDLL("libc.so.6")
+        library.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
+        library.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 
 def peak_memory(call: Callable[[], object]) -> int | None:
