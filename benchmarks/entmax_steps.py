@@ -78,7 +78,7 @@ def from_histogram(x: Tensor, bins: int, power: float) -> Tensor:
 
 def main() -> None:
     names = ("Newton", "p-norm", "Halley", "16 bins, Newton", "64 bins, Newton", "16 bins, p-norm")
-    print(f"| α | scores | row | {' | '.join(names)} |\n|{'---|' * (len(names) + 3)}")
+    print(f"\n| α | scores | row | {' | '.join(names)} |\n|{'---|' * (len(names) + 3)}")
     for alpha in (1.5, 1.25, 2.0):
         power = 1 / (alpha - 1)
         for kind, make in KINDS.items():
