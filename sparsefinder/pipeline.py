@@ -104,14 +104,31 @@ def _keep(stack: contextlib.ExitStack, store: Store) -> None:
 
 
 def check_needs(stages: Sequence[Stage], settings: Mapping[str, Settings], store: Store) -> None:
-    """Before minutes of work: what a stage reads is there, or an earlier one makes it; a `UserError` where it is not."""
+    """Before minutes of work: what a stage reads is there, or an earlier one makes it; a `UserError` where it is not.
+
+    What one stage makes together is given together; samples to score may be others than those to learn from.
+    """
     made: set[str] = set()
     for stage in stages:
         if not getattr(settings[stage.name], "left_out", ""):
+            _check_together(stage.makes, store)
+            for maker in STAGES.values():
+                read = [name for name in maker.makes if name in settings[stage.name].needs]
+                _check_together([name for name in read if name not in _SAMPLES], store)
             for name in ARTEFACTS:  # in the order in which they are made
                 if name in settings[stage.name].needs and name not in made:
                     store.path(name)
             made |= set(stage.makes)
+
+
+def _check_together(names: Sequence[str], store: Store) -> None:
+    given = [name for name in names if name in store.given]
+    if given and len(given) < len(names):
+        rest = " and ".join(f"{name}=PATH" for name in names if name not in given)
+        maker = ARTEFACTS[given[0]].stage
+        raise UserError(
+            f"{' and '.join(given)} is given by path, but stage={maker} makes it with another: give {rest} too"
+        )
 
 
 def _run(stage: Stage, settings: Settings, store: Store, seed: int) -> None:
@@ -140,9 +157,6 @@ def _prepared(stage: Stage, settings: Settings, store: Store) -> tuple[dict[str,
     if len(given) == len(stage.makes):
         log.info("%s: skipped, %s is given by path", stage.name, " and ".join(given))
         return None
-    if given:
-        rest = " and ".join(f"{name}=PATH" for name in stage.makes if name not in given)
-        raise UserError(f"{' and '.join(given)} is given by path, but stage={stage.name} makes both: give {rest} too")
     _check_kin(settings, store)
     parents = _parents(stage, settings, store)
     described = json.loads(json.dumps(plain(settings)))
@@ -162,14 +176,6 @@ def _check_kin(settings: Settings, store: Store) -> None:
 
     Samples may be others than those learned from, and what is given by path is taken as it is.
     """
-    for stage in STAGES.values():
-        siblings = [name for name in stage.makes if name in settings.needs and name not in _SAMPLES]
-        given = [name for name in siblings if name in store.given]
-        if given and given != siblings:
-            rest = " and ".join(f"{name}=PATH" for name in siblings if name not in given)
-            raise UserError(
-                f"{' and '.join(given)} is given by path and was made with another artefact: give {rest} too"
-            )
     for name in settings.needs:
         manifest = None if name in store.given else store.manifest(name)
         for parent, content in manifest.parents.items() if manifest else ():

@@ -164,7 +164,7 @@ def contrastive_loss(projected: QK, gold: GoldPairs, settings: ProjectSettings, 
     if settings.block_size > 1:
         projected = projected.in_blocks(settings.block_size)
     if settings.distance == "l2" and native.works_on(projected.q):
-        pairs = native.Learned(gold.rows, gold.columns, gold.zeros, gold.chances(generator))
+        pairs = native.Positives(gold.rows, gold.columns, gold.zeros, gold.chances(generator))
         return native.hinge(projected.q[0], projected.k[0], pairs, settings.margin, settings.loss == "row")
     return _contrastive_loss(projected, gold, settings, generator)
 

@@ -257,10 +257,15 @@ class TestPipeline:
         (tmp_path / "mine").write_text("5")
         store = Store(tmp_path / "run", {"lowrank": tmp_path / "mine"})
         finish(store, "key_centroids")
-        with pytest.raises(UserError, match=r"lowrank is given by path .* give key_centroids=PATH too"):
-            run_stages([Stage("score", __name__)], {"score": Space()}, store, seed=0)
-        with pytest.raises(UserError, match="lowrank is given by path, but stage=route makes both: give key_centroids"):
-            run_stages([Stage("route", __name__)], {"route": First()}, store, seed=0)
+        for name, settings in (("score", Space()), ("route", First())):
+            with pytest.raises(
+                UserError, match=r"lowrank is given by path, but stage=route .*: give key_centroids=PATH"
+            ):
+                run_stages([Stage(name, __name__)], {name: settings}, store, seed=0)
+        stages = [Stage("project", __name__), Stage("score", __name__)]
+        with pytest.raises(UserError, match="give key_centroids=PATH"):
+            run_stages(stages, {"project": First(), "score": Space()}, store, seed=0)
+        assert store.find("projections") is None, "before any work"
 
     def test_a_missing_parent_names_its_stage(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="run stage=project first"):

@@ -138,15 +138,9 @@ template <class T> void normalize(double alpha, Row<T> &row) {
         row.support = row.keys;
         return;
     }
-    bool strange = false;
-    int64_t some = 0;
-    for (int64_t n = 0; n < count; ++n) {  // what can be above the threshold; written always, kept sometimes: no branch to guess
-        const T x = (row.scores[n] - peak) * T(alpha - 1.0);
-        strange |= std::isnan(x);
-        row.support[some] = row.keys[n], row.excess[some] = x;
-        some += x > T(-1);
-    }
-    if (strange) {  // as dense attention has it: whoever meets a NaN is NaN
+    const int64_t some = near_peak(row.scores.data(), count, peak, T(alpha - 1.0), row.excess.data(), row.support.data(),
+                                   [&](int64_t n) { return row.keys[n]; });
+    if (some < 0) {  // as dense attention has it: whoever meets a NaN is NaN
         row.support = row.keys;
         row.weights.assign(count, std::numeric_limits<T>::quiet_NaN());
         return;

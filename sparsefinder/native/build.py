@@ -101,6 +101,11 @@ def _built(source: Path, target: Path, command: list[str]) -> ctypes.CDLL:
     return ctypes.CDLL(str(target))
 
 
+def reads(x: Tensor, name: str) -> bool:
+    """Whether the compiled ``<name>.cpp`` can read ``x``: float32 or float64 on a CPU, where a C++ compiler is or was at hand."""
+    return x.device.type == "cpu" and x.dtype in DTYPES and available(name)
+
+
 def pointers(*tensors: Tensor) -> list[ctypes.c_void_p]:
     """Contiguous tensors as arguments; whoever calls keeps them alive."""
     return [POINTER(x.data_ptr()) for x in tensors]

@@ -15,7 +15,22 @@ template <class T> T one_less(T e, double alpha) {
     return alpha == 1.5 ? e : alpha == 2.0 ? T(1) : std::pow(e, T((2.0 - alpha) / (alpha - 1.0)));
 }
 
-// of x = (alpha - 1)(score - peak), where entry n stands for many(n) equal ones. It lies in [-1, 0], so whoever is at or below -1
+// What can be above the threshold: x = (alpha - 1)(score - peak) of the scores for which it is above -1, and whose they are. Returns
+// how many, -1 where a score is no number. Written always, kept sometimes: no branch to guess.
+template <class T, class F>
+int64_t near_peak(const T *scores, int64_t count, T peak, T scale, T *x, int32_t *ids, const F &id) {
+    int64_t some = 0;
+    bool strange = false;
+    for (int64_t n = 0; n < count; ++n) {
+        const T below = (scores[n] - peak) * scale;
+        strange |= std::isnan(below);
+        ids[some] = id(n), x[some] = below;
+        some += below > T(-1);
+    }
+    return strange ? -1 : some;
+}
+
+// of such x, where entry n stands for many(n) equal ones. It lies in [-1, 0], so whoever is at or below -1
 // need not be given: it is in no support, whatever the others are.
 template <class T, class F> T threshold_of(const T *x, int64_t count, double alpha, const F &many) {
     T threshold = -1;

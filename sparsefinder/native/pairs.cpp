@@ -35,16 +35,9 @@ template <class T> Found *support(const Rows &g, const T *q, const T *k, int64_t
                 const T *x = scores.data() + i * keys.width();
                 const int64_t seen = g.causal ? from + i + 1 : g.tokens;
                 const T peak = largest(x, seen);
-                // what can be above the threshold; written always, kept sometimes: no branch to guess
-                int64_t some = 0;
-                bool strange = false;
-                for (int64_t j = 0; j < seen; ++j) {
-                    const T below = (x[j] - peak) * scale;
-                    above[some] = below, columns[some] = j;
-                    some += below > T(-1);
-                    strange |= std::isnan(below);
-                }
-                if (strange) some = 0;  // a row with a NaN has no support
+                // a row with a NaN has no support
+                const int64_t some = std::max<int64_t>(
+                    0, near_peak(x, seen, peak, scale, above.data(), columns.data(), [](int64_t j) { return j; }));
                 const T threshold = threshold_of(above.data(), some, g.alpha, [](int64_t) { return T(1); });
                 int64_t kept = 0;
                 for (int64_t n = 0; n < some; ++n) {

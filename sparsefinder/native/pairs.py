@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sparsefinder.native.build import DTYPES, LONG, POINTER, available, load, pointers
+from sparsefinder.native.build import DTYPES, LONG, POINTER, load, pointers, reads
 
 
 class _Rows(ctypes.Structure):
@@ -37,8 +37,8 @@ class _Hinge(ctypes.Structure):
 
 
 def works_on(x: Tensor) -> bool:
-    """Whether ``x`` can be read here: float32 or float64 on a CPU, where a C++ compiler is or was at hand."""
-    return x.device.type == "cpu" and x.dtype in DTYPES and available("pairs")
+    """Whether ``x`` can be read here."""
+    return reads(x, "pairs")
 
 
 def support(q: Tensor, k: Tensor, causal: bool, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,7 +60,7 @@ def support(q: Tensor, k: Tensor, causal: bool, alpha: float) -> tuple[Tensor, T
 
 
 @dataclass(frozen=True)
-class Learned:
+class Positives:
     """Positives and the chances by which negatives are drawn, as `sparsefinder.pairs.GoldPairs` has them."""
 
     rows: Tensor
@@ -69,7 +69,7 @@ class Learned:
     chances: Tensor
 
 
-def hinge(q: Tensor, k: Tensor, pairs: Learned, margin: float, by_row: bool) -> Tensor:
+def hinge(q: Tensor, k: Tensor, pairs: Positives, margin: float, by_row: bool) -> Tensor:
     """The hinge of squared L2 distances, differentiable once in ``q`` and ``k (H, n, R)``: a scalar.
 
     ``by_row``: one hinge around the sums of a row, instead of one for each pair; see `sparsefinder.quantization`.
@@ -80,7 +80,7 @@ def hinge(q: Tensor, k: Tensor, pairs: Learned, margin: float, by_row: bool) -> 
 
 class _Contrast(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, pairs: Learned, margin: float, by_row: bool) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, pairs: Positives, margin: float, by_row: bool) -> Tensor:
         q, k = q.contiguous(), k.contiguous()
         lists = (x.to(torch.int64).contiguous() for x in (pairs.rows, pairs.columns, pairs.zeros))
         of_pairs = (*lists, pairs.chances.contiguous())

@@ -12,7 +12,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from sparsefinder.native.build import DTYPES, LONG, POINTER, available, load, pointers
+from sparsefinder.native.build import DTYPES, LONG, POINTER, load, pointers, reads
 
 
 class _Choice(ctypes.Structure):
@@ -25,8 +25,8 @@ class _Choice(ctypes.Structure):
 
 
 def works_on(x: Tensor) -> bool:
-    """Whether ``x`` can be read here: float32 or float64 on a CPU, where a C++ compiler is or was at hand."""
-    return x.device.type == "cpu" and x.dtype in DTYPES and available("predictors")
+    """Whether ``x`` can be read here."""
+    return reads(x, "predictors")
 
 
 def nearest(x: Tensor, centres: Tensor, top: int) -> Tensor:
