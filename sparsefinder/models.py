@@ -27,7 +27,7 @@ import logging
 import math
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -166,13 +166,30 @@ def _check_sizes(config: Any, name: str) -> None:
             )
 
 
+def gaps(model: PreTrainedModel, missing: Collection[str]) -> list[str]:
+    """Of the weights that a checkpoint lacks those that it must have, sorted: all but a head, or a pooler, gone as a whole.
+
+    Some of a head gone is damage.
+    """
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+
+    def part(key: str) -> str:
+        if not key.startswith(prefix):
+            return "head"
+        return "pooler" if key.startswith(f"{prefix}pooler.") else "body"
+
+    wrong = {key for key in missing if part(key) == "body"}
+    for name in ("head", "pooler"):
+        gone = {key for key in missing if part(key) == name}
+        # tied weights have other names in a report: a head with one of these is gone as a whole
+        if gone < {key for key, _ in model.named_parameters() if part(key) == name}:
+            wrong |= gone
+    return sorted(wrong)
+
+
 def _check_weights(model: PreTrainedModel, found: dict[str, Any], name: str) -> None:
     missing = sorted(found["missing_keys"])
-    prefix = model.base_model_prefix + "."
-    head = {key for key, _ in model.named_parameters() if not key.startswith(prefix)}
-    # a checkpoint may lack the head as a whole: some of it gone is damage
-    wrong = missing if set(missing) < head else [key for key in missing if key.startswith(prefix)]
-    if wrong:
+    if wrong := gaps(model, missing):
         raise UserError(
             f"model={name}: {len(wrong)} of its weights are not in the checkpoint, the first is {wrong[0]}; "
             "it is damaged or of another architecture"

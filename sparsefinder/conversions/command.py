@@ -16,7 +16,8 @@ from sparsefinder.conversions.led import convert_longformer_to_led
 from sparsefinder.conversions.longformer import convert_roberta_to_longformer, resize_longformer
 from sparsefinder.conversions.nystromformer import convert_roberta_to_nystromformer
 from sparsefinder.conversions.proof import save
-from sparsefinder.conversions.sources import SOURCE_FAMILIES, base_of
+from sparsefinder.conversions.sources import SOURCE_FAMILIES
+from sparsefinder.models import gaps
 from sparsefinder.store import UserError
 
 logger = logging.getLogger(__name__)
@@ -106,24 +107,11 @@ def _load_model(name: str, architecture: str | None) -> PreTrainedModel:
     return checked
 
 
-def _check_weights(model: Any, missing: set[str], name: str) -> None:
+def _check_weights(model: PreTrainedModel, missing: set[str], name: str) -> None:
     """Name the head or pooler that a checkpoint lacks as a whole in the log; raises `UserError` for any other gap."""
-    prefix = "" if base_of(model) is model else f"{model.base_model_prefix}."
-
-    def is_pooler(key: str) -> bool:
-        return key.startswith(f"{prefix}pooler.")
-
-    def is_head(key: str) -> bool:
-        return not key.startswith(prefix)
-
-    gaps = {key for key in missing if not is_pooler(key) and not is_head(key)}
-    for part in (is_pooler, is_head):
-        gone, whole = set(filter(part, missing)), {key for key, _ in model.named_parameters() if part(key)}
-        if gone < whole:  # some of it gone is damage
-            gaps |= gone
-    if gaps:
+    if wrong := gaps(model, missing):
         raise UserError(
-            f"{name} lacks {len(gaps)} weights of a {type(model).__name__}, the first is {min(gaps)}; it is damaged or of "
+            f"{name} lacks {len(wrong)} weights of a {type(model).__name__}, the first is {wrong[0]}; it is damaged or of "
             "another architecture"
         )
     if missing:
