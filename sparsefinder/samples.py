@@ -133,11 +133,9 @@ def _load_file(path: Path) -> Samples:
     if len(q) != len(k):
         raise UserError(f"{path}: {len(q)} samples of q but {len(k)} of k; they must come in pairs")
     _check_tensors(path, q, k)
-    counts = lengths.tolist() if isinstance(lengths, Tensor) else lengths
-    if not isinstance(counts, (list, tuple)) or not all(isinstance(count, int) for count in counts):
-        raise UserError(f"{path}: length_src must hold one whole number for each sample, got {_outline(lengths)}")
+    counts = _whole_numbers(path, lengths)
     found = [sample.shape[2] for sample in q]
-    if list(counts) != found:
+    if counts != found:
         where = next(
             (i for i, (a, b) in enumerate(zip(counts, found, strict=False)) if a != b), min(len(counts), len(found))
         )
@@ -230,15 +228,39 @@ def _check_tensors(path: Path, q: Sequence[Any], k: Sequence[Any]) -> None:
             )
 
 
+def _whole_numbers(path: Path, lengths: Any) -> list[int]:
+    """``length_src`` as numbers: a tensor ``(num_samples,)`` of any dtype, as the published script writes floats, or a list.
+
+    The numbers of a list may be tensors of one value.
+    """
+    if isinstance(lengths, Tensor) and lengths.ndim == 1:
+        counts = lengths.tolist()
+    elif isinstance(lengths, (list, tuple)):
+        single = (each.item() if isinstance(each, Tensor) and each.numel() == 1 else each for each in lengths)
+        counts = list(single)
+    else:
+        raise UserError(f"{path}: length_src must hold one whole number for each sample, got {_outline(lengths)}")
+    for place, count in enumerate(counts):
+        if isinstance(count, bool) or not isinstance(count, (int, float)) or not float(count).is_integer():
+            shown = count if isinstance(count, (bool, int, float)) else _outline(count)
+            raise UserError(
+                f"{path}: length_src must hold one whole number for each sample, got {shown} at sample {place}; "
+                "extract the file again"
+            )
+    return [int(count) for count in counts]
+
+
 def _memory() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _mapped(tensor: Layers) -> Tensor:
-    if not isinstance(tensor, StoredTensor):
-        assert isinstance(tensor, Tensor)
-        return tensor
-    return tensor.mapped()
+    """As a tensor that has its memory for itself: of a view of a batch, torch would save the whole batch."""
+    if isinstance(tensor, StoredTensor):
+        return tensor.mapped()
+    assert isinstance(tensor, Tensor)
+    whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _outline(value: Any) -> str:

@@ -33,6 +33,43 @@ def test_writes_what_it_reads(tmp_path: Path) -> None:
     assert load_samples(tmp_path / "a.pt").lengths == [3, 5]
 
 
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        torch.Tensor([3, 5]),  # as the published script builds it
+        *(torch.tensor([3, 5], dtype=kind) for kind in (torch.float16, torch.float64, torch.int32, torch.uint8)),
+        [3.0, 5],
+        (torch.tensor(3), torch.tensor([5.0])),
+    ],
+    ids=lambda lengths: str(getattr(lengths, "dtype", type(lengths).__name__)),
+)
+def test_lengths_of_any_dtype_are_read(lengths: object, tmp_path: Path) -> None:
+    torch.save(change("length_src", lengths), tmp_path / "a.pt")
+    assert load_samples(tmp_path / "a.pt").lengths == [3, 5]
+
+
+@pytest.mark.parametrize("trimmed", [False, True])
+def test_views_of_a_batch_are_read_and_saved_without_the_batch(trimmed: bool, tmp_path: Path) -> None:
+    """As the published scripts make them, of a whole batch, or without the padding that it has."""
+    batch = torch.randn(2, 3, 2, 4, 16, 8)  # (side, sample, layer, head, token, head size)
+    lengths = [16, 9, 12] if trimmed else [16] * 3
+    q, k = ([sample[:, :, :n] for sample, n in zip(side, lengths, strict=True)] for side in batch)
+    torch.save({"length_src": torch.tensor(lengths), "q": q, "k": k}, tmp_path / "views.pt")
+    samples = load_samples(tmp_path / "views.pt")
+    samples.part(1, 2).save(tmp_path / "one.pt")
+    Samples(q[1:2], k[1:2]).save(tmp_path / "from_memory.pt")
+    for file, first in (("views.pt", 0), ("one.pt", 1), ("from_memory.pt", 1)):
+        again = load_samples(tmp_path / file)
+        assert again.lengths == lengths[first : first + len(again)]
+        for index in range(len(again)):
+            for layer, qk in enumerate(again.layers(index)):
+                assert torch.equal(qk.q[0], q[first + index][layer])
+                assert torch.equal(qk.k[0], k[first + index][layer])
+    own = 2 * q[1].nbytes
+    for file in ("one.pt", "from_memory.pt"):
+        assert own < (tmp_path / file).stat().st_size < own + 4000
+
+
 def test_the_old_format_of_torch_loads(tmp_path: Path) -> None:
     torch.save(content(), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     assert load_samples(tmp_path / "old.pt").lengths == [3, 5]
@@ -51,6 +88,11 @@ WRONG = {
     "other shapes": (change("k", content((3, 4))["k"]), "but k of shape"),
     "length disagrees": (change("length_src", [3, 4]), "5 tokens"),
     "too few lengths": (change("length_src", [3]), "length_src disagrees"),
+    "part of a token": (change("length_src", torch.tensor([3.0, 5.5])), "one whole number for each sample, got 5.5 at"),
+    "length is no number": (change("length_src", [3.0, float("nan")]), "got nan at sample 1"),
+    "length is true": (change("length_src", [3, True]), "got True at sample 1"),
+    "length is text": (change("length_src", ["3", 5]), "got a str at sample 0"),
+    "lengths in two axes": (change("length_src", torch.tensor([[3, 5]])), "got a torch.int64 tensor of shape"),
     "no floats": (change("q", [t.long() for t in content()["q"]]), "floating point"),
     "three axes": (change("q", [t[0] for t in content()["q"]]), "floating point tensor"),
     "other heads": (
