@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -13,6 +12,9 @@ from typing import BinaryIO
 from sparsefinder.store import UserError
 
 _ARTICLE = re.compile(r" ?= ([^=].*[^=]|[^=\s]) = ?$")  # a title of WikiText; sections have more signs
+
+# with its end. str.splitlines would also cut at U+2028, U+0085, form feeds and the like, which stand inside lines of text
+_LINE = re.compile(r"[^\r\n]*(?:\r\n?|\n)|[^\r\n]+")
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def limited(
 
 def split_documents(text: str) -> Iterator[str]:
     """The documents of a text, stripped, none of them empty."""
-    return documents_of(lambda: io.StringIO(text, newline="\n"))
+    return documents_of(lambda: _LINE.findall(text))
 
 
 def documents_of(lines: Callable[[], Iterable[str]]) -> Iterator[str]:
@@ -122,8 +124,7 @@ def _always(_: str) -> bool:
 
 
 def _documents(part: list[str], one_each: bool) -> Iterator[str]:
-    lines = [line.strip() for line in "".join(part).splitlines()]
-    found = [line for line in lines if line]
+    found = [stripped for line in part if (stripped := line.strip())]
     if one_each:
         yield from found
     elif found:
@@ -143,7 +144,7 @@ def _lines(path: Path, split: str) -> Iterator[str]:
                 line = line.removeprefix("\ufeff")  # a byte order mark is no text
             place += len(data)
             empty = empty and not line.strip()
-            yield line
+            yield from _LINE.findall(line)
     if empty:
         raise UserError(f"corpus.{split}={path} is empty; give a file with text")
 
