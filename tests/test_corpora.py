@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import random
+import time
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from sparsefinder.corpora import (
     masked_batches,
     token_blocks,
     train_tokenizer,
+    vocabulary,
 )
 from sparsefinder.corpora import docstrings as docstrings_module
 from sparsefinder.corpora.files import split_documents
@@ -214,6 +217,22 @@ def test_titles_with_any_line_ends_after_a_mark_and_of_one_character(tmp_path, e
         list(corpus.documents("train"))
 
 
+LINE_FEEDS_ONLY = ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e"]
+
+
+@pytest.mark.parametrize("sign", LINE_FEEDS_ONLY)
+def test_only_line_ends_cut_a_text(tmp_path, sign):
+    (tmp_path / "lines").write_bytes(f"one{sign}more\ntwo{sign}more\n".encode())
+    assert list(TextFiles(str(tmp_path / "lines"), "other").documents("train")) == [f"one{sign}more", f"two{sign}more"]
+    assert list(split_documents(f"a{sign}b\nc\n\nd{sign}e")) == [f"a{sign}b\nc", f"d{sign}e"]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_every_line_end_does(tmp_path, end):
+    (tmp_path / "lines").write_bytes(end.join(["one", "two", "", "three", ""]).encode())
+    assert list(TextFiles(str(tmp_path / "lines"), "other").documents("train")) == ["one\ntwo", "three"]
+
+
 def write(path, text):
     path.write_text(text, encoding="utf-8")
     return str(path)
@@ -350,6 +369,32 @@ def test_a_folder_of_files_is_known_by_its_content(tmp_path, monkeypatch):
     assert corpus.fingerprint() != before
 
 
+ROWS_WITH_NULLS = {
+    "csv": "text,id,note\nhello world,1,\nnull,2,\n,3,\nNA,4,\nlast row,5,\n",
+    "json": "".join(
+        json.dumps({"text": t, "id": 1, "note": None}) + "\n" for t in ("hello world", None, "last row", None, None)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ROWS_WITH_NULLS)
+@pytest.mark.parametrize("streaming", [True, False])
+def test_rows_without_text_are_left_out_and_counted(tmp_path, monkeypatch, caplog, kind, streaming):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    caplog.set_level("INFO")
+    files = {split: write(tmp_path / f"{split}.{kind}", ROWS_WITH_NULLS[kind]) for split in ("train", "validation")}
+    corpus = AnyDataset(kind, data_files=files, max_documents=10, streaming=streaming)
+    assert list(corpus.documents("train")) == ["hello world", "last row"]
+    assert "train: 3 of 5 rows have no text (null) and are left out" in caplog.text
+    for column, message in (
+        ("note", "column=note of .* holds no text: all 5 rows are null"),
+        ("id", "^corpus.*holds int"),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            list(AnyDataset(kind, data_files=files, max_documents=10, column=column).documents("train"))
+        assert "cannot be read" not in str(caught.value)
+
+
 def test_a_stream_takes_no_more_rows_than_wanted(monkeypatch):
     def endless(*_, **__):
         yield from ({"text": "Text."} for _ in range(3))
@@ -415,6 +460,24 @@ def test_the_tokenizer_is_deterministic_reversible_and_saved(corpus, tmp_path):
         assert one.decode(ids[1:-1]) == text
     with pytest.raises(UserError, match="vocabulary_size must be at least 261"):
         train_tokenizer([], 100, 64)
+
+
+def test_words_without_end_are_learned_from_in_linear_time(monkeypatch, caplog):
+    text = "".join(random.Random(0).choice("ACGT") for _ in range(200_000))  # in one word: over twenty seconds
+    began = time.process_time()
+    tokenizer = train_tokenizer([text, "Short words."], 400, 64)
+    assert time.process_time() - began < 5
+    assert (
+        "1 of the words that the vocabulary is learned from have more than 1,000 bytes (the longest has 200,000)"
+        in caplog.text
+    )
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+    caplog.clear()
+    short = ["北京，" * 2000, *(SENTENCE + text[start : start + 60] for start in range(0, 6000, 60))]
+    bounded = train_tokenizer(short, 400, 64).backend_tokenizer.to_str()
+    monkeypatch.setattr(vocabulary, "_LONGEST", 100_000)
+    assert bounded == train_tokenizer(short, 400, 64).backend_tokenizer.to_str()  # ordinary text: nothing changes
+    assert not caplog.text
 
 
 def test_blocks_hold_whole_documents_in_pieces(corpus):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -16,6 +18,8 @@ from sparsefinder.corpora.files import check_limits, digest_of, limited
 from sparsefinder.corpora.loading import load_split
 from sparsefinder.files import files_of
 from sparsefinder.store import UserError
+
+log = logging.getLogger(__name__)
 
 _BOUND = r"(-?\d+(?:_\d+)*)?(%?)"
 _PART = re.compile(rf"([^\[(]*)(?:\[{_BOUND}:{_BOUND}\])?(?:\(.*\))?$")  # train, train[:1%], train[5:](closest)
@@ -104,21 +108,41 @@ class AnyDataset:
             bool(self.data_files),
             **options,
         )
+        read = nulls = 0
         try:
             for row in rows:
-                if self.column not in row:
-                    raise UserError(
-                        f"{self.path} has no column {self.column}: choose one of {', '.join(row)} with corpus.column="
-                    )
-                if not isinstance(row[self.column], str):
-                    raise UserError(
-                        f"corpus.column={self.column} of {self.path} holds {type(row[self.column]).__name__}, not text; "
-                        f"its columns: {', '.join(row)}"
-                    )
-                if document := row[self.column].strip():
+                text = self._text(row)
+                read, nulls = read + 1, nulls + (text is None)
+                if document := (text or "").strip():
                     yield document
-        except (OSError, ValueError) as error:  # a stream that breaks, a file that its reader does not understand
+        except UserError:
+            raise
+        except Exception as error:  # a stream that breaks, a file that its reader does not understand: no common type
             raise hub.refusal(str(self.path), error, " cannot be read on") from error
+        finally:  # a limit may have been met before the last row
+            if nulls:
+                log.info("corpus: %s: %d of %d rows have no text (null) and are left out", split, nulls, read)
+        if not read:
+            raise UserError(f"{self.path} has no rows in its split {names[split]}")
+        if nulls == read:
+            raise UserError(f"corpus.column={self.column} of {self.path} holds no text: all {read} rows are null")
+
+    def _text(self, row: Mapping[str, Any]) -> str | None:
+        """What a row holds; None for null, which CSV readers make of an empty cell, ``null`` and ``NA`` too."""
+        others = ", ".join(map(str, row))
+        if self.column not in row:
+            raise UserError(f"{self.path} has no column {self.column}: choose one of {others} with corpus.column=")
+        value = row[self.column]
+        if value is None or (
+            isinstance(value, float) and math.isnan(value)
+        ):  # NaN: a column of numbers has no other null
+            return None
+        if not isinstance(value, str):
+            raise UserError(
+                f"corpus.column={self.column} of {self.path} holds {type(value).__name__}, not text: choose another of its "
+                f"columns ({others}) with corpus.column="
+            )
+        return value
 
     def fingerprint(self) -> str:
         """Changes with the settings and the bytes of local files, of ``data_files`` or of a folder given as ``path``.
