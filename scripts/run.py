@@ -198,9 +198,10 @@ def store_of(cfg: DictConfig, stages: list[str], point: Point | None) -> Store:
         finetuned = read_manifest(run_dir / "model")
         if finetuned is None or finetuned.settings.get("model", {}).get("name_or_path") != name:
             given["model"] = Path(str(name)) if Path(str(name)).exists() else str(name)
+    scale = plain(cfg.query_scale)
     if point is None:
-        return Store(run_dir, given)
-    return Store(point.folder, given, base=run_dir)
+        return Store(run_dir, given, query_scale=scale)
+    return Store(point.folder, given, base=run_dir, query_scale=scale)
 
 
 def path_of(cfg: DictConfig, key: str) -> Path:

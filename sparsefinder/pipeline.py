@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from sparsefinder import processes
-from sparsefinder.store import ARTEFACTS, Store, UserError, plain, versions
+from sparsefinder.store import ARTEFACTS, SAMPLES, Store, UserError, plain, versions
 
 log = logging.getLogger(__name__)
 
@@ -76,9 +76,6 @@ STAGES = {
 }
 
 
-_SAMPLES = ("qk", "qk_validation")
-
-
 def chosen_stages(stage: str | Sequence[str]) -> list[Stage]:
     """``all``, one name or several → stages in their order; an unknown name is a `UserError` that lists them."""
     names = [stage] if isinstance(stage, str) else list(stage or ())
@@ -114,7 +111,7 @@ def check_needs(stages: Sequence[Stage], settings: Mapping[str, Settings], store
             _check_together(stage.makes, store)
             for maker in STAGES.values():
                 read = [name for name in maker.makes if name in settings[stage.name].needs]
-                _check_together([name for name in read if name not in _SAMPLES], store)
+                _check_together([name for name in read if name not in SAMPLES], store)
             for name in ARTEFACTS:  # in the order in which they are made
                 if name in settings[stage.name].needs and name not in made:
                     store.path(name)
@@ -179,7 +176,7 @@ def _check_kin(settings: Settings, store: Store) -> None:
     for name in settings.needs:
         manifest = None if name in store.given else store.manifest(name)
         for parent, content in manifest.parents.items() if manifest else ():
-            apart = parent in _SAMPLES or parent not in settings.needs
+            apart = parent in SAMPLES or parent not in settings.needs
             if not apart and store.content(parent) != content:
                 raise UserError(
                     f"{name} was made from other {parent}: run stage={ARTEFACTS[name].stage} first, or use it all the same "

@@ -10,6 +10,7 @@ order of the files' names. `Samples` does not tell one from the other, and `join
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,8 +23,12 @@ from torch import Tensor
 from sparsefinder.graphs import QK
 from sparsefinder.store import Store, UserError
 from sparsefinder.tensor_files import StoredTensor, load_tensors, save_tensors, stored
+from sparsefinder.transforms import Normalizer
 
 log = logging.getLogger(__name__)
+
+_MOST_GOLD = 0.5  # share of the pairs above which a file given by path is not believed
+_ENOUGH_TOKENS = 16  # of fewer a large share is nothing strange
 
 
 class Layers(Protocol):
@@ -33,6 +38,22 @@ class Layers(Protocol):
     def shape(self) -> Sequence[int]: ...
 
     def __getitem__(self, layer: int, /) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """Layers times a number, in float32, each multiplied when it is taken."""
+
+    layers: Layers
+    factor: float
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """``(L, H, n, D)``."""
+        return self.layers.shape
+
+    def __getitem__(self, layer: int) -> Tensor:
+        return self.layers[layer].float() * self.factor
 
 
 @dataclass(frozen=True)
@@ -81,6 +102,11 @@ class Samples:
 
     def __iter__(self) -> Iterator[list[QK]]:
         return (list(self.layers(index)) for index in range(len(self)))
+
+    def with_queries_times(self, scale: float | str) -> Samples:
+        """Queries multiplied by a number, or by √D with ``sqrt_d``: those of fairseq's models are stored divided by it."""
+        factor = math.sqrt(self.shape[2]) if scale == "sqrt_d" else float(scale)
+        return Samples([Scaled(sample, factor) for sample in self.q], self.k, self.source)
 
     def part(self, start: int, stop: int) -> Samples:
         """Samples ``start`` to ``stop``."""
@@ -180,7 +206,7 @@ def join(folder: Path, file: Path) -> None:
 
 def training_samples(store: Store) -> Samples:
     """The samples to learn from: ``qk``, without its last tenth where that is held out (see `validation_samples`)."""
-    samples = load_samples(store.path("qk"))
+    samples = _read(store, "qk")
     if not store.splits_qk:
         return samples
     training = samples.split_last_tenth()[0]
@@ -191,12 +217,48 @@ def training_samples(store: Store) -> Samples:
 
 def validation_samples(store: Store) -> Samples:
     """The samples to measure on: ``qk_validation``, or the last tenth (one or more) of a ``qk`` that was given alone."""
-    samples = load_samples(store.path("qk_validation"))
+    samples = _read(store, "qk_validation")
     if not store.splits_qk:
         return samples
     held_out = samples.split_last_tenth()[1]
     log.info("%s is given without qk_validation: its last %d samples are held out", samples.source, len(held_out))
     return held_out
+
+
+def _read(store: Store, name: str) -> Samples:
+    """Of a file that somebody else may have made, the queries as ``query_scale`` says, after a look at whether that can be."""
+    samples = load_samples(store.path(name))
+    if name not in store.given:
+        return samples
+    if store.query_scale is not None:
+        samples = samples.with_queries_times(store.query_scale)
+    if store.first_time(f"density of {samples.source}"):
+        _warn_of_density(samples)
+    return samples
+
+
+def _warn_of_density(samples: Samples) -> None:
+    """Say so where more than half of the pairs are gold: queries that were divided twice make all scores alike."""
+    place = max(range(len(samples)), key=samples.lengths.__getitem__)
+    if samples.lengths[place] < _ENOUGH_TOKENS:
+        return
+    density = gold_density(samples, place)
+    if density > _MOST_GOLD:
+        log.warning(
+            "%s: %.0f %% of the pairs of sample %d are gold under 1.5-entmax, where sparse attention has a few percent; if its "
+            "queries are stored divided by √D, as fairseq's are, give query_scale=sqrt_d, else query_scale=NUMBER",
+            *(samples.source, 100 * density, place),
+        )
+
+
+def gold_density(samples: Samples, place: int, alpha: float = 1.5, queries: int = 128) -> float:
+    """The share of gold pairs in one sample, over all its layers and heads and some ``queries`` of it."""
+    shares = []
+    for qk in samples.layers(place):
+        step = max(1, qk.q.shape[2] // queries)
+        scores = qk.q[:, :, ::step] @ qk.k.mT / math.sqrt(qk.q.shape[-1])
+        shares.append((Normalizer(alpha)(scores) > 0).float().mean())
+    return torch.stack(shares).mean().item()
 
 
 def _check_tensors(path: Path, q: Sequence[Any], k: Sequence[Any]) -> None:
@@ -258,6 +320,8 @@ def _mapped(tensor: Layers) -> Tensor:
     """As a tensor that has its memory for itself: of a view of a batch, torch would save the whole batch."""
     if isinstance(tensor, StoredTensor):
         return tensor.mapped()
+    if isinstance(tensor, Scaled):
+        return torch.stack([tensor[layer] for layer in range(tensor.shape[0])])
     assert isinstance(tensor, Tensor)
     whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
     return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import math
 import os
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -83,6 +84,9 @@ ARTEFACTS = {
 }
 
 
+SAMPLES = ("qk", "qk_validation")
+
+
 def missing(pattern: str, name: str) -> UserError:
     """What to say where a pattern lacks the artefact ``name``: the stage that makes it, and how to give a file."""
     return UserError(
@@ -95,10 +99,17 @@ class Store:
 
     ``run_dir``: where new artefacts go. ``given``: artefacts that the user named by path; they are read, never written.
     ``base``: the run directory of which this one is a variation (a point of a sweep): what is not here is looked for there,
-    and nothing is ever written there.
+    and nothing is ever written there. ``query_scale``: a number, or ``sqrt_d``, by which the queries of files that are given
+    are to be multiplied.
     """
 
-    def __init__(self, run_dir: Path, given: Mapping[str, Path | str] | None = None, base: Path | None = None):
+    def __init__(
+        self,
+        run_dir: Path,
+        given: Mapping[str, Path | str] | None = None,
+        base: Path | None = None,
+        query_scale: float | str | None = None,
+    ):
         self.run_dir = run_dir
         self.base = base
         self.given = dict(given or {})
@@ -106,6 +117,9 @@ class Store:
         self.splits_qk = "qk" in self.given and "qk_validation" not in self.given
         if self.splits_qk:
             self.given["qk_validation"] = self.given["qk"]
+        self.query_scale = query_scale
+        _check_scale(query_scale, self.given)
+        self._said: set[str] = set()
         self._facts: dict[str, dict[str, Any]] = {}
         self._hashed: dict[Path, tuple[dict[str, list[int]], str]] = {}  # files without a manifest that fits
 
@@ -160,6 +174,8 @@ class Store:
                 f"{path} is not what stage={manifest.stage} wrote: it was damaged or replaced; run that stage again, "
                 f"or give the file with {name}=PATH to use it as it is"
             )
+        if self.query_scale is not None and name in SAMPLES and name in self.given:
+            return f"{found} query_scale={self.query_scale}"
         return found
 
     def damaged(self, name: str) -> bool:
@@ -179,6 +195,12 @@ class Store:
         if known is None or known[0] != stats:
             known = self._hashed[path] = (stats, content_hash(path))
         return known[1]
+
+    def first_time(self, what: str) -> bool:
+        """Whether nobody asked about ``what`` before: a warning is given once in a run."""
+        first = what not in self._said
+        self._said.add(what)
+        return first
 
     # ---- writing ----
 
@@ -281,6 +303,21 @@ class Store:
             yield
         finally:
             os.close(handle)
+
+
+def _check_scale(scale: Any, given: Mapping[str, Path | str]) -> None:
+    if scale is None:
+        return
+    number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
+    if scale != "sqrt_d" and not (number and 0 < scale < math.inf):
+        raise UserError(
+            f"query_scale={scale}: give a positive number that queries are multiplied by, sqrt_d where they were divided by √D, "
+            "or null"
+        )
+    if not {*SAMPLES} & given.keys():
+        raise UserError(
+            f"query_scale={scale} is for queries of files given by path: give qk=PATH or qk_validation=PATH too, or leave it out"
+        )
 
 
 def progress(iterable: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:

@@ -179,6 +179,51 @@ class TestHeldOut:
             training_samples(store)
 
 
+class TestQueryScale:
+    def write(self, path: Path, divided: float = 1.0, tokens: int = 40) -> Path:
+        generator = torch.Generator().manual_seed(0)
+        q, k = 2 * torch.randn(2, 2, 2, tokens, 64, generator=generator)
+        torch.save({"length_src": [tokens] * 2, "q": [q / divided] * 2, "k": [k] * 2}, path)
+        return path
+
+    @pytest.mark.parametrize("scale", ["sqrt_d", 8, 8.0])
+    def test_queries_of_files_given_by_path_are_multiplied(self, scale: float | str, tmp_path: Path) -> None:
+        right, divided = self.write(tmp_path / "a.pt"), self.write(tmp_path / "b.pt", 8.0)
+        plain, scaled = Store(tmp_path, {"qk": right}), Store(tmp_path, {"qk": divided}, query_scale=scale)
+        for take in (training_samples, validation_samples):
+            for a, b in zip(take(plain).layers(0), take(scaled).layers(0), strict=True):
+                assert torch.allclose(a.q, b.q)
+                assert torch.equal(a.k, b.k)
+        validation_samples(scaled).save(tmp_path / "saved.pt")
+        assert torch.allclose(load_samples(tmp_path / "saved.pt").q[0][1], torch.load(right)["q"][0][1])
+
+    def test_it_is_part_of_what_a_stage_was_made_from(self, tmp_path: Path) -> None:
+        file = self.write(tmp_path / "a.pt")
+        given = {"qk": file, "qk_validation": file}
+        contents = {Store(tmp_path, given, query_scale=scale).content("qk") for scale in (None, 8.0, "sqrt_d")}
+        assert len(contents) == 3
+
+    @pytest.mark.parametrize("scale", [0, -1.0, float("inf"), float("nan"), True, "sqrt", [8]])
+    def test_a_wrong_one(self, scale: object, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match=r"query_scale=.*: give a positive number"):
+            Store(tmp_path, {"qk": tmp_path}, query_scale=scale)  # type: ignore[arg-type]
+
+    def test_it_is_not_for_what_the_run_makes_itself(self, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match="give qk=PATH"):
+            Store(tmp_path, {"projections": tmp_path}, query_scale=8.0)
+
+    @pytest.mark.parametrize(("divided", "tokens", "warned"), [(1.0, 40, 0), (64.0, 40, 1), (64.0, 15, 0)])
+    def test_a_density_that_cannot_be_names_it_once(
+        self, divided: float, tokens: int, warned: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        store = Store(tmp_path, {"qk": self.write(tmp_path / "a.pt", divided, tokens)})
+        training_samples(store)
+        validation_samples(store)
+        said = [record.getMessage() for record in caplog.records if "query_scale=sqrt_d" in record.getMessage()]
+        assert len(said) == warned
+        assert all("of the pairs of sample 0 are gold" in line for line in said)
+
+
 class TestFolders:
     def write(self, folder: Path, whole: dict, size: int) -> Path:
         folder.mkdir()
