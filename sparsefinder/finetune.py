@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,7 +142,8 @@ class FinetuneSettings:
     alpha: float = 1.5  # of the entmax that the model ends with; 1 is softmax
     alpha_schedule: bool = False  # anneal α from 1.01 to `alpha` over the first half of the steps
     length: int | None = None  # tokens of a block; None: what the model can take
-    steps: int = 3000  # updates; 0 takes the model as it is
+    steps: int | None = 3000  # updates; 0 takes the model as it is; None where epochs are counted
+    epochs: float | None = None  # times that the text is read, instead of steps
     batch_size: int = 64  # blocks at once, on each device
     accumulation: int = 1  # batches that make one update
     learning_rate: float = 3e-5
@@ -163,8 +165,15 @@ class FinetuneSettings:
             if getattr(self, name) < 1:
                 raise UserError(f"finetune.{name} must be 1 or more, got {getattr(self, name)}")
         for name in ("steps", "warmup", "weight_decay"):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise UserError(f"finetune.{name} must not be negative, got {getattr(self, name)}")
+        if self.epochs is not None and not 0 < self.epochs < math.inf:
+            raise UserError(f"finetune.epochs must be positive, or null to count steps, got {self.epochs}")
+        if (self.steps is None) == (self.epochs is None):
+            raise UserError(
+                f"finetune.steps={self.steps} and finetune.epochs={self.epochs}: one of them says how long to train; set the "
+                "other to null"
+            )
         for name in ("learning_rate", "clip", "adam_epsilon"):
             if not getattr(self, name) > 0:
                 raise UserError(f"finetune.{name} must be positive, got {getattr(self, name)}")
@@ -203,12 +212,14 @@ def run(settings: FinetuneSettings, store: Store) -> None:
     )
     held_out = masked_batches(validation, tokenizer, seed=settings.seed, batch_size=settings.batch_size)
     models.set_normalizer(model, Normalizer(settings.alpha))
-    if settings.steps:
+    steps = 0
+    if settings.steps != 0:
         training = processes.first_then_all(
             lambda: token_blocks(settings.corpus, tokenizer, "train", length, cache=cache)
         )
+        steps = steps_over(settings, len(training))
         checkpoints = processes.once(lambda: _checkpoints(settings, store))
-        model = train(settings, model, tokenizer, training, held_out, checkpoints)
+        model = train(settings, steps, model, tokenizer, training, held_out, checkpoints)
     if not processes.first():
         return
     loss, entropy = validation_loss(model, held_out), unigram_entropy(held_out)
@@ -223,14 +234,22 @@ def run(settings: FinetuneSettings, store: Store) -> None:
         validation_loss=loss,
         unigram_entropy=entropy,
         gold_sparsity=sparsity,
-        steps=settings.steps,
+        steps=steps,
         parameters=model.num_parameters(),
         seconds=round(seconds, 1),
     )
     log.info(
         "finetune: %d steps, %.0f s; validation loss %.3f, unigram entropy %.3f: %.3f nats below; mean gold sparsity %.3f",
-        *(settings.steps, seconds, loss, entropy, entropy - loss, sparsity),
+        *(steps, seconds, loss, entropy, entropy - loss, sparsity),
     )
+
+
+def steps_over(settings: FinetuneSettings, blocks: int) -> int:
+    """How many steps are to be made over so many blocks; of an epoch's last step, begun counts as made."""
+    if settings.steps is not None:
+        return settings.steps
+    in_a_step = settings.batch_size * settings.accumulation * processes.count()
+    return math.ceil((settings.epochs or 0) * blocks / in_a_step)
 
 
 def _made(settings: FinetuneSettings, cache: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -48,23 +48,27 @@ _POOL = 8  # batches whose blocks are sorted by length together, so that little 
 
 def train(
     settings: FinetuneSettings,
+    steps: int,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     blocks: TokenBlocks,
     held_out: Sequence[Batch],
     folder: Path,
 ) -> PreTrainedModel:
-    """``model`` trained on ``blocks``; checkpoints go to ``folder``, and a run that was killed goes on from the last."""
+    """``model`` trained on ``blocks``; checkpoints go to ``folder``, and a run that was killed goes on from the last.
+
+    ``steps``: updates, which those of the settings are, or their epochs amount to.
+    """
     arguments = _OneDevice(
         output_dir=str(folder),
-        max_steps=settings.steps,
+        max_steps=steps,
         train_sampling_strategy="sequential",  # `Examples` are in their order
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.accumulation,
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.schedule,
-        warmup_steps=min(settings.warmup, settings.steps),
+        warmup_steps=min(settings.warmup, steps),
         weight_decay=settings.weight_decay,
         adam_beta2=settings.adam_beta2,
         adam_epsilon=settings.adam_epsilon,
@@ -86,7 +90,7 @@ def train(
         dataloader_pin_memory=torch.cuda.is_available(),
     )
     masking = Masking.of(tokenizer, settings.mask_fraction)
-    count = settings.steps * settings.batch_size * settings.accumulation * arguments.world_size
+    count = steps * settings.batch_size * settings.accumulation * arguments.world_size
     trainer = MaskedLMTrainer(
         model=model,
         args=arguments,

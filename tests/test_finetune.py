@@ -167,6 +167,20 @@ def test_no_steps_take_the_model_as_it_is(corpus, tmp_path):
     assert get_normalizer(load_masked_lm(store.run_dir / "model")[0]) == Normalizer(1.3)
 
 
+def test_epochs_are_steps_over_all_blocks(corpus, tmp_path, caplog):
+    counted = settings_for(corpus, steps=None, epochs=1.5, batch_size=4, accumulation=2)
+    blocks = 21
+    assert finetune.steps_over(counted, blocks) == 4  # 31.5 blocks in steps of 8
+    assert finetune.steps_over(settings_for(corpus), blocks) == 6
+    caplog.set_level("INFO")
+    store = run(settings_for(corpus, steps=None, epochs=0.05), tmp_path / "run")
+    steps = store._facts["model"]["steps"]
+    assert steps > 0
+    _, tokenizer = load_masked_lm(tmp_path / "run" / "model")
+    assert steps == math.ceil(0.05 * len(token_blocks(corpus, tokenizer, "train", 24)) / 4)
+    assert f"finetune: {steps} steps" in caplog.text
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_can_be_made_and_trained(corpus, tmp_path, family):
     model = dataclasses.replace(TINY, family=family)
@@ -192,6 +206,10 @@ def test_training_learns(corpus, tmp_path):
 def test_settings_check_themselves(corpus):
     for changes, message in (
         ({"steps": -1}, "finetune.steps must not be negative"),
+        ({"epochs": 2}, "finetune.steps=6 and finetune.epochs=2: one of them"),
+        ({"steps": None}, "one of them says how long"),
+        ({"steps": None, "epochs": 0}, "finetune.epochs must be positive"),
+        ({"steps": None, "epochs": math.nan}, "finetune.epochs must be positive"),
         ({"batch_size": 0}, "finetune.batch_size must be 1 or more"),
         ({"learning_rate": 0.0}, "finetune.learning_rate must be positive"),
         ({"alpha": 0.5}, "finetune.alpha must lie between 1"),
