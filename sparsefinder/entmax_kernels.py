@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 # Newton steps between two looks at convergence: enough for ordinary rows, so that one look is the rule (docs/performance.md)
 STEPS, STEPS_OF_SPARSEMAX = 5, 8
+# of `unrolled`: after 20 halvings τ is known to 1e-6, after four more steps to rounding; two of these are differentiated
+HALVINGS, STEPS_AFTER_HALVING = 20, 4
 CONSTANTS = (1.5, 2.0)  # values of α that make squares and comparisons of the powers
 # scores; below this the eager kernels take a few milliseconds, and compiling takes some twenty seconds
 WORTH_COMPILING = 1 << 18
@@ -62,12 +64,8 @@ def solve(scores: Tensor, height: Tensor, alpha: float | Tensor) -> tuple[Tensor
 
 
 def jacobian_product(probabilities: Tensor, gradient: Tensor, alpha: float | Tensor) -> Tensor:
-    """``s ∘ (g − (s·g)/Σs)`` with ``s = p^{2−α}`` on the support: ``(M, N)`` twice → ``(M, N)``."""
-    support = (probabilities > 0).to(probabilities.dtype)
-    if isinstance(alpha, Tensor):
-        s = probabilities.pow(2.0 - alpha) * support
-    else:
-        s = probabilities.sqrt() if alpha == 1.5 else support
+    """``s ∘ (g − (s·g)/Σs)`` with ``s = p^{2−α}`` on the support: ``(M, N)`` twice → ``(M, N)``; differentiable once more."""
+    s = _sharpness(probabilities, alpha)
     weighted = (s * gradient).sum(-1, keepdim=True) / s.sum(-1, keepdim=True).clamp_min(1e-30)
     return s * (gradient - weighted)
 
@@ -78,13 +76,22 @@ def alpha_derivative_product(probabilities: Tensor, gradient: Tensor, alpha: Ten
     With ``s = p^{2−α}`` on the support, ``p̃ = s/Σs`` and ``h_j = −p_j log p_j``,
     ``∂p/∂α = (p − p̃)/(α−1)² + (h − p̃·Σh)/(α−1)``. ``alpha``: ``(M, 1)``.
     """
-    support = (probabilities > 0).to(probabilities.dtype)
-    s = probabilities.pow(2.0 - alpha) * support
+    s = _sharpness(probabilities, alpha)
     entropies = -probabilities * torch.where(probabilities > 0, probabilities, 1.0).log()
     along_s = (s * gradient).sum(-1, keepdim=True) / s.sum(-1, keepdim=True).clamp_min(1e-30)
     rescaled = (probabilities * gradient).sum(-1, keepdim=True) - along_s * probabilities.sum(-1, keepdim=True)
     spread = (entropies * gradient).sum(-1, keepdim=True) - along_s * entropies.sum(-1, keepdim=True)
     return rescaled / (alpha - 1.0) ** 2 + spread / (alpha - 1.0)
+
+
+def _sharpness(probabilities: Tensor, alpha: float | Tensor) -> Tensor:
+    """``p^{2−α}`` on the support, 0 outside, where the power of 0 itself would have an infinite derivative."""
+    support = probabilities > 0
+    constant = None if isinstance(alpha, Tensor) else alpha
+    if constant == 2.0:
+        return support.to(probabilities.dtype)
+    inside = torch.where(support, probabilities, 1.0)
+    return (inside.sqrt() if constant == 1.5 else inside.pow(2.0 - alpha)) * support
 
 
 def _power(excess: Tensor, alpha: float | Tensor) -> Tensor:
@@ -108,6 +115,39 @@ def _power_of_total(total: Tensor, alpha: float | Tensor) -> Tensor | float:
     if isinstance(alpha, Tensor):
         return total.pow(2.0 - alpha)
     return total.sqrt() if alpha == 1.5 else 1.0
+
+
+def unrolled(scores: Tensor, alpha: float | Tensor) -> Tensor:
+    """α-entmax without a look at the numbers, for graphs that are recorded once: ``(..., N)`` → probabilities ``(..., N)``.
+
+    Halves ``[−1, 0]``, in which τ lies, a fixed number of times, then takes Newton's steps from the left end, so that rows of any
+    kind end at the same threshold as those of `solve`, to rounding. ``alpha``: a number, or a tensor ``(..., 1)``. Differentiable
+    twice: the halving is a start, and the derivative of Newton's steps at the root is that of the root.
+    """
+    absent = scores == -math.inf
+    peak = scores.amax(-1, keepdim=True)
+    below_peak = scores.masked_fill(absent, 0.0) - torch.where(peak == -math.inf, 0.0, peak)
+    x = (below_peak * (alpha - 1.0)).masked_fill(absent, -1.0).clamp_min(-1.0)
+    low, high = torch.full_like(peak, -1.0), torch.zeros_like(peak)
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        enough = _recorded_sums(x.detach() - middle, alpha)[1] >= 1.0
+        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+    threshold = low
+    for _ in range(STEPS_AFTER_HALVING):
+        _, total, slope = _recorded_sums(x - threshold, alpha)
+        total = torch.where(total > 0, total, 1.0)  # an empty row
+        threshold = threshold + (total - total ** (2.0 - alpha)) / slope.clamp_min(1e-30)
+    powers, total, _ = _recorded_sums(x - threshold, alpha)
+    return (powers / total.clamp_min(1e-30)).masked_fill(absent, 0.0)
+
+
+def _recorded_sums(excess: Tensor, alpha: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``excess₊^p``, its sum and ``Σ excess₊^{p−1}``, with finite derivatives where the excess is not positive."""
+    support = excess > 0
+    root = torch.where(support, excess, 1.0) ** ((2.0 - alpha) / (alpha - 1.0)) * support
+    powers = root * excess
+    return powers, powers.sum(-1, keepdim=True), root.sum(-1, keepdim=True)
 
 
 def kernel(function: Callable[..., Any], alpha: float | Tensor) -> Callable[..., Any]:

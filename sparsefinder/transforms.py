@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsefinder.entmax_kernels import STEPS, alpha_derivative_product, jacobian_product, kernel, solve
+from sparsefinder.entmax_kernels import STEPS, alpha_derivative_product, jacobian_product, kernel, solve, unrolled
 
 _LIMIT = 160  # steps after which a row is given up; ordinary rows need 5, sparsemax of long and flat rows some 15
 
@@ -53,7 +53,7 @@ class Normalizer:
         together = sum(rectangle.numel() for rectangle in rectangles)
         if self.alpha == 1.0:
             return [softmax(rectangle) for rectangle in rectangles]
-        return [_Entmax.apply(_at_least_float32(rectangle), self.alpha, together) for rectangle in rectangles]
+        return [_entmax(_at_least_float32(rectangle), self.alpha, together) for rectangle in rectangles]
 
     @property
     def sparse(self) -> bool:
@@ -90,10 +90,11 @@ class PerHead:
 def softmax(scores: Tensor) -> Tensor:
     """``p_j ∝ exp z_j`` over the last dimension; an all ``-inf`` row gives zeros."""
     scores = _at_least_float32(scores)
-    probabilities = torch.softmax(scores, dim=-1)
-    # torch gives NaN for the whole of an empty row: one column tells, at a small part of the price of looking at all scores
-    if scores.shape[-1] == 0 or not bool(probabilities[..., 0].isnan().any()):
-        return probabilities
+    if not _is_recorded():
+        probabilities = torch.softmax(scores, dim=-1)
+        # torch gives NaN for the whole of an empty row: one column tells, at a small part of the price of looking at all scores
+        if scores.shape[-1] == 0 or not bool(probabilities[..., 0].isnan().any()):
+            return probabilities
     empty = (scores == -math.inf).all(-1, keepdim=True)
     return torch.softmax(scores.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0)
 
@@ -114,18 +115,32 @@ def entmax(scores: Tensor, alpha: float | Tensor = 1.5) -> Tensor:
     ``scores``: ``(..., N)``, ``-inf`` where a key is absent. ``alpha``: a number, or a floating-point tensor that broadcasts to
     ``(..., 1)``, an α for each row. Returns ``(..., N)`` float32 (float64 for float64 scores). The gradient is
     ``s ∘ (g − (s·g)/Σs)`` with ``s = p^{2−α}`` on the support; that of α is
-    `sparsefinder.entmax_kernels.alpha_derivative_product`.
+    `sparsefinder.entmax_kernels.alpha_derivative_product`. Both can be differentiated again. While torch exports or traces a
+    model, it records `sparsefinder.entmax_kernels.unrolled`, which is right for any scores that come later.
     """
     scores = _at_least_float32(scores)
     if isinstance(alpha, Tensor):
+        if _is_recorded():
+            return unrolled(scores, alpha.to(scores))
         if not bool(((alpha > 1.0) & (alpha <= 2.0)).all()):
             raise ValueError(f"entmax needs 1 < alpha <= 2, got {alpha.detach().flatten().tolist()}")
         by_row: Tensor = _EntmaxByRow.apply(scores, alpha.to(scores).expand(*scores.shape[:-1], 1))
         return by_row
     if not 1.0 < alpha <= 2.0:
         raise ValueError(f"entmax needs 1 < alpha <= 2, got {alpha}; for alpha = 1 use softmax")
-    result: Tensor = _Entmax.apply(scores, alpha, 0)
+    return _entmax(scores, alpha)
+
+
+def _entmax(scores: Tensor, alpha: float, together: int = 0) -> Tensor:
+    if _is_recorded():
+        return unrolled(scores, alpha)
+    result: Tensor = _Entmax.apply(scores, alpha, together)
     return result
+
+
+def _is_recorded() -> bool:
+    """Whether torch is recording a graph for other numbers than these: nothing may be decided by looking at them."""
+    return torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
 class _Entmax(torch.autograd.Function):
@@ -139,29 +154,40 @@ class _Entmax(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (probabilities,) = ctx.saved_tensors
-        rows, gradient = _rows(probabilities), _rows(gradients[0])
-        product = kernel(jacobian_product, ctx.alpha)(rows, gradient, together=ctx.together)
-        return product.view(probabilities.shape), None, None
+        return _product(jacobian_product, probabilities, gradients[0], ctx.alpha, together=ctx.together), None, None
 
 
 class _EntmaxByRow(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scores: Tensor, alpha: Tensor) -> Tensor:
-        column = alpha.detach().reshape(-1, 1)
-        probabilities = _rows_to_probabilities(scores, column)
-        ctx.save_for_backward(probabilities, column)
+        probabilities = _rows_to_probabilities(scores, alpha.detach().reshape(-1, 1))
+        ctx.save_for_backward(probabilities, alpha)
         return probabilities
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        probabilities, column = ctx.saved_tensors
-        shape = probabilities.shape
-        rows, gradient = _rows(probabilities), _rows(gradients[0])
+        probabilities, alpha = ctx.saved_tensors
         of_scores, of_alpha = ctx.needs_input_grad
+        column = alpha.reshape(-1, 1)
         return (
-            kernel(jacobian_product, column)(rows, gradient).view(shape) if of_scores else None,
-            kernel(alpha_derivative_product, column)(rows, gradient).view(*shape[:-1], 1) if of_alpha else None,
+            _product(jacobian_product, probabilities, gradients[0], column) if of_scores else None,
+            _product(alpha_derivative_product, probabilities, gradients[0], column) if of_alpha else None,
         )
+
+
+def _product(
+    function: Any, probabilities: Tensor, gradient: Tensor, alpha: float | Tensor, together: int = 0
+) -> Tensor:
+    """``function`` of each row of ``(..., N)`` twice → ``(..., N)`` or ``(..., 1)``: compiled, or recorded by autograd."""
+    shape = probabilities.shape
+    rows, columns = shape[:-1].numel(), shape[-1]
+    both = probabilities.reshape(rows, columns), gradient.reshape(rows, columns)
+    if torch.is_grad_enabled():  # the derivative of this derivative is asked for
+        product: Tensor = function(*both, alpha)
+    else:
+        constant = alpha.detach() if isinstance(alpha, Tensor) else alpha
+        product = kernel(function, constant)(*(x.detach() for x in both), together=together)
+    return product.view(*shape[:-1], product.shape[-1])
 
 
 def _rows_to_probabilities(scores: Tensor, alpha: float | Tensor, together: int = 0) -> Tensor:

@@ -99,6 +99,24 @@ class TestPromises:
     def test_gradient(self, normalize) -> None:
         z = rows(4, 7, dtype=torch.float64).requires_grad_()
         assert torch.autograd.gradcheck(normalize, (z,), atol=1e-6)
+        assert torch.autograd.gradgradcheck(normalize, (z,), atol=1e-6)
+
+    def test_no_keys_and_no_queries(self, normalize) -> None:
+        for shape in ((0, 4), (3, 0), (2, 0, 3), (0, 0)):
+            z = torch.zeros(shape, requires_grad=True)
+            normalize(z).sum().backward()
+            assert z.grad.shape == shape
+
+    def test_a_trace_is_right_for_other_scores(self, normalize) -> None:
+        """Easy rows are traced; flat, steep, long and empty rows come later."""
+        traced = torch.jit.trace(normalize, (rows(6, 8),), check_trace=False)
+        hard = rows(6, 3000)
+        hard[0], hard[1], hard[2] = -math.inf, hard[1] * 1e-4, hard[2] * 1e3
+        hard[3, 5:] = -math.inf
+        torch.testing.assert_close(traced(hard), normalize(hard), atol=1e-6, rtol=1e-4)
+        z = rows(4, 7).requires_grad_()
+        expected = torch.autograd.grad(normalize(z)[:, 0].sum(), z)[0]
+        torch.testing.assert_close(torch.autograd.grad(traced(z)[:, 0].sum(), z)[0], expected, atol=1e-6, rtol=1e-4)
 
     def test_a_shift_changes_nothing(self, normalize) -> None:
         z = rows(10, 20, dtype=torch.float64)
@@ -110,10 +128,6 @@ def test_normalizer_names_its_range() -> None:
         Normalizer(2.5)
     assert not Normalizer(1.0).sparse
     assert Normalizer(1.5).sparse
-
-
-def test_empty_input() -> None:
-    assert entmax15(torch.zeros(0, 4)).shape == (0, 4)
 
 
 # ---- α for each head, and its gradient ----
@@ -153,6 +167,23 @@ def test_alpha_per_head_and_its_gradient_are_exact(scale: float) -> None:
         torch.testing.assert_close(ours, reference, atol=1e-8, rtol=1e-6)
     for head, one in enumerate(alpha.tolist()):
         torch.testing.assert_close(found["ours"][0][:, head], entmax(z[:, head], one), atol=1e-12, rtol=0)
+
+
+def test_second_derivatives_in_scores_and_alpha() -> None:
+    alpha = torch.tensor([[1.2], [1.5], [1.9], [2.0]], dtype=torch.float64, requires_grad=True)
+    z = rows(4, 6, dtype=torch.float64)
+    z[0, 2] = z[3, 1:] = -math.inf
+    z.requires_grad_()
+    (by_alpha,) = torch.autograd.grad(entmax(z, alpha)[:3, 0].sum(), alpha, create_graph=True)
+    mixed, twice = torch.autograd.grad(by_alpha.sum(), (z, alpha))
+    step = 1e-5
+    for i in range(3):
+        with torch.no_grad():
+            move = torch.zeros_like(alpha)
+            move[i] = step
+        up, middle, down = (entmax(z.detach(), alpha.detach() + sign * move)[i, 0] for sign in (1, 0, -1))
+        torch.testing.assert_close(twice[i, 0], (up - 2 * middle + down) / step**2, atol=2e-4, rtol=1e-3)
+    assert torch.isfinite(mixed).all()
 
 
 def test_gradient_of_alpha_by_finite_differences() -> None:
