@@ -221,10 +221,10 @@ def path_of(cfg: DictConfig, key: str) -> Path:
 def all_configurations(cfg: DictConfig, sweep: bool) -> Iterable[Any]:
     """The chosen pattern with its surroundings; with ``pattern=all`` every one, its dial swept where ``sweep``."""
     for name, settings, values, around in patterns(cfg):
-        pattern = build(settings)
+        pattern, dials = pattern_of(settings)
         turned = values if sweep and cfg.pattern.get("every") else []
         for changed in [build(settings, **{pattern.dial: value}) for value in turned] or [pattern]:
-            yield from united(name, changed, around)
+            yield from united(name, changed, around, dials)
 
 
 def dialled(cfg: DictConfig) -> Iterable[Any]:
@@ -232,19 +232,34 @@ def dialled(cfg: DictConfig) -> Iterable[Any]:
     from sparsefinder.calibrate import Dialled
 
     for name, settings, values, around in patterns(cfg):
-        pattern = build(settings)
+        pattern, dials = pattern_of(settings)
+        if dials is not None:
+            raise UserError(
+                f"pattern.{pattern.dial} has a value for each head, and target={cfg.target} chooses them: leave out one of them"
+            )
         if getattr(pattern, "dial", None) is not None and values:
             yield from (Dialled(configuration, tuple(values)) for configuration in united(name, pattern, around))
 
 
-def united(name: str, pattern: Any, around: list[dict[str, Any]]) -> Iterable[Any]:
+def pattern_of(settings: DictConfig) -> tuple[Any, Any]:
+    """The pattern that settings describe, and the values of its dial where they are a list with one for each head, or None."""
+    from sparsefinder.patterns.configuration import Dials
+
+    dial = getattr(class_named(settings.get("_target_"), "pattern"), "dial", None)
+    if dial is None or not OmegaConf.is_list(settings.get(dial)):
+        return build(settings), None
+    pattern = build(without(settings, dial))
+    return pattern, Dials.given(pattern, plain(settings[dial]))
+
+
+def united(name: str, pattern: Any, around: list[dict[str, Any]], dials: Any = None) -> Iterable[Any]:
     """A pattern with its surroundings: a learned one with each of them, any other with the first."""
     from sparsefinder.patterns.configuration import Configuration
 
     if not hasattr(pattern, "needs"):  # a file of another group, by a path such as ../model/tiny
         raise UserError(f"pattern={name} is no pattern but {type(pattern).__name__}; name one file of conf/pattern")
     for surrounding in around if pattern.needs else around[:1]:
-        yield construct(Configuration, {"name": name, "pattern": pattern} | surrounding)
+        yield construct(Configuration, {"name": name, "pattern": pattern, "dials": dials} | surrounding)
 
 
 def patterns(cfg: DictConfig) -> Iterable[tuple[str, DictConfig, list[Any], list[dict[str, Any]]]]:

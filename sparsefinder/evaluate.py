@@ -28,7 +28,7 @@ from sparsefinder.extract import draw
 from sparsefinder.graphs import QK, Attention
 from sparsefinder.intervals import ratio_difference
 from sparsefinder.metrics import Counts, Gold, count
-from sparsefinder.patterns.configuration import Configuration, Learned, buildable, needed
+from sparsefinder.patterns.configuration import Configuration, Learned, buildable, check_dials, needed
 from sparsefinder.patterns.full import Full
 from sparsefinder.resources import Stopwatch, now, peak_memory
 from sparsefinder.store import Store, UserError, progress
@@ -92,6 +92,7 @@ def run(settings: EvaluateSettings, store: Store) -> None:
     learned = Learned.load(store, needed(settings.configurations))
     shape = models.describe(model)
     learned.check(shape.layers, shape.heads, shape.head_size)
+    check_dials(settings.configurations, shape.layers, shape.heads)
     own = models.get_normalizer(model)
     length = min(settings.length or 1 << 30, shape.max_length)
 

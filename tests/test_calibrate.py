@@ -28,7 +28,7 @@ from sparsefinder.patterns.per_head import PerHead
 from sparsefinder.patterns.routed import Routed
 from sparsefinder.patterns.window import GlobalTokens, Window
 from sparsefinder.pipeline import STAGES, run_stages
-from sparsefinder.projections import LayerProjections, Linear, Projections
+from sparsefinder.projections import Identity, LayerProjections, Linear, Projections
 from sparsefinder.store import Store, UserError
 from sparsefinder.transforms import Normalizer
 
@@ -110,6 +110,38 @@ def test_a_configuration_knows_whether_it_can_be_bucketed() -> None:
         assert configuration.columns[pattern.dial] is None
         assert configuration.columns["target"] == "density=0.1"
     assert Configuration("tested", Window(3)).bucketed(learned, SIZE)
+
+
+def test_a_value_for_each_head_may_be_written_down() -> None:
+    qk = random_qk([9, 6], HEADS, SIZE)
+    dials = Dials.given(Distance("l2"), [[0.5, 9.0], [3, 1.0]])
+    space = Projections([LayerProjections(Identity(), Identity()) for _ in range(2)])
+    configuration = Configuration("tested", Distance("l2"), dials=dials)
+    configuration.check(2, 2)
+    graph = configuration.build(Learned({"projections": space}))(qk, 0)
+    for head, threshold in enumerate((0.5, 9.0)):
+        assert torch.equal(graph[:, head], Distance("l2", threshold)(qk, 0)[:, head])
+    assert configuration.label == "tested at given dials"
+    with pytest.raises(
+        UserError, match="values for 2 layers of 2 heads, the model has 3 layers of 2: give a list of 3"
+    ):
+        configuration.check(3, 2)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([], "a list over layers of equally long lists"),
+        ([1.0, 2.0], "a list over layers of equally long lists"),
+        ([[1, 2], [1]], "a list over layers of equally long lists"),
+        ([[1, "x"]], "pattern.top_clusters must be int, got 'x'"),
+        ([[1, None]], "pattern.top_clusters must be int, got None"),
+        ([[1, 0]], "top_clusters must be 1 or more, got 0"),
+    ],
+)
+def test_values_that_cannot_be_dials(values: list[Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Dials.given(KMeans(1), values)
 
 
 class TestTarget:

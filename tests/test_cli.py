@@ -155,6 +155,11 @@ WRONG = {
         ["stage=evaluate", "attention=bucketed", "attention._target_=nothing"],
         "attention._target_=nothing cannot be used (No module named 'nothing')",
     ),
+    "a threshold for other heads": (
+        ["stage=score", *GIVEN, "pattern=distance", "pattern.threshold=[[1,2],[1,1]]"],
+        "pattern.threshold has values for 2 layers of 2 heads, the model has 2 layers of 3",
+    ),
+    "queries of its own scaled": (["stage=score", "pattern=window", "query_scale=8"], "give qk=PATH"),
     "too many clusters": (["stage=score", *GIVEN, "pattern=kmeans", "pattern.top_clusters=9"], "has 6 clusters"),
 }
 

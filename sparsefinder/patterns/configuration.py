@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsefinder.construction import construct
 from sparsefinder.graphs import QK, HasLayout, Pattern
 from sparsefinder.kmeans_centroids import Centroids, load_centroids
 from sparsefinder.patterns.combine import Blocked, Projected, Union, layout_of
@@ -29,6 +30,20 @@ class Dials:
 
     target: str  # such as density=0.1
     values: tuple[tuple[Any, ...], ...]  # (L, H)
+
+    @classmethod
+    def given(cls, pattern: Any, values: Sequence[Any]) -> Dials:
+        """Those that somebody wrote down, a list over layers of lists over heads; a `UserError` where one cannot be."""
+        dial = pattern.dial
+        widths = {len(row) if isinstance(row, (list, tuple)) else 0 for row in values}
+        if len(widths) != 1 or widths == {0}:
+            raise UserError(
+                f"pattern.{dial}={list(values)}: a value for each head is a list over layers of equally long lists over heads, "
+                "such as [[1.0,2.0],[0.5,1.5]] for two layers of two heads"
+            )
+        for value in (value for row in values for value in row):
+            construct(type(pattern), {dial: value}, "pattern")  # checks the value
+        return cls("given dials", tuple(tuple(row) for row in values))
 
 
 @dataclass(frozen=True)
@@ -68,7 +83,7 @@ class Configuration:
             if own.name not in self.needs
         }
         if self.dials is not None:
-            own[self.pattern.dial] = None  # it differs from head to head: see calibration/dials
+            own[self.pattern.dial] = None  # it differs from head to head: see the settings, or calibration/dials
         return {
             "pattern": self.name,
             **own,
@@ -121,6 +136,17 @@ class Configuration:
     def quadratic(self) -> bool:
         """Whether predicting compares every pair: no bucketed form."""
         return not isinstance(self.pattern, HasLayout)
+
+    def check(self, layers: int, heads: int) -> None:
+        """Raise a `UserError` where the dials of single heads are those of another number of layers or heads."""
+        if self.dials is None:
+            return
+        given = (len(self.dials.values), len(self.dials.values[0]))
+        if given != (layers, heads):
+            raise UserError(
+                f"pattern.{self.pattern.dial} has values for {given[0]} layers of {given[1]} heads, the model has {layers} "
+                f"layers of {heads}: give a list of {layers} lists of {heads} values"
+            )
 
     def bucketed(self, learned: Learned, head_size: int) -> bool:
         """Whether it has a bucketed form; one dial for each head can take it away (`PerHead`)."""
@@ -175,6 +201,12 @@ class Learned:
         rounds = [artefact.layers[0].q.out_size for artefact in found if isinstance(artefact, Projections)]
         clusters = [artefact.clusters for artefact in found if isinstance(artefact, Centroids)]
         return {"rounds": rounds[0] if rounds else None, "n_clusters": clusters[0] if clusters else None}
+
+
+def check_dials(configurations: Iterable[Configuration], layers: int, heads: int) -> None:
+    """`Configuration.check` of each."""
+    for configuration in configurations:
+        configuration.check(layers, heads)
 
 
 def buildable(configurations: tuple[Configuration, ...], learned: Learned) -> tuple[Configuration, ...]:
