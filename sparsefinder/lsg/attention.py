@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from sparsefinder.graphs import QK
 from sparsefinder.lsg.blocks import attend, local_attention, view_size, visible
+from sparsefinder.lsg.recording import known, recorded
 from sparsefinder.lsg.settings import LSGSettings
 from sparsefinder.lsg.sparse_keys import choose, pick
 from sparsefinder.transforms import Normalizer
@@ -54,7 +55,7 @@ class LSGAttention(LSGSettings):
         packed = pack(valid)
         padding = ~packed.valid[:, None, :, None]
         q, k, v = (packed.bring(x) for x in (q, k, v))
-        if not bool(packed.valid.all()):
+        if not known(packed.valid.all()):
             # zeros on padding, because a score of NaN stays NaN under any mask
             q, k, v = (x.masked_fill(padding, 0.0) for x in (q, k, v))
         output = self._on_packed(q, k, v, packed.valid, layer, dropout)
@@ -106,7 +107,7 @@ class LSGAttention(LSGSettings):
 
     def _on_packed(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, layer: int, dropout: float) -> Tensor:
         seen = self._visible_keys(valid)
-        mask = None if bool(seen.all()) else seen[:, None, None, :]
+        mask = None if known(seen.all()) else seen[:, None, None, :]
         if self._dense(q.shape[2]):
             mask = self._allowed(valid) if self.causal else mask
             return attend(q, k, v, mask, self.normalizer, dropout)
@@ -202,9 +203,9 @@ def pack(valid: Tensor) -> _Packed:
     Blocks are then counted from an example's own first token, so padding, on whichever side, moves nothing.
     """
     lengths = valid.sum(-1)
-    longest = max(int(lengths.max()), 1)
+    longest = valid.shape[1] if recorded() else max(int(lengths.max()), 1)
     packed = torch.arange(longest, device=valid.device) < lengths[:, None]
-    if bool((valid[:, :longest] == packed).all()):
+    if known((valid[:, :longest] == packed).all()):
         return _Packed(packed, lambda x: x[:, :, :longest], lambda x, n: F.pad(x, (0, 0, 0, n - longest)))
     order = valid.logical_not().argsort(dim=-1, stable=True)
     back = order.argsort(dim=-1)

@@ -13,7 +13,9 @@ from pathlib import Path
 from sparsefinder.lsg.families import Family
 from sparsefinder.store import UserError
 
-MODULES = ("settings", "sparse_keys", "blocks", "attention", "families", "configuration", "modeling", "export")
+MODULES = (
+    "settings", "recording", "sparse_keys", "blocks", "attention", "families", "configuration", "ends", "modeling", "export",
+)  # fmt: skip
 """Modules of `sparsefinder.lsg` that are carried along."""
 
 SHARED = ("entmax_kernels", "graphs", "transformers_internals", "transforms")

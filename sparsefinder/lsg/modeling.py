@@ -8,8 +8,10 @@ copied. Its encoder gets three things:
 2. LSG attention in its self-attention modules, through transformers' attention interface;
 3. an end that takes the global tokens off again, or hands them to the decoder.
 
-Parameters have the names of the published LSG checkpoints. The hidden states of the layers, where asked for, include the
-global tokens; the last one does not. Departures from the published models:
+Parameters have the names of the published LSG checkpoints. Settings are read from the model's configuration in every forward
+pass, so that one changed there takes effect everywhere. The hidden states of the layers are those of the text, N tokens each,
+and of the first token its own; only the last has the global token's there (`pool_with_global`). Departures from the published
+models:
 
 1. Padding to whole blocks happens inside the attention, so no other layer computes on it (except where padding can be
    seen, `bos_pooling_sees_padding`).
@@ -20,7 +22,9 @@ global tokens; the last one does not. Departures from the published models:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
+from inspect import signature
 from typing import Any, ClassVar
 
 import torch
@@ -29,6 +33,16 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, GenerationMixin
 
 from sparsefinder.lsg.configuration import config_class
+from sparsefinder.lsg.ends import (
+    fill_up,
+    global_rows,
+    layers_of_text,
+    no_positions_in_front,
+    positions_of_text,
+    put_globals_in_front,
+    take_globals_off,
+    turn_of,
+)
 from sparsefinder.lsg.families import FAMILIES, Family, plain_class
 from sparsefinder.lsg.settings import MAX_GLOBAL_TOKENS
 from sparsefinder.store import UserError
@@ -53,7 +67,7 @@ def lsg_attention_forward(
         valid = query.new_ones(query.shape[0], query.shape[2], dtype=torch.bool)
     else:
         valid = attention_mask[:, 0, -1]
-    output = module.lsg(query, key, value, valid, module.lsg_layer, dropout)
+    output = module.lsg()(query, key, value, valid, module.lsg_layer, dropout)
     return output.transpose(1, 2), None
 
 
@@ -78,15 +92,17 @@ class LSGPreTrained:
 class LSGEncoderModel(LSGPreTrained):
     """Base model of an encoder family (BERT and its kin)."""
 
+    lsg_arguments: ClassVar[tuple[str, ...]]
+
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         family = self.lsg_family
         stack = getattr(self, family.stack)
         width = self.embeddings.word_embeddings.embedding_dim
         self.embeddings.global_embeddings = nn.Embedding(MAX_GLOBAL_TOKENS, width)
-        self.embeddings.register_forward_hook(partial(_put_globals_in_front, config.num_global_tokens))
-        stack.register_forward_pre_hook(_fill_up, with_kwargs=True)
-        stack.register_forward_hook(partial(_take_globals_off, config.num_global_tokens, config))
+        self.embeddings.register_forward_hook(partial(put_globals_in_front, config))
+        stack.register_forward_pre_hook(fill_up, with_kwargs=True)
+        stack.register_forward_hook(partial(take_globals_off, config))
         install_attention(stack, family, config)
         self.post_init()
 
@@ -94,21 +110,32 @@ class LSGEncoderModel(LSGPreTrained):
         self: Any, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Any:
         """As the plain model's; `attention_mask`: `(B, N)`, nonzero on real tokens."""
+        refuse_attentions(self.config, kwargs)
+        inputs = {**kwargs, **dict(zip(self.lsg_arguments, args, strict=False)), "input_ids": input_ids}
         valid = real_tokens(
-            self.config, self.lsg_family.tokens(self.config), input_ids, kwargs.get("inputs_embeds"), attention_mask
+            self.config, self.lsg_family.tokens(self.config), input_ids, inputs.get("inputs_embeds"), attention_mask
         )
+        tokens = valid.shape[1]
+        turn = None if attention_mask is None else turn_of(valid)
+        if turn is not None:
+            valid = turn.turned(valid)
+            for name in ("input_ids", "inputs_embeds", "position_ids", "token_type_ids"):
+                if inputs.get(name) is not None:
+                    inputs[name] = turn.turned(inputs[name])
         if getattr(self.config, "is_decoder", False):
-            refuse_cache(kwargs.get("past_key_values"))
-            kwargs["use_cache"] = False
-            kwargs["past_key_values"] = None
+            refuse_cache(inputs.get("past_key_values"))
+            inputs["use_cache"] = False
+            inputs["past_key_values"] = None
         # four dimensions: transformers hands such a mask on as it is, and builds no N × N one
         mask = F.pad(valid, (self.config.num_global_tokens, 0), value=True)[:, None, None]
-        fill = padding_that_counts(self.config, valid.shape[1])
-        as_tuple = not _returns_dict(self.config, kwargs)
-        output = super().forward(  # type: ignore[misc]
-            input_ids, F.pad(mask, (0, fill)), *args, return_dict=True, **kwargs
-        )
-        output.last_hidden_state = output.last_hidden_state[:, : valid.shape[1]]
+        fill = padding_that_counts(self.config, tokens)
+        as_tuple = not _returns_dict(self.config, inputs)
+        output = super().forward(attention_mask=F.pad(mask, (0, fill)), return_dict=True, **inputs)  # type: ignore[misc]
+        before = output.last_hidden_state
+        text = before[:, :tokens]
+        text = text if turn is None else turn.unturned(text)
+        output.hidden_states = layers_of_text(output.hidden_states, before, text, tokens + fill, turn)
+        output.last_hidden_state = text
         return output.to_tuple() if as_tuple else output
 
 
@@ -118,8 +145,8 @@ class LSGEncoderStack(LSGPreTrained):
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         self.global_embeddings = nn.Embedding(MAX_GLOBAL_TOKENS, config.d_model)
-        self.embed_positions.register_forward_pre_hook(partial(_positions_of_text, config.num_global_tokens))
-        self.embed_positions.register_forward_hook(partial(_no_positions_in_front, config.num_global_tokens))
+        self.embed_positions.register_forward_pre_hook(partial(positions_of_text, config))
+        self.embed_positions.register_forward_hook(partial(no_positions_in_front, config))
         install_attention(self, self.lsg_family, config)
         self.post_init()
 
@@ -131,17 +158,24 @@ class LSGEncoderStack(LSGPreTrained):
         **kwargs: Any,
     ) -> Any:
         """As the plain encoder's; with `pass_global_tokens_to_decoder` the global tokens are in front of the output."""
+        refuse_attentions(self.config, kwargs)
         count = self.config.num_global_tokens
         valid = real_tokens(self.config, self.lsg_family.tokens(self.config), input_ids, inputs_embeds, attention_mask)
+        tokens = valid.shape[1]
+        fill = padding_that_counts(self.config, tokens)
+        scale = getattr(
+            self, "embed_scale", 1.0
+        )  # Pegasus scales in its forward pass, BART and mBART inside `embed_tokens`
         if inputs_embeds is None:
-            # Pegasus scales in its forward pass, BART and mBART inside `embed_tokens`
-            inputs_embeds = self.embed_tokens(input_ids) * getattr(self, "embed_scale", 1.0)
-        fill = padding_that_counts(self.config, valid.shape[1])
+            inputs_embeds = self.embed_tokens(input_ids) * scale
+        turn = None if attention_mask is None else turn_of(valid)
+        if turn is not None:
+            inputs_embeds, valid = turn.turned(inputs_embeds), turn.turned(valid)
         if fill:
-            token = self.embed_tokens.weight.new_full((1, 1), self.config.pad_token_id, dtype=torch.long)
-            after = self.embed_tokens(token) * getattr(self, "embed_scale", 1.0) * (input_ids is not None)
+            token = torch.full((1, 1), self.config.pad_token_id, device=inputs_embeds.device)
+            after = self.embed_tokens(token) * scale * (input_ids is not None)
             inputs_embeds = torch.cat([inputs_embeds, after.expand(len(valid), fill, -1)], dim=1)
-        front = self.global_embeddings.weight[:count].expand(len(inputs_embeds), -1, -1)
+        front = global_rows(self.global_embeddings, count, inputs_embeds).expand(len(inputs_embeds), -1, -1)
         as_tuple = not _returns_dict(self.config, kwargs)
         output = super().forward(  # type: ignore[misc]
             inputs_embeds=torch.cat([front.to(inputs_embeds.dtype), inputs_embeds], dim=1),
@@ -149,9 +183,13 @@ class LSGEncoderStack(LSGPreTrained):
             return_dict=True,
             **kwargs,
         )
-        output.last_hidden_state = output.last_hidden_state[:, : count + valid.shape[1]]
-        if not self.config.pass_global_tokens_to_decoder:
-            _take_globals_off(count, self.config, self, (), output)
+        before = output.last_hidden_state
+        passed = count if self.config.pass_global_tokens_to_decoder else 0
+        states = before if passed else take_globals_off(self.config, self, (), output).last_hidden_state
+        text = states[:, passed : passed + tokens]
+        text = text if turn is None else turn.unturned(text)
+        output.hidden_states = layers_of_text(output.hidden_states, before, text, tokens + fill, turn)
+        output.last_hidden_state = torch.cat([states[:, :passed], text], dim=1)
         return output.to_tuple() if as_tuple else output
 
 
@@ -159,7 +197,10 @@ class LSGEncoderDecoderModel(LSGPreTrained):
     """Base model of an encoder-decoder family: an LSG encoder and the plain decoder."""
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        checkpointing = getattr(config, "gradient_checkpointing", False)
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        if checkpointing:  # the plain model has taken it off the configuration
+            config.gradient_checkpointing = True
         self.encoder = model_class(f"LSG{self.lsg_family.stem}Encoder")(config)
         self.post_init()
 
@@ -203,10 +244,13 @@ class LSGHead(LSGPreTrained):
     """A model with a head, whose base model becomes the LSG one."""
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        checkpointing = getattr(config, "gradient_checkpointing", False)
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         family = self.lsg_family
         plain = getattr(self, self.base_model_prefix)
         if type(plain) is plain_class(family.base):  # the decoders of BART and its kin have no LSG part
+            if checkpointing:  # the plain model has taken it off the configuration
+                config.gradient_checkpointing = True
             without_pooler = {"add_pooling_layer": False} if getattr(plain, "pooler", self) is None else {}
             setattr(self, self.base_model_prefix, model_class(f"LSG{family.base}")(config, **without_pooler))
             self.post_init()
@@ -230,12 +274,16 @@ class LSGGeneratingHead(LSGHead):
 
 
 def install_attention(stack: nn.Module, family: Family, config: Any) -> None:
-    """Let every self-attention below `stack` run LSG attention, whatever implementation the rest of the model uses."""
-    attention = config.lsg_attention()
+    """Let every self-attention below `stack` run LSG attention, whatever implementation the rest of the model uses.
+
+    Each holds the way to the attention that `config` describes, and not that attention, whose settings may change. Raises
+    `UserError` where they are wrong.
+    """
+    config.lsg_attention()
     private = copy_with_attention(config, ATTENTION_NAME)
     modules = [module for module in stack.modules() if type(module).__name__ == f"{family.stem}{family.attention}"]
     for layer, module in enumerate(modules):
-        for attribute, value in (("config", private), ("lsg", attention), ("lsg_layer", layer)):
+        for attribute, value in (("config", private), ("lsg", config.lsg_attention), ("lsg_layer", layer)):
             setattr(module, attribute, value)
 
 
@@ -266,6 +314,21 @@ def real_tokens(
     return mask.to(given.device) != 0
 
 
+def refuse_attentions(config: Any, kwargs: Mapping[str, Any]) -> None:
+    """Raise `UserError` where probabilities are asked for: there is no N × N table of them, and pooled keys have no tokens."""
+    wanted = kwargs.get("output_attentions")
+    if config.output_attentions if wanted is None else wanted:
+        decoder = (
+            "; for those of the decoder, run the encoder first and give its output as encoder_outputs"
+            if config.is_encoder_decoder
+            else ""
+        )
+        raise UserError(
+            "output_attentions=True: LSG attention never makes the table of all pairs; leave it out, or ask "
+            f"config.lsg_attention().graph for the pairs that attend{decoder}"
+        )
+
+
 def padding_that_counts(config: Any, tokens: int) -> int:
     """Positions to add up to whole blocks; 0 unless padding can be seen (`bos_pooling_sees_padding`)."""
     counts = tokens > 2 * config.block_size and config.lsg_attention().pools_padding
@@ -278,40 +341,6 @@ def refuse_cache(cache: Any) -> None:
         raise UserError(
             "an LSG decoder recomputes the text at each step; call it with the whole text and use_cache=False"
         )
-
-
-def _put_globals_in_front(count: int, embeddings: Any, args: Any, output: Tensor) -> Tensor:
-    """Hook of BERT-like embeddings: layer norm and dropout work on each token alone, so the global ones get theirs here."""
-    front = embeddings.dropout(embeddings.LayerNorm(embeddings.global_embeddings.weight[:count]))
-    return torch.cat([front.expand(len(output), -1, -1).to(output.dtype), output], dim=1)
-
-
-def _fill_up(stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    """Hook before an encoder: hidden states as long as the mask, with zeros (`padding_that_counts`)."""
-    states = args[0] if args else kwargs["hidden_states"]
-    mask = kwargs["attention_mask"] if "attention_mask" in kwargs else args[1]
-    states = F.pad(states, (0, 0, 0, mask.shape[-1] - states.shape[1]))
-    return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
-
-
-def _take_globals_off(count: int, config: Any, stack: Any, args: Any, output: Any) -> Any:
-    """Hook of the encoder's end; with `pool_with_global` the first token's output becomes that of the first global token."""
-    states = output.last_hidden_state
-    text = states[:, count:]
-    output.last_hidden_state = torch.cat([states[:, :1], text[:, 1:]], dim=1) if config.pools_with_global else text
-    return output
-
-
-def _positions_of_text(count: int, module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Hook before a position table: count the text only. BART's takes a tensor, Pegasus' a shape."""
-    shape, *others = args
-    text = shape[:, count:] if isinstance(shape, Tensor) else torch.Size((shape[0], shape[1] - count))
-    return (text, *others)
-
-
-def _no_positions_in_front(count: int, module: Any, args: Any, output: Tensor) -> Tensor:
-    """Hook after a position table: a learned global token contains its position."""
-    return F.pad(output, (0, 0, count, 0))
 
 
 def _returns_dict(config: Any, kwargs: dict[str, Any]) -> bool:
@@ -340,6 +369,8 @@ def _make(name: str) -> Any:
         "__doc__": f"`{plain_name}` with LSG attention in its encoder ({role.__name__}).",
         "config_class": config_class(family),
         "lsg_family": family,
+        # what a caller may give by place, after the mask
+        "lsg_arguments": tuple(signature(plain.forward).parameters)[3:],
     }
     made = type(name, (role, plain), namespace)
     globals()[name] = made

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def output_states(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
 def normalizer_of(model: Any) -> Normalizer:
     """How a model, plain or LSG, makes probabilities of its scores; where no layer is LSG, the plain normalizer."""
     attention = next((module.lsg for module in model.modules() if hasattr(module, "lsg")), None)
-    return get_normalizer(model) if attention is None else attention.normalizer
+    return get_normalizer(model) if attention is None else attention().normalizer
 
 
 @contextmanager
@@ -107,7 +108,7 @@ def without_globals(model: Any, normalizer: Normalizer | None = None) -> Iterato
         for name in names:
             setattr(config, name, False)
         for module, attention in modules:
-            module.lsg = _TextOnly(attention, normalizer or attention.normalizer)
+            module.lsg = partial(_TextOnly, attention(), normalizer or attention().normalizer)
         yield
     finally:
         for name, value in kept.items():

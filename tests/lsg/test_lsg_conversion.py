@@ -179,7 +179,7 @@ def test_settings_are_kept_and_overridden_at_load(roberta, tmp_path):
         "sparsity_type": "none",
     }
     auto = transformers.AutoModelForMaskedLM.from_pretrained(out, **overrides)
-    attention = auto.roberta.encoder.layer[0].attention.self.lsg
+    attention = auto.roberta.encoder.layer[0].attention.self.lsg()
     assert all(getattr(attention, name) == value for name, value in overrides.items())
     with pytest.raises(UserError, match="unknown sparsity_type"):
         transformers.AutoModelForMaskedLM.from_pretrained(out, sparsity_type="normal")
@@ -215,7 +215,7 @@ assert len(fill("w1 <mask>")) == 5
 other = AutoModelForMaskedLM.from_pretrained(
     path, trust_remote_code=True, num_global_tokens=16, block_size=8, sparse_block_size=8, sparsity_factor=4,
     sparsity_type="none", mask_first_token=True, pool_with_global=True)
-assert other.roberta.encoder.layer[0].attention.self.lsg.num_global_tokens == 16
+assert other.roberta.encoder.layer[0].attention.self.lsg().num_global_tokens == 16
 model.save_pretrained({str(tmp_path / "again")!r})
 again = AutoModelForMaskedLM.from_pretrained({str(tmp_path / "again")!r}, trust_remote_code=True)
 assert torch.equal(again(saved["ids"]).logits, saved["logits"])
@@ -276,7 +276,7 @@ def test_an_entmax_source_stays_one(name, tmp_path):
     raw = json.loads((tmp_path / "out" / "config.json").read_text())
     assert raw["normalizer_alpha"] == model.config.normalizer_alpha == 1.5
     assert not {"attention_alpha", "attn_implementation"} & {*raw}
-    assert all(module.lsg.normalizer == Normalizer(1.5) for module in model.modules() if hasattr(module, "lsg"))
+    assert all(module.lsg().normalizer == Normalizer(1.5) for module in model.modules() if hasattr(module, "lsg"))
     checks = {check.name: check for check in read(tmp_path / "out").checks}
     assert checks[OUT_OF_VIEW].bound is not None
     assert "alpha of the source's attention" not in checks
