@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sparsefinder import points
 from sparsefinder.construction import class_named, construct
 from sparsefinder.points import Point
-from sparsefinder.store import Store, UserError, read_manifest
+from sparsefinder.store import Store, UserError
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 HYDRA: dict[str, Any] = {"version_base": "1.3", "config_path": str(CONF), "config_name": "config"}
@@ -193,15 +193,18 @@ def store_of(cfg: DictConfig, stages: list[str], point: Point | None) -> Store:
     """The run directory, the artefacts named by path, and for a point of a sweep its own folder below."""
     run_dir = path_of(cfg, "run_dir")
     given: dict[str, str | Path] = {name: path_of(cfg, name) for name in INPUTS if cfg[name] is not None}
+    where: dict[str, Any] = {"run_dir": run_dir} if point is None else {"run_dir": point.folder, "base": run_dir}
     name = cfg.model.get("name_or_path")
     if name is not None and "finetune" not in stages:
-        finetuned = read_manifest(run_dir / "model")
-        if finetuned is None or finetuned.settings.get("model", {}).get("name_or_path") != name:
+        finetuned = Store(**where).manifest("model")  # made from that very model, or it is another one
+        if finetuned is None or not same_place(finetuned.settings.get("model", {}).get("name_or_path"), str(name)):
             given["model"] = Path(str(name)) if Path(str(name)).exists() else str(name)
-    scale = plain(cfg.query_scale)
-    if point is None:
-        return Store(run_dir, given, query_scale=scale)
-    return Store(point.folder, given, base=run_dir, query_scale=scale)
+    return Store(**where, given=given, query_scale=plain(cfg.query_scale))
+
+
+def same_place(one: Any, other: str) -> bool:
+    """Whether two names of a model are the same: folder, ./folder and folder/ are."""
+    return one is not None and Path(str(one)).absolute() == Path(other).absolute()
 
 
 def path_of(cfg: DictConfig, key: str) -> Path:

@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel, PreT
 
 from sparsefinder import models, processes
 from sparsefinder.corpora import Corpus, masked_batches, token_blocks, train_tokenizer
+from sparsefinder.manifests import PRETRAINED
 from sparsefinder.masked_lm import gold_sparsity, unigram_entropy, validation_loss
 from sparsefinder.starts import from_statistics
 from sparsefinder.store import ARTEFACTS, Store, UserError, content_hash, plain, remove
@@ -130,7 +131,7 @@ class Pretrained:
             files = {file.name: content_hash(file) for file in folder.iterdir() if file.is_file()}
         except OSError as error:
             raise UserError(f"model={folder} cannot be read: {error.strerror} ({error.filename})") from error
-        return {"model": hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()}
+        return {PRETRAINED: hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()}
 
 
 @dataclass(frozen=True)
@@ -201,8 +202,8 @@ class FinetuneSettings:
 def run(settings: FinetuneSettings, store: Store) -> None:
     """Make ``model``, and note its validation loss, the unigram entropy of the same tokens, and its gold sparsity."""
     began = time.monotonic()
-    target = store.run_dir / ARTEFACTS["model"].path
-    if isinstance(settings.model, Pretrained) and Path(settings.model.name_or_path).resolve() == target.resolve():
+    ours = {path.resolve() for path in (store.run_dir, store.run_dir / ARTEFACTS["model"].path)}
+    if isinstance(settings.model, Pretrained) and Path(settings.model.name_or_path).resolve() in ours:
         raise UserError(f"model={settings.model.name_or_path} is what this stage writes: choose another run_dir=PATH")
     cache = store.scratch("corpus")
     model, tokenizer = processes.first_then_all(lambda: _made(settings, cache))

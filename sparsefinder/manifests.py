@@ -19,6 +19,7 @@ from typing import Any
 
 from sparsefinder.files import files_of, write_text
 
+PRETRAINED = "pretrained model"  # the weights that finetuning began with, among the parents of the artefact `model`
 _LARGEST = 64 << 20  # bytes of a manifest that is read at all; an ordinary one has some thousand
 
 
@@ -57,9 +58,15 @@ def read_manifest(artefact: Path) -> Manifest | None:
         if not path.is_file() or not artefact.exists() or path.stat().st_size > _LARGEST:
             return None
         content = json.loads(path.read_text(encoding="utf-8"))
-        return Manifest(**content) if content.pop("seal") == _seal(content) else None
+        return _renamed(Manifest(**content)) if content.pop("seal") == _seal(content) else None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError):
         return None
+
+
+def _renamed(manifest: Manifest) -> Manifest:
+    """With the name that an input from outside has today: finetuned models once kept theirs under their own."""
+    parents = {PRETRAINED if name == manifest.artefact else name: content for name, content in manifest.parents.items()}
+    return dataclasses.replace(manifest, parents=parents)
 
 
 def content_hash(path: Path) -> str:

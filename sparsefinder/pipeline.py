@@ -24,8 +24,8 @@ log = logging.getLogger(__name__)
 class Settings(Protocol):
     """What every stage's settings can say: the artefacts they make the stage read.
 
-    Those that read something else, a corpus, name its content in a property ``inputs``, a dict of hashes. Those of a stage
-    that has nothing to do say why in a property ``left_out``.
+    Those that read something else, a corpus, name its content in a property ``inputs``, a dict of hashes under names that no
+    artefact has. Those of a stage that has nothing to do say why in a property ``left_out``.
     """
 
     @property
@@ -202,7 +202,10 @@ def _parents(stage: Stage, settings: Settings, store: Store) -> dict[str, str]:
     """What the stage reads, by content."""
     parents = {name: store.content(name) for name in settings.needs}
     parents |= {name: store.content(name) for name in stage.optional if store.find(name) is not None}
-    return parents | getattr(settings, "inputs", {})
+    inputs: dict[str, str] = getattr(settings, "inputs", {})
+    if taken := [name for name in inputs if name in ARTEFACTS]:  # its hash would be taken for that of the artefact
+        raise ValueError(f"stage={stage.name}: the input {taken[0]} needs a name that no artefact has")
+    return parents | inputs
 
 
 def _replaced(stage: Stage, settings: Settings, store: Store, parents: dict[str, str]) -> str:

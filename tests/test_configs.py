@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -22,18 +20,6 @@ CONF = ROOT / "conf"
 GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir())
 FILES = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
 STAGES = list(pipeline.STAGES)
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    """scripts/run.py as a module."""
-    spec = importlib.util.spec_from_file_location("run_script", ROOT / "scripts" / "run.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["run_script"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -180,3 +166,10 @@ def test_every_yaml_of_a_choice_says_what_it_is() -> None:
     for group, name in FILES:
         first = Path(CONF / group / f"{name}.yaml").read_text().splitlines()
         assert first[0].startswith("#"), f"{group}/{name}.yaml starts with a comment that says what it is"
+
+
+@pytest.mark.parametrize("experiment", ["smoke", "tiny", "frontier", "wikitext103"])
+def test_every_experiment_takes_a_model_by_path(experiment: str, script: ModuleType) -> None:
+    settings = [f"experiment={experiment}", *script.path_of_model("model=./a/folder")]
+    cfg = hydra.compose("config", overrides=settings)
+    assert script.build(cfg.model).name_or_path == "./a/folder"

@@ -150,7 +150,7 @@ def test_a_given_folder_is_known_by_its_content(corpus, tmp_path, caplog):
     checkpoints = finetune._checkpoints(settings, store)
     save_tiny(given, other := tiny_model(seed=1))
     assert finetune._checkpoints(settings, store) != checkpoints
-    assert "runs again, because model changed" in once_more()
+    assert "runs again, because pretrained model changed" in once_more()
     assert_same(weights(store), other.state_dict())
     assert Pretrained("roberta-base").inputs == {}
     with pytest.raises(UserError, match="is what this stage writes: choose another run_dir"):
