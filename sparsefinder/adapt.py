@@ -7,13 +7,14 @@ import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
 from sparsefinder import models
 from sparsefinder.graphs import QK, Attention
+from sparsefinder.names import one_of
 from sparsefinder.pairs import gold_pairs
 from sparsefinder.projections import Projections
 from sparsefinder.quantization import ProjectSettings, contrastive_loss
@@ -34,7 +35,7 @@ class AdaptSettings:
     batch_size: int = 8
     learning_rate: float = 1e-4
     weight_decay: float = 0.01
-    clip: float = 1.0  # largest norm of the gradient
+    clip: Annotated[float, "or infinite"] = 1.0  # largest norm of the gradient
     projection_learning_rate: float = 1e-3  # of `all`; the next four as in stage=project
     loss: str = "pair"
     distance: str = "l2"
@@ -44,7 +45,7 @@ class AdaptSettings:
 
     def __post_init__(self) -> None:
         if self.part not in PARTS:
-            raise UserError(f"finetune_part={self.part} is unknown; choose one of {', '.join(PARTS)}")
+            raise UserError(f"finetune_part={self.part} is unknown; {one_of(PARTS, self.part)}")
         if self.steps < 0 or self.batch_size < 1:
             raise UserError(
                 f"adapt_steps must be 0 or more and the batch size 1 or more, got {self.steps} and {self.batch_size}"

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import sparsefinder.native.attention as native
 from sparsefinder.graphs import QK, HasLayout, Layout, Pattern
+from sparsefinder.names import one_of
 from sparsefinder.pieces import Pieces, cut
 from sparsefinder.shares import Shares, shares_of
 from sparsefinder.store import UserError
@@ -84,7 +85,7 @@ class Bucketed:
                 "global tokens): choose a pattern with buckets such as kmeans or quantize, or use attention=masked"
             )
         if self.executor not in EXECUTORS:
-            raise UserError(f"executor={self.executor} is unknown; choose one of {', '.join(EXECUTORS)}")
+            raise UserError(f"executor={self.executor} is unknown; {one_of(EXECUTORS, self.executor)}")
         if self.executor == "native":
             native.require()
         if self.queries_at_once < 1:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,7 @@ from sparsefinder.graphs import QK
 from sparsefinder.kmeans_centroids import KeyClusterSettings, fit_centroids
 from sparsefinder.lowrank import fit_lowrank, normal_form
 from sparsefinder.metrics import Counts, Gold, count
+from sparsefinder.names import one_of
 from sparsefinder.pairs import GoldPairs, mean_of_heads
 from sparsefinder.patterns.lowrank import LowRank
 from sparsefinder.projections import Projections
@@ -63,7 +65,7 @@ class BilinearSettings(KeyClusterSettings):
     batch_size: int = 4  # samples in a step
     queries: int = 64  # drawn from a sample in a step
     learning_rate: float = 3e-2  # falls linearly to zero
-    clip: float = 1.0  # largest norm of a layer's gradient
+    clip: Annotated[float, "or infinite"] = 1.0  # largest norm of a layer's gradient
     alpha: float = 1.5  # of the entmax whose support is learned
     causal: bool = False
     eval_every: int = 50  # steps between two measurements on held-out samples; 0: only at the start and the end
@@ -72,7 +74,7 @@ class BilinearSettings(KeyClusterSettings):
 
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
-            raise UserError(f"bilinear.loss={self.loss} is unknown; choose one of {', '.join(LOSSES)}")
+            raise UserError(f"bilinear.loss={self.loss} is unknown; {one_of(LOSSES, self.loss)}")
         for name in ("rounds", "batch_size", "queries", "n_clusters", "max_iterations", "eval_samples"):
             if getattr(self, name) < 1:
                 raise UserError(f"bilinear.{name} must be 1 or more, got {getattr(self, name)}")

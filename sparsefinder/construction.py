@@ -5,14 +5,18 @@ from __future__ import annotations
 import collections.abc
 import dataclasses
 import inspect
+import math
 import pkgutil
 import types
 import typing
+from collections.abc import Iterator
 from typing import Any
 
+from sparsefinder.names import one_of
 from sparsefinder.store import UserError
 
 PLAIN = (int, float, str, bool, type(None))
+INFINITE = "or infinite"  # ``Annotated[float, "or infinite"]`` says of a field that infinity has a meaning there
 
 
 def construct(kind: Any, values: dict[str, Any], place: str = "") -> Any:
@@ -24,18 +28,22 @@ def construct(kind: Any, values: dict[str, Any], place: str = "") -> Any:
     unknown = [name for name in values if name not in parameters]
     if unknown:
         raise UserError(
-            f"{kind.__name__} has no setting {', '.join(unknown)}; its settings are {', '.join(parameters)}"
+            f"{kind.__name__} has no setting {', '.join(unknown)}; {one_of(parameters, unknown[0], 'its settings are')}"
         )
     prefix = f"{place}." if place else ""
     for name, parameter in parameters.items():
         many = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)  # *args, **kwargs: none is needed
         if name not in values and parameter.default is parameter.empty and not many:
             raise UserError(f"{prefix}{name} is missing, which {kind.__name__} needs: set {prefix}{name}=VALUE")
-    hints = typing.get_type_hints(kind)
+    hints, annotated = (typing.get_type_hints(kind, include_extras=extras) for extras in (False, True))
     for name, value in values.items():
         if name in hints and not fits(value, hints[name]):
             kinds = " or ".join(in_words(k) for k in choices(hints[name]))
             raise UserError(f"{prefix}{name} must be {kinds}, got {value!r}")
+        if strange := [
+            x for x in numbers(value) if math.isnan(x) or (math.isinf(x) and not infinite(annotated.get(name)))
+        ]:
+            raise UserError(f"{prefix}{name} must be a finite number, got {strange[0]}: set {prefix}{name}=NUMBER")
     try:
         return kind(**values)
     except UserError:
@@ -56,6 +64,21 @@ def class_named(name: Any, place: str) -> Any:
             "such as sparsefinder.attention.Masked"
         ) from error
     return found
+
+
+def numbers(value: Any) -> Iterator[float]:
+    """Every floating-point number in a plain value, at any depth."""
+    if isinstance(value, float):
+        yield value
+    elif isinstance(value, collections.abc.Mapping):
+        yield from (number for each in value.values() for number in numbers(each))
+    elif isinstance(value, (list, tuple)):
+        yield from (number for each in value for number in numbers(each))
+
+
+def infinite(hint: Any) -> bool:
+    """Whether a field of this type may be infinite."""
+    return INFINITE in getattr(hint, "__metadata__", ())
 
 
 def fits(value: Any, hint: Any) -> bool:

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from sparsefinder import models, processes
 from sparsefinder.attention import Masked
 from sparsefinder.corpora import Corpus, TokenBlocks, token_blocks
 from sparsefinder.graphs import Attention
+from sparsefinder.names import one_of
 from sparsefinder.patterns.full import Full
 from sparsefinder.samples import ShardWriter, join
 from sparsefinder.store import Store, UserError, make_folder, progress, remove
@@ -42,7 +43,9 @@ class ExtractSettings:
     batch_size: int = 8  # samples that the model reads at a time
     dtype: str = "float32"  # of the file: float32, float16 or bfloat16
     shard_size: float = 64.0  # MiB that are collected in memory before they are written
-    file_size: float = 1024.0  # MiB up to which there is one file, as published; a folder of files beyond
+    file_size: Annotated[float, "or infinite"] = (
+        1024.0  # MiB up to which there is one file, as published; beyond: a folder
+    )
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -54,7 +57,7 @@ class ExtractSettings:
             if not getattr(self, name) >= 0:
                 raise UserError(f"extract.{name} must be a number of MiB, 0 or more, got {getattr(self, name)}")
         if self.dtype not in DTYPES:
-            raise UserError(f"extract.dtype={self.dtype} is unknown; choose one of {', '.join(DTYPES)}")
+            raise UserError(f"extract.dtype={self.dtype} is unknown; {one_of(DTYPES, self.dtype)}")
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
@@ -28,6 +28,7 @@ from sparsefinder import models, processes
 from sparsefinder.corpora import Corpus, masked_batches, token_blocks, train_tokenizer
 from sparsefinder.manifests import PRETRAINED
 from sparsefinder.masked_lm import gold_sparsity, unigram_entropy, validation_loss
+from sparsefinder.names import one_of
 from sparsefinder.starts import from_statistics
 from sparsefinder.store import ARTEFACTS, Store, UserError, content_hash, plain, remove
 from sparsefinder.training import train
@@ -72,12 +73,12 @@ class NewModel:
 
     def __post_init__(self) -> None:
         if self.family not in models.FAMILIES:
-            raise UserError(f"model.family={self.family} is unknown; choose one of {', '.join(models.FAMILIES)}")
+            raise UserError(f"model.family={self.family} is unknown; {one_of(models.FAMILIES, self.family)}")
         for name in ("vocabulary_size", "max_length", "layers", "heads", "hidden_size", "intermediate_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name} must be 1 or more, got {getattr(self, name)}")
         if self.start not in STARTS:
-            raise UserError(f"model.start={self.start} is unknown; choose one of {', '.join(STARTS)}")
+            raise UserError(f"model.start={self.start} is unknown; {one_of(STARTS, self.start)}")
         if self.hidden_size % self.heads:
             raise UserError(f"model.hidden_size={self.hidden_size} is not a multiple of model.heads={self.heads}")
 
@@ -153,7 +154,7 @@ class FinetuneSettings:
     weight_decay: float = 0.01
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-6
-    clip: float = 5.0  # of the gradient's norm
+    clip: Annotated[float, "or infinite"] = 5.0  # of the gradient's norm
     mask_fraction: float = 0.15  # of the tokens are asked for in training; validation always asks for 15 %
     eval_steps: int = 500  # between two looks at the validation loss, and two checkpoints
     eval_blocks: int = 200  # blocks of the validation part that the loss is taken on
@@ -183,7 +184,7 @@ class FinetuneSettings:
         if not 0.0 < self.mask_fraction < 1.0:
             raise UserError(f"finetune.mask_fraction must lie between 0 and 1, got {self.mask_fraction}")
         if self.schedule not in SCHEDULES:
-            raise UserError(f"finetune.schedule={self.schedule} is unknown; choose one of {', '.join(SCHEDULES)}")
+            raise UserError(f"finetune.schedule={self.schedule} is unknown; {one_of(SCHEDULES, self.schedule)}")
         if not isinstance(self.report_to, str):
             object.__setattr__(self, "report_to", tuple(self.report_to))
 

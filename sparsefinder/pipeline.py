@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from sparsefinder import processes
+from sparsefinder.names import one_of
 from sparsefinder.store import ARTEFACTS, SAMPLES, Store, UserError, plain, versions
 
 log = logging.getLogger(__name__)
@@ -83,7 +84,8 @@ def chosen_stages(stage: str | Sequence[str]) -> list[Stage]:
         return list(STAGES.values())
     unknown = [name for name in names if name not in STAGES]
     if unknown or not names:
-        raise UserError(f"stage={','.join(map(str, unknown))} is unknown; choose all or some of {', '.join(STAGES)}")
+        shown = ",".join(map(str, unknown))
+        raise UserError(f"stage={shown} is unknown; {one_of(STAGES, shown, 'choose all or some of')}")
     return [stage for stage in STAGES.values() if stage.name in names]
 
 

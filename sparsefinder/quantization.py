@@ -22,6 +22,7 @@ import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from torch import Tensor
 from sparsefinder.distances import PAIRWISE
 from sparsefinder.graphs import QK
 from sparsefinder.metrics import Counts, Gold, count
+from sparsefinder.names import one_of
 from sparsefinder.native import pairs as native
 from sparsefinder.pairs import GoldPairs, PairsOnDisk, gold_pairs, mean_of_heads
 from sparsefinder.projections import Hidden, Identity, LayerProjections, Linear, Projection, Projections
@@ -69,7 +71,7 @@ class ProjectSettings:
     accumulation: int = 1  # batches in a step
     epochs: int = 10
     steps: int | None = None  # stop after so many steps instead of after the epochs
-    clip: float = 1.0  # largest norm of a layer's gradient
+    clip: Annotated[float, "or infinite"] = 1.0  # largest norm of a layer's gradient
     alpha: float = 1.5  # of the entmax whose support is learned
     block_size: int = 1  # tokens in a chunk
     causal: bool = False
@@ -81,7 +83,9 @@ class ProjectSettings:
     def __post_init__(self) -> None:
         for name, choices in (("kind", KINDS), ("loss", LOSSES), ("distance", DISTANCES)):
             if getattr(self, name) not in choices:
-                raise UserError(f"project.{name}={getattr(self, name)} is unknown; choose one of {', '.join(choices)}")
+                raise UserError(
+                    f"project.{name}={getattr(self, name)} is unknown; {one_of(choices, getattr(self, name))}"
+                )
         for name in ("rounds", "hidden_size", "batch_size", "accumulation", "epochs", "block_size", "eval_samples"):
             if getattr(self, name) < 1:
                 raise UserError(f"project.{name} must be 1 or more, got {getattr(self, name)}")

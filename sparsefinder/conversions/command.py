@@ -18,6 +18,7 @@ from sparsefinder.conversions.nystromformer import convert_roberta_to_nystromfor
 from sparsefinder.conversions.proof import save
 from sparsefinder.conversions.sources import SOURCE_FAMILIES
 from sparsefinder.models import gaps
+from sparsefinder.names import one_of
 from sparsefinder.store import UserError
 
 logger = logging.getLogger(__name__)
@@ -51,11 +52,13 @@ def convert_checkpoint(
     target, architecture or setting, and for everything that the conversions refuse.
     """
     if target not in TARGETS:
-        raise UserError(f"target {target!r} is unknown; choose one of {', '.join(TARGETS)}")
+        raise UserError(f"target {target!r} is unknown; {one_of(TARGETS, target)}")
     chosen = dict(settings or {})
     unknown = sorted({*chosen} - {*TARGETS[target]})
     if unknown:
-        raise UserError(f"{target} has no setting {', '.join(unknown)}; it has {', '.join(TARGETS[target])}")
+        raise UserError(
+            f"{target} has no setting {', '.join(unknown)}; {one_of(TARGETS[target], unknown[0], 'it has')}"
+        )
     refuse_existing(model_name)
     source = _load_model(initial_model, architecture)
     tokenizer = _load("tokenizer", initial_model, AutoTokenizer.from_pretrained)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
 from sparsefinder.distances import PAIRWISE
 from sparsefinder.graphs import QK
+from sparsefinder.names import one_of
 from sparsefinder.randomness import uniform
 from sparsefinder.store import UserError
 
@@ -35,14 +36,14 @@ class Distance:
 
     distance: str = "l2"
     threshold: float = 1.0  # an edge is shorter than this
-    p: float = 2.0  # of the norm in direction, minkowski and min_norm
+    p: Annotated[float, "or infinite"] = 2.0  # of the norm in direction, minkowski and min_norm
     seed: int = 0  # of the random distance
 
     dial: ClassVar[str | None] = "threshold"
 
     def __post_init__(self) -> None:
         if self.distance not in (*PAIRWISE, "random"):
-            raise UserError(f"distance={self.distance} is unknown; choose one of {', '.join(PAIRWISE)}, random")
+            raise UserError(f"distance={self.distance} is unknown; {one_of((*PAIRWISE, 'random'), self.distance)}")
         if self.p <= 0:
             raise UserError(f"p must be positive, got {self.p}")
 

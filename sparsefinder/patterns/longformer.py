@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsefinder.graphs import QK, Buckets, Layout
+from sparsefinder.names import one_of
 from sparsefinder.patterns.by_place import at_least, odd
 from sparsefinder.patterns.dilated import dilated
 from sparsefinder.patterns.window import GlobalTokens
@@ -47,7 +48,7 @@ class Longformer:
         at_least(1, dilation=self.dilation)
         at_least(0, dilated_heads=self.dilated_heads, num_global_tokens=self.num_global_tokens)
         if self.placement not in PLACEMENTS:
-            raise UserError(f"placement={self.placement} is unknown; choose one of {', '.join(PLACEMENTS)}")
+            raise UserError(f"placement={self.placement} is unknown; {one_of(PLACEMENTS, self.placement)}")
 
     def layout(self, qk: QK, layer: int) -> Layout:
         """The window, in buckets where it has gaps, and the global tokens, in two buckets where they are random."""

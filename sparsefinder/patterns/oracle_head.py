@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsefinder.graphs import QK
+from sparsefinder.names import one_of
 from sparsefinder.patterns.best import best, budget
 from sparsefinder.store import UserError
 from sparsefinder.transforms import Normalizer
@@ -43,7 +44,7 @@ class OracleHead:
         if not 0 <= self.share <= 1:
             raise UserError(f"share must lie between 0 and 1, got {self.share}")
         if self.by not in ORDERS:
-            raise UserError(f"by={self.by} is unknown; choose one of {', '.join(ORDERS)}")
+            raise UserError(f"by={self.by} is unknown; {one_of(ORDERS, self.by)}")
 
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool."""

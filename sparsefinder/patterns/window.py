@@ -24,7 +24,7 @@ class Window:
     def __post_init__(self) -> None:
         if self.width < 1 or self.width % 2 == 0:
             raise UserError(
-                f"a window must be an odd number of tokens, 1 or more, got {self.width}: try {self.width + 1}"
+                f"a window must be an odd number of tokens, 1 or more, got {self.width}: try {max(self.width + 1, 1)}"
             )
 
     def layout(self, qk: QK, layer: int) -> Layout:
