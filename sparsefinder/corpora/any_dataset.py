@@ -8,14 +8,16 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from sparsefinder import hub
-from sparsefinder.corpora.files import check_limits, digest_of, limited
+from sparsefinder.corpora.files import SPLITS, check_limits, limited
 from sparsefinder.corpora.loading import load_split
+from sparsefinder.corpora.overlap import Overlap, check_contents
+from sparsefinder.corpora.reading import digest_of, files_named, is_gzip
 from sparsefinder.files import files_of
 from sparsefinder.store import UserError
 
@@ -37,7 +39,9 @@ class AnyDataset:
     path: str | None = None  # a name on the hub such as allenai/c4, or a reader of files: json, csv, parquet, text
     name: str | None = None  # configuration of the data set, such as en
     revision: str | None = None  # commit or tag on the hub; None for the newest
-    data_files: Mapping[str, str] | None = None  # split → file, for readers of files
+    data_files: Mapping[str, str | Sequence[str]] | None = (
+        None  # split → file, folder, pattern or list, for readers of files
+    )
     column: str = "text"
     train: str = "train"  # names of the splits there; slices such as train[:1%] work where nothing is streamed
     validation: str = "validation"
@@ -45,6 +49,7 @@ class AnyDataset:
     streaming: bool = True
     max_documents: int | None = None  # of each split that are not empty; None for all
     max_characters: int | None = None  # of the training split, an eighth of it for each other split; None for all
+    pack: bool = False  # several documents in a block, see `token_blocks`
 
     def __post_init__(self) -> None:
         if self.path is None:
@@ -86,25 +91,32 @@ class AnyDataset:
             first = 0 if begin is None else int(begin) * unit
             last = _ROWS if end is None else int(end) * unit
             file = (self.data_files or {}).get(name.strip())
-            source = name.strip() if file is None else str(Path(str(file)).resolve())
+            source = str(Path(file).resolve()) if isinstance(file, (str, Path)) else name.strip()
             yield source, first + _ROWS * (first < 0), last + _ROWS * (last < 0)
 
     def documents(self, split: str, cache: Path | None = None) -> Iterator[str]:
         """The documents of ``split`` that are not empty. ``cache`` is not used: ``datasets`` keeps its own."""
-        yield from limited(self._documents(split), split, self.max_documents, self.max_characters)
+        if split == "train" or self.data_files is None:  # a second look is for files that are here
+            yield from self._some(split)
+            return
+        overlap = Overlap(f"corpus.{split}")
+        yield from overlap.reading(self._some(split))
+        if overlap.check(self._some("train")):
+            log.warning("corpus: %s: these are the documents of corpus.train: nothing is held out", split)
+
+    def _some(self, split: str) -> Iterator[str]:
+        return limited(self._documents(split), split, self.max_documents, self.max_characters)
 
     def _documents(self, split: str) -> Iterator[str]:
-        names = {"train": self.train, "validation": self.validation, "test": self.test or self.validation}
-        if split not in names:
-            raise UserError(f"there is no split {split}; choose one of {', '.join(names)}")
+        name = self._name(split)
         options: dict[str, Any] = {"streaming": self.streaming, "revision": self.revision}
         if self.data_files is not None:
-            options["data_files"] = {key: str(file) for key, file in self.data_files.items()}
+            options["data_files"] = {key: [str(file) for file in self._files(key)] for key in self.data_files}
         rows = load_split(
             f"corpus=datasets corpus.path={self.path}",
             str(self.path),
             self.name,
-            names[split],
+            name,
             bool(self.data_files),
             **options,
         )
@@ -118,14 +130,39 @@ class AnyDataset:
         except UserError:
             raise
         except Exception as error:  # a stream that breaks, a file that its reader does not understand: no common type
-            raise hub.refusal(str(self.path), error, " cannot be read on") from error
+            raise hub.refusal(f"corpus.{split}={name} of {self.path}", error, " cannot be read on") from error
         finally:  # a limit may have been met before the last row
             if nulls:
                 log.info("corpus: %s: %d of %d rows have no text (null) and are left out", split, nulls, read)
         if not read:
-            raise UserError(f"{self.path} has no rows in its split {names[split]}")
+            raise UserError(f"{self.path} has no rows in its split {name}")
         if nulls == read:
             raise UserError(f"corpus.column={self.column} of {self.path} holds no text: all {read} rows are null")
+
+    def _name(self, split: str) -> str:
+        """What ``split`` is called there; a `UserError` where that can be seen to be wrong."""
+        names = {"train": self.train, "validation": self.validation, "test": self.test or self.validation}
+        if split not in names:
+            raise UserError(f"there is no split {split}; choose one of {', '.join(names)}")
+        name = str(names[split])
+        if self.streaming and "[" in name:
+            raise UserError(
+                f"corpus.{split}={name}: a stream has no slices; set corpus.streaming=false, or name a whole split"
+            )
+        for part in name.split("+"):
+            found = _PART.match(part.strip())
+            if found is None:
+                raise UserError(
+                    f"corpus.{split}={name} is no split: give a name such as train, or a slice such as train[:1%]"
+                )
+            if self.data_files is not None and found[1].strip() not in (*self.data_files, "all"):
+                raise UserError(
+                    f"corpus.{split}={name} is not in corpus.data_files: choose one of {', '.join(self.data_files)}"
+                )
+        return name
+
+    def _files(self, key: str) -> list[Path]:
+        return files_named((self.data_files or {})[key], f"data_files.{key}")
 
     def _text(self, row: Mapping[str, Any]) -> str | None:
         """What a row holds; None for null, which CSV readers make of an empty cell, ``null`` and ``NA`` too."""
@@ -133,9 +170,7 @@ class AnyDataset:
         if self.column not in row:
             raise UserError(f"{self.path} has no column {self.column}: choose one of {others} with corpus.column=")
         value = row[self.column]
-        if value is None or (
-            isinstance(value, float) and math.isnan(value)
-        ):  # NaN: a column of numbers has no other null
+        if value is None or (isinstance(value, float) and math.isnan(value)):  # columns of numbers have NaN for null
             return None
         if not isinstance(value, str):
             raise UserError(
@@ -150,8 +185,17 @@ class AnyDataset:
         What the hub holds is known by its name and revision.
         """
         digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True, default=str).encode())
-        for split, file in sorted((self.data_files or {}).items()):
-            digest.update(split.encode() + digest_of(Path(file), f"data_files.{split}"))
+        contents: dict[str, dict[str, bytes]] = {}
+        for key in sorted(self.data_files or {}):
+            contents[key] = {f"corpus.data_files.{key}={file}": self._digest(file, key) for file in self._files(key)}
+            for content in contents[key].values():
+                digest.update(key.encode() + content)
+        if self.data_files:
+            train, *others = ({part.partition("[")[0].strip() for part in self._name(s).split("+")} for s in SPLITS)
+            held_out = set().union(*others) - train  # slices of one file are compared as such, above
+            check_contents(
+                *({k: v for key in keys for k, v in contents.get(key, {}).items()} for keys in (train, held_out))
+            )
         folder = Path(str(self.path))
         if folder.is_dir() and not self.data_files:
             for path in files_of(folder):
@@ -160,3 +204,10 @@ class AnyDataset:
                 if not hidden:  # `datasets` does not read those either, and .git changes at a look
                     digest.update(os.fsencode(inside) + b"\0" + digest_of(path, "path"))
         return digest.hexdigest()
+
+    def _digest(self, file: Path, key: str) -> bytes:
+        if is_gzip(file, f"data_files.{key}") and self.streaming and file.suffix != ".gz":
+            raise UserError(f"corpus.data_files.{key}={file} is compressed by gzip: give it a name that ends in .gz")
+        if not file.stat().st_size:
+            raise UserError(f"corpus.data_files.{key}={file} is empty; give a file with rows")
+        return digest_of(file, f"data_files.{key}")

@@ -3,61 +3,155 @@
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Callable, Iterable, Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
+from sparsefinder.corpora.documents import UNITS, documents_of, unit_of
+from sparsefinder.corpora.overlap import Overlap, check_contents
+from sparsefinder.corpora.reading import digest_of, files_named, lines_of
 from sparsefinder.store import UserError
 
-_ARTICLE = re.compile(r" ?= ([^=].*[^=]|[^=\s]) = ?$")  # a title of WikiText; sections have more signs
+log = logging.getLogger(__name__)
 
-# with its end. str.splitlines would also cut at U+2028, U+0085, form feeds and the like, which stand inside lines of text
-_LINE = re.compile(r"[^\r\n]*(?:\r\n?|\n)|[^\r\n]+")
+SPLITS = ("train", "validation", "test")
+_WORDS = {
+    "title": "articles, each from a title to the next",
+    "blank_line": "what stands between blank lines",
+    "line": "lines",
+    "file": "whole files",
+}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class TextFiles:
-    """Documents in plain UTF-8 files, one file a split.
+    """Documents in plain UTF-8 files, compressed by gzip or not: for each split a file, a folder, a pattern such as
+    ``texts/*.txt``, or a list of these.
 
-    What a document is follows from the file: articles, where it has titles in WikiText's form (`` = Title = ``); otherwise
-    paragraphs between blank lines, where there are any inside the file; otherwise lines. The file is read line by line, twice.
+    What a document is, is said by ``documents``: one of `UNITS`, or auto, which looks at the text and says in the log what it
+    took. Several files are a document each, unless they have titles; a single one is looked at by `unit_of`.
+    Files are read line by line, under auto twice.
     """
 
-    train: str | None = None
-    validation: str | None = None
-    test: str | None = None  # None: the validation file serves here too
-    max_documents: int | None = None  # of each split; None for all
-    max_characters: int | None = None  # of the training split, an eighth of it for each other split; None for all
+    train: str | tuple[str, ...] | None  # the last is refused, by a line that says what to give
+    validation: str | tuple[str, ...] | None
+    test: str | tuple[str, ...] | None  # None: the validation files serve here too
+    max_documents: int | None  # of each split; None for all
+    max_characters: int | None  # of the training split, an eighth of it for each other split; None for all
+    unit: str  # what a document is: auto or one of UNITS; the setting `documents`, whose name here is the method's
+    pack: bool  # several documents in a block, see `token_blocks`
 
-    def __post_init__(self) -> None:
-        if self.train is None or self.validation is None:
-            raise UserError("corpus=text needs two files: give corpus.train=FILE and corpus.validation=FILE")
-        check_limits(self.max_documents, self.max_characters)
-        given = [Path(file).resolve() for file in (self.train, self.validation, self.test) if file is not None]
-        if len(set(given)) < len(given):
-            raise UserError(f"corpus=text names {given[0]} for two splits: text held out must not be training text")
+    def __init__(
+        self,
+        train: str | Sequence[str] | None = None,
+        validation: str | Sequence[str] | None = None,
+        test: str | Sequence[str] | None = None,
+        max_documents: int | None = None,
+        max_characters: int | None = None,
+        documents: str = "auto",
+        pack: bool = False,
+    ):
+        if train is None or validation is None:
+            raise UserError(
+                "corpus=text needs text to train on and text that is held out: give corpus.train=FILE and "
+                "corpus.validation=FILE (or a folder, or a pattern such as texts/*.txt)"
+            )
+        check_limits(max_documents, max_characters)
+        if documents not in ("auto", *UNITS):
+            raise UserError(f"corpus.documents={documents} is unknown; choose one of auto, {', '.join(UNITS)}")
+        values = {
+            "train": _named(train),
+            "validation": _named(validation),
+            "test": None if test is None else _named(test),
+            "max_documents": max_documents,
+            "max_characters": max_characters,
+            "unit": documents,
+            "pack": pack,
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+        met: set[Path] = set()
+        for split in SPLITS:
+            files = {file.resolve() for file in self._own_files(split)}
+            if twice := met & files:
+                raise UserError(
+                    f"corpus=text names {min(twice)} for two splits: text held out must not be training text"
+                )
+            met |= files
 
     def documents(self, split: str, cache: Path | None = None) -> Iterator[str]:
-        """The documents of ``split``, in the order of the file. ``cache`` is not needed and not used."""
-        yield from limited(
-            documents_of(lambda: _lines(self._path(split), split)), split, self.max_documents, self.max_characters
-        )
+        """The documents of ``split``, in the order of the files. ``cache`` is not needed and not used.
+
+        In the end of held-out text, a `UserError` where the training documents are the same, a warning where some are.
+        """
+        if split == "train":
+            yield from self._some(split)
+            return
+        overlap = Overlap(f"corpus.{split}")
+        yield from overlap.reading(self._some(split))
+        if overlap.check(self._some("train", quiet=True)):
+            raise UserError(
+                f"corpus.train and corpus.{split} have the same documents: text held out must not be training text"
+            )
+
+    def _some(self, split: str, quiet: bool = False) -> Iterator[str]:
+        return limited(self._all(split, quiet), split, self.max_documents, self.max_characters)
+
+    def _all(self, split: str, quiet: bool) -> Iterator[str]:
+        files = self._files(split)
+        unit = self._unit(files, split)
+        if self.unit == "auto" and not quiet:
+            log.info("corpus: %s: documents are %s (corpus.documents=%s, by auto)", split, _WORDS[unit], unit)
+        empty = True
+        for file in files:
+            for document in documents_of(lines_of(file, split), unit):
+                empty = False
+                yield document
+        if empty:
+            several = f" ({len(files)} files)" if len(files) > 1 else ""
+            raise UserError(f"corpus.{split}={self._given(split)} is empty{several}; give a file with text")
+
+    def _unit(self, files: Sequence[Path], split: str) -> str:
+        if self.unit != "auto":
+            return self.unit
+        found = (unit_of(lines_of(file, split)) for file in files)
+        if len(files) == 1:
+            return next(found)
+        return "title" if "title" in found else "file"
 
     def fingerprint(self) -> str:
-        """Changes with the bytes of the files and the limits."""
-        digest = hashlib.sha256(f"{self.max_documents} {self.max_characters}".encode())
-        for split, file in (("train", self.train), ("validation", self.validation), ("test", self.test)):
-            if file is not None:
-                digest.update(split.encode() + digest_of(self._path(split), split))
+        """Changes with the text of the files, which are documents, and the limits.
+
+        Raises a `UserError` where the same text is given for training and held out.
+        """
+        digest = hashlib.sha256(f"{self.max_documents} {self.max_characters} {self.unit}".encode())
+        training: dict[str, bytes] = {}
+        held_out: dict[str, bytes] = {}
+        for split in SPLITS:
+            for file in self._own_files(split):
+                content = digest_of(file, split)
+                digest.update(split.encode() + content)
+                (training if split == "train" else held_out)[f"corpus.{split}={file}"] = content
+        check_contents(training, held_out)
         return digest.hexdigest()
 
-    def _path(self, split: str) -> Path:
-        files = {"train": self.train, "validation": self.validation, "test": self.test or self.validation}
-        if split not in files:
-            raise UserError(f"there is no split {split}; choose one of {', '.join(files)}")
-        return Path(str(files[split]))
+    def _own_files(self, split: str) -> list[Path]:
+        return [] if getattr(self, split) is None else self._files(split)
+
+    def _files(self, split: str) -> list[Path]:
+        return files_named(self._given(split), split)
+
+    def _given(self, split: str) -> str | tuple[str, ...]:
+        if split not in SPLITS:
+            raise UserError(f"there is no split {split}; choose one of {', '.join(SPLITS)}")
+        given: str | tuple[str, ...] = getattr(self, "validation" if split == "test" and self.test is None else split)
+        return given
+
+
+def _named(given: str | Sequence[str]) -> str | tuple[str, ...]:
+    """A path or several, as plain text."""
+    return str(given) if isinstance(given, (str, Path)) else tuple(map(str, given))
 
 
 def check_limits(max_documents: int | None, max_characters: int | None) -> None:
@@ -80,88 +174,3 @@ def limited(
             return
         count, characters = count + 1, characters + len(document)
         yield document
-
-
-def split_documents(text: str) -> Iterator[str]:
-    """The documents of a text, stripped, none of them empty."""
-    return documents_of(lambda: _LINE.findall(text))
-
-
-def documents_of(lines: Callable[[], Iterable[str]]) -> Iterator[str]:
-    """As `split_documents`, of a text that is read line by line: once to see what it is, and once more for its documents."""
-    has_title, has_paragraphs = _kind(lines())
-    begins = _is_title if has_title else None if has_paragraphs else _always
-    part: list[str] = []
-    for line in lines():
-        blank = not line.strip()
-        if part and (begins(line) if begins else blank):
-            yield from _documents(part, one_each=begins is _always)
-            part = []
-        part.append(line)
-    yield from _documents(part, one_each=begins is _always)
-
-
-def _kind(lines: Iterable[str]) -> tuple[bool, bool]:
-    """Whether a text has titles, and whether it has a blank line between two others."""
-    begun = gap = paragraphs = False
-    for line in lines:
-        if _is_title(line):
-            return True, paragraphs
-        if line.strip():
-            paragraphs = paragraphs or (begun and gap)
-            begun, gap = True, False
-        else:
-            gap = True
-    return False, paragraphs
-
-
-def _is_title(line: str) -> bool:
-    return _ARTICLE.match(line.rstrip("\r\n")) is not None
-
-
-def _always(_: str) -> bool:
-    return True
-
-
-def _documents(part: list[str], one_each: bool) -> Iterator[str]:
-    found = [stripped for line in part if (stripped := line.strip())]
-    if one_each:
-        yield from found
-    elif found:
-        yield "\n".join(found)
-
-
-def _lines(path: Path, split: str) -> Iterator[str]:
-    place, empty = 0, True
-    with _opened(path, split) as file:
-        for data in file:
-            try:
-                line = data.decode("utf-8")
-            except UnicodeDecodeError as error:
-                where = f"{error.reason} at byte {place + error.start}"
-                raise UserError(f"corpus.{split}={path} is not UTF-8 text ({where})") from error
-            if not place:
-                line = line.removeprefix("\ufeff")  # a byte order mark is no text
-            place += len(data)
-            empty = empty and not line.strip()
-            yield from _LINE.findall(line)
-    if empty:
-        raise UserError(f"corpus.{split}={path} is empty; give a file with text")
-
-
-def digest_of(path: Path, split: str) -> bytes:
-    """A hash of the file that ``corpus.<split>`` names; a `UserError` where there is none."""
-    digest = hashlib.sha256()
-    with _opened(path, split) as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.digest()
-
-
-def _opened(path: Path, split: str) -> BinaryIO:
-    if not path.is_file():
-        raise UserError(f"corpus.{split}={path}: there is no such file; give a file of plain text")
-    try:
-        return path.open("rb")
-    except OSError as error:
-        raise UserError(f"corpus.{split}={path} cannot be read: {error.strerror}") from error

@@ -10,9 +10,10 @@ from sparsefinder import hub
 def load_split(label: str, path: str, name: str | None, split: str, local: bool = False, **options: Any) -> Any:
     """The rows of a split. ``label``: the corpus in messages. ``local``: of files that are here, nothing is downloaded."""
     from datasets import DownloadConfig, load_dataset  # half a second to import, and only needed here
-    from datasets.utils.logging import disable_progress_bar
+    from datasets.utils.logging import CRITICAL, disable_progress_bar, set_verbosity
 
     disable_progress_bar()
+    set_verbosity(CRITICAL)  # what its readers log as an error they also raise, and it is said once
     online = local or hub.reachable()
     if not online:
         options["download_config"] = DownloadConfig(local_files_only=True, max_retries=0)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsefinder.corpora.files import check_limits, limited, split_documents
+from sparsefinder.corpora.documents import split_documents
+from sparsefinder.corpora.files import check_limits, limited
 from sparsefinder.corpora.loading import load_split
 
 _REPOSITORY, _NAME = "Salesforce/wikitext", "wikitext-103-raw-v1"
@@ -19,6 +20,7 @@ class WikiText103:
 
     max_documents: int | None = None  # of each split; None for all
     max_characters: int | None = None  # of the training split, an eighth of it for each other split; None for all
+    pack: bool = False  # several documents in a block, see `token_blocks`
 
     def __post_init__(self) -> None:
         check_limits(self.max_documents, self.max_characters)
