@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gzip
+import itertools
 import json
 import math
 import random
+import re
 import time
 
 import pytest
@@ -24,7 +28,7 @@ from sparsefinder.corpora import (
     vocabulary,
 )
 from sparsefinder.corpora import docstrings as docstrings_module
-from sparsefinder.corpora.files import split_documents
+from sparsefinder.corpora.documents import split_documents
 from sparsefinder.corpora.prose import docstrings, is_prose, paragraphs
 from sparsefinder.store import UserError
 
@@ -149,7 +153,7 @@ def test_docstrings_are_deterministic_cached_and_held_out(cache, monkeypatch, ca
     assert list(SMALL.documents("test", cache)) == splits["test"]
     lines = {split: {line for document in found for line in document.split("\n")} for split, found in splits.items()}
     assert not lines["train"] & (lines["validation"] | lines["test"])
-    assert sum(map(len, splits["train"])) > 200_000
+    assert sum(map(len, splits["train"])) > 100_000
     assert all(is_prose(line) for found in lines.values() for line in found)
 
 
@@ -260,14 +264,182 @@ def test_text_file_errors_are_one_line(tmp_path):
         (lambda: TextFiles(good, good), "for two splits"),
         (lambda: TextFiles(good, empty, max_documents=0), "max_documents must be a positive number"),
         (lambda: list(TextFiles(good, empty).documents("validation")), "is empty"),
-        (lambda: list(TextFiles(good, str(binary)).documents("validation")), "is not UTF-8 text"),
+        (
+            lambda: list(TextFiles(good, str(binary)).documents("validation")),
+            "is not UTF-8 text but UTF-16: convert it",
+        ),
         (lambda: list(TextFiles(str(tmp_path / "no"), good).documents("train")), "there is no such file"),
-        (lambda: list(TextFiles(str(tmp_path), good).documents("train")), "there is no such file"),
+        (lambda: TextFiles(str(tmp_path), good), "for two splits"),
+        (lambda: TextFiles(good, f"{tmp_path}/*.txt"), r"validation=.*/\*.txt matches no file"),
+        (lambda: TextFiles([], good), r"corpus.train=\[\] names no file"),
+        (lambda: TextFiles([good, f"{tmp_path}/./a"], empty), "corpus.train names .*a twice"),
+        (lambda: TextFiles(good, empty, documents="page"), "choose one of auto, title, blank_line, line, file"),
     ]
     for do, message in cases:
         with pytest.raises(UserError, match=message) as caught:
             do()
         assert "\n" not in str(caught.value)
+
+
+PROSE = """It was late in the year when the letter came, and nobody in the
+house had thought that it would come at all; the road was closed
+and the mail had not been seen since the first snow had fallen.
+
+The old man read it twice before he said a word, and then he laid
+it on the table among the plates and looked out of the window at
+the hills.
+"""
+
+
+def test_what_a_document_is_may_be_said(tmp_path):
+    other = write(tmp_path / "other", "Other.\n")
+    text = write(tmp_path / "text", "= A =\nOne.\n\nTwo.\n= B =\nThree.\n")
+    expected = {
+        "title": ["= A =\nOne.\nTwo.", "= B =\nThree."],
+        "blank_line": ["= A =\nOne.", "Two.\n= B =\nThree."],
+        "line": ["= A =", "One.", "Two.", "= B =", "Three."],
+        "file": ["= A =\nOne.\nTwo.\n= B =\nThree."],
+    }
+    found = {unit: list(TextFiles(text, other, documents=unit).documents("train")) for unit in expected}
+    assert found == expected
+    assert len({TextFiles(text, other, documents=unit).fingerprint() for unit in (*expected, "auto")}) == 5
+
+
+@pytest.mark.parametrize(
+    ("text", "unit", "count"),
+    [
+        (" = A = \n\n One . \n\n = B = \n\n Two . \n", "title", 2),
+        (PROSE * 5, "file", 1),  # a book: lines are broken where they are full
+        (
+            "\n\n".join(f"Document {i}.\nIt has two sentences, of like length all of them." for i in range(30)),
+            "blank_line",
+            30,
+        ),
+        ("\n\n".join(f"A title {i}\n" + "Some words that go on and on. " * 9 for i in range(30)), "blank_line", 30),
+        ("\n".join(f"Line {i} of a file of lines, each of which is a document." for i in range(30)), "line", 30),
+    ],
+    ids=["titles", "prose", "sentences", "headings", "lines"],
+)
+def test_what_a_document_is_is_seen_and_said(tmp_path, caplog, text, unit, count):
+    caplog.set_level("INFO")
+    corpus = TextFiles(write(tmp_path / "text", text), write(tmp_path / "other", "Other.\n"))
+    assert len(list(corpus.documents("train"))) == count
+    assert f"(corpus.documents={unit}, by auto)" in caplog.text
+
+
+def test_a_long_file_comes_in_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr("sparsefinder.corpora.documents._PART", 200)
+    corpus = TextFiles(write(tmp_path / "text", PROSE * 5), write(tmp_path / "other", "Other.\n"), documents="file")
+    parts = list(corpus.documents("train"))
+    assert all(200 <= len(part) < 300 for part in parts[:-1])
+    assert "\n".join(parts).split("\n") == [line for line in (PROSE * 5).split("\n") if line]
+
+
+def test_text_in_folders_patterns_lists_and_compressed(tmp_path, caplog):
+    caplog.set_level("INFO")
+    folder = tmp_path / "texts"
+    (folder / "deep").mkdir(parents=True)
+    (folder / ".git").mkdir()
+    write(folder / ".git" / "index", "Not to be read.\n")
+    write(folder / "b.txt", "Second.\n\nIts end.\n")
+    write(folder / "deep" / "c.txt", "")
+    for name in ("a.txt.gz", "held_out"):  # gzip, whatever it is called
+        (tmp_path / name).write_bytes(gzip.compress(f"Of {name}.\n".encode()))
+    (tmp_path / "a.txt.gz").rename(folder / "a.txt.gz")
+    held_out = str(tmp_path / "held_out")
+    both = ["Of a.txt.gz.", "Second.\nIts end."]
+    for given in (str(folder), f"{folder}/*.txt*", [f"{folder}/a*", f"{folder}/b.txt"]):
+        caplog.clear()
+        corpus = TextFiles(given, held_out)
+        assert list(corpus.documents("train")) == both
+        assert "documents are whole files (corpus.documents=file, by auto)" in caplog.text
+        assert list(corpus.documents("test")) == ["Of held_out."]
+    assert list(TextFiles([str(folder / "b.txt"), f"{folder}/a*"], held_out).documents("train")) == both[::-1]
+    assert list(TextFiles(str(folder), held_out, documents="line").documents("train")) == [
+        both[0],
+        "Second.",
+        "Its end.",
+    ]
+    before = corpus.fingerprint()
+    write(folder / "b.txt", "Second, and more.\n")
+    assert corpus.fingerprint() != before
+
+
+def damaged(data, place):
+    return data[:place] + bytes([data[place] ^ 255]) + data[place + 1 :]
+
+
+ZIPPED = gzip.compress(b"".join(f"Line {i}.\n".encode() for i in range(2000)))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (ZIPPED[: len(ZIPPED) // 2], "ends too early: it was cut; fetch or compress it again"),
+        (ZIPPED[:2], "ends too early: it was cut"),
+        (damaged(ZIPPED, len(ZIPPED) - 6), "compressed by gzip and damaged"),
+        (damaged(ZIPPED, 60), "compressed by gzip and damaged"),
+        ("naïve\n".encode("latin-1"), r"not UTF-8 text \(invalid continuation byte at byte 2\): convert it"),
+        ("text\n".encode("utf-16"), "not UTF-8 text but UTF-16"),
+        ("text\n".encode("utf-16-le"), r"not UTF-8 text \(byte 1 is zero"),
+        (b"words \n and \0 zero\n", r"not UTF-8 text \(byte 12 is zero"),
+        (b"PK\x03\x04whatever", "is a zip archive, not text: unpack it"),
+        (gzip.compress("naïve\n".encode("latin-1")), "not UTF-8 text"),
+        (gzip.compress(b" \n"), "empty; give a file with text"),
+    ],
+    ids=[
+        "cut",
+        "cut at once",
+        "sum",
+        "inside",
+        "latin",
+        "utf-16",
+        "no mark",
+        "zero",
+        "zip",
+        "latin in gzip",
+        "empty gzip",
+    ],
+)
+def test_a_file_that_is_no_text_is_one_line(tmp_path, data, message):
+    (tmp_path / "file").write_bytes(data)
+    with pytest.raises(UserError, match=rf"^corpus\.train=.*/file .*{message}") as caught:
+        list(TextFiles(str(tmp_path / "file"), write(tmp_path / "other", "Other.\n")).documents("train"))
+    assert "\n" not in str(caught.value)
+
+
+def test_text_held_out_is_not_training_text_under_another_name(tmp_path, caplog):
+    lines = [f"Line number {i} of this text.\n" for i in range(20)]
+    train = write(tmp_path / "train", "".join(lines))
+    copies = {
+        "copy": lines,
+        "order": lines[::-1],
+        "part": lines[:5],
+        "some": [*lines[:5], "New.\n"],
+    }
+    files = {name: write(tmp_path / name, "".join(text)) for name, text in copies.items()}
+    (tmp_path / "zipped").write_bytes(gzip.compress("".join(lines).encode()))
+    (tmp_path / "link").symlink_to(train)
+    other = write(tmp_path / "other", "Something else.\n")
+    given = {"order": files["order"], "parts": [write(tmp_path / f"part{i}", "".join(lines[i::2])) for i in (1, 0)]}
+    with pytest.raises(UserError, match="for two splits"):
+        TextFiles(train, str(tmp_path / "link"))
+    for other in (files["copy"], str(tmp_path / "zipped")):
+        with pytest.raises(
+            UserError, match=r"^corpus.train=.* and corpus.validation=.* have the same content: text held"
+        ):
+            TextFiles(train, other).fingerprint()
+    for name, count, total in (("part", 5, 5), ("some", 5, 6)):
+        caplog.clear()
+        assert len(list(TextFiles(train, files[name]).documents("validation"))) == total
+        assert f"{count} of the {total} documents of corpus.validation are in corpus.train too" in caplog.text
+    for name in ("order", "parts"):  # the same lines
+        with pytest.raises(UserError, match=r"corpus.train and corpus.test have the same documents: text held"):
+            list(TextFiles(train, other, given[name], documents="line").documents("test"))
+    caplog.clear()
+    list(TextFiles(train, files["some"], max_documents=3).documents("train"))
+    list(TextFiles(files["some"], write(tmp_path / "new", "Quite new.\n")).documents("validation"))
+    assert not caplog.text
 
 
 def test_wikitext_without_network_is_one_line_within_seconds(monkeypatch, tmp_path):
@@ -395,6 +567,30 @@ def test_rows_without_text_are_left_out_and_counted(tmp_path, monkeypatch, caplo
         assert "cannot be read" not in str(caught.value)
 
 
+def test_rows_held_out_are_not_training_rows_under_another_name(tmp_path, caplog):
+    rows = [{"text": f"Row number {i}."} for i in range(9)]
+    train, copy = jsonl(tmp_path / "a.jsonl", rows), jsonl(tmp_path / "b.jsonl", rows)
+    some, new = (
+        jsonl(tmp_path / "c.jsonl", [*rows[:2], {"text": "New."}]),
+        jsonl(tmp_path / "d.jsonl", [{"text": "Newer."}]),
+    )
+
+    def corpus(**files):
+        return AnyDataset("json", data_files=files, max_documents=50)
+
+    for given in ({"train": train, "validation": copy}, {"train": [new, train], "validation": [some, copy]}):
+        with pytest.raises(
+            UserError, match=r"data_files.train=.*a.jsonl and .*validation=.*b.jsonl have the same content"
+        ):
+            corpus(**given).fingerprint()
+    assert len(list(corpus(train=train, validation=some).documents("validation"))) == 3
+    assert "2 of the 3 documents of corpus.validation are in corpus.train too" in caplog.text
+    caplog.clear()
+    assert len(list(corpus(train=str(tmp_path / "[ac].jsonl"), validation=new).documents("train"))) == 12
+    assert len(list(corpus(train=train, validation=new).documents("test"))) == 1
+    assert not caplog.text
+
+
 def test_a_stream_takes_no_more_rows_than_wanted(monkeypatch):
     def endless(*_, **__):
         yield from ({"text": "Text."} for _ in range(3))
@@ -410,7 +606,33 @@ def test_a_wrong_dataset_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     broken = {"train": write(tmp_path / "c.jsonl", '{"text": '), "validation": write(tmp_path / "d.jsonl", "{}")}
+    zipped = tmp_path / "zipped.jsonl"
+    zipped.write_bytes(gzip.compress(b'{"text": "One."}'))
     cases = [
+        (
+            lambda: in_files(tmp_path, train="trian").fingerprint(),
+            "train=trian is not in .*: choose one of train, validation",
+        ),
+        (
+            lambda: in_files(tmp_path, test="tset").fingerprint(),
+            "test=tset is not in .*: choose one of train, validation",
+        ),
+        (
+            lambda: next(in_files(tmp_path, train="train[:5").documents("train")),
+            "train=.* no slices; set corpus.streaming",
+        ),
+        (
+            lambda: next(in_files(tmp_path, train="train[:5", streaming=False).documents("train")),
+            "is no split: give a name",
+        ),
+        (
+            lambda: in_files(tmp_path, data_files={"train": str(zipped)}).fingerprint(),
+            "give it a name that ends in .gz",
+        ),
+        (
+            lambda: in_files(tmp_path, data_files={"train": write(tmp_path / "e", "")}).fingerprint(),
+            "e is empty",
+        ),
         (lambda: AnyDataset(), "needs a data set"),
         (lambda: AnyDataset("x"), "corpus.max_documents=N"),
         (lambda: AnyDataset("x", max_documents=0), "must be a positive number"),
@@ -463,12 +685,12 @@ def test_the_tokenizer_is_deterministic_reversible_and_saved(corpus, tmp_path):
 
 
 def test_words_without_end_are_learned_from_in_linear_time(monkeypatch, caplog):
-    text = "".join(random.Random(0).choice("ACGT") for _ in range(200_000))  # in one word: over twenty seconds
+    text = "".join(random.Random(0).choice("ACGT") for _ in range(100_000))  # in one word: ten seconds
     began = time.process_time()
     tokenizer = train_tokenizer([text, "Short words."], 400, 64)
     assert time.process_time() - began < 5
     assert (
-        "1 of the words that the vocabulary is learned from have more than 1,000 bytes (the longest has 200,000)"
+        "1 of the words that the vocabulary is learned from have more than 1,000 bytes (the longest has 100,000)"
         in caplog.text
     )
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
@@ -506,6 +728,67 @@ def test_a_limit_gives_the_first_blocks_and_the_cache_the_same(corpus, tmp_path,
     again = token_blocks(corpus, tokenizer, "train", 20, cache=tmp_path / "cache")
     assert torch.equal(again.ids, blocks.ids)
     assert torch.equal(again.starts, blocks.starts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """A corpus of these documents."""
+
+    texts: tuple[str, ...]
+    pack: bool = False
+
+    def documents(self, split, cache=None):
+        return iter(self.texts)
+
+    def fingerprint(self):
+        return str(self.texts)
+
+
+def test_short_documents_are_packed_into_whole_blocks(caplog, tmp_path):
+    texts = (*(f"{SENTENCE * (i % 3)}Number {i}." for i in range(60)), "")
+    tokenizer = tiny_tokenizer()
+    loose = token_blocks(Given(texts), tokenizer, "train", 100, cache=tmp_path)
+    assert re.search(
+        r"train: only \d+ % of the room for 100 tokens in a block is filled; corpus.pack=true puts", caplog.text
+    )
+    caplog.clear()
+    blocks = token_blocks(Given(texts, pack=True), tokenizer, "train", 100, cache=tmp_path)
+    assert not caplog.text
+    assert len(blocks) < len(loose) / 2
+    assert (blocks.lengths[:-1] == 100).all()
+    rows = [blocks[index].tolist() for index in range(len(blocks))]
+    assert all((row[0], row[-1]) == (0, 2) for row in rows)
+    joined = [token for row in rows for token in row[1:-1]]  # every document once, with a separator between two
+    found = [list(part) for is_end, part in itertools.groupby(joined, lambda token: token == 2) if not is_end]
+    assert sorted(found) == sorted(ids for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"] if ids)
+    assert torch.equal(token_blocks(Given(texts, pack=True), tokenizer, "train", 100, limit=2).ids, blocks.first(2).ids)
+    token_blocks(Given(texts[:3], pack=True), tokenizer, "train", 400)
+    assert "is filled; there is no more text" in caplog.text
+
+
+def test_packed_blocks_are_full_without_a_separator():
+    tokenizer = tiny_tokenizer()
+    tokenizer.sep_token = tokenizer.eos_token = None
+    blocks = token_blocks(Given((SENTENCE,) * 9, pack=True), tokenizer, "train", 40)
+    alone = tokenizer(SENTENCE, add_special_tokens=False)["input_ids"]
+    assert [token for i in range(len(blocks)) for token in blocks[i].tolist()[1:-1]] == alone * 9
+
+
+def test_blocks_without_a_word_that_is_known_are_left_out():
+    tokenizer = tiny_tokenizer()
+    unknown = "\u4eac " * 30
+    assert set(tokenizer(unknown)["input_ids"]) <= set(tokenizer.all_special_ids)
+    both = token_blocks(Given((unknown, SENTENCE * 3)), tokenizer, "train", 20)
+    assert torch.equal(both.ids, token_blocks(Given((SENTENCE * 3,)), tokenizer, "train", 20).ids)
+    with pytest.raises(
+        UserError, match=r"of 8 tokens or more that this tokenizer knows: .* blocks hold only special tokens"
+    ):
+        token_blocks(Given((unknown,)), tokenizer, "train", 20)
+    with pytest.raises(UserError, match="there is nothing to mask: 1 blocks"):
+        masked_batches([torch.tensor([0, 3, 3, 2])], tokenizer)
+    tokenizer.mask_token = None
+    with pytest.raises(UserError, match="the tokenizer has no mask token"):
+        masked_batches([torch.tensor([0, 7, 8, 2])], tokenizer)
 
 
 def test_blocks_need_text_and_room(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -25,10 +26,11 @@ log = logging.getLogger(__name__)
 
 _SHORTEST = 8  # tokens of a block, special ones included; the end of a document that is shorter is left out
 _AT_ONCE = 256  # documents that are tokenized together
+_MOSTLY_EMPTY = 0.5  # share of a block's tokens below which blocks are worth a line
 
 
 class Corpus(Protocol):
-    """Text in three parts."""
+    """Text in three parts. Where it has an attribute ``pack`` that is true, a block may hold several documents."""
 
     def documents(self, split: str, cache: Path | None = None) -> Iterator[str]: ...
 
@@ -86,9 +88,14 @@ def token_blocks(
 ) -> TokenBlocks:
     """The documents of ``split`` cut into blocks of at most ``length`` tokens, special tokens included.
 
-    A block never holds text of two documents. Documents come in an order that is shuffled once and for all, so the first
+    A block never holds text of two documents, unless the corpus says ``pack``: then documents follow each other, a separator
+    between two, and are cut where a block is full, so that every block but the last is. As in RoBERTa's FULL-SENTENCES (Liu et
+    al. 2019) the documents of a block see each other; unlike there a cut may fall inside a sentence.
+
+    Documents come in an order that is shuffled once and for all, so the first
     ``limit`` blocks are a fair sample, and the same blocks for any larger ``limit``. With ``cache``, a folder, blocks are kept
-    there, by the content of corpus and tokenizer. Raises a `UserError` where there is no text.
+    there, by the content of corpus and tokenizer. Blocks of nothing but special tokens, of words that the tokenizer does not
+    know, are left out. Raises a `UserError` where nothing remains.
     """
     if length < _SHORTEST:
         raise UserError(f"blocks of {length} tokens are too short; choose {_SHORTEST} or more")
@@ -100,18 +107,32 @@ def token_blocks(
             with contextlib.suppress(RuntimeError, pickle.UnpicklingError, EOFError, TypeError):  # damaged: made again
                 return TokenBlocks(**torch.load(file, weights_only=True))
     ids, ends = array("i"), array("q", [0])  # numbers, not objects: a tenth of the memory
+    special = set(tokenizer.all_special_ids)
+    unknown = 0
     with tempfile.TemporaryFile(dir=cache) as spool:
-        documents = _Spooled(corpus.documents(split, cache), spool)
-        for piece in _pieces(documents, tokenizer, split, length, limit):
+        documents = _shuffled(_Spooled(corpus.documents(split, cache), spool), split)
+        cut = _packed if _packs(corpus) else _cut
+        for piece in cut(documents, tokenizer, length):
+            if len(piece) < _SHORTEST:
+                continue
+            if special.issuperset(piece):
+                unknown += 1
+                continue
+            if len(ends) - 1 == limit:
+                break
             ids.extend(piece)
             ends.append(len(ids))
     if not ids:
-        raise UserError(f"the {split} part of the corpus has no text of {_SHORTEST} tokens or more")
+        raise UserError(
+            f"the {split} part of the corpus has no text of {_SHORTEST} tokens or more"
+            + (f" that this tokenizer knows: {unknown} blocks hold only special tokens" if unknown else "")
+        )
     starts = torch.frombuffer(ends, dtype=torch.int64)
     blocks = TokenBlocks(torch.frombuffer(ids, dtype=torch.int32), starts)
     log.info(
         "corpus: %s: %s blocks of at most %d tokens, %s tokens", split, f"{len(blocks):,}", length, f"{starts[-1]:,}"
     )
+    _report_room(blocks, length, split, _packs(corpus))
     if file is not None:
         temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
         torch.save({"ids": blocks.ids, "starts": blocks.starts}, temporary)
@@ -136,21 +157,57 @@ class _Spooled:
         return self.file.read(self.starts[index + 1] - self.starts[index]).decode("utf-8", "surrogatepass")
 
 
-def _pieces(
-    documents: _Spooled, tokenizer: PreTrainedTokenizerBase, split: str, length: int, limit: int | None
-) -> Iterator[list[int]]:
+def _shuffled(documents: _Spooled, split: str) -> Iterator[list[str]]:
+    """The documents in their order, many at a time."""
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(0)).tolist()
-    count = 0
     for start in progress(range(0, len(order), _AT_ONCE), f"tokenizing ({split})"):
-        texts = [documents[index] for index in order[start : start + _AT_ONCE]]
-        encoded = tokenizer(texts, truncation=True, max_length=length, return_overflowing_tokens=True)["input_ids"]
-        for ids in encoded:
-            if len(ids) < _SHORTEST:
-                continue
-            if count == limit:
-                return
-            count += 1
-            yield ids
+        yield [documents[index] for index in order[start : start + _AT_ONCE]]
+
+
+def _cut(documents: Iterable[list[str]], tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[list[int]]:
+    """Each document in pieces."""
+    for texts in documents:
+        yield from tokenizer(texts, truncation=True, max_length=length, return_overflowing_tokens=True)["input_ids"]
+
+
+def _packed(documents: Iterable[list[str]], tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[list[int]]:
+    """All documents as one row of tokens, a separator between two, in pieces."""
+    of_word = tokenizer("a", return_special_tokens_mask=True)
+    before = list(itertools.takewhile(bool, of_word["special_tokens_mask"]))
+    after = list(itertools.takewhile(bool, reversed(of_word["special_tokens_mask"])))
+    prefix, suffix = of_word["input_ids"][: len(before)], of_word["input_ids"][len(of_word["input_ids"]) - len(after) :]
+    separator = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
+    room = length - len(prefix) - len(suffix)
+    waiting: list[int] = []
+    for texts in documents:
+        for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
+            if waiting and separator is not None:
+                waiting.append(separator)
+            waiting += ids
+            end = len(waiting) // room * room
+            for start in range(0, end, room):
+                yield [*prefix, *waiting[start : start + room], *suffix]
+            del waiting[:end]
+    if waiting:
+        yield [*prefix, *waiting, *suffix]
+
+
+def _packs(corpus: Corpus) -> bool:
+    return bool(getattr(corpus, "pack", False))
+
+
+def _report_room(blocks: TokenBlocks, length: int, split: str, packed: bool) -> None:
+    """A line in the log where blocks are mostly empty, and what helps."""
+    share = len(blocks.ids) / (len(blocks) * length)
+    if share < _MOSTLY_EMPTY:
+        log.warning(
+            "corpus: %s: only %.0f %% of the room for %d tokens in a block is filled; %s",
+            *(split, 100 * share, length),
+            "there is no more text"
+            if packed
+            else "corpus.pack=true puts several documents into a block, and with corpus=text corpus.documents=file makes one of "
+            "a whole file",
+        )
 
 
 def _key(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, split: str, length: int, limit: int | None) -> str:
@@ -161,6 +218,7 @@ def _key(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, split: str, length:
     for setting in ("truncation", "padding"):  # what the last call happened to ask for
         state.pop(setting, None)
     digest = hashlib.sha256()
-    for part in (corpus.fingerprint(), json.dumps(state, sort_keys=True), split, str(length), str(limit)):
+    text = f"{corpus.fingerprint()} {_packs(corpus)}"
+    for part in (text, json.dumps(state, sort_keys=True), split, str(length), str(limit)):
         digest.update(part.encode() + b"\0")
     return digest.hexdigest()[:24]

@@ -48,6 +48,7 @@ class Docstrings:
     validation: Sequence[str]
     test: Sequence[str]
     max_characters: int | None = None  # of the training part, an eighth of it for each other part; None for all
+    pack: bool = False  # several documents in a block, see `token_blocks`
 
     def __post_init__(self) -> None:
         for split in SPLITS:

@@ -49,6 +49,11 @@ class Masking:
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, fraction: float = 0.15) -> Masking:
         """BERT's recipe for a tokenizer."""
+        for name in ("mask", "pad"):
+            if getattr(tokenizer, f"{name}_token_id") is None:
+                raise UserError(
+                    f"the tokenizer has no {name} token, which a masked language model needs: choose another model"
+                )
         return cls(tokenizer.mask_token_id, len(tokenizer), tuple(sorted(tokenizer.all_special_ids)), fraction)
 
     def __call__(self, ids: Tensor, seed: int, example: int) -> tuple[Tensor, Tensor]:
@@ -73,9 +78,14 @@ def masked_batches(
     seed: int = 0,
     batch_size: int = 16,
 ) -> list[Batch]:
-    """All blocks in order, masked and padded on the right. What is masked depends on ``seed`` and a block's index alone."""
+    """All blocks in order, masked and padded on the right. What is masked depends on ``seed`` and a block's index alone.
+
+    Raises a `UserError` where no token can be asked for.
+    """
     masking = Masking.of(tokenizer, fraction)
     examples = [masking(blocks[index], seed, index) for index in range(len(blocks))]
+    if not any(bool((labels != IGNORED).any()) for _, labels in examples):
+        raise UserError(f"there is nothing to mask: {len(examples)} blocks of text without a token that is not special")
     return [
         collate(examples[start : start + batch_size], tokenizer.pad_token_id)
         for start in range(0, len(examples), batch_size)
