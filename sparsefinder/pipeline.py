@@ -108,6 +108,7 @@ def check_needs(stages: Sequence[Stage], settings: Mapping[str, Settings], store
     What one stage makes together is given together; samples to score may be others than those to learn from.
     """
     made: set[str] = set()
+    _check_apart(stages, settings, store)
     for stage in stages:
         if not getattr(settings[stage.name], "left_out", ""):
             _check_together(stage.makes, store)
@@ -118,6 +119,19 @@ def check_needs(stages: Sequence[Stage], settings: Mapping[str, Settings], store
                 if name in settings[stage.name].needs and name not in made:
                     store.path(name)
             made |= set(stage.makes)
+
+
+def _check_apart(stages: Sequence[Stage], settings: Mapping[str, Settings], store: Store) -> None:
+    """Nothing is measured on the queries and keys that it was learned from, as no model is on the text that it read."""
+    if store.splits_qk or not any(name in store.given for name in SAMPLES):
+        return
+    learns = any("qk" in settings[stage.name].needs for stage in stages)
+    known = all(store.find(name) is not None for name in SAMPLES)
+    if learns and known and store.content("qk") == store.content("qk_validation"):
+        raise UserError(
+            f"qk_validation={store.path('qk_validation')} holds the same queries and keys as qk={store.path('qk')}: what is "
+            "learned would be measured on what it was learned from; give others, or qk alone, whose last tenth is held out"
+        )
 
 
 def _check_together(names: Sequence[str], store: Store) -> None:
@@ -177,6 +191,12 @@ def _check_kin(settings: Settings, store: Store) -> None:
     """
     for name in settings.needs:
         manifest = None if name in store.given else store.manifest(name)
+        held_out = "qk_validation" in settings.needs and not store.splits_qk
+        if manifest and held_out and manifest.parents.get("qk") == store.content("qk_validation"):
+            raise UserError(
+                f"qk_validation={store.path('qk_validation')} holds the queries and keys that {name} was learned from: "
+                "give others"
+            )
         for parent, content in manifest.parents.items() if manifest else ():
             apart = parent in SAMPLES or parent not in settings.needs
             if not apart and store.content(parent) != content:

@@ -290,3 +290,36 @@ def test_settings_are_plain_json() -> None:
         "a": {"type": f"{First.__module__}.First", "value": 3, "needs": []},
         "b": ["x", [1]],
     }
+
+
+class TestHeldOut:
+    """Queries and keys to learn from and to measure on are not the same, as texts are not."""
+
+    @dataclass(frozen=True)
+    class Reads:
+        needs: tuple[str, ...]
+
+    def run(self, store: Store, stage: str, *needs: str) -> None:
+        pipeline.check_needs([pipeline.STAGES[stage]], {stage: self.Reads(needs)}, store)
+        pipeline._check_kin(self.Reads(needs), store)
+
+    def test_the_same_file_or_content_twice(self, tmp_path: Path) -> None:
+        for name, text in (("a", "x"), ("copy", "x"), ("b", "y")):
+            (tmp_path / name).write_text(text)
+        for other in ("a", "copy"):
+            store = Store(tmp_path / "run", {"qk": tmp_path / "a", "qk_validation": tmp_path / other})
+            with pytest.raises(UserError, match=r"qk_validation=.* holds the same queries and keys as qk="):
+                self.run(store, "project", "qk", "qk_validation")
+        self.run(Store(tmp_path, {"qk": tmp_path / "a", "qk_validation": tmp_path / "b"}), "project", "qk")
+        self.run(
+            Store(tmp_path, {"qk": tmp_path / "a"}), "project", "qk", "qk_validation"
+        )  # its last tenth is held out
+
+    def test_scoring_what_was_learned_from(self, tmp_path: Path) -> None:
+        (tmp_path / "a").write_text("x")
+        with (store := Store(tmp_path / "run")).writing("projections") as path:
+            path.write_text("p")
+        store.finish("projections", "project", {}, {"qk": content_hash(tmp_path / "a")}, 0)
+        with pytest.raises(UserError, match="the queries and keys that projections was learned from"):
+            self.run(Store(store.run_dir, {"qk_validation": tmp_path / "a"}), "score", "qk_validation", "projections")
+        self.run(Store(store.run_dir, {"qk": tmp_path / "a"}), "score", "qk_validation", "projections")
