@@ -138,6 +138,14 @@ def job_of(swept: Sequence[str]) -> Callable[[DictConfig], None]:
 
 def run(cfg: DictConfig, point: Point | None = None) -> None:
     """Run the stages of ``cfg``; a ``point`` of a sweep writes into a folder of its own and reads what it shares."""
+    try:
+        run_stages(cfg, point)
+    except UserError as error:
+        raise UserError(as_typed(str(error), cfg)) from error
+
+
+def run_stages(cfg: DictConfig, point: Point | None) -> None:
+    """As `run`; what is wrong is said in the words of the settings' classes."""
     from sparsefinder import pipeline, processes, report  # here, so that --help does not wait for torch
 
     processes.start()
@@ -436,6 +444,28 @@ def check_launcher(overrides: Sequence[Override], sweeping: bool) -> None:
                 raise UserError(
                     f"hydra/launcher={name} is not installed: pip install 'sparsefinder[launchers]'"
                 ) from error
+
+
+def as_typed(message: str, cfg: DictConfig) -> str:
+    """With the names that the user types: ``target`` for ``calibrate.target``, which takes its value from there."""
+    groups = {
+        group: [OmegaConf.load(path) for path in (CONF / group).glob("*.yaml")] for group in ("pattern", "attention")
+    }
+    borrowed = {key: name for group, nodes in groups.items() for node in nodes for key, name in sources(node, group)}
+    borrowed = {key: name for key, name in borrowed.items() if OmegaConf.select(cfg, key) is None} | dict(sources(cfg))
+    for key, name in borrowed.items():
+        message = re.sub(rf"(?<![\w.]){re.escape(key)}(?![\w.]*\w)", name, message)
+    return message
+
+
+def sources(node: DictConfig, place: str = "") -> Iterable[tuple[str, str]]:
+    """The settings that are interpolated, each with the one that it takes its value from."""
+    for key, value in OmegaConf.to_container(node, resolve=False).items():
+        where = f"{place}.{key}" if place else str(key)
+        if isinstance(value, dict):
+            yield from sources(OmegaConf.create(value), where)
+        elif isinstance(value, str) and (found := re.fullmatch(r"\$\{([\w.]+)\}", value)):
+            yield where, found[1]
 
 
 def refuse_unknown_keys(cfg: DictConfig) -> None:

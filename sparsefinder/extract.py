@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sparsefinder import models, processes
 from sparsefinder.attention import Masked
-from sparsefinder.corpora import Corpus, TokenBlocks, token_blocks
+from sparsefinder.corpora import Corpus, TokenBlocks, block_length, token_blocks
 from sparsefinder.graphs import Attention
 from sparsefinder.names import one_of
 from sparsefinder.patterns.full import Full
@@ -49,7 +49,7 @@ class ExtractSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("nsamples", "nsamples_validation", "length", "batch_size"):
+        for name in ("nsamples", "nsamples_validation", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} must be 1 or more, got {value}")
@@ -78,7 +78,7 @@ class ExtractSettings:
 def run(settings: ExtractSettings, store: Store) -> None:
     """Make ``qk`` and ``qk_validation`` with ``model``."""
     model, tokenizer = models.load_masked_lm(store.path("model"))
-    length = min(settings.length or 1 << 30, models.describe(model).max_length)
+    length = block_length(settings.length, models.describe(model).max_length, "extract.length")
     for name, split, wanted in (("qk", "train", settings.nsamples), ("qk_validation", "validation", settings.held_out)):
         _extract(name, split, wanted, length, model, tokenizer, settings, store)
 

@@ -25,7 +25,7 @@ from typing import Annotated, Any
 from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from sparsefinder import models, processes
-from sparsefinder.corpora import Corpus, masked_batches, token_blocks, train_tokenizer
+from sparsefinder.corpora import Corpus, block_length, masked_batches, token_blocks, train_tokenizer
 from sparsefinder.manifests import PRETRAINED
 from sparsefinder.masked_lm import gold_sparsity, unigram_entropy, validation_loss
 from sparsefinder.names import one_of
@@ -208,7 +208,7 @@ def run(settings: FinetuneSettings, store: Store) -> None:
         raise UserError(f"model={settings.model.name_or_path} is what this stage writes: choose another run_dir=PATH")
     cache = store.scratch("corpus")
     model, tokenizer = processes.first_then_all(lambda: _made(settings, cache))
-    length = _length(settings, models.describe(model).max_length)
+    length = block_length(settings.length, models.describe(model).max_length, "finetune.length")
     validation = processes.first_then_all(
         lambda: token_blocks(settings.corpus, tokenizer, "validation", length, settings.eval_blocks, cache)
     )
@@ -278,9 +278,3 @@ def _checkpoints(settings: FinetuneSettings, store: Store) -> Path:
             remove(other)
     folder.mkdir(exist_ok=True)
     return folder
-
-
-def _length(settings: FinetuneSettings, most: int) -> int:
-    if settings.length is not None and settings.length > most:
-        raise UserError(f"finetune.length={settings.length}, but the model takes at most {most} tokens")
-    return settings.length or most

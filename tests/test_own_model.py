@@ -15,6 +15,7 @@ import pytest
 from sparsefinder import pipeline, tables
 from sparsefinder.manifests import PRETRAINED, manifest_path, write_manifest
 from sparsefinder.models import get_normalizer, load_masked_lm
+from sparsefinder.samples import load_samples
 from sparsefinder.store import Store, UserError, read_manifest
 from tests.conftest import ROOT
 from tests.tiny_models import WORDS, save_tiny, tiny_model
@@ -124,3 +125,20 @@ def test_a_run_does_not_write_into_the_model_it_was_given(run: Any, tmp_path: Pa
     folder = save_tiny(tmp_path / "given")
     with pytest.raises(UserError, match="is what this stage writes: choose another run_dir"):
         run(f"model={folder}", f"run_dir={folder}", "stage=finetune")
+
+
+@pytest.mark.parametrize("stage", ["finetune", "extract", "evaluate"])
+def test_blocks_longer_than_the_model_are_refused_by_every_stage(stage: str, run: Any, tmp_path: Path) -> None:
+    """The one setting for all of them is named where it was typed, and a stage's own where that was."""
+    settings = [f"model={save_tiny(tmp_path / 'given')}", f"stage={stage}", "finetune.steps=0", "pattern=window"]
+    with pytest.raises(UserError, match=r"^length=39, but the model takes at most 38 tokens: give 38 or fewer"):
+        run(*settings, "length=39")
+    with pytest.raises(UserError, match=rf"^{stage}\.length=39, but the model takes at most 38"):
+        run(*settings, f"{stage}.length=39")
+    with pytest.raises(UserError, match=r"^length=7: blocks of 7 tokens are too short"):
+        run(*settings, "length=7")
+
+
+def test_one_length_for_all_stages(run: Any, tmp_path: Path) -> None:
+    run(f"model={save_tiny(tmp_path / 'given')}", "finetune.steps=0", "stage=[finetune,extract]", "length=16")
+    assert max(load_samples(tmp_path / "run" / "qk_enc-attn.pt").lengths) == 16

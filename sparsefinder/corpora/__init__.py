@@ -8,7 +8,7 @@ makes a vocabulary for models that have none.
 """
 
 from sparsefinder.corpora.any_dataset import AnyDataset
-from sparsefinder.corpora.blocks import Corpus, TokenBlocks, token_blocks
+from sparsefinder.corpora.blocks import Corpus, TokenBlocks, block_length, token_blocks
 from sparsefinder.corpora.docstrings import Docstrings
 from sparsefinder.corpora.files import TextFiles
 from sparsefinder.corpora.masking import Batch, Masking, masked_batches
@@ -24,6 +24,7 @@ __all__ = [
     "TextFiles",
     "TokenBlocks",
     "WikiText103",
+    "block_length",
     "masked_batches",
     "token_blocks",
     "train_tokenizer",

@@ -78,6 +78,15 @@ def pad(rows: Sequence[Tensor], value: int) -> tuple[Tensor, Tensor]:
     return padded, torch.arange(padded.shape[1])[None] < lengths[:, None]
 
 
+def block_length(asked: int | None, most: int, setting: str) -> int:
+    """``asked`` tokens for a block, or ``most``, what the model can take; a `UserError` that names the setting beyond that."""
+    if asked is not None and asked > most:
+        raise UserError(f"{setting}={asked}, but the model takes at most {most} tokens: give {most} or fewer")
+    if asked is not None and asked < _SHORTEST:
+        raise UserError(f"{setting}={asked}: blocks of {asked} tokens are too short; choose {_SHORTEST} or more")
+    return asked or most
+
+
 def token_blocks(
     corpus: Corpus,
     tokenizer: PreTrainedTokenizerBase,
