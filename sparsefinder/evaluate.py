@@ -23,8 +23,9 @@ from sparsefinder import models, processes, tables
 from sparsefinder.adapt import AdaptSettings, adapt, attending
 from sparsefinder.attention import Masked
 from sparsefinder.calibrate import calibrated
-from sparsefinder.corpora import Corpus, masked_batches, token_blocks
+from sparsefinder.corpora import Corpus, block_length, masked_batches, token_blocks
 from sparsefinder.extract import draw
+from sparsefinder.findings import SLOW
 from sparsefinder.graphs import QK, Attention
 from sparsefinder.intervals import ratio_difference
 from sparsefinder.metrics import Counts, Gold, count
@@ -33,7 +34,7 @@ from sparsefinder.patterns.full import Full
 from sparsefinder.resources import Stopwatch, now, peak_memory
 from sparsefinder.store import Store, UserError, progress
 from sparsefinder.transforms import Normalizer
-from sparsefinder.variants import AttentionChoice, Conversion, Variant, crossed
+from sparsefinder.variants import AttentionChoice, Conversion, Variant, check_some, crossed
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +70,8 @@ class EvaluateSettings:
             raise UserError(f"evaluate.mask_probability must lie between 0 and 1, got {self.mask_probability}")
         if self.alpha is not None:
             Normalizer(self.alpha)
+        if not self.conversions and not self.left_out:
+            check_some(self.attentions, self.configurations)
 
     @property
     def left_out(self) -> str:
@@ -94,7 +97,7 @@ def run(settings: EvaluateSettings, store: Store) -> None:
     learned.check(shape.layers, shape.heads, shape.head_size)
     check_dials(settings.configurations, shape.layers, shape.heads)
     own = models.get_normalizer(model)
-    length = min(settings.length or 1 << 30, shape.max_length)
+    length = block_length(settings.length, shape.max_length, "evaluate.length")
 
     def batches(split: str, wanted: int, batch_size: int) -> list[Batch]:
         cache = store.scratch("corpus")
@@ -356,7 +359,7 @@ def compared(outcomes: Sequence[Outcome]) -> pd.DataFrame:
     table["loss_minus_entmax_low"], table["loss_minus_entmax_high"] = (list(side) for side in zip(*ends, strict=True))
     table["speed_against_dense"] = entmax["latency_ms"] / table["latency_ms"]
     for row in table.iloc[2:].itertuples():
-        if row.speed_against_dense < 1:
+        if row.speed_against_dense < 1 and row.attention not in SLOW:
             log.info("%s is slower than dense attention: %.2f × its speed", row.variant, row.speed_against_dense)
         if row.loss_minus_entmax_high < 0:
             log.warning(

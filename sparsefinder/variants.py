@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,10 @@ from sparsefinder.patterns.full import Full
 from sparsefinder.patterns.window import Window
 from sparsefinder.store import UserError, plain
 from sparsefinder.transforms import Normalizer
+
+log = logging.getLogger(__name__)
+
+NO_BUCKETS = "which compares every pair, so that it has no bucketed form"
 
 
 @dataclass(frozen=True)
@@ -96,15 +101,32 @@ def crossed(
 ) -> list[Variant]:
     """Every attention with every pattern it can run; bucketed attention only with patterns that have a bucketed form.
 
-    Without `Full`: that is dense attention, which is always there to compare with.
+    Without `Full`: that is dense attention, which is always there to compare with. The log says what is left out.
     """
-    variants = []
+    variants, without = [], []
     for attention in attentions:
         if not attention.takes_pattern:
             variants.append(Variant(attention, None, normalizer))
             continue
         for configuration in configurations:
-            impossible = attention.kind is Bucketed and not configuration.bucketed(learned, head_size)
-            if not impossible and not isinstance(configuration.pattern, Full):
+            if isinstance(configuration.pattern, Full):
+                continue
+            if attention.kind is Bucketed and not configuration.bucketed(learned, head_size):
+                without.append(f"{attention.name} {configuration.name}")
+            else:
                 variants.append(Variant(attention, configuration, normalizer))
+    if without:
+        log.info("left out: %s, %s", ", ".join(dict.fromkeys(without)), NO_BUCKETS)
     return variants
+
+
+def check_some(attentions: tuple[AttentionChoice, ...], configurations: tuple[Configuration, ...]) -> None:
+    """Raise a `UserError`, before any work, where every attention is bucketed and no pattern has a bucketed form."""
+    bucketed = all(attention.kind is Bucketed for attention in attentions)
+    impossible = [each.quadratic and not isinstance(each.pattern, Full) for each in configurations]
+    if bucketed and impossible and all(impossible):
+        names = ", ".join(dict.fromkeys(configuration.name for configuration in configurations))
+        raise UserError(
+            f"attention={attentions[0].name} cannot run pattern={names}, {NO_BUCKETS}: nothing is left to evaluate; "
+            "give attention=masked, or a pattern with buckets such as kmeans or quantize"
+        )
