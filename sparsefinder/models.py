@@ -1,17 +1,13 @@
 """Masked language models whose attention can be looked at, replaced for a while, and remembered.
 
-Everything goes through transformers' attention registry; no model code is copied. One name, `REGISTERED`, is entered into
-the registry of attention functions **and** into that of mask functions: without the second, transformers hands over no mask
-and padding is attended, silently. What that one function does is decided by the model it is called from:
+Everything goes through transformers' attention registry; no model code is copied. One function is registered
+(`sparsefinder.registered`), and what it does is decided by the model it is called from:
 
 - dense attention with the normalizer that the model's configuration remembers (`set_normalizer`);
 - any attention object ``(q, k, v, valid, layer) → output`` while one is plugged in (`plugged`).
 
-``save_pretrained`` forgets which attention a model was used with. Here it does not: `set_normalizer` writes two keys into the
-configuration, ``attention_alpha`` and ``attn_implementation``, and so into ``config.json``. `load_masked_lm` reads the first.
-``AutoModelForMaskedLM.from_pretrained`` acts on the second: it gives entmax where this module has been imported, and
-an error that names ``sparsefinder`` where it has not; it never quietly gives softmax. (transformers takes the second
-key out while it loads. It is put back at the first forward pass, for the next ``save_pretrained``.)
+``save_pretrained`` forgets which attention a model was used with. Here it does not: `set_normalizer` writes ``attention_alpha``
+into the configuration, and `sparsefinder.remembering` makes every model with such a configuration attend with entmax.
 
 Layers are counted by *calls*: a model is run once on two tokens, and the modules that call the attention, in order, are its
 layers. So ALBERT, which shares one module over its depth, has as many layers as it is deep, and a model that accepts an
@@ -24,19 +20,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import re
 import sys
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
     AutoConfig,
     AutoModelForMaskedLM,
     AutoTokenizer,
@@ -47,14 +40,16 @@ from transformers import logging as transformers_logging
 
 from sparsefinder import hub
 from sparsefinder.graphs import Attention
+from sparsefinder.packing import Sentences, read_mask
+from sparsefinder.registered import PLUG, Plugged, normalizer_of
+from sparsefinder.remembering import REGISTERED, follow_transformers
 from sparsefinder.store import UserError
-from sparsefinder.transformers_internals import attention_name, boolean_mask, forget_attention
+from sparsefinder.transformers_internals import attention_name, forget_attention
 from sparsefinder.transforms import Normalizer
 
 log = logging.getLogger(__name__)
 
 FAMILIES = ("roberta", "bert", "xlm-roberta", "camembert", "electra", "albert", "distilbert", "modernbert")
-REGISTERED = "sparsefinder"  # the name in both registries, and of `attn_implementation` in config.json
 SOFTMAX = "sdpa"  # what transformers calls its own dense softmax attention
 
 _LARGEST_WEIGHT = 1e12  # far above any that was trained, far below one whose square is infinite
@@ -70,7 +65,7 @@ _LARGEST = {  # sizes in a configuration that can be meant
     "num_hidden_groups": 1000,
     "inner_group_num": 1000,
 }
-_PLUG = "_sparsefinder_plug"  # attribute of an attention module while something is plugged in
+_NO_POSITION_TABLE = ("modernbert",)  # positions are rotations
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert")  # the first rows of their position tables are reserved
 
 
@@ -103,7 +98,7 @@ def load_masked_lm(name_or_path: str | Path) -> tuple[PreTrainedModel, PreTraine
     _check_family(config, name)
     _check_sizes(config, name)
     try:
-        normalizer = _normalizer(config)
+        normalizer = normalizer_of(config)
     except (TypeError, ValueError) as error:
         raise UserError(f"model={name}: attention_alpha in its config.json is wrong: {error}") from error
     forget_attention(config)  # whatever it was saved as; the normalizer is set below
@@ -230,23 +225,17 @@ def set_normalizer(model: PreTrainedModel, normalizer: Normalizer) -> None:
     """
     _check_family(model.config, model.name_or_path or type(model).__name__)
     if normalizer.alpha == 1.0:
+        model.config.__dict__.pop("attention_alpha", None)
         model.set_attn_implementation(SOFTMAX)
-        for key in ("attention_alpha", "attn_implementation"):
-            model.config.__dict__.pop(key, None)
         return
     _attention_calls(model)
-    model.config.attention_alpha = normalizer.alpha
-    model.config.attn_implementation = REGISTERED
     model.set_attn_implementation(REGISTERED)
+    model.config.attention_alpha = normalizer.alpha
 
 
 def get_normalizer(model: PreTrainedModel) -> Normalizer:
     """The normalizer of the model's own dense attention, whatever is plugged in; α = 1 where none is remembered."""
-    return _normalizer(model.config)
-
-
-def _normalizer(config: Any) -> Normalizer:
-    return Normalizer(getattr(config, "attention_alpha", 1.0))
+    return normalizer_of(model.config)
 
 
 # ---- other attentions, for a while ----
@@ -258,13 +247,20 @@ def plugged(model: PreTrainedModel, attention: Attention) -> Iterator[None]:
 
     ``q``, ``k``, ``v``, ``output``: ``(B, H, N, D)`` in the model's dtype, ``q`` not rescaled; ``valid``: ``(B, N)`` bool, True
     on real tokens; ``layer``: 0 to `ModelShape.layers` − 1. Dropout on attention probabilities is the dense path's alone.
+    Sentences packed into one row by a mask ``(B, 1, N, N)`` are given as rows of their own; any other such mask, but padding,
+    and a text longer than the model are a `UserError`.
     The old attention is put back at the end, after an exception too. Blocks may be nested: the innermost counts.
     """
     layers: dict[nn.Module, list[int]] = {}
     for layer, module in enumerate(m for m in _attention_calls(model) if not _is_sliding(m)):
         layers.setdefault(module, []).append(layer)
     plug = _Plug(attention, layers)
-    start = model.base_model.register_forward_pre_hook(lambda *_: plug.met.clear())
+
+    def begin(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        plug.begin()
+        _check_length(model, inputs[0] if inputs else named.get("input_ids"), named)
+
+    start = model.base_model.register_forward_pre_hook(begin, with_kwargs=True)
     try:
         with _installed(model, layers, plug):
             yield
@@ -293,32 +289,40 @@ def reserved_positions(family: str, pad_token_id: int) -> int:
     return pad_token_id + 1 if family in _OFFSET_POSITIONS else 0
 
 
-class _Plugged(Protocol):
-    """What an attention module carries while something is plugged in."""
-
-    def __call__(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor: ...
-
-
 @dataclass
 class _Plug:
     attention: Attention
     layers: dict[nn.Module, list[int]]  # the layers of each attention module: several where it is shared over depth
     met: dict[nn.Module, int] = field(default_factory=dict)  # calls of a shared module in this forward pass
+    # the mask that was read last, as all layers get the same, and what it says
+    read: tuple[Tensor | None, Tensor, Sentences | None] | None = None
 
-    def __call__(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
+    def begin(self) -> None:
+        """Forget the last forward pass."""
+        self.met.clear()
+        self.read = None
+
+    def __call__(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         layers = self.layers[module]
         call = 0
         if len(layers) > 1:
             call = self.met.get(module, 0)
             self.met[module] = call + 1
-        return self.attention(q, k, v, valid, layers[call])
+        if self.read is None or self.read[0] is not mask:
+            self.read = (mask, *read_mask(mask, q, k, getattr(self.attention, "causal", False)))
+        _, valid, sentences = self.read
+        if sentences is None:
+            return self.attention(q, k, v, valid, layers[call])
+        q_apart, k_apart, v_apart = map(sentences.apart, (q, k, v))
+        out = self.attention(q_apart, k_apart, v_apart, sentences.valid, layers[call])
+        return sentences.together(out, q.shape)
 
 
 def _attention_calls(model: PreTrainedModel) -> list[nn.Module]:
     """The attention modules that one forward pass calls, in order; found by running two tokens."""
     calls: list[nn.Module] = []
 
-    def listen(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
+    def listen(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         calls.append(module)
         return v
 
@@ -340,77 +344,46 @@ def _attention_calls(model: PreTrainedModel) -> list[nn.Module]:
 
 
 @contextlib.contextmanager
-def _installed(model: PreTrainedModel, modules: Iterable[nn.Module], plug: _Plugged) -> Iterator[None]:
-    before = {module: module.__dict__.get(_PLUG) for module in modules}
+def _installed(model: PreTrainedModel, modules: Iterable[nn.Module], plug: Plugged) -> Iterator[None]:
+    before = {module: module.__dict__.get(PLUG) for module in modules}
     implementation = attention_name(model.config)
     try:
         for module in before:
-            module.__dict__[_PLUG] = plug  # not by setattr: an attention that is a module must not become a submodule
+            module.__dict__[PLUG] = plug  # not by setattr: an attention that is a module must not become a submodule
         model.set_attn_implementation(REGISTERED)
         yield
     finally:
         model.set_attn_implementation(implementation)
         for module, old in before.items():
             if old is None:
-                del module.__dict__[_PLUG]
+                del module.__dict__[PLUG]
             else:
-                module.__dict__[_PLUG] = old
+                module.__dict__[PLUG] = old
+
+
+def _check_length(model: PreTrainedModel, ids: Tensor | None, named: dict[str, Any]) -> None:
+    """A text beyond the table of positions would end in an index error of torch; families without a table read any length."""
+    config = model.config
+    if config.model_type in _NO_POSITION_TABLE:
+        return
+    reserved = reserved_positions(config.model_type, config.pad_token_id)
+    tokens = ids if ids is not None else named.get("inputs_embeds")
+    places = named.get("position_ids")
+    length = 0 if tokens is None else tokens.shape[1]
+    if places is not None:
+        length = int(places.max()) + 1 - reserved if places.numel() else 0
+    if length > config.max_position_embeddings - reserved:
+        raise UserError(
+            f"this text has {length} tokens, and the model reads {config.max_position_embeddings - reserved} at most: cut it "
+            "into blocks, or convert the model to a longer one"
+        )
 
 
 def _is_sliding(module: nn.Module) -> bool:
     return getattr(module, "sliding_window", None) is not None
 
 
-# ---- the registered function ----
-
-
-def _attend(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **_: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """What transformers calls: ``(B, H, N, D)`` → ``(B, N, H, D)``, and the probabilities where there are any."""
-    if attention_mask is not None and attention_mask.dtype != torch.bool:
-        raise TypeError(f"this attention needs a boolean mask (B, N), True on real tokens, got {attention_mask.dtype}")
-    natural = 1.0 / math.sqrt(query.shape[-1])
-    if scaling is not None and not math.isclose(scaling, natural):
-        query = query * (scaling / natural)
-    plug: _Plugged | None = module.__dict__.get(_PLUG)
-    if plug is not None:
-        output = plug(module, query, key, value, _valid(query, attention_mask))
-        return output.transpose(1, 2).contiguous(), None
-    if hasattr(module.config, "attention_alpha"):
-        module.config.attn_implementation = REGISTERED  # transformers took it out while loading
-    return _dense(query, key, value, attention_mask, _normalizer(module.config), dropout if module.training else 0.0)
-
-
-def _dense(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, normalizer: Normalizer, dropout: float
-) -> tuple[Tensor, Tensor]:
-    # float32 also under autocast: the support and the sum of a row do not survive half precision
-    with torch.autocast(query.device.type, enabled=False):
-        scores = query.float() @ key.float().transpose(-1, -2) / math.sqrt(query.shape[-1])
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -math.inf)
-        probabilities = nn.functional.dropout(normalizer(scores), dropout).to(value.dtype)
-        return (probabilities @ value).transpose(1, 2).contiguous(), probabilities
-
-
-def _valid(query: Tensor, mask: Tensor | None) -> Tensor:
-    """``(B, N)`` real tokens from the mask of a layer without window, whose rows are all the same."""
-    batch, _, tokens, _ = query.shape
-    if mask is None:
-        return torch.ones(batch, tokens, dtype=torch.bool, device=query.device)
-    return mask[:, 0].any(-2).expand(batch, tokens)
-
-
 if not sys.stderr.isatty():
     transformers_logging.disable_progress_bar()  # transformers draws its bars for loading and saving into log files too
 
-AttentionInterface.register(REGISTERED, _attend)
-AttentionMaskInterface.register(REGISTERED, boolean_mask())
+follow_transformers()  # for whoever imported transformers by an importer that cannot be followed

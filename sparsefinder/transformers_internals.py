@@ -45,11 +45,6 @@ def nystromformer_attention() -> type:
     return found
 
 
-def boolean_mask() -> Any:
-    """The mask function of transformers' own `sdpa` attention: boolean, True where a query may attend."""
-    return import_module("transformers.masking_utils").sdpa_mask
-
-
 def cached_file(name_or_path: str, file: str, **options: Any) -> str:
     """Where a file of a folder or of a repository of the hub lies on this machine. Raises `OSError` if there is none."""
     return str(import_module("transformers.utils").cached_file(name_or_path, file, **options))
