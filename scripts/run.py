@@ -34,7 +34,7 @@ HYDRA: dict[str, Any] = {"version_base": "1.3", "config_path": str(CONF), "confi
 MULTIRUN = ("-m", "--multirun")
 QUESTIONS = ("--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc")
 INPUTS = (
-    *("qk", "qk_validation", "projections", "centroids"),
+    *("qk", "qk_validation", "projections", "centroids", "online_centroids"),
     *("lowrank", "key_centroids", "bilinear_projections", "bilinear_centroids", "calibration"),
 )
 SUMMED_UP = ("score", "evaluate", "report")  # stages after which the main numbers are printed

@@ -17,7 +17,7 @@ FAMILIES = (OURS, PUBLISHED, FIXED, DEPENDENT)  # in the order of the figures; b
 _BEGINNINGS = {  # of the names of their files; whatever is not here depends on the data
     BOUNDS: (UPPER_BOUND, CHANCE, EVERYTHING),
     OURS: ("routed", "lowrank", "bilinear"),
-    PUBLISHED: ("kmeans", "quantize", "distance"),
+    PUBLISHED: ("kmeans", "quantize", "distance", "dotproduct_entmax"),
     FIXED: (
         *("window", "longformer", "bigbird", "openai", "dilated", "block_local", "sinks"),
         *("lsg", "global", "strided", "fixed"),

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,6 +67,7 @@ def load_centroids(path: Path) -> Centroids:
     content = load_tensors(path, "centroids")
     if not isinstance(content, list) or not content:
         raise UserError(f"{path}: centroids must be a list over layers of tensors (H, runs, C, R); run stage=cluster")
+    content = [_means(layer) for layer in content]
     for index, centres in enumerate(content):
         if (
             not isinstance(centres, Tensor)
@@ -82,6 +84,12 @@ def load_centroids(path: Path) -> Centroids:
                 f"{tuple(content[0].shape[1:3])}"
             )
     return Centroids([centres.float() for centres in content], str(path))
+
+
+def _means(layer: Any) -> Any:
+    """Of the published routing code, whose layers are state dicts, the centroids ``(H, C, R)`` as those of one run."""
+    means = layer.get("kmeans.means") if isinstance(layer, dict) else None
+    return means[:, None] if isinstance(means, Tensor) and means.ndim == 3 else layer
 
 
 def nearest(x: Tensor, centres: Tensor, top: int) -> Tensor:

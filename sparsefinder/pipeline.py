@@ -63,6 +63,7 @@ STAGES = {
         Stage("extract", "sparsefinder.extract", shared=True),
         Stage("project", "sparsefinder.quantization"),
         Stage("cluster", "sparsefinder.kmeans_centroids"),
+        Stage("cluster_online", "sparsefinder.online_centroids"),
         Stage("route", "sparsefinder.lowrank"),
         Stage("bilinear", "sparsefinder.bilinear"),
         Stage("calibrate", "sparsefinder.calibrate"),

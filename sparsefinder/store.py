@@ -72,6 +72,7 @@ ARTEFACTS = {
         Artefact("qk_validation", "qk_validation_enc-attn.pt", "extract"),
         Artefact("projections", "projections.pickle", "project"),
         Artefact("centroids", "centroids.pickle", "cluster"),
+        Artefact("online_centroids", "online_centroids.pickle", "cluster_online"),
         Artefact("lowrank", "lowrank.pickle", "route"),
         Artefact("key_centroids", "key_centroids.pickle", "route"),
         Artefact("bilinear_projections", "bilinear.pickle", "bilinear"),

@@ -18,11 +18,14 @@ from sparsefinder.kmeans_centroids import Centroids
 from sparsefinder.patterns.block_pool import BlockPool
 from sparsefinder.patterns.choosing import as_ids, first_share, share_of
 from sparsefinder.patterns.clustered import Clustered
+from sparsefinder.patterns.dotproduct_entmax import DotProductEntmax
 from sparsefinder.patterns.lloyd import lloyd
 from sparsefinder.patterns.magicpig import MagicPIG
 from sparsefinder.patterns.quest import Quest
 from sparsefinder.patterns.reformer import Reformer
 from sparsefinder.patterns.routing import LearnedRouting, Routing
+from sparsefinder.patterns.routing_nearest import NearestRouting
+from sparsefinder.patterns.routing_trained import TrainedRouting
 from sparsefinder.patterns.topk_norm import TopKNorm
 from sparsefinder.randomness import normal, uniform
 from sparsefinder.store import UserError
@@ -168,6 +171,39 @@ def plain_routing_learned(pattern: LearnedRouting, q: Tensor, k: Tensor, head: i
     return balanced(q, k, list(pattern.centroids.layers[LAYER][head].flatten(0, 1).double()), pattern.share, causal)
 
 
+def plain_routing_trained(pattern: TrainedRouting, q: Tensor, k: Tensor, head: int, causal: bool) -> Joined:
+    assert pattern.online_centroids is not None
+    centres = pattern.online_centroids.layers[LAYER][head].flatten(0, 1).double()
+    return balanced(q, k, list(centres), pattern.share, causal)
+
+
+def plain_routing_nearest(pattern: NearestRouting, q: Tensor, k: Tensor, head: int, causal: bool) -> Joined:
+    assert pattern.centroids is not None
+
+    def taken(x: Tensor, centre: Tensor) -> set[int]:
+        return kept([-float((row - centre).norm()) for row in x], pattern.share, causal)
+
+    centres = pattern.centroids.layers[LAYER][head].flatten(0, 1).double()
+    members = [(taken(q, centre), taken(k, centre)) for centre in centres]
+    return lambda i, j: any(i in queries and j in keys for queries, keys in members)
+
+
+def plain_dotproduct_entmax(pattern: DotProductEntmax, q: Tensor, k: Tensor, head: int, causal: bool) -> Joined:
+    sharp = pattern.entmax_alpha - 1
+
+    def support(i: int) -> set[int]:
+        x = [sharp * float(q[i] @ k[j]) / math.sqrt(SIZE) for j in range(i + 1 if causal else len(k))]
+        low, high = max(x) - 1, max(x)
+        for _ in range(80):  # the threshold at which probabilities sum to one
+            middle = (low + high) / 2
+            enough = sum(max(each - middle, 0.0) ** (1 / sharp) for each in x) >= 1
+            low, high = (middle, high) if enough else (low, middle)
+        return {j for j, each in enumerate(x) if each > low}
+
+    found = [support(i) for i in range(len(q))]
+    return lambda i, j: j in found[i]
+
+
 def plain_magicpig(pattern: MagicPIG, q: Tensor, k: Tensor, head: int, causal: bool) -> Joined:
     k = torch.stack([k[j] - (k[: j + 1] if causal else k).mean(0) for j in range(len(k))])
 
@@ -197,6 +233,10 @@ CASES: list[tuple[Any, Callable[..., Joined]]] = [
     (Routing(0.3, 3, iterations=2), plain_routing),
     (Routing(0.2, 5, iterations=0, seed=2), plain_routing),
     (LearnedRouting(0.2, centroids()), plain_routing_learned),
+    (TrainedRouting(0.2, centroids()), plain_routing_trained),
+    (NearestRouting(0.2, centroids()), plain_routing_nearest),
+    (DotProductEntmax(1.5), plain_dotproduct_entmax),
+    (DotProductEntmax(1.9), plain_dotproduct_entmax),
     (MagicPIG(6, bits=2), plain_magicpig),
     (MagicPIG(3, bits=2, collisions=1, seed=1), plain_magicpig),
 ]

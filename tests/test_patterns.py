@@ -52,7 +52,12 @@ def learned() -> dict[int, Learned]:
         centroids = {b: Centroids([torch.randn(HEADS, 2, 6, ROUNDS * b) / 2 for _ in range(2)]) for b in (1, 3)}
     return {
         block_size: Learned(
-            {name: space if name in SPACES else centroids[block_size if name == "centroids" else 1] for name in LOADERS}
+            {
+                name: space
+                if name in SPACES
+                else centroids[block_size if name in ("centroids", "online_centroids") else 1]
+                for name in LOADERS
+            }
         )
         for block_size in centroids
     }
@@ -105,10 +110,23 @@ DENSE: dict[str, dict[str, Any]] = {
     "block_local": {"block": 99},
     "sinks": {"width": 99},
     "lsg": {"block": 64},
+    "dotproduct_entmax": {"entmax_alpha": 1.0},
     "oracle_topk": {"share": 1.0},
     "oracle_topp": {"p": 1.0},
     "oracle_head": {"share": 1.0},
-} | {name: {"share": 1.0} for name in ("topk_norm", "quest", "block_pool", "clustered", "routing", "routing_learned")}
+} | {
+    name: {"share": 1.0}
+    for name in (
+        "topk_norm",
+        "quest",
+        "block_pool",
+        "clustered",
+        "routing",
+        "routing_learned",
+        "routing_nearest",
+        "routing_trained",
+    )
+}
 
 
 def subject(path: Path, around: str) -> Subject:

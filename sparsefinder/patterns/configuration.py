@@ -165,6 +165,7 @@ class Configuration:
 LOADERS: Mapping[str, Callable[[Path], Any]] = {
     "projections": load_projections,
     "centroids": load_centroids,
+    "online_centroids": load_centroids,
     "lowrank": load_projections,
     "key_centroids": load_centroids,
     "bilinear_projections": load_projections,

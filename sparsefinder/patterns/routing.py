@@ -57,7 +57,7 @@ class Routing:
         q, k = (F.layer_norm(x, x.shape[-1:]) for x in vectors(qk))
         centres = self._first_centres(qk, layer).to(q.dtype).expand(q.shape[0], -1, -1, -1)
         tokens, valid = torch.cat([q, k], dim=2), torch.cat([qk.valid, qk.valid], dim=1)
-        return _taken(q, k, lloyd(tokens, valid, centres, self.iterations, spherical=True), qk, self.share)
+        return taken(q, k, lloyd(tokens, valid, centres, self.iterations, spherical=True), qk, self.share)
 
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool."""
@@ -94,13 +94,14 @@ class LearnedRouting:
             raise missing("routing_learned", "centroids")
         centres = F.normalize(self.centroids(qk, layer).flatten(1, 2), dim=-1)
         q, k = (F.normalize(x, dim=-1) for x in vectors(qk))
-        return _taken(q, k, centres.to(q.dtype), qk, self.share)
+        return taken(q, k, centres.to(q.dtype), qk, self.share)
 
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool from vectors ``(B, H, N, R)``."""
         return self.layout(qk, layer).graph(qk)
 
 
-def _taken(q: Tensor, k: Tensor, centres: Tensor, qk: QK, share: float) -> Layout:
+def taken(q: Tensor, k: Tensor, centres: Tensor, qk: QK, share: float) -> Layout:
+    """Each of the ``centres (…, C, R)`` as a bucket of the tokens that it takes: those of largest ``c · x``."""
     q_ids, k_ids = (as_ids(first_share(x @ centres.transpose(-1, -2), qk, share)) for x in (q, k))
     return Layout(Buckets(q_ids, k_ids, centres.shape[-2]))

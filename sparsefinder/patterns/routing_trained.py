@@ -1,0 +1,45 @@
+"""Balanced clusters around the centroids that the Routing Transformer's own online k-means has trained (Roy et al. 2021)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsefinder.graphs import QK, Layout
+from sparsefinder.kmeans_centroids import Centroids
+from sparsefinder.patterns.choosing import check_share, vectors
+from sparsefinder.patterns.routing import taken
+from sparsefinder.store import missing
+
+
+@dataclass(frozen=True)
+class TrainedRouting:
+    """`Routing` to centroids that the stage ``cluster_online`` moved by a running average, in Sparsefinder's projected space.
+
+    A centroid takes the ``⌈share · n⌉`` queries and as many keys of largest cosine with it. In causal attention nothing reads
+    the future.
+    """
+
+    share: float = 0.1  # of the queries and of the keys, for each centroid
+    online_centroids: Centroids | None = None  # attached by a `Configuration`
+
+    dial: ClassVar[str | None] = "share"
+    needs: ClassVar[tuple[str, ...]] = ("projections", "online_centroids")
+
+    def __post_init__(self) -> None:
+        check_share("share", self.share)
+
+    def layout(self, qk: QK, layer: int) -> Layout:
+        """Centroids as buckets: a token is in those that take it."""
+        if self.online_centroids is None:
+            raise missing("routing_trained", "online_centroids")
+        centres = F.normalize(self.online_centroids(qk, layer).flatten(1, 2), dim=-1)
+        q, k = (F.normalize(x, dim=-1) for x in vectors(qk))
+        return taken(q, k, centres.to(q.dtype), qk, self.share)
+
+    def __call__(self, qk: QK, layer: int) -> Tensor:
+        """``(B, H, N, N)`` bool from vectors ``(B, H, N, R)``."""
+        return self.layout(qk, layer).graph(qk)
