@@ -296,11 +296,12 @@ def _row(
 # ---- what score and evaluate use ----
 
 
-def calibrated(configurations: Iterable[Configuration], folder: Path, target: str) -> tuple[Configuration, ...]:
+def calibrated(configurations: Iterable[Configuration], folder: Path | str, target: str) -> tuple[Configuration, ...]:
     """Each pattern and surroundings of ``configurations`` once, at the dials that ``folder`` (``calibration/``) has for it.
 
     Patterns without a dial are left out, and so are those that were not calibrated, which the log says.
     """
+    folder = Path(folder)
     path = folder / "dials.parquet"
     if not path.is_file():
         raise UserError(f"{folder} holds no dials.parquet: give a folder made by stage=calibrate with calibration=PATH")

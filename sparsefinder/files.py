@@ -46,24 +46,27 @@ def why_not_written(error: BaseException) -> str | None:
     return None
 
 
-def make_folder(folder: Path) -> None:
+def make_folder(folder: Path | str) -> None:
     """``mkdir -p``, with one clear line where that is not allowed."""
+    folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot create {folder}: {error.strerror}; choose another run_dir=PATH") from error
 
 
-def remove(path: Path) -> None:
+def remove(path: Path | str) -> None:
     """Remove a file or a folder if it is there; of a link the link, never what it points to."""
+    path = Path(path)
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path | str, text: str) -> None:
     """Write under a temporary name and rename, so that a reader never sees half a file."""
+    path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     remove(temporary)
     temporary.write_text(text, encoding="utf-8")
@@ -81,6 +84,7 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def files_of(path: Path) -> list[Path]:
+def files_of(path: Path | str) -> list[Path]:
     """A file itself, or all files of a folder at any depth, sorted; links to folders are not followed."""
+    path = Path(path)
     return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]

@@ -57,13 +57,14 @@ class Centroids:
             )
         return centres.to(qk.q.device)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path | str) -> None:
         """Write the published form."""
         save_tensors([centres.cpu().contiguous() for centres in self.layers], path)
 
 
-def load_centroids(path: Path) -> Centroids:
+def load_centroids(path: Path | str) -> Centroids:
     """Read a file of centroids, ours or the published Sparsefinder's; anything else is a `UserError` in one line."""
+    path = Path(path)
     content = load_tensors(path, "centroids")
     if not isinstance(content, list) or not content:
         raise UserError(f"{path}: centroids must be a list over layers of tensors (H, runs, C, R); run stage=cluster")

@@ -39,20 +39,23 @@ class Manifest:
     created: str = ""
 
 
-def manifest_path(artefact: Path) -> Path:
+def manifest_path(artefact: Path | str) -> Path:
     """``qk_enc-attn.pt`` → ``qk_enc-attn.pt.json``."""
+    artefact = Path(artefact)
     return artefact.with_name(artefact.name + ".json")
 
 
-def write_manifest(artefact: Path, manifest: Manifest) -> None:
+def write_manifest(artefact: Path | str, manifest: Manifest) -> None:
     """Write the manifest beside ``artefact``: from now on that is finished."""
+    artefact = Path(artefact)
     content = json.loads(json.dumps(dataclasses.asdict(manifest)))
     text = json.dumps({**content, "seal": _seal(content)}, indent=2, ensure_ascii=False)
     write_text(manifest_path(artefact), text + "\n")
 
 
-def read_manifest(artefact: Path) -> Manifest | None:
+def read_manifest(artefact: Path | str) -> Manifest | None:
     """The manifest beside ``artefact``; None if there is none, or the artefact is gone, or it is not what was written."""
+    artefact = Path(artefact)
     path = manifest_path(artefact)
     try:
         if not path.is_file() or not artefact.exists() or path.stat().st_size > _LARGEST:
@@ -69,8 +72,9 @@ def _renamed(manifest: Manifest) -> Manifest:
     return dataclasses.replace(manifest, parents=parents)
 
 
-def content_hash(path: Path) -> str:
+def content_hash(path: Path | str) -> str:
     """SHA-256 over the names and bytes of a file, or of all files of a folder in sorted order."""
+    path = Path(path)
     digest = hashlib.sha256()
     for file in files_of(path):
         if path.is_dir():
@@ -81,12 +85,13 @@ def content_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def file_stats(path: Path) -> dict[str, list[int]]:
+def file_stats(path: Path | str) -> dict[str, list[int]]:
     """Size, both times of change and inode of each file: equal stats mean that hashing again is not needed.
 
     A program can set back the time at which the content changed, but not that at which the inode did: no writing through the
     file system goes unnoticed. A disk that returns other bytes than it was given does.
     """
+    path = Path(path)
     stats = {}
     for file in files_of(path):
         status = file.stat()

@@ -84,8 +84,9 @@ def point_of(run_dir: Path, overrides: Iterable[str], swept: Iterable[str]) -> P
     return Point(run_dir, tuple(sorted(o for o in overrides if not o.startswith(_NOT_OF_A_POINT))), tuple(swept))
 
 
-def read(folder: Path) -> Fate:
+def read(folder: Path | str) -> Fate:
     """The record in ``folder``; an empty one where it is no point of a sweep, or the file cannot be read."""
+    folder = Path(folder)
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         return Fate(*(str(record[key]) for key in ("state", "error", "traceback", "point")))
@@ -93,8 +94,9 @@ def read(folder: Path) -> Fate:
         return Fate()
 
 
-def not_done(root: Path) -> list[str]:
+def not_done(root: Path | str) -> list[str]:
     """The points at and below ``root`` that did not end well, each with its folder."""
+    root = Path(root)
     fates = {path.parent: read(path.parent) for path in sorted(root.rglob(RECORD))}
     return [f"{fate.point} ({folder})" for folder, fate in fates.items() if fate.state != DONE]
 

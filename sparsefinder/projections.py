@@ -130,7 +130,7 @@ class Projections:
         _check_shapes(projection, qk, self.source)
         return projection(qk)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path | str) -> None:
         """Write the published form."""
         plain = [
             {
@@ -153,8 +153,9 @@ class Projections:
             _check_shapes(layer, QK(probe, probe, torch.ones(1, 1, dtype=torch.bool)), self.source)
 
 
-def load_projections(path: Path) -> Projections:
+def load_projections(path: Path | str) -> Projections:
     """Read a projections file, ours or the published Sparsefinder's; anything else is a `UserError` in one line."""
+    path = Path(path)
     content = load_tensors(path, "projections")
     if not isinstance(content, list) or not content:
         raise UserError(

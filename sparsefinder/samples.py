@@ -117,19 +117,20 @@ class Samples:
         held_out = max(1, len(self) // 10)
         return self.part(0, len(self) - held_out), self.part(len(self) - held_out, len(self))
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path | str) -> None:
         """Write the published form. Tensors that lie in files are mapped one by one: memory can be taken back."""
         lengths = torch.tensor(self.lengths)
         q, k = ([_mapped(tensor) for tensor in side] for side in (self.q, self.k))
         save_tensors({"length_src": lengths, "q": q, "k": k}, path)
 
 
-def load_samples(path: Path) -> Samples:
+def load_samples(path: Path | str) -> Samples:
     """Queries and keys in a file (ours or the published Sparsefinder's), or in a folder of files.
 
     Raises a `UserError` in one line for a file that is missing, truncated, carries code, has another structure, or whose
     shapes or ``length_src`` disagree. Values are checked when a sample is taken.
     """
+    path = Path(path)
     if not path.is_dir():
         return _load_file(path)
     files = sorted(path.glob("*.pt"))
@@ -177,8 +178,8 @@ def _load_file(path: Path) -> Samples:
 class ShardWriter:
     """Samples into files ``<prefix>00000.pt``, … of ``folder``: a file as soon as there are ``size`` bytes for it."""
 
-    def __init__(self, folder: Path, prefix: str, size: int):
-        self.folder, self.prefix, self.size = folder, prefix, size
+    def __init__(self, folder: Path | str, prefix: str, size: int):
+        self.folder, self.prefix, self.size = Path(folder), prefix, size
         self.files = self.bytes = 0
         self.q: list[Tensor] = []
         self.k: list[Tensor] = []
@@ -199,7 +200,7 @@ class ShardWriter:
         self.q, self.k, self.bytes = [], [], 0
 
 
-def join(folder: Path, file: Path) -> None:
+def join(folder: Path | str, file: Path | str) -> None:
     """Write the queries and keys of a folder of files as one file of the published form."""
     load_samples(folder).save(file)
 

@@ -106,13 +106,13 @@ class Store:
 
     def __init__(
         self,
-        run_dir: Path,
+        run_dir: Path | str,
         given: Mapping[str, Path | str] | None = None,
-        base: Path | None = None,
+        base: Path | str | None = None,
         query_scale: float | str | None = None,
     ):
-        self.run_dir = run_dir
-        self.base = base
+        self.run_dir = Path(run_dir)
+        self.base = None if base is None else Path(base)
         self.given = dict(given or {})
         # queries and keys given alone serve both purposes: the last tenth is held out (see samples.py)
         self.splits_qk = "qk" in self.given and "qk_validation" not in self.given

@@ -27,8 +27,9 @@ def tidy(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
     return table
 
 
-def write(table: pd.DataFrame, folder: Path, name: str) -> None:
+def write(table: pd.DataFrame, folder: Path | str, name: str) -> None:
     """``name.csv`` for people and ``name.parquet`` for programs."""
+    folder = Path(folder)
     table.to_csv(folder / f"{name}.csv", index=False)
     table.to_parquet(folder / f"{name}.parquet", index=False)
 

@@ -61,14 +61,16 @@ class StoredTensor:
         return torch.empty(0, dtype=self.dtype).set_(whole[self.offset :]).view(self.shape)
 
 
-def save_tensors(content: Any, path: Path) -> None:
+def save_tensors(content: Any, path: Path | str) -> None:
     """`torch.save`, the same bytes for the same content: given a path, torch would write its name into the file."""
+    path = Path(path)
     with path.open("wb") as file:
         torch.save(content, file)
 
 
-def load_tensors(path: Path, what: str) -> Any:
+def load_tensors(path: Path | str, what: str) -> Any:
     """The content of a file, its tensors mapped, not read; one clear `UserError` for whatever is wrong with it."""
+    path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: there is no such file of {what}")
     try:
@@ -91,11 +93,12 @@ def load_tensors(path: Path, what: str) -> Any:
     return content
 
 
-def stored(path: Path, content: Any, tensors: Sequence[Tensor]) -> Sequence[Tensor | StoredTensor]:
+def stored(path: Path | str, content: Any, tensors: Sequence[Tensor]) -> Sequence[Tensor | StoredTensor]:
     """The places in ``path`` of some ``tensors`` of the ``content`` that `load_tensors` gave.
 
     Tensors without a place, as in files of old versions of torch, stay as they are.
     """
+    path = Path(path)
     if not zipfile.is_zipfile(path) or not all(tensor.is_contiguous() for tensor in tensors):
         return tensors
     offsets = _offsets(path, content)

@@ -10,11 +10,16 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
-from sparsefinder import pipeline
+from sparsefinder import pipeline, points, samples, tables
+from sparsefinder.calibrate import calibrated
+from sparsefinder.kmeans_centroids import load_centroids
 from sparsefinder.pipeline import Stage, chosen_stages, run_stages
+from sparsefinder.projections import load_projections
 from sparsefinder.store import ARTEFACTS, Store, UserError, content_hash, manifest_path, plain, read_manifest
+from tests.conftest import GRAPH
 
 
 def finish(store: Store, name: str, text: str = "x") -> Path:
@@ -323,3 +328,23 @@ class TestHeldOut:
         with pytest.raises(UserError, match="the queries and keys that projections was learned from"):
             self.run(Store(store.run_dir, {"qk_validation": tmp_path / "a"}), "score", "qk_validation", "projections")
         self.run(Store(store.run_dir, {"qk": tmp_path / "a"}), "score", "qk_validation", "projections")
+
+
+def test_paths_may_be_text(tmp_path: Path) -> None:
+    """Every public function that takes a path takes a string."""
+    text = str(tmp_path / "run")
+    store = Store(text, {"qk": str(GRAPH / "golden_enc-attn.pt")}, base=str(tmp_path / "base"))
+    with store.held():
+        finish(store, "projections")
+    assert content_hash(f"{text}/projections.pickle") == store.content("projections")
+    assert read_manifest(f"{text}/projections.pickle") == store.manifest("projections")
+    assert points.read(text).state == ""
+    assert points.not_done(text) == []
+    samples.load_samples(str(GRAPH / "golden_enc-attn.pt")).part(0, 2).save(f"{text}/qk.pt")
+    assert len(samples.load_samples(f"{text}/qk.pt")) == 2
+    assert load_projections(str(GRAPH / "golden_projections.pickle")).layers
+    centroids = load_centroids(str(GRAPH / "golden_centroids.pickle"))
+    centroids.save(f"{text}/centroids.pickle")
+    tables.write(pd.DataFrame({"a": [1]}), text, "table")
+    with pytest.raises(UserError, match=r"holds no dials\.parquet"):
+        calibrated((), text, "density=0.1")

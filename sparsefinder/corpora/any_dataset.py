@@ -94,7 +94,7 @@ class AnyDataset:
             source = str(Path(file).resolve()) if isinstance(file, (str, Path)) else name.strip()
             yield source, first + _ROWS * (first < 0), last + _ROWS * (last < 0)
 
-    def documents(self, split: str, cache: Path | None = None) -> Iterator[str]:
+    def documents(self, split: str, cache: Path | str | None = None) -> Iterator[str]:
         """The documents of ``split`` that are not empty. ``cache`` is not used: ``datasets`` keeps its own."""
         if split == "train" or self.data_files is None:  # a second look is for files that are here
             yield from self._some(split)

@@ -32,7 +32,7 @@ _MOSTLY_EMPTY = 0.5  # share of a block's tokens below which blocks are worth a 
 class Corpus(Protocol):
     """Text in three parts. Where it has an attribute ``pack`` that is true, a block may hold several documents."""
 
-    def documents(self, split: str, cache: Path | None = None) -> Iterator[str]: ...
+    def documents(self, split: str, cache: Path | str | None = None) -> Iterator[str]: ...
 
     def fingerprint(self) -> str: ...
 
@@ -93,7 +93,7 @@ def token_blocks(
     split: str,
     length: int,
     limit: int | None = None,
-    cache: Path | None = None,
+    cache: Path | str | None = None,
 ) -> TokenBlocks:
     """The documents of ``split`` cut into blocks of at most ``length`` tokens, special tokens included.
 
@@ -110,7 +110,7 @@ def token_blocks(
         raise UserError(f"blocks of {length} tokens are too short; choose {_SHORTEST} or more")
     file = None
     if cache is not None:
-        make_folder(cache)
+        make_folder(cache := Path(cache))
         file = cache / f"blocks-{_key(corpus, tokenizer, split, length, limit)}.pt"
         if file.is_file():
             with contextlib.suppress(RuntimeError, pickle.UnpicklingError, EOFError, TypeError):  # damaged: made again

@@ -59,7 +59,7 @@ class Docstrings:
         if twice:
             raise UserError(f"corpus=docstrings names {', '.join(twice)} twice: a package belongs to one split only")
 
-    def documents(self, split: str, cache: Path | None = None) -> Iterator[str]:
+    def documents(self, split: str, cache: Path | str | None = None) -> Iterator[str]:
         """The documents of ``split``; with ``cache``, a folder, they are kept there and read from there the next time.
 
         Without, the sources of all the packages are read (some 30 seconds). Packages that are not installed are left out
@@ -70,7 +70,7 @@ class Docstrings:
         if cache is None:
             found = _collect(self)[split]
         else:
-            folder = cache / f"docstrings-{self.fingerprint()[:16]}"
+            folder = Path(cache) / f"docstrings-{self.fingerprint()[:16]}"
             if not folder.is_dir():
                 _write(folder, _collect(self))
             found = json.loads((folder / f"{split}.json").read_text(encoding="utf-8"))

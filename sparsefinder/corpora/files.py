@@ -80,7 +80,7 @@ class TextFiles:
                 )
             met |= files
 
-    def documents(self, split: str, cache: Path | None = None) -> Iterator[str]:
+    def documents(self, split: str, cache: Path | str | None = None) -> Iterator[str]:
         """The documents of ``split``, in the order of the files. ``cache`` is not needed and not used.
 
         In the end of held-out text, a `UserError` where the training documents are the same, a warning where some are.

@@ -25,7 +25,7 @@ class WikiText103:
     def __post_init__(self) -> None:
         check_limits(self.max_documents, self.max_characters)
 
-    def documents(self, split: str, cache: Path | None = None) -> Iterator[str]:
+    def documents(self, split: str, cache: Path | str | None = None) -> Iterator[str]:
         """The articles of ``split``. ``cache`` is not used: ``datasets`` keeps its own."""
         yield from limited(_articles(split), split, self.max_documents, self.max_characters)
 
