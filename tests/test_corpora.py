@@ -22,6 +22,7 @@ from sparsefinder.corpora import (
     Masking,
     TextFiles,
     WikiText103,
+    files,
     masked_batches,
     token_blocks,
     train_tokenizer,
@@ -324,7 +325,12 @@ def test_what_a_document_is_is_seen_and_said(tmp_path, caplog, text, unit, count
     caplog.set_level("INFO")
     corpus = TextFiles(write(tmp_path / "text", text), write(tmp_path / "other", "Other.\n"))
     assert len(list(corpus.documents("train"))) == count
-    assert f"(corpus.documents={unit}, by auto)" in caplog.text
+    assert f"train: documents are {files._WORDS[unit]} (corpus.documents={unit}, by auto)" in caplog.text
+    held_out = "One.\n\nTwo.\nThree.\n\nFour.\n"  # cut as the training text is
+    corpus = TextFiles(corpus.train, write(tmp_path / "held_out", held_out))
+    as_lines, as_paragraphs = ["One.", "Two.", "Three.", "Four."], ["One.", "Two.\nThree.", "Four."]
+    expected = {"line": as_lines, "blank_line": as_paragraphs}.get(unit, ["\n".join(as_lines)])
+    assert list(corpus.documents("validation")) == expected
 
 
 def test_a_long_file_comes_in_parts(tmp_path, monkeypatch):

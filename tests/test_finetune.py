@@ -167,6 +167,18 @@ def test_no_steps_take_the_model_as_it_is(corpus, tmp_path):
     assert get_normalizer(load_masked_lm(store.run_dir / "model")[0]) == Normalizer(1.3)
 
 
+def test_text_of_unknown_words_is_refused_before_training(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(finetune, "train", lambda *_: pytest.fail("trained"))
+    save_tiny(tmp_path / "given")
+    unknown = tmp_path / "unknown"
+    unknown.write_text("京 " * 40)
+    for split, texts in (("validation", (corpus.train, unknown)), ("train", (unknown, corpus.validation))):
+        settings = settings_for(TextFiles(*map(str, texts)), model=Pretrained(str(tmp_path / "given")))
+        with pytest.raises(UserError, match=f"the {split} part of the corpus .* hold only special tokens"):
+            run(settings, tmp_path / f"run_{split}")
+        assert not (tmp_path / f"run_{split}" / "model").exists()
+
+
 def test_epochs_are_steps_over_all_blocks(corpus, tmp_path, caplog):
     counted = settings_for(corpus, steps=None, epochs=1.5, batch_size=4, accumulation=2)
     blocks = 21

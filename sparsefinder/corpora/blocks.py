@@ -213,7 +213,7 @@ def _report_room(blocks: TokenBlocks, length: int, split: str, packed: bool) -> 
             "corpus: %s: only %.0f %% of the room for %d tokens in a block is filled; %s",
             *(split, 100 * share, length),
             "there is no more text"
-            if packed
+            if packed or len(blocks) == 1
             else "corpus.pack=true puts several documents into a block, and with corpus=text corpus.documents=file makes one of "
             "a whole file",
         )

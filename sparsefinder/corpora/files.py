@@ -29,9 +29,9 @@ class TextFiles:
     """Documents in plain UTF-8 files, compressed by gzip or not: for each split a file, a folder, a pattern such as
     ``texts/*.txt``, or a list of these.
 
-    What a document is, is said by ``documents``: one of `UNITS`, or auto, which looks at the text and says in the log what it
-    took. Several files are a document each, unless they have titles; a single one is looked at by `unit_of`.
-    Files are read line by line, under auto twice.
+    What a document is, is said by ``documents``: one of `UNITS`, or auto, which looks at the training text and says in the log
+    what it took. Several files are a document each, unless they have titles; a single one is looked at by `unit_of`.
+    Files are read line by line.
     """
 
     train: str | tuple[str, ...] | None  # the last is refused, by a line that says what to give
@@ -100,7 +100,7 @@ class TextFiles:
 
     def _all(self, split: str, quiet: bool) -> Iterator[str]:
         files = self._files(split)
-        unit = self._unit(files, split)
+        unit = self._unit()
         if self.unit == "auto" and not quiet:
             log.info("corpus: %s: documents are %s (corpus.documents=%s, by auto)", split, _WORDS[unit], unit)
         empty = True
@@ -112,10 +112,12 @@ class TextFiles:
             several = f" ({len(files)} files)" if len(files) > 1 else ""
             raise UserError(f"corpus.{split}={self._given(split)} is empty{several}; give a file with text")
 
-    def _unit(self, files: Sequence[Path], split: str) -> str:
+    def _unit(self) -> str:
+        """What a document is in every split, so that held-out text is cut as the training text is: `auto` looks at that."""
         if self.unit != "auto":
             return self.unit
-        found = (unit_of(lines_of(file, split)) for file in files)
+        files = self._files("train")
+        found = (unit_of(lines_of(file, "train")) for file in files)
         if len(files) == 1:
             return next(found)
         return "title" if "title" in found else "file"
