@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from scripts import split_by_length
 from sparsefinder.samples import Samples, ShardWriter, join, load_samples, training_samples, validation_samples
 from sparsefinder.store import Store, UserError
 from sparsefinder.tensor_files import StoredTensor
@@ -222,6 +223,42 @@ class TestQueryScale:
         said = [record.getMessage() for record in caplog.records if "query_scale=sqrt_d" in record.getMessage()]
         assert len(said) == warned
         assert all("of the pairs of sample 0 are gold" in line for line in said)
+
+
+class TestSplitByLength:
+    def test_each_sample_lies_in_one_file(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        whole = content((3, 9, 10, 20, 14, 40, 25))
+        torch.save(whole, tmp_path / "a.pt")
+        assert (
+            split_by_length.main([str(tmp_path / "a.pt"), str(tmp_path / "b"), "--lengths", "9", "20", "30", "35"]) == 0
+        )
+        assert sorted(path.name for path in tmp_path.glob("*")) == ["a.pt", "b-20-30.pt", "b-35-up.pt", "b-9-20.pt"]
+        assert "b-9-20.pt: 3 samples" in capsys.readouterr().out
+        for name, places in (("9-20", [1, 2, 4]), ("20-30", [3, 6]), ("35-up", [5])):
+            part = load_samples(tmp_path / f"b-{name}.pt")
+            assert len(part) == len(places)
+            for index, place in enumerate(places):
+                assert torch.equal(part.q[index][1], whole["q"][place][1])
+                assert torch.equal(part.k[index][0], whole["k"][place][0])
+
+    @pytest.mark.parametrize(
+        ("lengths", "out", "message"),
+        [
+            (["20", "10"], "b", "give numbers of tokens that rise"),
+            (["-1", "10"], "b", "give numbers of tokens that rise"),
+            (["99"], "b", "has no sample of 99 tokens or more: its longest has 5"),
+            (["1"], "missing/b", "cannot write"),
+        ],
+    )
+    def test_wrong_input(
+        self, lengths: list[str], out: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        torch.save(content(), tmp_path / "a.pt")
+        assert split_by_length.main([str(tmp_path / "a.pt"), str(tmp_path / out), "--lengths", *lengths]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+        assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
 
 
 class TestFolders:
