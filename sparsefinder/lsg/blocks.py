@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparsefinder.lsg.recording import recorded
 from sparsefinder.lsg.settings import LSGSettings
 from sparsefinder.transforms import Normalizer
 
@@ -69,9 +70,10 @@ def local_attention(
     own = torch.ones(block, block, dtype=torch.bool, device=q.device).tril()
     row_bytes = 2 * tokens // block * in_view * size * q.element_size()
     step = max(1, _WORKSPACE // max(row_bytes, 1))
+    # a recorded run may be given more rows later
+    parts = [slice(None)] if recorded() else [slice(start, start + step) for start in range(0, rows, step)]
     outputs = []
-    for start in range(0, rows, step):
-        part = slice(start, start + step)
+    for part in parts:
         keys = lay_out(k[part], sparse[0][part], front[0][part], settings, causal).flatten(0, 1)[:, None]
         values = lay_out(v[part], sparse[1][part], front[1][part], settings, causal).flatten(0, 1)[:, None]
         mask = key_mask[part].flatten(0, 1)[:, None, None]
@@ -84,7 +86,7 @@ def local_attention(
 
 def visible(valid: Tensor, sparse_valid: Tensor, num_global: int, settings: LSGSettings, causal: bool) -> Tensor:
     """Which of the keys in view exist: `valid (R, N)`, `sparse_valid (R, S)` bool → `(R, N / block_size, K)` bool."""
-    front = valid.new_ones(len(valid), num_global, 1)
+    front = valid.new_ones(valid.shape[0], num_global, 1)
     return lay_out(valid[..., None], sparse_valid[..., None], front, settings, causal)[..., 0]
 
 

@@ -55,7 +55,7 @@ def put_globals_in_front(config: Any, embeddings: Any, args: Any, output: Tensor
     """Hook of BERT-like embeddings: layer norm and dropout work on each token alone, so the global ones get theirs here."""
     rows = global_rows(embeddings.global_embeddings, config.num_global_tokens, output)
     front = embeddings.dropout(embeddings.LayerNorm(rows))
-    return torch.cat([front.expand(len(output), -1, -1).to(output.dtype), output], dim=1)
+    return torch.cat([front.expand(output.shape[0], -1, -1).to(output.dtype), output], dim=1)
 
 
 def fill_up(stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -109,5 +109,5 @@ def _text(state: Tensor, tokens: int, end: int, turn: Turn | None) -> Tensor:
 
 def _taken(x: Tensor, index: Tensor) -> Tensor:
     """Rows of `x (B or 1, N[, E])` in the order `index (B, n)`."""
-    x = x.expand(len(index), *x.shape[1:])
+    x = x.expand(index.shape[0], *x.shape[1:])
     return x.gather(1, index if x.ndim == 2 else index[..., None].expand(-1, -1, x.shape[-1]))

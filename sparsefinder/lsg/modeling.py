@@ -22,8 +22,8 @@ models:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
+from functools import partial, wraps
 from inspect import signature
 from typing import Any, ClassVar
 
@@ -44,6 +44,7 @@ from sparsefinder.lsg.ends import (
     turn_of,
 )
 from sparsefinder.lsg.families import FAMILIES, Family, plain_class
+from sparsefinder.lsg.recording import of_this_length
 from sparsefinder.lsg.settings import MAX_GLOBAL_TOKENS
 from sparsefinder.store import UserError
 from sparsefinder.transformers_internals import class_beside, copy_with_attention, is_remote_code
@@ -92,8 +93,6 @@ class LSGPreTrained:
 class LSGEncoderModel(LSGPreTrained):
     """Base model of an encoder family (BERT and its kin)."""
 
-    lsg_arguments: ClassVar[tuple[str, ...]]
-
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         family = self.lsg_family
@@ -106,12 +105,10 @@ class LSGEncoderModel(LSGPreTrained):
         install_attention(stack, family, config)
         self.post_init()
 
-    def forward(
-        self: Any, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
-    ) -> Any:
+    def forward(self: Any, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **inputs: Any) -> Any:
         """As the plain model's; `attention_mask`: `(B, N)`, nonzero on real tokens."""
-        refuse_attentions(self.config, kwargs)
-        inputs = {**kwargs, **dict(zip(self.lsg_arguments, args, strict=False)), "input_ids": input_ids}
+        refuse_attentions(self.config, inputs)
+        inputs["input_ids"] = input_ids
         valid = real_tokens(
             self.config, self.lsg_family.tokens(self.config), input_ids, inputs.get("inputs_embeds"), attention_mask
         )
@@ -173,9 +170,9 @@ class LSGEncoderStack(LSGPreTrained):
             inputs_embeds, valid = turn.turned(inputs_embeds), turn.turned(valid)
         if fill:
             token = torch.full((1, 1), self.config.pad_token_id, device=inputs_embeds.device)
-            after = self.embed_tokens(token) * scale * (input_ids is not None)
-            inputs_embeds = torch.cat([inputs_embeds, after.expand(len(valid), fill, -1)], dim=1)
-        front = global_rows(self.global_embeddings, count, inputs_embeds).expand(len(inputs_embeds), -1, -1)
+            after = self.embed_tokens(token) * (scale if input_ids is not None else 0.0)
+            inputs_embeds = torch.cat([inputs_embeds, after.expand(valid.shape[0], fill, -1)], dim=1)
+        front = global_rows(self.global_embeddings, count, inputs_embeds).expand(inputs_embeds.shape[0], -1, -1)
         as_tuple = not _returns_dict(self.config, kwargs)
         output = super().forward(  # type: ignore[misc]
             inputs_embeds=torch.cat([front.to(inputs_embeds.dtype), inputs_embeds], dim=1),
@@ -216,18 +213,21 @@ class LSGEncoderDecoderModel(LSGPreTrained):
         **kwargs: Any,
     ) -> Any:
         """As the plain model's; the mask is the text's, without the global tokens."""
+        as_tuple = not _returns_dict(self.config, kwargs)
         if encoder_outputs is None:
             wanted = {name: value for name, value in kwargs.items() if name.startswith("output_")}
             encoder_outputs = self.encoder(input_ids, attention_mask, inputs_embeds, return_dict=True, **wanted)
-        return super().forward(  # type: ignore[misc]
+        output = super().forward(  # type: ignore[misc]
             input_ids=input_ids,
             attention_mask=self._mask_of_decoder(attention_mask, encoder_outputs[0]),
             decoder_input_ids=decoder_input_ids,
             decoder_attention_mask=decoder_attention_mask,
             encoder_outputs=encoder_outputs,
             past_key_values=past_key_values,
+            return_dict=True,
             **kwargs,
         )
+        return output.to_tuple() if as_tuple else output
 
     def _mask_of_decoder(self: Any, attention_mask: Tensor | None, states: Tensor) -> Tensor | None:
         """Which encoder states the decoder may see, `(B, N)` or `(B, G + N)`; None for all."""
@@ -236,7 +236,7 @@ class LSGEncoderDecoderModel(LSGPreTrained):
             if attention_mask is None:
                 attention_mask = states.new_ones(states.shape[0], states.shape[1] - count, dtype=torch.long)
             attention_mask = attention_mask.clone()
-            attention_mask[torch.arange(len(states)), (attention_mask != 0).int().argmax(-1)] = 0
+            attention_mask[torch.arange(states.shape[0]), (attention_mask != 0).int().argmax(-1)] = 0
         return attention_mask if attention_mask is None else F.pad(attention_mask, (count, 0), value=1)
 
 
@@ -305,6 +305,12 @@ def real_tokens(
         raise UserError(
             f"{tokens} tokens are not a multiple of block_size {config.block_size}; pad them, or set adaptive=True"
         )
+    if isinstance(tokens, torch.SymInt) and torch.compiler.is_exporting():
+        raise UserError(
+            "an LSG model is exported for one length: its blocks are counted when it is recorded; leave the length out of "
+            "dynamic_shapes (the batch may be in it) and pad texts to it"
+        )
+    given = of_this_length(given)
     if mask is None:
         return torch.ones(batch, tokens, dtype=torch.bool, device=given.device)
     if mask.shape != (batch, tokens):
@@ -348,6 +354,17 @@ def _returns_dict(config: Any, kwargs: dict[str, Any]) -> bool:
     return bool(config.return_dict if wanted is None else wanted)
 
 
+def named_as(plain: Callable[..., Any], forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward`, which takes its arguments by name, with the signature of `plain`: arguments by place, and tools that read it."""
+    names = tuple(signature(plain).parameters)
+
+    @wraps(plain)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        return forward(args[0], **dict(zip(names[1 : len(args)], args[1:], strict=True)), **kwargs)
+
+    return called
+
+
 def model_class(name: str) -> Any:
     """An LSG class by its name, for instance `LSGRobertaForMaskedLM`, made once. Raises `AttributeError` for another."""
     return globals().get(name) or _make(name)
@@ -369,9 +386,9 @@ def _make(name: str) -> Any:
         "__doc__": f"`{plain_name}` with LSG attention in its encoder ({role.__name__}).",
         "config_class": config_class(family),
         "lsg_family": family,
-        # what a caller may give by place, after the mask
-        "lsg_arguments": tuple(signature(plain.forward).parameters)[3:],
     }
+    if "forward" in vars(role):
+        namespace["forward"] = named_as(plain.forward, vars(role)["forward"])
     made = type(name, (role, plain), namespace)
     globals()[name] = made
     return made

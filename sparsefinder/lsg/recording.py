@@ -6,6 +6,12 @@ content, and the numbers are the same.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,3 +24,39 @@ def recorded() -> bool:
 def known(truth: Tensor) -> bool:
     """Whether `truth`, a bool tensor of one entry, is known to hold; never while a run is recorded."""
     return not recorded() and bool(truth)
+
+
+@torch.compiler.assume_constant_result
+def constant(make: Callable[..., list[Tensor]], *arguments: Any) -> list[Tensor]:
+    """`make(*arguments)`, tensors that depend on numbers alone; a recorded run keeps them, and not that they were drawn."""
+    if not recorded():
+        return make(*arguments)
+    with ThreadPoolExecutor(1) as elsewhere:  # runs are recorded on the thread that they are on
+        return elsewhere.submit(make, *arguments).result()
+
+
+def of_this_length(x: Tensor) -> Tensor:
+    """`x (B, N, …)`; in a model that `torch.jit.trace` made, an error where N is not the one that it was traced with.
+
+    Whether attention is dense or in blocks depends on N, and a trace remembers what it was. `torch.export` sees to it itself.
+    """
+    if not torch.jit.is_tracing():
+        return x
+    checked: Tensor = _checker()(x, int(x.shape[1]))
+    return checked
+
+
+@cache
+def _checker() -> Callable[[Tensor, int], Tensor]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # what it advises instead cannot be part of a trace
+        made: Callable[[Tensor, int], Tensor] = torch.jit.script(_checked)
+    return made
+
+
+def _checked(x: Tensor, tokens: int) -> Tensor:
+    if x.size(1) != tokens:
+        raise RuntimeError(
+            f"this LSG model was traced with {tokens} tokens; pad or cut the input of {x.size(1)} to them"
+        )
+    return x

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sparsefinder.lsg.recording import constant
 from sparsefinder.lsg.settings import LSGSettings
 
 
@@ -127,13 +128,19 @@ def pool_lsh(q: Tensor, k: Tensor, v: Tensor, valid: Tensor, settings: LSGSettin
     real = valid[:, None, :, None].expand(-1, heads, -1, -1).float().reshape(batch, heads, -1, chunk, 1)
     merged = torch.cat([k, v], dim=-1).float().view(batch, heads, -1, chunk, 2 * size)
     merged = merged * real
-    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + layer)
-    for clusters in [chunk] * settings.lsh_num_pre_rounds + [chunk // factor]:
-        planes = torch.randn(heads, size, max(clusters // 2, 1), generator=generator).to(k.device)
-        merged, real = _hash_round(merged, real, planes, clusters)
+    counts = (chunk,) * settings.lsh_num_pre_rounds + (chunk // factor,)
+    drawn = constant(_planes, settings.seed * 1_000_003 + layer, heads, size, counts)
+    for clusters, planes in zip(counts, drawn, strict=True):
+        merged, real = _hash_round(merged, real, planes.to(k.device), clusters)
     means = (merged / real.clamp_min(1.0)).reshape(batch, heads, -1, 2 * size).to(k.dtype)
     keys, values = means.split(size, dim=-1)
     return SparseKeys(keys, values, real.reshape(batch, heads, -1) > 0)
+
+
+def _planes(seed: int, heads: int, size: int, counts: tuple[int, ...]) -> list[Tensor]:
+    """Random projections `(H, D, clusters / 2)` of each round."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(heads, size, max(clusters // 2, 1), generator=generator) for clusters in counts]
 
 
 def _hash_round(sums: Tensor, counts: Tensor, planes: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
