@@ -24,6 +24,7 @@ _LOST_NUMBER = {
     "inline_container.cc": "not all bytes arrived, the disk is probably full",
     "iostream error": "not all bytes arrived, the disk is probably full",
 }
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}  # by first bytes
 
 
 class UserError(ValueError):
@@ -88,3 +89,8 @@ def files_of(path: Path | str) -> list[Path]:
     """A file itself, or all files of a folder at any depth, sorted; links to folders are not followed."""
     path = Path(path)
     return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+
+
+def compression_of(begin: bytes) -> str:
+    """The program that compressed a file which begins with these bytes (six or more), whatever its name; empty for none."""
+    return next((program for sign, program in _COMPRESSED.items() if begin.startswith(sign)), "")

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsefinder.files import UserError
+from sparsefinder.files import UserError, compression_of
 
 _LARGEST_PICKLE = 64 << 20  # bytes of the structure around the tensors; that of a million samples has less
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -74,6 +74,10 @@ def load_tensors(path: Path | str, what: str) -> Any:
     if not path.is_file():
         raise UserError(f"{path}: there is no such file of {what}")
     try:
+        with path.open("rb") as file:
+            program = compression_of(file.read(6))
+        if program:
+            raise UserError(f"{path} is compressed by {program}: unpack it first, so that it can be read in parts")
         archive = zipfile.is_zipfile(path)
         if archive:
             _check_archive(path, what)

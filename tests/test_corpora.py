@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import dataclasses
 import gzip
 import itertools
@@ -389,6 +390,8 @@ ZIPPED = gzip.compress(b"".join(f"Line {i}.\n".encode() for i in range(2000)))
         ("text\n".encode("utf-16"), "not UTF-8 text but UTF-16"),
         ("text\n".encode("utf-16-le"), r"not UTF-8 text \(byte 1 is zero"),
         (b"words \n and \0 zero\n", r"not UTF-8 text \(byte 12 is zero"),
+        (bz2.compress(b"text\n"), "is compressed by bzip2: unpack it, or compress it by gzip"),
+        (gzip.compress(gzip.compress(b"text\n")), "is compressed by gzip: unpack it"),
         (b"PK\x03\x04whatever", "is a zip archive, not text: unpack it"),
         (gzip.compress("naïve\n".encode("latin-1")), "not UTF-8 text"),
         (gzip.compress(b" \n"), "empty; give a file with text"),
@@ -402,6 +405,8 @@ ZIPPED = gzip.compress(b"".join(f"Line {i}.\n".encode() for i in range(2000)))
         "utf-16",
         "no mark",
         "zero",
+        "bzip2",
+        "gzip twice",
         "zip",
         "latin in gzip",
         "empty gzip",

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import lzma
 import pickle
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -128,6 +132,15 @@ def test_nan_names_its_place(value: float, tmp_path: Path) -> None:
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         load_samples(tmp_path / "missing.pt")
+
+
+@pytest.mark.parametrize("module", [gzip, bz2, lzma], ids=["gzip", "bzip2", "xz"])
+def test_a_compressed_file_is_called_that(module: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "qk.pt"
+    path.write_bytes(module.compress(b"whatever"))
+    program = {lzma: "xz", bz2: "bzip2", gzip: "gzip"}[module]
+    with pytest.raises(UserError, match=rf"^{path} is compressed by {program}: unpack it first"):
+        load_samples(path)
 
 
 @pytest.mark.parametrize("kept", [0, 10, 1000])

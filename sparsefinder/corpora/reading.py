@@ -12,17 +12,13 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from sparsefinder.corpora.documents import LINE
-from sparsefinder.files import files_of
+from sparsefinder.files import compression_of, files_of
 from sparsefinder.store import UserError
 
-_GZIP = b"\x1f\x8b"
 _NOT_TEXT = {  # how a file begins → what it is, and how to make text of it
     b"\xff\xfe": "not UTF-8 text but UTF-16: convert it, such as by iconv -f UTF-16 -t UTF-8",
     b"\xfe\xff": "not UTF-8 text but UTF-16: convert it, such as by iconv -f UTF-16 -t UTF-8",
     b"PK\x03\x04": "a zip archive, not text: unpack it",
-    b"BZh": "compressed by bzip2: unpack it, or compress it by gzip",
-    b"\xfd7zXZ\0": "compressed by xz: unpack it, or compress it by gzip",
-    b"\x28\xb5\x2f\xfd": "compressed by zstd: unpack it, or compress it by gzip",
     b"%PDF-": "a PDF file, not text: take the text out of it",
     b"PAR1": "a parquet file: read it with corpus=datasets corpus.path=parquet",
 }
@@ -70,9 +66,8 @@ def lines_of(path: Path, split: str) -> Iterator[str]:
     place = 0
     with _opened(path, split) as file:
         while data := _next(file, path, split):
-            what = "" if place else next((what for begin, what in _NOT_TEXT.items() if data.startswith(begin)), "")
-            if what:
-                raise UserError(f"corpus.{split}={path} is {what}")
+            if not place:
+                _check_begin(data, path, split)
             if (zero := data.find(b"\0")) >= 0:
                 raise UserError(
                     f"corpus.{split}={path} is not UTF-8 text (byte {place + zero} is zero, as in UTF-16 and in binary files)"
@@ -86,6 +81,15 @@ def lines_of(path: Path, split: str) -> Iterator[str]:
                 ) from error
             yield from LINE.findall(line if place else line.removeprefix(_MARK))
             place += len(data)
+
+
+def _check_begin(data: bytes, path: Path, split: str) -> None:
+    """Raise a `UserError` for what is known by its first bytes not to be text."""
+    if program := compression_of(data):
+        raise UserError(f"corpus.{split}={path} is compressed by {program}: unpack it, or compress it by gzip instead")
+    for begin, what in _NOT_TEXT.items():
+        if data.startswith(begin):
+            raise UserError(f"corpus.{split}={path} is {what}")
 
 
 def digest_of(path: Path, split: str) -> bytes:
@@ -120,7 +124,7 @@ def is_gzip(path: Path, split: str) -> bool:
         raise UserError(f"corpus.{split}={path}: {what}; give a file of plain text")
     try:
         with path.open("rb") as file:
-            return file.read(len(_GZIP)) == _GZIP
+            return compression_of(file.read(6)) == "gzip"
     except OSError as error:
         raise UserError(f"corpus.{split}={path} cannot be read: {error.strerror}") from error
 
