@@ -108,7 +108,7 @@ def in_words(kind: Any) -> str:
     if of in (list, tuple, collections.abc.Sequence):
         return f"a list of {' or '.join(in_words(each) for each in choices(within[0]))}"
     if of in (dict, collections.abc.Mapping):
-        return f"a mapping {{{in_words(within[0])}: {in_words(within[1])}}}"
+        return f"a mapping {{{in_words(within[0])}: {' or '.join(in_words(each) for each in choices(within[1]))}}}"
     return "null" if kind is type(None) else str(getattr(kind, "__name__", kind))
 
 

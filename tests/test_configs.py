@@ -60,7 +60,7 @@ WRONG = {  # settings of the command line → what the one line about them says
     "adapt_steps=1e2": "adapt_steps must be int, got 100.0",
     "evaluate.adapt=null": "evaluate.adapt must be AdaptSettings, got None",
     "finetune.corpus=5": "finetune.corpus must be Corpus, got 5",
-    "stage=extract corpus=datasets corpus.data_files=a.jsonl": "corpus.data_files must be ",
+    "stage=extract corpus=datasets corpus.data_files=a.jsonl": "must be a mapping {str: str or a list of str} or null",
     "stage=extract corpus=text corpus.max_documents=2.5": "corpus.max_documents must be int or null, got 2.5",
     "stage=extract corpus.train=numpy": "corpus.train must be a list of str, got 'numpy'",
     "stage=extract ~corpus.train": "corpus.train is missing, which Docstrings needs: set corpus.train=VALUE",
