@@ -20,9 +20,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import re
 import sys
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,15 +29,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForMaskedLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers import logging as transformers_logging
 
-from sparsefinder import hub
+from sparsefinder.checkpoints import check_that_it_runs, load_config, load_model, load_tokenizer, open_checkpoint
 from sparsefinder.graphs import Attention
 from sparsefinder.packing import Sentences, read_mask
 from sparsefinder.registered import PLUG, Plugged, normalizer_of
@@ -52,19 +49,6 @@ log = logging.getLogger(__name__)
 FAMILIES = ("roberta", "bert", "xlm-roberta", "camembert", "electra", "albert", "distilbert", "modernbert")
 SOFTMAX = "sdpa"  # what transformers calls its own dense softmax attention
 
-_LARGEST_WEIGHT = 1e12  # far above any that was trained, far below one whose square is infinite
-_LARGEST = {  # sizes in a configuration that can be meant
-    "num_hidden_layers": 1000,
-    "num_attention_heads": 1000,
-    "hidden_size": 100_000,
-    "intermediate_size": 1_000_000,
-    "embedding_size": 100_000,
-    "vocab_size": 10_000_000,
-    "max_position_embeddings": 10_000_000,
-    "type_vocab_size": 1000,
-    "num_hidden_groups": 1000,
-    "inner_group_num": 1000,
-}
 _NO_POSITION_TABLE = ("modernbert",)  # positions are rotations
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert")  # the first rows of their position tables are reserved
 
@@ -87,131 +71,53 @@ class ModelShape:
 def load_masked_lm(name_or_path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A masked language model, with the attention that it was finetuned with, and its tokenizer.
 
-    ``name_or_path``: a folder written by ``save_pretrained``, or a name on the Hugging Face hub. No remote code is ever run.
-    Returns the model in evaluation mode and in float32, whatever precision it was saved in. Raises a `UserError` in one line
-    for a missing path, an unreachable hub, a family other than `FAMILIES`, damaged or missing weights, and a tokenizer without
-    a mask token.
+    As `load_with_head`; a tokenizer without a mask token is a `UserError`, too.
     """
-    name = str(name_or_path)
-    options: dict[str, Any] = {"local_files_only": _must_be_local(name)}
-    config = _read("configuration", name, AutoConfig.from_pretrained, **options)
-    _check_family(config, name)
-    _check_sizes(config, name)
+    model, tokenizer = load_with_head(name_or_path, AutoModelForMaskedLM)
+    if tokenizer.mask_token_id is None:
+        raise UserError(f"model={name_or_path}: its tokenizer has no mask token; a masked language model needs one")
+    return model, tokenizer
+
+
+def load_with_head(
+    name_or_path: str | Path, auto_class: Any, **options: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model of one of `FAMILIES` by an Auto class, with the attention that it was finetuned with, and its tokenizer.
+
+    ``name_or_path``: a folder written by ``save_pretrained``, or a name on the Hugging Face hub. No remote code is ever run.
+    ``options``: settings of the configuration, such as ``num_labels=3``; with these the head may have another size than in the
+    checkpoint. A head or pooler that the checkpoint has not, or so not, is drawn from torch's global random state and named in
+    the log. Returns the model in evaluation mode and in
+    float32, whatever precision it was saved in. Raises a `UserError` in one line for everything that `checkpoints` refuses,
+    another family and a tokenizer without padding.
+    """
+    checkpoint = open_checkpoint(name_or_path, label=f"model={name_or_path}")
+    label, settings = checkpoint.label, checkpoint.settings
+    _check_family(settings["model_type"], bool(settings.get("is_decoder")), label)
+    config = load_config(checkpoint, **options)
     try:
         normalizer = normalizer_of(config)
     except (TypeError, ValueError) as error:
-        raise UserError(f"model={name}: attention_alpha in its config.json is wrong: {error}") from error
+        raise UserError(f"{label}: attention_alpha in its config.json is wrong: {error}") from error
     forget_attention(config)  # whatever it was saved as; the normalizer is set below
-    model, found = _read(
-        *("weights", name, AutoModelForMaskedLM.from_pretrained),
-        config=config,
-        dtype=torch.float32,  # transformers would keep half precision, in which small updates are lost
-        output_loading_info=True,
-        **options,
-    )
-    _check_weights(model, found, name)
-    tokenizer = _read("tokenizer", name, AutoTokenizer.from_pretrained, **options)
-    if tokenizer.mask_token_id is None or tokenizer.pad_token_id is None:
-        raise UserError(f"model={name}: its tokenizer has no mask or padding token; a masked language model needs both")
-    _check_that_it_runs(model.eval(), len(tokenizer), name)
+    # transformers would keep half precision, in which small updates are lost
+    model, _ = load_model(checkpoint, auto_class, config=config, new_head=bool(options), dtype=torch.float32)
+    tokenizer = load_tokenizer(checkpoint, model.config.vocab_size)
+    if tokenizer.pad_token_id is None:
+        raise UserError(f"{label}: its tokenizer has no padding token, which batches need; add one and save it again")
+    check_that_it_runs(model, label)
     set_normalizer(model, normalizer)
     return model, tokenizer
 
 
-def _must_be_local(name: str) -> bool:
-    """Whether only files of this machine can be used; a `UserError` for what is neither a folder nor a name."""
-    if Path(name).is_dir():
-        if not (Path(name) / "config.json").is_file():
-            raise UserError(f"model={name}: this folder has no config.json; give one written by save_pretrained")
-        return True
-    if Path(name).exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+def _check_family(family: str, decodes: bool, label: str) -> None:
+    if family not in FAMILIES:
         raise UserError(
-            f"model={name}: there is no such folder, and it is no name of the Hugging Face hub; "
-            "give a folder written by save_pretrained or a name such as roberta-base"
-        )
-    return not hub.reachable()
-
-
-def _read(what: str, name: str, load: Any, **options: Any) -> Any:
-    try:
-        return load(name, trust_remote_code=False, **options)
-    except Exception as error:  # OSError, ValueError, SafetensorError, JSON errors: the loaders have no common type
-        local = options.get("local_files_only") and not Path(name).is_dir()
-        absent = f"{what} of that name are not in its cache; connect, or give the path of a folder written by save_pretrained"
-        raise hub.refusal(f"model={name}", error, f": cannot read its {what}", absent if local else "") from error
-
-
-def _check_family(config: Any, name: str) -> None:
-    if config.model_type not in FAMILIES:
-        raise UserError(
-            f"model={name} is a {config.model_type}, whose attention cannot be replaced; choose a masked language model "
+            f"{label} is a {family}, whose attention cannot be replaced; choose a masked language model "
             f"of one of these families: {', '.join(FAMILIES)}"
         )
-    if getattr(config, "is_decoder", False):
-        raise UserError(f"model={name} is configured as a decoder; a masked language model needs is_decoder=false")
-
-
-def _check_sizes(config: Any, name: str) -> None:
-    """A damaged number must not build a million layers before the weights are found not to fit."""
-    for key, most in _LARGEST.items():
-        value = getattr(config, key, 1)
-        if not isinstance(value, int) or not 0 < value <= most:
-            raise UserError(
-                f"model={name}: {key} in its config.json is {value!r:.40}; a whole number up to {most} is needed"
-            )
-
-
-def gaps(model: PreTrainedModel, missing: Collection[str]) -> list[str]:
-    """Of the weights that a checkpoint lacks those that it must have, sorted: all but a head, or a pooler, gone as a whole.
-
-    Some of a head gone is damage.
-    """
-    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
-
-    def part(key: str) -> str:
-        if not key.startswith(prefix):
-            return "head"
-        return "pooler" if key.startswith(f"{prefix}pooler.") else "body"
-
-    wrong = {key for key in missing if part(key) == "body"}
-    for name in ("head", "pooler"):
-        gone = {key for key in missing if part(key) == name}
-        # tied weights have other names in a report: a head with one of these is gone as a whole
-        if gone < {key for key, _ in model.named_parameters() if part(key) == name}:
-            wrong |= gone
-    return sorted(wrong)
-
-
-def _check_weights(model: PreTrainedModel, found: dict[str, Any], name: str) -> None:
-    missing = sorted(found["missing_keys"])
-    if wrong := gaps(model, missing):
-        raise UserError(
-            f"model={name}: {len(wrong)} of its weights are not in the checkpoint, the first is {wrong[0]}; "
-            "it is damaged or of another architecture"
-        )
-    if missing:
-        log.warning("%s has no masked-LM head: %s start at random", name, ", ".join(missing))
-
-
-def _check_that_it_runs(model: PreTrainedModel, vocabulary: int, name: str) -> None:
-    """A damaged configuration may fit the weights and fail at the first input; a damaged weight may be no number."""
-    if vocabulary > model.config.vocab_size:
-        raise UserError(
-            f"model={name}: its tokenizer has {vocabulary} tokens and its weights {model.config.vocab_size}: they belong to "
-            "different models"
-        )
-    try:
-        with torch.inference_mode():
-            finite = model(input_ids=torch.full((1, 2), min(4, vocabulary - 1))).logits.isfinite().all()
-            sane = all((weight.abs() < _LARGEST_WEIGHT).all() for weight in model.parameters())  # NaN is below nothing
-    except Exception as error:  # whatever the model's code does with a value it was not made for
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"model={name}: cannot be run, its config.json may be damaged ({reason})") from error
-    if not finite or not sane:
-        raise UserError(
-            f"model={name}: its weights contain NaN or numbers above {_LARGEST_WEIGHT:.0e}, or lead to such; "
-            "the checkpoint is damaged"
-        )
+    if decodes:
+        raise UserError(f"{label} is configured as a decoder; a masked language model needs is_decoder=false")
 
 
 # ---- the normalizer ----
@@ -223,7 +129,8 @@ def set_normalizer(model: PreTrainedModel, normalizer: Normalizer) -> None:
     α = 1 gives transformers' own softmax attention back, and nothing is written. Raises a `UserError` for a model that
     would never call it (Longformer, BigBird, Nyströmformer, Reformer).
     """
-    _check_family(model.config, model.name_or_path or type(model).__name__)
+    decodes = bool(getattr(model.config, "is_decoder", False))
+    _check_family(model.config.model_type, decodes, model.name_or_path or type(model).__name__)
     if normalizer.alpha == 1.0:
         model.config.__dict__.pop("attention_alpha", None)
         model.set_attn_implementation(SOFTMAX)

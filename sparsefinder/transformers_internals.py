@@ -45,6 +45,11 @@ def nystromformer_attention() -> type:
     return found
 
 
+def activations() -> Any:
+    """Activation functions by the names that a `config.json` may give, such as ``gelu``."""
+    return import_module("transformers.activations").ACT2FN
+
+
 def cached_file(name_or_path: str, file: str, **options: Any) -> str:
     """Where a file of a folder or of a repository of the hub lies on this machine. Raises `OSError` if there is none."""
     return str(import_module("transformers.utils").cached_file(name_or_path, file, **options))

@@ -15,7 +15,10 @@ PACKAGE = ROOT / "sparsefinder"
 MODULES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "scripts").glob("*.py")])
 INTERNALS = PACKAGE / "transformers_internals.py"
 REMEMBERING = PACKAGE / "remembering.py"  # replaces members of transformers' classes
-KNOWS_TRANSFORMERS = ("corpora", "lsg", "conversions", "models", "starts", "training", "finetune", INTERNALS.stem)
+KNOWS_TRANSFORMERS = (
+    *("corpora", "lsg", "conversions", "checkpoints", "models", "starts", "training", "finetune"),
+    INTERNALS.stem,
+)
 # of other libraries: names that a leading underscore marks as private, on objects that are not our own
 PRIVATE = (
     "_attn_implementation",

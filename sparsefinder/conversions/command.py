@@ -1,27 +1,30 @@
 """From the name of a checkpoint to a folder with the converted model: what the command line calls."""
 
-import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
-from sparsefinder import hub
+from sparsefinder.checkpoints import (
+    Checkpoint,
+    check_that_it_runs,
+    load_config,
+    load_model,
+    load_tokenizer,
+    open_checkpoint,
+)
 from sparsefinder.conversions.bigbird import convert_roberta_to_bigbird
 from sparsefinder.conversions.certificate import Certificate, refuse_existing
 from sparsefinder.conversions.led import convert_longformer_to_led
 from sparsefinder.conversions.longformer import convert_roberta_to_longformer, resize_longformer
 from sparsefinder.conversions.nystromformer import convert_roberta_to_nystromformer
 from sparsefinder.conversions.proof import save
-from sparsefinder.conversions.sources import SOURCE_FAMILIES
-from sparsefinder.models import gaps
+from sparsefinder.conversions.sources import SOURCE_FAMILIES, word_rows
 from sparsefinder.names import one_of
 from sparsefinder.store import UserError
-
-logger = logging.getLogger(__name__)
 
 TARGETS = {
     "longformer": ("attention_window",),
@@ -60,8 +63,9 @@ def convert_checkpoint(
             f"{target} has no setting {', '.join(unknown)}; {one_of(TARGETS[target], unknown[0], 'it has')}"
         )
     refuse_existing(model_name)
-    source = _load_model(initial_model, architecture)
-    tokenizer = _load("tokenizer", initial_model, AutoTokenizer.from_pretrained)
+    checkpoint = open_checkpoint(initial_model)
+    source = _load_source(checkpoint, architecture)
+    tokenizer = load_tokenizer(checkpoint, word_rows(source))
     model, new_tokenizer, compared = _convert(source, tokenizer, target, max_sequence_length, chosen)
     return save(model, new_tokenizer, compared, model_name)
 
@@ -89,40 +93,23 @@ def _convert(
     return *convert_longformer_to_led(longformer, longformer_tokenizer, **settings), longformer
 
 
-def _load_model(name: str, architecture: str | None) -> PreTrainedModel:
-    config = _load("configuration", name, AutoConfig.from_pretrained)
+def _load_source(checkpoint: Checkpoint, architecture: str | None) -> PreTrainedModel:
     families = (*SOURCE_FAMILIES, "Longformer")
-    wanted = architecture or next(iter(config.architectures or ()), None)
+    wanted = architecture or next(iter(checkpoint.settings.get("architectures") or ()), None)
     found: Any = getattr(transformers, wanted, None) if wanted else None
     is_model = isinstance(found, type) and issubclass(found, PreTrainedModel)  # and no tokenizer or configuration
     if not is_model or not str(wanted).startswith(families):
         names = ", ".join([*SOURCE_FAMILIES.values(), "longformer"])
-        raise UserError(f"architecture {wanted} of {name} cannot be converted; needed: a class of {names}")
-    if found.config_class.model_type != config.model_type:
+        raise UserError(f"architecture {wanted} of {checkpoint.name} cannot be converted; needed: a class of {names}")
+    family = checkpoint.settings["model_type"]
+    if found.config_class.model_type != family:
         raise UserError(
-            f"architecture {wanted} does not load a {config.model_type} checkpoint; leave it out, or give a class of it"
+            f"architecture {wanted} does not load a {family} checkpoint; leave it out, or give a class of it"
         )
+    config = load_config(checkpoint)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # for a head that the checkpoint has not
-        model, report = _load("weights", name, found.from_pretrained, output_loading_info=True)
-    _check_weights(model, {*report["missing_keys"]}, name)
-    checked: PreTrainedModel = model
+        source, _ = load_model(checkpoint, found, config=config)
+    check_that_it_runs(source, checkpoint.label)
+    checked: PreTrainedModel = source
     return checked
-
-
-def _check_weights(model: PreTrainedModel, missing: set[str], name: str) -> None:
-    """Name the head or pooler that a checkpoint lacks as a whole in the log; raises `UserError` for any other gap."""
-    if wrong := gaps(model, missing):
-        raise UserError(
-            f"{name} lacks {len(wrong)} weights of a {type(model).__name__}, the first is {wrong[0]}; it is damaged or of "
-            "another architecture"
-        )
-    if missing:
-        logger.warning("%s has no %s: drawn anew, train them", name, ", ".join(sorted(missing)))
-
-
-def _load(what: str, name: str, load: Callable[..., Any], **options: Any) -> Any:
-    try:
-        return load(name, local_files_only=Path(name).is_dir() or not hub.reachable(), **options)
-    except Exception as error:  # OSError, ValueError, SafetensorError, JSON errors: the loaders have no common type
-        raise UserError(f"no {what} can be loaded from {name} ({hub.in_words(error)})") from error

@@ -12,20 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
+from sparsefinder.checkpoints import Checkpoint, check_that_it_runs, load_config, load_tokenizer, open_checkpoint
 from sparsefinder.conversions.certificate import Certificate, refuse_existing
 from sparsefinder.conversions.positions import check_target_length
 from sparsefinder.conversions.sources import lengthened_tokenizer
 from sparsefinder.lsg.attention import SOFTMAX
 from sparsefinder.lsg.configuration import config_class
 from sparsefinder.lsg.families import Family, architecture_of, family_of, plain_class
-from sparsefinder.lsg.loading import IGNORED, check_config, is_lsg, quiet, read_config
+from sparsefinder.lsg.loading import IGNORED, check_config, is_lsg, load
 from sparsefinder.lsg.modeling import model_class
 from sparsefinder.lsg.proof import certify, normalizer_of, save
 from sparsefinder.lsg.tables import global_rows, global_table, lengthen_positions, position_tables, word_table
 from sparsefinder.models import set_normalizer
 from sparsefinder.store import UserError
+from sparsefinder.transformers_internals import forget_attention
 from sparsefinder.transforms import Normalizer
 
 log = logging.getLogger(__name__)
@@ -64,7 +65,8 @@ def convert(
     """
     if model_name is not None:
         refuse_existing(model_name)
-    raw = read_config(initial_model)
+    checkpoint = open_checkpoint(initial_model)
+    raw = checkpoint.settings
     family = family_of(raw.get("model_type"))
     plain = architecture_of(family, architecture or next(iter(raw.get("architectures") or ()), None))
     was_lsg = is_lsg(raw)
@@ -72,14 +74,15 @@ def convert(
         if given and not was_lsg:
             log.warning("%s has no effect: %s is no LSG model", flag, initial_model)
     chosen = {**(model_kwargs or {}), **settings}
+    plain_config = None if was_lsg else load_config(checkpoint)
     config = _configuration(raw, family, chosen)
     _check_length(config, family, max_sequence_length)
-    tokenizer = _tokenizer(initial_model)
-    source = _source(initial_model, raw, family, plain, was_lsg)
-    check_ids_fit(tokenizer, len(word_table(source)))
+    source = _source(checkpoint, family, plain, plain_config)
+    tokenizer = load_tokenizer(checkpoint, len(word_table(source)))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _load(model_class(f"LSG{plain}"), family, initial_model, config, "num_labels" in chosen).eval()
+        cls, resized = model_class(f"LSG{plain}"), "num_labels" in chosen
+        model = load(checkpoint, cls, family, makes_globals=True, new_head=resized, config=config)
     own, sources = normalizer_of(model), normalizer_of(source)
     if own != sources:
         log.warning("%s attends with alpha %s, the LSG model with %s", initial_model, sources.alpha, own.alpha)
@@ -112,17 +115,6 @@ def convert(
     return model, tokenizer
 
 
-def check_ids_fit(tokenizer: Any, rows: int) -> None:
-    """Raise `UserError` if a special token has no word embedding (distilled BART: the mask id equals the vocabulary size)."""
-    for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"):
-        token_id = getattr(tokenizer, f"{role}_token_id", None)
-        if token_id is not None and not 0 <= token_id < rows:
-            raise UserError(
-                f"the tokenizer's {role} id {token_id} is outside the model's vocabulary of {rows}; enlarge the "
-                "embeddings (resize_token_embeddings) and save the model, or give it the right tokenizer"
-            )
-
-
 def _configuration(raw: dict[str, Any], family: Family, settings: dict[str, Any]) -> Any:
     made = config_class(family)
     kept = {name: value for name, value in raw.items() if name not in (*IGNORED, *_DENSE_NORMALIZER)}
@@ -131,10 +123,6 @@ def _configuration(raw: dict[str, Any], family: Family, settings: dict[str, Any]
         raise UserError(
             f"unknown setting {', '.join(unknown)}; LSG has {', '.join(made.lsg_fields)}, and the fields of "
             f"{family.stem}Config"
-        )
-    if raw.get("position_embedding_type", "absolute") != "absolute":
-        raise UserError(
-            f"position_embedding_type {raw['position_embedding_type']!r} is not supported; only absolute positions are"
         )
     if "num_labels" in settings and settings["num_labels"] != len(kept.get("id2label") or ()):
         # beside the checkpoint's names of labels, another number of them would go unheard
@@ -150,18 +138,14 @@ def _check_length(config: Any, family: Family, length: Any) -> None:
     check_target_length(family.tokens(config), length)
 
 
-def _tokenizer(name: str | Path) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"no tokenizer can be loaded from {name}: {_one_line(error)}") from error
-
-
-def _source(name: str | Path, raw: dict[str, Any], family: Family, plain: str, was_lsg: bool) -> Any:
-    """The model to compare with: the checkpoint as it is."""
-    if was_lsg:
-        return _load(model_class(f"LSG{plain}"), family, name, _configuration(raw, family, {})).eval()
-    source = _load(plain_class(plain), family, name).eval()
+def _source(checkpoint: Checkpoint, family: Family, plain: str, config: Any) -> Any:
+    """The model to compare with: the checkpoint as it is; `config` is None for one that is an LSG model already."""
+    raw = checkpoint.settings
+    if config is None:
+        return load(checkpoint, model_class(f"LSG{plain}"), family, config=_configuration(raw, family, {}))
+    forget_attention(config)
+    source = load(checkpoint, plain_class(plain), family, config=config)
+    check_that_it_runs(source, checkpoint.label)
     if _normalizer(raw) != SOFTMAX:
         set_normalizer(source, _normalizer(raw))
     return source
@@ -173,43 +157,6 @@ def _normalizer(raw: dict[str, Any]) -> Normalizer:
         return Normalizer(raw.get("attention_alpha", 1.0))
     except (TypeError, ValueError) as error:
         raise UserError(f"attention_alpha in the source's config.json is wrong: {error}") from error
-
-
-def _load(cls: Any, family: Family, name: str | Path, config: Any = None, resized_head: bool = False) -> Any:
-    """A model of class `cls`; weights that the checkpoint lacks are named in the log, but for the global tokens.
-
-    With `resized_head`, weights of the head may have another size in the checkpoint: they are new, too.
-    """
-    model, missing = _load_as(cls, name, config, resized_head)
-    words = "model.decoder.embed_tokens.weight"
-    if family.encoder_decoder and words in missing:
-        # a decoder alone, out of a checkpoint that has the words once for both sides: transformers would draw them anew
-        base = model_class(f"LSG{family.base}") if config is not None else plain_class(family.base)
-        model.get_input_embeddings().weight.data.copy_(_load_as(base, name, config)[0].shared.weight.data)
-        missing -= {words, "lm_head.weight"}
-    if missing:
-        log.warning("%s has no %s: drawn anew, train them", name, ", ".join(sorted(missing)))
-    return model
-
-
-def _load_as(cls: Any, name: str | Path, config: Any, resized_head: bool = False) -> tuple[Any, set[str]]:
-    given = {} if config is None else {"config": config}
-    try:
-        with quiet():
-            model, report = cls.from_pretrained(
-                name, output_loading_info=True, ignore_mismatched_sizes=resized_head, **given
-            )
-    except UserError:
-        raise
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{cls.__name__} cannot be loaded from {name}: {_one_line(error)}") from error
-    resized = {key for key, *_ in report["mismatched_keys"]}
-    body = sorted(key for key in resized if key.startswith(f"{model.base_model_prefix}."))
-    if body:
-        raise UserError(
-            f"{cls.__name__} cannot be loaded from {name}: {body[0]} has another size there; only the head may have"
-        )
-    return model, {key for key in report["missing_keys"] if "global_embeddings" not in key} | resized
 
 
 def _global_tokens(
@@ -234,7 +181,3 @@ def _global_tokens(
         token_type=model.base_model.embeddings.token_type_embeddings.weight.data[0] if typed else None,
         seed=seed,
     )
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import transformers
-
+from sparsefinder.checkpoints import Checkpoint, load_model, open_checkpoint
 from sparsefinder.lsg.configuration import config_class
-from sparsefinder.lsg.families import architecture_of, family_of
+from sparsefinder.lsg.families import Family, architecture_of, family_of, plain_class
 from sparsefinder.lsg.modeling import model_class
 from sparsefinder.store import UserError
-from sparsefinder.transformers_internals import cached_file
 
 IGNORED = ("auto_map", "base_model_prefix", "model_type")
 """Entries of a `config.json` that point to the code it was saved with."""
 
+_WORDS = "model.decoder.embed_tokens.weight"
 _FOR_THE_HUB = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
@@ -30,10 +26,11 @@ def from_pretrained(path: str | Path, *, architecture: str | None = None, **kwar
     (`num_global_tokens=16, block_size=64, sparsity_type="none"`), everything else goes to transformers' `from_pretrained`.
     Raises `UserError` for something that is not an LSG checkpoint, an unsupported architecture and wrong settings.
     """
-    raw = read_config(path, {name: kwargs[name] for name in _FOR_THE_HUB if name in kwargs})
+    checkpoint = open_checkpoint(path, **{name: kwargs[name] for name in _FOR_THE_HUB if name in kwargs})
+    raw = checkpoint.settings
     if not is_lsg(raw):
-        raise UserError(f"{path} is no LSG checkpoint but a plain {raw.get('model_type')!r}; convert it first")
-    family = family_of(raw.get("model_type"))
+        raise UserError(f"{path} is no LSG checkpoint but a plain {raw['model_type']!r}; convert it first")
+    family = family_of(raw["model_type"])
     named = architecture or next(iter(raw.get("architectures") or ()), None)
     made = config_class(family)
     settings = {name: value for name, value in raw.items() if name not in IGNORED}
@@ -41,7 +38,27 @@ def from_pretrained(path: str | Path, *, architecture: str | None = None, **kwar
     if "num_labels" in overrides:
         settings = {name: value for name, value in settings.items() if name not in ("id2label", "label2id")}
     config = check_config(made, {**settings, **overrides})
-    return model_class(f"LSG{architecture_of(family, named)}").from_pretrained(path, config=config, **kwargs)
+    cls = model_class(f"LSG{architecture_of(family, named)}")
+    return load(checkpoint, cls, family, config=config, **kwargs)
+
+
+def load(checkpoint: Checkpoint, cls: Any, family: Family, *, makes_globals: bool = False, **options: Any) -> Any:
+    """A model of class `cls`, plain or LSG, out of `checkpoint`, as `load_model` does it, with its words.
+
+    `makes_globals`: the checkpoint may lack the global tokens. A decoder alone, out of a checkpoint that has the words once for
+    both sides, gets them from there: transformers would draw them anew.
+    """
+    copied = (_WORDS, "lm_head.weight") if family.encoder_decoder else ()
+
+    def may_lack(key: str) -> bool:
+        return key in copied or (makes_globals and "global_embeddings" in key)
+
+    model, new = load_model(checkpoint, cls, may_lack=may_lack, **options)
+    if _WORDS in new:
+        base = model_class(f"LSG{family.base}") if type(model).__name__.startswith("LSG") else plain_class(family.base)
+        whole, _ = load_model(checkpoint, base, may_lack=may_lack, **options)
+        model.get_input_embeddings().weight.data.copy_(whole.shared.weight.data)
+    return model
 
 
 def check_config(made: Any, settings: dict[str, Any]) -> Any:
@@ -51,7 +68,9 @@ def check_config(made: Any, settings: dict[str, Any]) -> Any:
         config.lsg_attention()
     except UserError:
         raise
-    except (TypeError, ValueError) as error:
+    except (
+        Exception
+    ) as error:  # transformers' own checks of types have an error that is neither TypeError nor ValueError
         raise UserError(f"configuration of {made.__name__}: {' '.join(str(error).split())}") from error
     return config
 
@@ -64,29 +83,6 @@ def is_lsg(raw: dict[str, Any]) -> bool:
         or raw.get("base_model_prefix") == "lsg"
         or any(name.startswith("LSG") for name in architectures)
     )
-
-
-def read_config(path: str | Path, hub: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The content of a checkpoint's `config.json`. Raises `UserError` where there is none."""
-    try:
-        file = cached_file(str(path), "config.json", **(hub or {}))
-        content = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"no model at {path}: a folder with a config.json, or a name on the hub, is needed") from error
-    if not isinstance(content, dict):
-        raise UserError(f"config.json of {path} does not hold the settings of a model")
-    return content
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep transformers' reports of missing and unexpected weights off the screen."""
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(verbosity)
 
 
 def _is_setting(made: Any, raw: dict[str, Any], name: str) -> bool:

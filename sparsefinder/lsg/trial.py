@@ -10,33 +10,51 @@ import torch
 import transformers
 from torch import Tensor
 
-from sparsefinder.lsg.families import family_of
-from sparsefinder.lsg.loading import quiet, read_config
+from sparsefinder.checkpoints import Checkpoint, load_tokenizer, open_checkpoint
+from sparsefinder.hub import in_words
+from sparsefinder.lsg.families import Family, family_of
+from sparsefinder.lsg.loading import load
 from sparsefinder.lsg.proof import sample
+from sparsefinder.store import UserError
 
 
 def try_heads(folder: str | Path) -> Iterator[str]:
     """Load `folder` by each Auto class, run it in bfloat16 on an input of its maximum length; one line of outcome each.
 
-    Heads that the checkpoint has no weights for are drawn at random: this shows that they run, not what they know.
+    Heads that the checkpoint has no weights for, or weights of another size (of a classifier with other labels), are drawn at
+    random: this shows that they run, not what they know. Raises `UserError` at the end, where one did not.
     """
-    family = family_of(read_config(folder).get("model_type"))
+    checkpoint = open_checkpoint(folder)
+    family = family_of(checkpoint.settings["model_type"])
+    failed = []
     for auto, name in family.auto_classes().items():
-        decodes = auto == "AutoModelForCausalLM" and not family.encoder_decoder
-        given = {"is_decoder": True} if decodes else {}
-        with quiet():
-            model = getattr(transformers, auto).from_pretrained(folder, dtype=torch.bfloat16, **given)
-        ids, mask = sample(model, family.tokens(model.config))
-        with torch.no_grad():
-            outputs = model(**_inputs(model, auto, ids, mask))
-        tensors = [value for value in outputs.values() if isinstance(value, Tensor)]
-        finite = "finite" if all(bool(torch.isfinite(tensor).all()) for tensor in tensors) else "NOT FINITE"
-        yield f"{auto} → LSG{name}: {ids.shape[1]} tokens → {tuple(tensors[0].shape)}, {finite}"
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    if tokenizer.mask_token is not None and "AutoModelForMaskedLM" in family.auto_classes():
-        model = transformers.AutoModelForMaskedLM.from_pretrained(folder)
-        guess = transformers.pipeline("fill-mask", model=model, tokenizer=tokenizer)
-        yield f"fill-mask: {guess(f'Paris is the {tokenizer.mask_token} of France.')[0]['sequence']}"
+        try:
+            outcome = _try_head(checkpoint, family, auto)
+        except Exception as error:  # whatever a model's code says to a head that it was not made for
+            outcome = f"FAILED ({in_words(error)})"
+            failed.append(auto)
+        yield f"{auto} → LSG{name}: {outcome}"
+    if "AutoModelForMaskedLM" in family.auto_classes():
+        model = load(checkpoint, transformers.AutoModelForMaskedLM, family, new_head=True)
+        tokenizer: Any = load_tokenizer(checkpoint, model.config.vocab_size)
+        if tokenizer.mask_token is not None:
+            guess = transformers.pipeline("fill-mask", model=model, tokenizer=tokenizer)
+            yield f"fill-mask: {guess(f'Paris is the {tokenizer.mask_token} of France.')[0]['sequence']}"
+    if failed:
+        raise UserError(
+            f"{folder} is saved and whole, but {', '.join(failed)} cannot run it: report this with the lines above"
+        )
+
+
+def _try_head(checkpoint: Checkpoint, family: Family, auto: str) -> str:
+    given = {"is_decoder": True} if auto == "AutoModelForCausalLM" and not family.encoder_decoder else {}
+    model = load(checkpoint, getattr(transformers, auto), family, new_head=True, dtype=torch.bfloat16, **given)
+    ids, mask = sample(model, family.tokens(model.config))
+    with torch.no_grad():
+        outputs = model(**_inputs(model, auto, ids, mask))
+    tensors = [value for value in outputs.values() if isinstance(value, Tensor)]
+    finite = "finite" if all(bool(torch.isfinite(tensor).all()) for tensor in tensors) else "NOT FINITE"
+    return f"{ids.shape[1]} tokens → {tuple(tensors[0].shape)}, {finite}"
 
 
 def _inputs(model: Any, auto: str, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:

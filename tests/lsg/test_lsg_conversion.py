@@ -326,7 +326,7 @@ def test_refusals(roberta, tmp_path):
     (tmp_path / "there").mkdir()
     refused("exists", roberta, tmp_path / "there")
     refused("maximum length 63 is shorter than the source model's 64", roberta, None, 63)
-    refused("no model at", tmp_path / "nothing")
+    refused("there is no such folder", tmp_path / "nothing")
     refused("unknown setting blocks; LSG has", roberta, None, LENGTH, blocks=3)
     refused("unknown sparsity_type", roberta, None, LENGTH, sparsity_type="random")
     refused("block_size 6 is not divisible", roberta, None, LENGTH, block_size=6, sparsity_factor=4)
@@ -350,7 +350,7 @@ def test_refusals(roberta, tmp_path):
         "architectures": ["BertForMaskedLM"],
     }
     (tmp_path / "relative" / "config.json").write_text(json.dumps(raw))
-    refused("position_embedding_type 'relative_key'", tmp_path / "relative")
+    refused("position_embedding_type is 'relative_key'", tmp_path / "relative")
 
 
 def test_mask_id_outside_the_vocabulary_is_refused(tmp_path):
