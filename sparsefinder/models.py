@@ -42,7 +42,7 @@ from sparsefinder.registered import PLUG, Plugged, normalizer_of
 from sparsefinder.remembering import REGISTERED, follow_transformers
 from sparsefinder.store import UserError
 from sparsefinder.transformers_internals import attention_name, forget_attention
-from sparsefinder.transforms import Normalizer
+from sparsefinder.transforms import Normalizer, is_recorded
 
 log = logging.getLogger(__name__)
 
@@ -210,6 +210,11 @@ class _Plug:
         self.read = None
 
     def __call__(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        if is_recorded():
+            raise UserError(
+                "a plugged attention decides by looking at the numbers of a batch, which a traced or exported model would "
+                "repeat for every other: export the model without it"
+            )
         layers = self.layers[module]
         call = 0
         if len(layers) > 1:

@@ -90,7 +90,7 @@ class PerHead:
 def softmax(scores: Tensor) -> Tensor:
     """``p_j ∝ exp z_j`` over the last dimension; an all ``-inf`` row gives zeros."""
     scores = _at_least_float32(scores)
-    if not _is_recorded():
+    if not is_recorded():
         probabilities = torch.softmax(scores, dim=-1)
         # torch gives NaN for the whole of an empty row: one column tells, at a small part of the price of looking at all scores
         if scores.shape[-1] == 0 or not bool(probabilities[..., 0].isnan().any()):
@@ -120,7 +120,7 @@ def entmax(scores: Tensor, alpha: float | Tensor = 1.5) -> Tensor:
     """
     scores = _at_least_float32(scores)
     if isinstance(alpha, Tensor):
-        if _is_recorded():
+        if is_recorded():
             return unrolled(scores, alpha.to(scores))
         if not bool(((alpha > 1.0) & (alpha <= 2.0)).all()):
             raise ValueError(f"entmax needs 1 < alpha <= 2, got {alpha.detach().flatten().tolist()}")
@@ -132,13 +132,13 @@ def entmax(scores: Tensor, alpha: float | Tensor = 1.5) -> Tensor:
 
 
 def _entmax(scores: Tensor, alpha: float, together: int = 0) -> Tensor:
-    if _is_recorded():
+    if is_recorded():
         return unrolled(scores, alpha)
     result: Tensor = _Entmax.apply(scores, alpha, together)
     return result
 
 
-def _is_recorded() -> bool:
+def is_recorded() -> bool:
     """Whether torch is recording a graph for other numbers than these: nothing may be decided by looking at them."""
     return torch.jit.is_tracing() or torch.compiler.is_exporting()
 
