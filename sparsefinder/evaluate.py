@@ -12,7 +12,7 @@ import logging
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import pandas as pd
@@ -29,7 +29,7 @@ from sparsefinder.findings import SLOW
 from sparsefinder.graphs import QK, Attention
 from sparsefinder.intervals import ratio_difference
 from sparsefinder.metrics import Counts, Gold, count
-from sparsefinder.patterns.configuration import Configuration, Learned, buildable, check_dials, needed
+from sparsefinder.patterns.configuration import Configuration, Learned, buildable, fitted, needed
 from sparsefinder.patterns.full import Full
 from sparsefinder.resources import Stopwatch, now, peak_memory
 from sparsefinder.store import Store, UserError, progress
@@ -95,7 +95,7 @@ def run(settings: EvaluateSettings, store: Store) -> None:
     learned = Learned.load(store, needed(settings.configurations))
     shape = models.describe(model)
     learned.check(shape.layers, shape.heads, shape.head_size)
-    check_dials(settings.configurations, shape.layers, shape.heads)
+    settings = replace(settings, configurations=fitted(settings.configurations, shape.layers, shape.heads))
     own = models.get_normalizer(model)
     length = block_length(settings.length, shape.max_length, "evaluate.length")
 

@@ -29,7 +29,7 @@ from sparsefinder.graphs import QK, Buckets, Pattern
 from sparsefinder.intervals import Replicas
 from sparsefinder.metrics import BALANCE, RATIOS, Counts, Gold, balance, count
 from sparsefinder.patterns.combine import layout_of
-from sparsefinder.patterns.configuration import Configuration, Learned, buildable, check_dials, needed
+from sparsefinder.patterns.configuration import Configuration, Learned, buildable, fitted, needed
 from sparsefinder.samples import Samples, validation_samples
 from sparsefinder.store import Store, UserError, progress
 from sparsefinder.transforms import Normalizer
@@ -70,8 +70,7 @@ def run(settings: ScoreSettings, store: Store) -> None:
     samples = held_out.part(0, settings.samples or len(held_out))
     learned = Learned.load(store, needed(settings.configurations))
     learned.check(*samples.shape)
-    check_dials(settings.configurations, *samples.shape[:2])
-    configurations = buildable(settings.configurations, learned)
+    configurations = buildable(fitted(settings.configurations, *samples.shape[:2]), learned)
     if settings.target is not None:
         configurations += calibrated(configurations, store.path("calibration"), settings.target)
     configurations += other_seeds(configurations, samples, settings, learned)

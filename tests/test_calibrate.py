@@ -116,24 +116,25 @@ def test_a_value_for_each_head_may_be_written_down() -> None:
     qk = random_qk([9, 6], HEADS, SIZE)
     dials = Dials.given(Distance("l2"), [[0.5, 9.0], [3, 1.0]])
     space = Projections([LayerProjections(Identity(), Identity()) for _ in range(2)])
-    configuration = Configuration("tested", Distance("l2"), dials=dials)
-    configuration.check(2, 2)
+    configuration = Configuration("tested", Distance("l2"), dials=dials).fitted(2, 2)
     graph = configuration.build(Learned({"projections": space}))(qk, 0)
     for head, threshold in enumerate((0.5, 9.0)):
         assert torch.equal(graph[:, head], Distance("l2", threshold)(qk, 0)[:, head])
     assert configuration.label == "tested at given dials"
-    with pytest.raises(
-        UserError, match="values for 2 layers of 2 heads, the model has 3 layers of 2: give a list of 3"
-    ):
-        configuration.check(3, 2)
+    with pytest.raises(UserError, match="values for 2 layers of 2 heads, the model has 3 layers of 2: give a list"):
+        configuration.fitted(3, 2)
+    same = Configuration("tested", Distance("l2"), dials=Dials.given(Distance("l2"), [0.5, 9.0]))
+    assert same.fitted(3, 2).dials == Dials("given dials", ((0.5, 9.0),) * 3)
+    with pytest.raises(UserError, match="values for 2 heads, the model has 3 layers of 4"):
+        same.fitted(3, 4)
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ([], "a list over layers of equally long lists"),
-        ([1.0, 2.0], "a list over layers of equally long lists"),
-        ([[1, 2], [1]], "a list over layers of equally long lists"),
+        ([], "or over layers of equally long ones"),
+        ([1, [2]], "or over layers of equally long ones"),
+        ([[1, 2], [1]], "or over layers of equally long ones"),
         ([[1, "x"]], "pattern.top_clusters must be int, got 'x'"),
         ([[1, None]], "pattern.top_clusters must be int, got None"),
         ([[1, 0]], "top_clusters must be 1 or more, got 0"),

@@ -30,20 +30,26 @@ class Dials:
 
     target: str  # such as density=0.1
     values: tuple[tuple[Any, ...], ...]  # (L, H)
+    repeated: bool = False  # the one layer in `values` stands for every layer
 
     @classmethod
     def given(cls, pattern: Any, values: Sequence[Any]) -> Dials:
-        """Those that somebody wrote down, a list over layers of lists over heads; a `UserError` where one cannot be."""
+        """Those that somebody wrote down; a `UserError` where one cannot be.
+
+        ``values``: a list over heads for all layers, or over layers of lists over heads.
+        """
         dial = pattern.dial
+        if repeated := bool(values) and not any(isinstance(value, (list, tuple)) for value in values):
+            values = [values]
         widths = {len(row) if isinstance(row, (list, tuple)) else 0 for row in values}
         if len(widths) != 1 or widths == {0}:
             raise UserError(
-                f"pattern.{dial}={list(values)}: a value for each head is a list over layers of equally long lists over heads, "
-                "such as [[1.0,2.0],[0.5,1.5]] for two layers of two heads"
+                f"pattern.{dial}={list(values)}: a value for each head is a list over heads, such as [1.0,2.0], or over layers "
+                "of equally long ones, such as [[1.0,2.0],[0.5,1.5]]"
             )
         for value in (value for row in values for value in row):
             construct(type(pattern), {dial: value}, "pattern")  # checks the value
-        return cls("given dials", tuple(tuple(row) for row in values))
+        return cls("given dials", tuple(tuple(row) for row in values), repeated)
 
 
 @dataclass(frozen=True)
@@ -137,16 +143,18 @@ class Configuration:
         """Whether predicting compares every pair: no bucketed form."""
         return not isinstance(self.pattern, HasLayout)
 
-    def check(self, layers: int, heads: int) -> None:
-        """Raise a `UserError` where the dials of single heads are those of another number of layers or heads."""
+    def fitted(self, layers: int, heads: int) -> Configuration:
+        """With dials for each of so many layers; a `UserError` where they are those of another number of layers or heads."""
         if self.dials is None:
-            return
-        given = (len(self.dials.values), len(self.dials.values[0]))
-        if given != (layers, heads):
+            return self
+        repeated, values = self.dials.repeated, self.dials.values
+        if len(values[0]) != heads or not (repeated or len(values) == layers):
+            given = f"{len(values[0])} heads" if repeated else f"{len(values)} layers of {len(values[0])} heads"
             raise UserError(
-                f"pattern.{self.pattern.dial} has values for {given[0]} layers of {given[1]} heads, the model has {layers} "
-                f"layers of {heads}: give a list of {layers} lists of {heads} values"
+                f"pattern.{self.pattern.dial} has values for {given}, the model has {layers} layers of {heads}: give a list of "
+                f"{heads} values, or of {layers} such lists"
             )
+        return replace(self, dials=Dials(self.dials.target, values * layers if repeated else values))
 
     def bucketed(self, learned: Learned, head_size: int) -> bool:
         """Whether it has a bucketed form; one dial for each head can take it away (`PerHead`)."""
@@ -204,10 +212,9 @@ class Learned:
         return {"rounds": rounds[0] if rounds else None, "n_clusters": clusters[0] if clusters else None}
 
 
-def check_dials(configurations: Iterable[Configuration], layers: int, heads: int) -> None:
-    """`Configuration.check` of each."""
-    for configuration in configurations:
-        configuration.check(layers, heads)
+def fitted(configurations: Iterable[Configuration], layers: int, heads: int) -> tuple[Configuration, ...]:
+    """`Configuration.fitted` of each."""
+    return tuple(configuration.fitted(layers, heads) for configuration in configurations)
 
 
 def buildable(configurations: tuple[Configuration, ...], learned: Learned) -> tuple[Configuration, ...]:
