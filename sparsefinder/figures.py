@@ -66,8 +66,23 @@ def dense_losses(results: pd.DataFrame) -> list[tuple[str, float, str]]:
     return list(dict.fromkeys(found))
 
 
-def bucket_sharing(shared: pd.DataFrame) -> Figure:
-    """``score/shared_buckets``: squared distance of a projected pair, and how often it is an edge, by shared buckets.
+def distance_histogram(histogram: pd.DataFrame, distance: str) -> Figure:
+    """``score/distance_histogram`` of one quantization: a panel for each number of buckets that a pair shares."""
+    with style():
+        numbers = sorted(histogram["shared"].unique())
+        figure = blank(7.6, 0.9 + 1.1 * len(numbers))
+        panels = figure.subplots(len(numbers), 1, sharex=True, squeeze=False)[:, 0]
+        for axes, number in zip(panels, numbers, strict=True):
+            own = histogram[histogram["shared"] == number]
+            widths = own["high"] - own["low"]
+            axes.bar(own["low"], own["pairs"] / max(1, own["pairs"].sum()), widths, align="edge", color="#4477AA")
+            axes.set(ylabel=f"{number} shared", ylim=(0, None))
+        panels[-1].set(xlabel=f"{distance}, projected", xlim=(0, float(histogram["high"].max())))
+    return figure
+
+
+def bucket_sharing(shared: pd.DataFrame, distance: str = "l2") -> Figure:
+    """``score/shared_buckets``: distance of a projected pair, and how often it is an edge, by shared buckets.
 
     A line for each quantization, over all layers; the dotted line is the share of gold edges among all pairs.
     """
@@ -87,7 +102,11 @@ def bucket_sharing(shared: pd.DataFrame) -> Figure:
         base = (shared["gold_share"] * shared["pairs"]).sum() / shared["pairs"].sum()
         right.axhline(base, color="#333333", lw=1, ls=":")
         left.plot([], [], color="#333333", lw=1, ls=":", label=f"all pairs, {base:.3f}")  # for the legend of both
-        left.set(ylabel="mean squared distance, projected", ylim=(0, None), title="distance")
+        left.set(
+            ylabel="mean squared distance, projected" if distance == "l2" else f"mean distance ({distance}), projected",
+            ylim=(0, None),
+            title="distance",
+        )
         right.set(ylabel="share of pairs that are gold edges", ylim=(0, None), title="gold edges")
         for axes in (left, right):
             axes.set(xlim=(-0.3, most + 0.3), xticks=range(most + 1), xlabel="buckets that query and key share")

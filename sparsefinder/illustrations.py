@@ -30,9 +30,16 @@ class Illustration:
 
 
 def of_score(
-    metrics: pd.DataFrame, points: pd.DataFrame, folder: Path, replicas: Replicas | None = None
+    metrics: pd.DataFrame,
+    points: pd.DataFrame,
+    folder: Path,
+    replicas: Replicas | None = None,
+    distance: str = "l2",
 ) -> list[Illustration]:
-    """What the artefact ``score`` in ``folder`` shows; figures whose data are not there are left out."""
+    """What the artefact ``score`` in ``folder`` shows; figures whose data are not there are left out.
+
+    ``distance``: the one that it measured against the number of buckets shared.
+    """
     if points[["sparsity", "recall"]].dropna().empty:
         return []
     layers, heads = metrics["layer"].nunique(), metrics["head"].nunique()
@@ -46,7 +53,10 @@ def of_score(
         found.append(_layer_heads(metrics, compared))
     shared = folder / "shared_buckets.parquet"
     if shared.is_file() and len(table := pd.read_parquet(shared)):
-        found.append(_shared(table, layers))
+        found.append(_shared(table, layers, distance))
+    histogram = folder / "distance_histogram.parquet"
+    if histogram.is_file() and len(table := pd.read_parquet(histogram)):
+        found.append(_histogram(table, distance))
     maps = folder / "maps.safetensors"
     if maps.is_file() and not chosen.empty:
         found.append(_map(metrics, chosen, load_file(maps)))
@@ -133,15 +143,34 @@ def _layer_heads(metrics: pd.DataFrame, chosen: pd.DataFrame) -> Illustration:
     return Illustration("layer_heads", "Layer by layer, head by head", heatmaps.layer_heads(gold, recalls), caption)
 
 
-def _shared(shared: pd.DataFrame, layers: int) -> Illustration:
+def _in_words(distance: str) -> str:
+    return {"l2": "squared Euclidean distance", "euclidean": "Euclidean distance"}.get(
+        distance, f"distance ({distance})"
+    )
+
+
+def _histogram(histogram: pd.DataFrame, distance: str) -> Illustration:
+    drawn = histogram[histogram["configuration"] == histogram["configuration"].iloc[0]]
     caption = (
-        "Mean squared Euclidean distance of a projected query and key (left) and the share of such pairs that are gold edges "
+        f"How the {_in_words(distance)} of a projected query and key is distributed, for each number of buckets that the two "
+        f"share: the share of such pairs in each of {drawn['low'].nunique()} equally wide bins, over all allowed pairs of all "
+        f"layers and heads of the first held-out samples. Bucket size {drawn['bucket_size'].iloc[0]}; the table has the others."
+    )
+    figure = figures.distance_histogram(drawn, _in_words(distance))
+    return Illustration("distance_histogram", "Distances of pairs that share buckets", figure, caption)
+
+
+def _shared(shared: pd.DataFrame, layers: int, distance: str) -> Illustration:
+    caption = (
+        f"Mean {_in_words(distance)} of a projected query and key (left) and the share of such pairs that are gold edges "
         "(right), by the number of buckets that the two share. Where quantization does what it should, the first falls and the "
         f"second rises. A line for each quantization, over all allowed pairs of {layers} layers and all heads of the first "
         "held-out samples, "
         f"{int(shared.groupby('configuration')['pairs'].sum().max()):,} pairs. Points at the right may stand for few pairs."
     )
-    return Illustration("shared_buckets", "What sharing a bucket means", figures.bucket_sharing(shared), caption)
+    return Illustration(
+        "shared_buckets", "What sharing a bucket means", figures.bucket_sharing(shared, distance), caption
+    )
 
 
 def _map(metrics: pd.DataFrame, chosen: pd.DataFrame, maps: Mapping[str, np.ndarray]) -> Illustration:

@@ -108,7 +108,9 @@ def run(settings: ReportSettings, store: Store) -> None:
     results = Results.read(store)
     drawn = []
     if results.metrics is not None and results.points is not None:
-        drawn = illustrations.of_score(results.metrics, results.points, store.path("score"), results.replicas)
+        scored = results.manifests.get("score")
+        distance = "l2" if scored is None else scored.settings.get("bucket_distance", "l2")
+        drawn = illustrations.of_score(results.metrics, results.points, store.path("score"), results.replicas, distance)
     if results.variants is not None:
         drawn[1:1] = illustrations.of_evaluate(results.variants, results.manifests.get("evaluate"))
     vectors = {illustration.name: drawing.svg(illustration.figure) for illustration in drawn}

@@ -22,9 +22,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sparsefinder import frontiers, processes, tables
-from sparsefinder.bucket_distances import shared_buckets
+from sparsefinder.bucket_distances import distance_histogram, shared_buckets
 from sparsefinder.calibrate import calibrated
 from sparsefinder.comparisons import error_budget
+from sparsefinder.distances import PAIRWISE
 from sparsefinder.graphs import QK, Buckets, Pattern
 from sparsefinder.intervals import Replicas
 from sparsefinder.metrics import BALANCE, RATIOS, Counts, Gold, balance, count
@@ -50,11 +51,21 @@ class ScoreSettings:
     samples: int | None = None  # held-out samples to measure on; None: all
     seeds: int = 1  # times that a pattern which draws random numbers is scored, each with another seed
     map_tokens: int = 64  # tokens in the attention maps kept for the report
+    bucket_distance: str = (
+        "l2"  # one of `PAIRWISE`, which the report draws against the number of buckets that are shared
+    )
+    bucket_bins: int = 0  # of a histogram of that distance for each such number; 0: its mean alone
 
     def __post_init__(self) -> None:
         Normalizer(self.alpha)
         if self.samples is not None and self.samples < 1:
             raise UserError(f"score.samples must be 1 or more, or null for all, got {self.samples}")
+        if self.bucket_distance not in PAIRWISE:
+            raise UserError(
+                f"score.bucket_distance={self.bucket_distance} is unknown; choose one of {', '.join(PAIRWISE)}"
+            )
+        if self.bucket_bins < 0:
+            raise UserError(f"score.bucket_bins must be 1 or more, or 0 for no histogram, got {self.bucket_bins}")
         if self.seeds < 1:
             raise UserError(f"score.seeds must be 1 or more, got {self.seeds}")
 
@@ -88,11 +99,11 @@ def run(settings: ScoreSettings, store: Store) -> None:
         write_counts(scores, folder / "counts.parquet")  # long: for programs only
         counts = pd.read_parquet(folder / "counts.parquet")
         tables.write(error_budget(points, Replicas.of(points, counts)), folder, "error_budget")
-        tables.write(
-            shared_buckets(samples, settings.configurations, learned, settings.alpha, settings.causal),
-            folder,
-            "shared_buckets",
-        )
+        looked_at, distance = (samples, settings.configurations, learned), settings.bucket_distance
+        tables.write(shared_buckets(*looked_at, settings.alpha, settings.causal, distance), folder, "shared_buckets")
+        if settings.bucket_bins:
+            histogram = distance_histogram(*looked_at, settings.bucket_bins, settings.causal, distance)
+            tables.write(histogram, folder, "distance_histogram")
         chosen = [int(place) for place in frontiers.comparable(points)["configuration"]]
         drawn = {place: settings.configurations[place].build(learned) for place in chosen}
         save_maps(folder / "maps.safetensors", samples, settings, drawn)

@@ -7,6 +7,7 @@ import html.parser
 import re
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -15,12 +16,13 @@ import pytest
 from matplotlib import pyplot
 from small_runs import RESULTS, make_evaluated, make_scored, variant
 
-from sparsefinder import drawing, findings, frontiers, heatmaps, illustrations, page, recall_figures, report
+from sparsefinder import drawing, findings, frontiers, heatmaps, illustrations, page, recall_figures, report, score
+from sparsefinder.patterns.buckets import Quantize
 from sparsefinder.patterns.configuration import Configuration
 from sparsefinder.patterns.full import Full
 from sparsefinder.patterns.window import Window
 from sparsefinder.report import ReportSettings
-from sparsefinder.store import Store, UserError
+from sparsefinder.store import Store, UserError, plain
 
 FIGURES = {"recall_sparsity", "loss_sparsity", "layer_heads", "shared_buckets", "attention_map"}
 FAST = ReportSettings(dpi=40)
@@ -393,3 +395,38 @@ def test_attention_map_counts_hits_and_pairs() -> None:
     assert titles == ["dense entmax\n75.0% of pairs are gold", "p\nrecall 0.67 with 75.0% of pairs"]
     causal = heatmaps.attention_maps(np.tril(gold), {"p": np.tril(graph)}, causal=True).axes[1].get_title()
     assert causal == "p\nrecall 1.00 with 100.0% of pairs"
+
+
+def test_a_choice_of_distance_and_bins_for_what_sharing_a_bucket_means(tmp_path: Path) -> None:
+    store = make_scored(tmp_path / "run")
+    default = pd.read_parquet(store.path("score") / "shared_buckets.parquet")
+    chosen = score.ScoreSettings(
+        tuple(Configuration("quantize", Quantize(size)) for size in (2, 4)), bucket_distance="cos", bucket_bins=7
+    )
+    score.run(chosen, store)
+    store.finish("score", "score", plain(chosen), {}, 0)
+    folder = store.path("score")
+    shared, histogram = (
+        pd.read_parquet(folder / f"{name}.parquet") for name in ("shared_buckets", "distance_histogram")
+    )
+    first = default[(default["bucket_size"] == 2)].reset_index(drop=True)
+    mine = shared[shared["bucket_size"] == 2].reset_index(drop=True)
+    assert mine["pairs"].tolist() == first["pairs"].tolist()
+    assert mine["distance"].between(0, 2).all()
+    assert not np.allclose(mine["distance"], first["distance"])
+    for (place, number), bins in histogram.groupby(["configuration", "shared"]):
+        alike = shared[(shared["configuration"] == place) & (shared["shared"] == number)]
+        assert len(bins) == 7
+        assert bins["pairs"].sum() == alike["pairs"].sum()
+        middle = ((bins["low"] + bins["high"]) / 2 * bins["pairs"]).sum()  # each pair is at most half a bin away
+        total = (alike["distance"] * alike["pairs"]).sum()
+        assert abs(middle - total) <= bins["pairs"].sum() * (bins["high"] - bins["low"]).max() / 2 + 1e-6
+    report.run(FAST, store)
+    assert "distance_histogram" in _drawn(store)
+    assert "distance (cos) of a projected query and key" in _page(store)
+
+
+@pytest.mark.parametrize("wrong", [{"bucket_distance": "far"}, {"bucket_bins": -1}])
+def test_a_distance_or_bins_that_cannot_be(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=f"score.{next(iter(wrong))}"):
+        score.ScoreSettings((), **wrong)
