@@ -150,7 +150,8 @@ def test_docstrings_are_deterministic_cached_and_held_out(cache, monkeypatch, ca
     fresh = docstrings_module._collect(SMALL)
     assert "no-such-package is not installed" in caplog.text
     splits = {split: list(SMALL.documents(split, cache)) for split in ("train", "validation", "test")}
-    assert splits == fresh
+    assert splits == {split: [document for _, document in found] for split, found in fresh.items()}
+    assert {package for package, _ in SMALL.by_package("train", cache)} == {"click", "python"}
     monkeypatch.setattr(docstrings_module, "_collect", lambda corpus: pytest.fail("read again"))
     assert list(SMALL.documents("test", cache)) == splits["test"]
     lines = {split: {line for document in found for line in document.split("\n")} for split, found in splits.items()}
@@ -171,8 +172,8 @@ def test_repeated_paragraphs_are_kept_once():
 def test_a_limit_makes_reading_short():
     limited = Docstrings(SMALL.train, SMALL.validation, SMALL.test, max_characters=20_000)
     found = docstrings_module._collect(limited)
-    assert 20_000 <= sum(map(len, found["train"])) < 60_000
-    assert 2_500 <= sum(map(len, found["validation"])) < 30_000
+    assert 20_000 <= sum(len(document) for _, document in found["train"]) < 60_000
+    assert 2_500 <= sum(len(document) for _, document in found["validation"]) < 30_000
     assert limited.fingerprint() != SMALL.fingerprint()
 
 

@@ -65,6 +65,10 @@ class Docstrings:
         Without, the sources of all the packages are read (some 30 seconds). Packages that are not installed are left out
         with a warning; a `UserError` if too little text remains.
         """
+        yield from (document for _, document in self.by_package(split, cache))
+
+    def by_package(self, split: str, cache: Path | None = None) -> Iterator[tuple[str, str]]:
+        """As `documents`, each with the name of its package before it."""
         if split not in SPLITS:
             raise UserError(f"there is no split {split}; choose one of {', '.join(SPLITS)}")
         if cache is None:
@@ -74,12 +78,13 @@ class Docstrings:
             if not folder.is_dir():
                 _write(folder, _collect(self))
             found = json.loads((folder / f"{split}.json").read_text(encoding="utf-8"))
-        if sum(map(len, found)) < _TOO_LITTLE:
+        characters = sum(len(document) for _, document in found)
+        if characters < _TOO_LITTLE:
             raise UserError(
-                f"corpus=docstrings found {sum(map(len, found))} characters for {split} in {', '.join(getattr(self, split))}; "
+                f"corpus=docstrings found {characters} characters for {split} in {', '.join(getattr(self, split))}; "
                 "install the packages of requirements.lock or name others with corpus." + split
             )
-        yield from found
+        yield from ((package, document) for package, document in found)
 
     def fingerprint(self) -> str:
         """Changes with the packages, their versions, the limit, and the way of cleaning."""
@@ -88,9 +93,10 @@ class Docstrings:
         return hashlib.sha256(json.dumps([versions, self.max_characters, code]).encode()).hexdigest()
 
 
-def _collect(corpus: Docstrings) -> dict[str, list[str]]:
+def _collect(corpus: Docstrings) -> dict[str, list[tuple[str, str]]]:
+    """Package and document of every split."""
     repetitions = _Repetitions()
-    found: dict[str, list[str]] = {}
+    found: dict[str, list[tuple[str, str]]] = {}
     for split in SPLITS:
         limit = corpus.max_characters
         if limit is not None and split != "train":
@@ -99,8 +105,8 @@ def _collect(corpus: Docstrings) -> dict[str, list[str]]:
     return found
 
 
-def _read(packages: Sequence[str], split: str, limit: int | None, repetitions: _Repetitions) -> list[str]:
-    documents: list[str] = []
+def _read(packages: Sequence[str], split: str, limit: int | None, repetitions: _Repetitions) -> list[tuple[str, str]]:
+    documents: list[tuple[str, str]] = []
     raw = kept = 0
     for package in progress(packages, f"reading documentation ({split})"):
         if _version(package) is None:
@@ -111,7 +117,7 @@ def _read(packages: Sequence[str], split: str, limit: int | None, repetitions: _
             raw += sum(map(len, texts))
             document = "\n".join(p for text in texts for p in _new_paragraphs(text, repetitions))
             if document:
-                documents.append(document)
+                documents.append((package, document))
                 kept += len(document)
             if limit is not None and kept >= limit:
                 break
@@ -193,7 +199,7 @@ class _Repetitions:
         return known < _REPEATED * len(sequences)
 
 
-def _write(folder: Path, found: dict[str, list[str]]) -> None:
+def _write(folder: Path, found: dict[str, list[tuple[str, str]]]) -> None:
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     remove(temporary)
     temporary.mkdir(parents=True)
