@@ -1,15 +1,14 @@
 """The stage ``evaluate``: what a predicted graph does to the model that attends through it.
 
-Every variant reads the same blocks with **the same masked positions**. Two are always there to compare with: dense attention
-with the model's own normalizer, and dense softmax. Graph metrics are taken from the graph that the plugged attention really
-executes, against the gold graph of the very queries and keys it was given.
+Every variant reads the same blocks with **the same masked positions**, or the same examples of another task (`tasks`). Two are
+always there to compare with: dense attention with the model's own normalizer, and dense softmax. Graph metrics are taken from the
+graph that the plugged attention really executes, against the gold graph of the very queries and keys it was given.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +18,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from sparsefinder import models, processes, tables
+from sparsefinder import models, processes, tables, tasks
 from sparsefinder.adapt import AdaptSettings, adapt, attending
 from sparsefinder.attention import Masked
 from sparsefinder.calibrate import calibrated
@@ -40,6 +39,7 @@ log = logging.getLogger(__name__)
 
 Batch = dict[str, Tensor]
 T = TypeVar("T")
+_MASKED_WORDS = tasks.MaskedWords()
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,17 @@ class EvaluateSettings:
     batch_size: int = 8
     mask_probability: float = 0.15
     measured: int = 8  # blocks on which graphs and output errors are measured
+    task: str = tasks.MASKED_LM  # or one with labels: sequence_classification, token_classification, question_answering
+    labels: tasks.LabelledData = field(default_factory=tasks.LabelledData)  # of such a task
+    head: tasks.HeadSettings = field(default_factory=tasks.HeadSettings)  # how it is learned
     adapt: AdaptSettings = field(default_factory=AdaptSettings)
     causal: bool = False  # of the other stages: a model that guesses masked words reads both ways
     seed: int = 0
 
     def __post_init__(self) -> None:
+        tasks.check(self.task)
+        if self.conversions and self.task != tasks.MASKED_LM:
+            raise UserError(f"conversion= is measured with evaluate.task={tasks.MASKED_LM}, not with {self.task}")
         for name in ("samples", "batch_size", "measured"):
             if getattr(self, name) < 1:
                 raise UserError(f"evaluate.{name} must be 1 or more, got {getattr(self, name)}")
@@ -86,7 +92,8 @@ class EvaluateSettings:
     @property
     def inputs(self) -> dict[str, str]:
         """What else the result depends on, by content."""
-        return {"corpus": self.corpus.fingerprint()}
+        labels = self.labels.of(self.corpus).fingerprint() if self.task != tasks.MASKED_LM else ""
+        return {"corpus": self.corpus.fingerprint()} | ({"labels": labels} if labels else {})
 
 
 def run(settings: EvaluateSettings, store: Store) -> None:
@@ -99,20 +106,8 @@ def run(settings: EvaluateSettings, store: Store) -> None:
     own = models.get_normalizer(model)
     length = block_length(settings.length, shape.max_length, "evaluate.length")
 
-    def batches(split: str, wanted: int, batch_size: int) -> list[Batch]:
-        cache = store.scratch("corpus")
-        blocks = processes.first_then_all(lambda: token_blocks(settings.corpus, tokenizer, split, length, cache=cache))
-        chosen = draw(len(blocks), min(wanted, len(blocks)), settings.seed, f"the {split} split of the corpus")
-        return masked_batches(
-            [blocks[index] for index in chosen], tokenizer, settings.mask_probability, settings.seed, batch_size
-        )
-
-    held_out = batches(settings.split, settings.samples, settings.batch_size)
-    training = (
-        batches("train", settings.adapt.steps * settings.adapt.batch_size, settings.adapt.batch_size)
-        if settings.adapt.steps
-        else []
-    )
+    asked = _asked(settings, store, model, tokenizer, length)
+    model, held_out, training = asked.model, asked.held_out, asked.training
     normalizer = own if settings.alpha is None else Normalizer(settings.alpha)
     dense = AttentionChoice("dense", Masked)
     everything = [
@@ -128,10 +123,11 @@ def run(settings: EvaluateSettings, store: Store) -> None:
         log.info("%s: loss %.4f", conversion.columns["variant"], converted[-1].row["loss"])
     outcomes: list[Outcome] = []
     for variant in progress(everything, "evaluate"):
-        outcomes.append(evaluate_variant(model, variant, learned, held_out, training, own, settings))
-        log.info("%s: loss %.4f, accuracy %.4f", variant.label, outcomes[-1].row["loss"], outcomes[-1].row["accuracy"])
+        outcomes.append(evaluate_variant(asked, variant, learned, own, settings))
+        row, measure = outcomes[-1].row, asked.judge.measures[-1]
+        log.info("%s: loss %.4f, %s %.4f", variant.label, row["loss"], measure.replace("_", " "), row[measure])
     outcomes += converted
-    results = compared(outcomes)
+    results = compared(outcomes, asked.judge)
     if not processes.first():
         return
     blocks = [outcome.blocks.assign(variant=outcome.row["variant"]) for outcome in outcomes]
@@ -140,8 +136,30 @@ def run(settings: EvaluateSettings, store: Store) -> None:
         tables.write(results, folder, "results")
         pd.concat(blocks, ignore_index=True).to_parquet(folder / "blocks.parquet", index=False)
         tables.write(tables.tidy([row for outcome in outcomes for row in outcome.layers]), folder, "layers")
+    store.note("evaluate", split=settings.split, blocks=len(outcomes[0].blocks), **asked.facts)
+
+
+def _asked(settings: EvaluateSettings, store: Store, model: Any, tokenizer: Any, length: int) -> tasks.Asked:
+    """What every variant is asked: words behind masks, or a task with labels that the model first learns."""
+    adapting = settings.adapt.steps * settings.adapt.batch_size
+    if settings.task != tasks.MASKED_LM:
+        shared = ("corpus", "labels", "head", "split", "samples", "batch_size", "seed")
+        wanted = {name: getattr(settings, name) for name in shared}
+        request = tasks.Request(**wanted, adapt_examples=adapting, adapt_batch_size=settings.adapt.batch_size)
+        return tasks.ask(tasks.LABELLED[settings.task], request, store, model, tokenizer, length)
+
+    def batches(split: str, wanted: int, batch_size: int) -> list[Batch]:
+        cache = store.scratch("corpus")
+        blocks = processes.first_then_all(lambda: token_blocks(settings.corpus, tokenizer, split, length, cache=cache))
+        chosen = draw(len(blocks), min(wanted, len(blocks)), settings.seed, f"the {split} split of the corpus")
+        return masked_batches(
+            [blocks[index] for index in chosen], tokenizer, settings.mask_probability, settings.seed, batch_size
+        )
+
+    held_out = batches(settings.split, settings.samples, settings.batch_size)
+    training = batches("train", adapting, settings.adapt.batch_size) if adapting else []
     masked = sum(int((batch["labels"] != -100).sum()) for batch in held_out)
-    store.note("evaluate", split=settings.split, blocks=sum(len(b["labels"]) for b in held_out), masked_tokens=masked)
+    return tasks.Asked(model, _MASKED_WORDS, held_out, training, {"masked_tokens": masked})
 
 
 def _at_target(settings: EvaluateSettings, store: Store, learned: Learned) -> tuple[Configuration, ...]:
@@ -159,19 +177,14 @@ class Outcome:
 
     row: dict[str, Any]
     layers: list[dict[str, Any]]
-    blocks: pd.DataFrame  # block, masked (positions), loss (their sum in nats), right (guesses)
+    blocks: pd.DataFrame  # block, masked (positions; see `Judge.unit`), loss (their sum in nats), right (guesses)
 
 
 def evaluate_variant(
-    model: Any,
-    variant: Variant,
-    learned: Learned,
-    held_out: Sequence[Batch],
-    training: Sequence[Batch],
-    own: Normalizer,
-    settings: EvaluateSettings,
+    asked: tasks.Asked, variant: Variant, learned: Learned, own: Normalizer, settings: EvaluateSettings
 ) -> Outcome:
     """Adapt a copy of the model if asked to, then measure quality, cost, and the graphs that were run."""
+    model, held_out, training = asked.model, asked.held_out, asked.training
     if training:
         model, learned = copy.deepcopy(model), copy.deepcopy(learned)
     pattern = variant.pattern(learned)
@@ -180,12 +193,13 @@ def evaluate_variant(
         adapt(model, attention, training, settings.adapt, learned.artefacts.get("projections"))
     row = {
         **variant.columns,
+        **({} if settings.task == tasks.MASKED_LM else {"task": settings.task}),
         "adapt_steps": settings.adapt.steps,
         "finetune_part": settings.adapt.part if training else None,
     }
     watch = None if pattern is None else Stopwatch(pattern)
     timed = attention if watch is None else variant.attention.build(watch, variant.normalizer)
-    quality, blocks = quality_and_cost(model, timed, watch, held_out)
+    quality, blocks = quality_and_cost(model, timed, watch, held_out, asked.judge)
     row |= quality
     observer = Observer(attention, variant.configuration, own)
     _measure_graphs(model, observer, held_out, settings.measured)
@@ -215,49 +229,49 @@ def evaluate_converted(
 
 @torch.inference_mode()
 def quality_and_cost(
-    model: Any, attention: Attention | None, watch: Stopwatch | None, batches: Sequence[Batch]
+    model: Any,
+    attention: Attention | None,
+    watch: Stopwatch | None,
+    batches: Sequence[Batch],
+    judge: tasks.Judge = _MASKED_WORDS,
 ) -> tuple[dict[str, Any], pd.DataFrame]:
-    """Loss, guesses and time of a model whose attention is replaced (None: its own): a row, and a row for each block.
+    """Loss, answers and time of a model whose attention is replaced (None: its own): a row, and a row for each block.
 
     The first batch warms up: what it says counts, its time does not, unless it is the only one.
     """
     device = model.device
 
-    def read(batch: Batch) -> tuple[Tensor, float]:
+    def read(batch: Batch) -> tuple[Tensor, list[Any], float]:
         batch = _on(batch, device)
+        inputs = tasks.inputs_of(batch)
         start = now(device)
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        output = model(**inputs)
         seconds = now(device) - start
-        chosen = batch["labels"] != -100
-        guesses, truth = logits[chosen].float(), batch["labels"][chosen]
-        losses = torch.nn.functional.cross_entropy(guesses, truth, reduction="none").double()
-        of_position = torch.stack([torch.ones_like(losses), losses, (guesses.argmax(-1) == truth).double()], 1)
-        block = torch.arange(len(chosen), device=device)[:, None].expand(chosen.shape)[chosen]
-        return losses.new_zeros(len(chosen), 3).index_add_(0, block, of_position).cpu(), seconds
+        return *judge.judge(output, batch), seconds
 
     mine = list(processes.share(batches))
     with attending(model, attention):
-        warm = [read(batch)[0] for batch in mine[:1]]
+        warm = [read(batch) for batch in mine[:1]]
         if watch is not None:
             watch.seconds = 0.0
         with peak_memory(device) as peak:
             timed = [read(batch) for batch in mine[1:] or mine]
-    parts = [*(warm if len(mine) > 1 else []), *(part for part, _ in timed)]
-    times = [seconds for _, seconds in timed]
-    everywhere = processes.parts(lambda: (parts, times, 0.0 if watch is None else watch.seconds, peak.bytes))
-    times = [each for _, part, _, _ in everywhere for each in part]
+    counted = [*(warm if len(mine) > 1 else []), *timed]
+    parts, answers = [sums for sums, _, _ in counted], [each for _, answered, _ in counted for each in answered]
+    times = [seconds for *_, seconds in timed]
+    everywhere = processes.parts(lambda: (parts, answers, times, 0.0 if watch is None else watch.seconds, peak.bytes))
+    times = [each for _, _, part, _, _ in everywhere for each in part]
     peaks = [bytes_ for *_, bytes_ in everywhere if bytes_ is not None]
     of_blocks = torch.cat([batch for part, *_ in everywhere for batch in part])
-    blocks = pd.DataFrame(of_blocks.numpy(), columns=["masked", "loss", "right"]).astype({"masked": int, "right": int})
+    blocks = pd.DataFrame(of_blocks.numpy(), columns=[judge.unit, "loss", "right"])
+    blocks = blocks.astype({judge.unit: int, "right": int})
     blocks.insert(0, "block", range(len(blocks)))
-    masked = int(blocks["masked"].sum())
-    loss = float(blocks["loss"].sum()) / masked
+    count = int(blocks[judge.unit].sum())
     quarter = statistics.quantiles(times, n=4) if len(times) > 1 else [times[0]] * 3
     row = {
-        "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
-        "accuracy": int(blocks["right"].sum()) / masked,
-        "masked_tokens": masked,
+        "loss": float(blocks["loss"].sum()) / count,
+        **judge.scores(blocks, [each for _, answered, *_ in everywhere for each in answered]),
+        judge.asked: count,
         "latency_ms": 1e3 * statistics.median(times),
         "latency_spread_ms": 1e3 * (quarter[2] - quarter[0]),
         "predictor_share": None if watch is None else sum(seconds for *_, seconds, _ in everywhere) / sum(times),
@@ -329,13 +343,12 @@ class Observer:
 def _measure_graphs(model: Any, observer: Observer, batches: Sequence[Batch], most: int) -> None:
     some: list[Batch] = []
     for batch in batches:
-        wanted = most - sum(len(part["labels"]) for part in some)
+        wanted = most - sum(len(part["input_ids"]) for part in some)
         if wanted > 0:
             some.append({name: tensor[:wanted] for name, tensor in batch.items()})
     with models.plugged(model, observer):
         for batch in processes.share(some):
-            part = _on(batch, model.device)
-            model(input_ids=part["input_ids"], attention_mask=part["attention_mask"])
+            model(**tasks.inputs_of(_on(batch, model.device)))
     observer.gather()
 
 
@@ -343,18 +356,18 @@ def _joined(parts: list[dict[int, list[T]]]) -> dict[int, list[T]]:
     return {layer: [each for part in parts for each in part.get(layer, [])] for layer in {k for p in parts for k in p}}
 
 
-def compared(outcomes: Sequence[Outcome]) -> pd.DataFrame:
+def compared(outcomes: Sequence[Outcome], judge: tasks.Judge) -> pd.DataFrame:
     """The results with each variant's distance to dense entmax (the first row) and dense softmax (the second).
 
     The distance in loss to dense entmax has an interval: blocks are drawn again, the same ones for both (`intervals`).
     """
     table = tables.tidy([outcome.row for outcome in outcomes])
     entmax, softmax = table.iloc[0], table.iloc[1]
-    for name in ("loss", "perplexity", "accuracy"):
+    for name in ("loss", *judge.measures):
         table[f"{name}_minus_entmax"] = table[name] - entmax[name]
         table[f"{name}_minus_softmax"] = table[name] - softmax[name]
     dense = outcomes[0].blocks
-    weights = dense["masked"].to_numpy(float)
+    weights = dense[judge.unit].to_numpy(float)
     ends = [ratio_difference(each.blocks["loss"].to_numpy(), dense["loss"].to_numpy(), weights) for each in outcomes]
     table["loss_minus_entmax_low"], table["loss_minus_entmax_high"] = (list(side) for side in zip(*ends, strict=True))
     table["speed_against_dense"] = entmax["latency_ms"] / table["latency_ms"]

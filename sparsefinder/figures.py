@@ -44,7 +44,7 @@ def loss_sparsity(results: pd.DataFrame) -> Figure:
         for axes in list(grid.flat)[len(panels) :]:
             axes.remove()
         for axes in grid[:, 0]:
-            axes.set_ylabel("masked-LM loss, nats  (better ↓)")
+            axes.set_ylabel(f"{loss_name(results)}, nats  (better ↓)")
         handles = [_dot(pattern, colour) for pattern, colour in colours.items()]
         if others := variants.loc[~variants["pattern"].isin(colours), "pattern"].nunique():
             handles.append(_dot(f"{others} other patterns", GREY))
@@ -54,6 +54,11 @@ def loss_sparsity(results: pd.DataFrame) -> Figure:
         ]
         figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
     return figure
+
+
+def loss_name(results: pd.DataFrame) -> str:
+    """What the column ``loss`` is the loss of."""
+    return "masked-LM loss" if "task" not in results else f"loss of {results['task'].iloc[0].replace('_', ' ')}"
 
 
 def dense_losses(results: pd.DataFrame) -> list[tuple[str, float, str]]:

@@ -27,6 +27,9 @@ _FACTS: dict[tuple[str, str], tuple[str, Callable[[Any], str]]] = {
     ("score", "gold_sparsity"): ("gold sparsity of the scored samples", lambda value: f"{value:.3f}"),
     ("evaluate", "split"): ("text evaluated on", lambda value: f"{value} split"),
     ("evaluate", "blocks"): ("text blocks evaluated", str),
+    ("evaluate", "task"): ("task", lambda value: str(value).replace("_", " ")),
+    ("evaluate", "classes"): ("classes to tell apart", str),
+    ("evaluate", "learned_examples"): ("examples that its head has learned from", str),
     ("evaluate", "masked_tokens"): ("masked positions, the same for every variant", str),
 }
 
@@ -132,6 +135,12 @@ def variant_lines(results: pd.DataFrame) -> pd.DataFrame:
         "perplexity": ("perplexity", "{:.2f}".format, "–"),
         "accuracy": ("accuracy", "{:.4f}".format, "–"),
         "accuracy_minus_entmax": ("Δ accuracy", "{:+.4f}".format, "–"),
+        "macro_f1": ("macro-F1", "{:.4f}".format, "–"),
+        "macro_f1_minus_entmax": ("Δ macro-F1", "{:+.4f}".format, "–"),
+        "exact_match": ("exact match", "{:.4f}".format, "–"),
+        "exact_match_minus_entmax": ("Δ exact match", "{:+.4f}".format, "–"),
+        "f1": ("F1", "{:.4f}".format, "–"),
+        "f1_minus_entmax": ("Δ F1", "{:+.4f}".format, "–"),
         "sparsity": ("sparsity", "{:.3f}".format, "not defined"),
         "recall": ("recall", "{:.3f}".format, "not defined"),
         "computed_density": ("computed pairs", "{:.1%}".format, "not measured"),
@@ -152,6 +161,11 @@ def variant_lines(results: pd.DataFrame) -> pd.DataFrame:
         words = ["–" if pd.isna(low) else f"{low:+.4f} to {high:+.4f}" for low, high in ends]
         lines.insert(list(lines).index("Δ dense entmax") + 1, "its 95 % interval", words)
     return lines
+
+
+def asked(results: pd.DataFrame) -> str:
+    """What every variant was asked, in words."""
+    return "masked positions" if "task" not in results else f"examples of {results['task'].iloc[0].replace('_', ' ')}"
 
 
 def fact_lines(manifests: Mapping[str, Manifest]) -> list[tuple[str, str]]:

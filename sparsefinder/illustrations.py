@@ -70,16 +70,19 @@ def of_evaluate(results: pd.DataFrame, manifest: Manifest | None) -> list[Illust
     facts = {} if manifest is None else manifest.facts
     settings = {} if manifest is None else manifest.settings
     masked = facts.get("masked_tokens", results["masked_tokens"].iloc[0] if "masked_tokens" in results else None)
+    loss = figures.loss_name(results)
     caption = (
-        "Masked-LM loss of the model with each variant plugged in, against the sparsity of the graph that was really run. "
-        "Colour is the pattern, marker the attention that executes it: a square inside a ring means that bucketed and masked "
-        "attention agree. Horizontal lines: dense attention."
+        f"{loss[0].upper()}{loss[1:]} of the model with each variant plugged in, against the sparsity of the graph that was "
+        "really run. Colour is the pattern, marker the attention that executes it: a square inside a ring means that bucketed and "
+        "masked attention agree. Horizontal lines: dense attention."
     )
     if masked is not None:
         caption += f" Loss: mean over the same {masked} masked positions for every variant"
         caption += (
             f" in {facts['blocks']} blocks of the {facts.get('split', 'held-out')} split." if "blocks" in facts else "."
         )
+    elif "blocks" in facts:
+        caption += f" Loss: mean over the same {facts['blocks']} examples for every variant."
     if "measured" in settings:
         caption += f" Sparsity: mean over layers, heads and at most {settings['measured']} blocks."
     undefined = results[results["sparsity"].isna()]

@@ -140,10 +140,21 @@ def summary(store: Store, settings: ReportSettings | None = None) -> str:
         if len(advantage):
             parts.append(_ADVANTAGE + "\n" + text_table(advantage))
     if results.variants is not None:
-        wanted = ["variant", "loss, nats", "Δ dense entmax", "accuracy", "sparsity", "recall", "latency, ms"]
+        wanted = [
+            "variant",
+            "loss, nats",
+            "Δ dense entmax",
+            "accuracy",
+            "macro-F1",
+            "exact match",
+            "F1",
+            "sparsity",
+            "recall",
+            "latency, ms",
+        ]
         lines = findings.variant_lines(results.variants)
         lines = lines[[name for name in wanted if name in lines]]
-        parts.append("In the model, on the same masked positions\n" + text_table(lines))
+        parts.append(f"In the model, on the same {findings.asked(results.variants)}\n" + text_table(lines))
     if results.warnings:
         parts.append("Look twice\n" + "\n".join(f"  - {line}" for line in results.warnings))
     return "\n\n".join(parts)

@@ -59,7 +59,7 @@ def train(
 
     ``steps``: updates, which those of the settings are, or their epochs amount to.
     """
-    arguments = _OneDevice(
+    arguments = OneDevice(
         output_dir=str(folder),
         max_steps=steps,
         train_sampling_strategy="sequential",  # `Examples` are in their order
@@ -98,7 +98,7 @@ def train(
         eval_dataset=_HeldOut(held_out),
         data_collator=lambda examples: collate(examples, tokenizer.pad_token_id),
         processing_class=tokenizer,
-        callbacks=[_Reporting(), *([_Annealing(settings.alpha)] if settings.alpha_schedule else [])],
+        callbacks=[Reporting("finetune"), *([_Annealing(settings.alpha)] if settings.alpha_schedule else [])],
     )
     trainer.model_accepts_loss_kwargs = True  # `compute_loss` divides by the tokens of the whole accumulated batch
     trainer.remove_callback(PrinterCallback)
@@ -124,7 +124,7 @@ def last_checkpoint(folder: Path) -> Path | None:
     return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
-class _OneDevice(TrainingArguments):
+class OneDevice(TrainingArguments):
     """One GPU for each process, however many are visible."""
 
     # with more, the Trainer wraps the model in nn.DataParallel, whose threads would share the hook of `masked_logits`
@@ -211,8 +211,11 @@ def annealed(alpha: float, step: int, steps: int) -> float:
     return max(_START_ALPHA, min(alpha, math.floor(reached / _ALPHA_STEP) * _ALPHA_STEP))
 
 
-class _Reporting(TrainerCallback):
-    """The Trainer's numbers as log lines instead of printed dictionaries."""
+class Reporting(TrainerCallback):
+    """The Trainer's numbers as log lines instead of printed dictionaries, each after ``what`` is trained."""
+
+    def __init__(self, what: str):
+        self.what = what
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
@@ -220,4 +223,4 @@ class _Reporting(TrainerCallback):
         names = {"loss": "training loss", "eval_loss": "validation loss"}
         found = [f"{title} {logs[name]:.3f}" for name, title in names.items() if name in (logs or {})]
         if found:
-            log.info("finetune: step %d of %d: %s", state.global_step, state.max_steps, ", ".join(found))
+            log.info("%s: step %d of %d: %s", self.what, state.global_step, state.max_steps, ", ".join(found))

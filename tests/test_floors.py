@@ -16,7 +16,7 @@ MODULES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "scripts").glob("*.py")])
 INTERNALS = PACKAGE / "transformers_internals.py"
 REMEMBERING = PACKAGE / "remembering.py"  # replaces members of transformers' classes
 KNOWS_TRANSFORMERS = (
-    *("corpora", "lsg", "conversions", "checkpoints", "models", "starts", "training", "finetune"),
+    *("corpora", "lsg", "conversions", "checkpoints", "models", "starts", "training", "tasks", "finetune"),
     INTERNALS.stem,
 )
 # of other libraries: names that a leading underscore marks as private, on objects that are not our own
