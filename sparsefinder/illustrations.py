@@ -73,8 +73,8 @@ def of_evaluate(results: pd.DataFrame, manifest: Manifest | None) -> list[Illust
     loss = figures.loss_name(results)
     caption = (
         f"{loss[0].upper()}{loss[1:]} of the model with each variant plugged in, against the sparsity of the graph that was "
-        "really run. Colour is the pattern, marker the attention that executes it: a square inside a ring means that bucketed and "
-        "masked attention agree. Horizontal lines: dense attention."
+        "really run. Colour is the pattern, marker the attention that executes it: a square inside a ring means that bucketed "
+        "and masked attention agree. Horizontal lines: dense attention."
     )
     if masked is not None:
         caption += f" Loss: mean over the same {masked} masked positions for every variant"

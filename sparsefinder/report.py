@@ -140,18 +140,8 @@ def summary(store: Store, settings: ReportSettings | None = None) -> str:
         if len(advantage):
             parts.append(_ADVANTAGE + "\n" + text_table(advantage))
     if results.variants is not None:
-        wanted = [
-            "variant",
-            "loss, nats",
-            "Δ dense entmax",
-            "accuracy",
-            "macro-F1",
-            "exact match",
-            "F1",
-            "sparsity",
-            "recall",
-            "latency, ms",
-        ]
+        scores = ["accuracy", "macro-F1", "exact match", "F1 of answers"]
+        wanted = ["variant", "loss, nats", "Δ dense entmax", *scores, "sparsity", "recall", "latency, ms"]
         lines = findings.variant_lines(results.variants)
         lines = lines[[name for name in wanted if name in lines]]
         parts.append(f"In the model, on the same {findings.asked(results.variants)}\n" + text_table(lines))

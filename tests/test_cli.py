@@ -85,6 +85,19 @@ class TestWholeRun:
         assert results.variant.is_unique
         assert list(results.variant[:2]) == ["dense full", "dense full (softmax)"]
 
+    def test_a_task_with_labels(self, smoke: Path, tmp_path: Path) -> None:
+        shutil.copytree(smoke, tmp_path / "run")
+        task = ["evaluate.task=sequence_classification", "evaluate.head.steps=4", "stage=[evaluate,report]"]
+        done = call(*SMOKE, f"run_dir={tmp_path / 'run'}", "patterns=[window]", *task)
+        assert done.returncode == 0, done.stderr
+        assert "In the model, on the same examples of sequence classification" in done.stdout
+        results = pd.read_csv(tmp_path / "run" / "evaluate" / "results.csv")
+        assert list(results.variant[:3]) == ["dense full", "dense full (softmax)", "bucketed window width=11"]
+        assert {"accuracy", "macro_f1", "macro_f1_minus_entmax"} <= set(results)
+        page = (tmp_path / "run" / "report" / "index.html").read_text()
+        assert "Loss of sequence classification" in page
+        assert "masked positions" not in page
+
     def test_one_stage_again_with_another_setting(self, smoke: Path, tmp_path: Path) -> None:
         shutil.copytree(smoke, tmp_path / "run")
         done = call(*SMOKE, f"run_dir={tmp_path / 'run'}", "stage=cluster", "n_clusters=5")

@@ -58,6 +58,9 @@ def settings_of(cfg: DictConfig, stage: str, script: ModuleType) -> Any:
 WRONG = {  # settings of the command line → what the one line about them says
     "stage=finetune model.vocabulary_size=1e4": "model.vocabulary_size must be int, got 10000.0",
     "adapt_steps=1e2": "adapt_steps must be int, got 100.0",
+    "evaluate.task=summary": "evaluate.task=summary is unknown; choose one of masked_lm, sequence_classification, ",
+    "evaluate.head.steps=0": "evaluate.head.steps must be 1 or more, got 0",
+    "evaluate.labels.test=train": "evaluate.labels takes train=train and test=train from the same rows",
     "evaluate.adapt=null": "evaluate.adapt must be AdaptSettings, got None",
     "finetune.corpus=5": "finetune.corpus must be Corpus, got 5",
     "stage=extract corpus=datasets corpus.data_files=a.jsonl": "must be a mapping {str: str or a list of str} or null",

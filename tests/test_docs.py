@@ -35,6 +35,7 @@ NOT_RUN = {
     ),
     ("docs/cluster.md", "needs a Slurm cluster; tests/test_sweeps.py runs the same with a stand-in for sbatch"),
     ("docs/lsg.md", "needs the Hugging Face hub"),
+    ("docs/tasks.md", "needs the Hugging Face hub"),
     ("docs/tutorial.md", "sets up an environment; `make -n` is what tests can do"),
     ("docs/tutorial.md", "installs; tests/test_package.py builds the wheel and runs its commands"),
     ("docs/tutorial.md", "the tiny experiment takes minutes; the same stages run in every other command of this page"),
@@ -53,6 +54,7 @@ SMALL = {
     "project.epochs": "1",
     "evaluate.samples": "2",
     "evaluate.measured": "1",
+    "evaluate.head.steps": "2",
     "+report.dpi": "30",
 }
 BUT_WITH_A_MODEL = {"experiment": "tiny", "finetune.eval_blocks": "4"}  # smoke describes a model of its own

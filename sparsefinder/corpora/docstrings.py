@@ -67,7 +67,7 @@ class Docstrings:
         """
         yield from (document for _, document in self.by_package(split, cache))
 
-    def by_package(self, split: str, cache: Path | None = None) -> Iterator[tuple[str, str]]:
+    def by_package(self, split: str, cache: Path | str | None = None) -> Iterator[tuple[str, str]]:
         """As `documents`, each with the name of its package before it."""
         if split not in SPLITS:
             raise UserError(f"there is no split {split}; choose one of {', '.join(SPLITS)}")

@@ -12,6 +12,7 @@ from typing import Any
 from sparsefinder import hub
 from sparsefinder.corpora import AnyDataset, Corpus
 from sparsefinder.corpora.loading import load_split
+from sparsefinder.corpora.masking import IGNORED
 from sparsefinder.store import UserError
 
 log = logging.getLogger(__name__)
@@ -132,7 +133,7 @@ def class_names(feature: Any) -> list[str] | None:
 
 def named(value: Any, names: list[str] | None, label: str) -> Any:
     """A value of a column with numbered classes by its name, each of a list's too."""
-    if names is None or isinstance(value, str):
+    if names is None or isinstance(value, str) or value == IGNORED:
         return value
     if isinstance(value, list):
         return [named(each, names, label) for each in value]

@@ -110,7 +110,7 @@ class Spans:
     references: Sequence[Reference]
     unit: str = "questions"
     asked: str = "questions"
-    measures: tuple[str, ...] = ("exact_match", "f1")
+    measures: tuple[str, ...] = ("exact_match", "answer_f1")  # f1 is that of the graph
 
     def judge(self, output: Any, batch: Batch) -> tuple[Tensor, list[Any]]:
         """As `Judge`; ``right`` is: both ends, by tokens. The logits of starts and ends are kept, ``(2, N)`` of each example."""
@@ -124,7 +124,7 @@ class Spans:
         """As `Judge`: the largest value over the right answers of each example, and their means."""
         texts = [reference.read(logits) for reference, logits in zip(self.references, answers, strict=True)]
         pairs = list(zip(texts, self.references, strict=True))
-        measures = {"exact_match": exact_match, "f1": span_f1}
+        measures = {"exact_match": exact_match, "answer_f1": span_f1}
         return {
             name: sum(best(measure, text, reference.answers) for text, reference in pairs) / len(pairs)
             for name, measure in measures.items()
