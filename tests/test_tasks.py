@@ -239,7 +239,7 @@ class TestDataSets:
         with pytest.raises(UserError, match=r"whole numbers or words, got 0.5"):
             task.classes([{"label": 0.5}, {"label": 1.0}], [])
         with pytest.raises(UserError, match="from the same rows"):
-            replace(data, test="train")
+            replace(data, test="train[:10%]")
         empty = self.written(tmp_path, train=self.ROWS[1:3], test=self.ROWS)
         with pytest.raises(UserError, match="has no row with text and label"):
             empty.rows("train", roles)

@@ -64,13 +64,13 @@ class AnyDataset:
                 "corpus.max_characters=N, or download all with corpus.streaming=false"
             )
         for name, held_out in (("validation", self.validation), ("test", self.test)):
-            if held_out is not None and (shared := self._shared(held_out)):
+            if held_out is not None and (shared := self.shared_rows(held_out)):
                 raise UserError(
                     f"corpus=datasets takes train={self.train} and {name}={held_out} from the same rows of {shared}: name two "
                     "splits that share none; text held out must not be training text"
                 )
 
-    def _shared(self, held_out: str) -> str:
+    def shared_rows(self, held_out: str) -> str:
         """What ``held_out`` and the training split both read, a file or a name; empty where their rows are others."""
         for source, begin, end in self._rows(self.train):
             for other, other_begin, other_end in self._rows(held_out):

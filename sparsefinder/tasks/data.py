@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from sparsefinder import hub
@@ -27,7 +28,7 @@ class LabelledData:
     path: str | None = None  # a name on the hub such as glue, a folder, or a reader of files: json, csv, parquet
     name: str | None = None  # configuration of the data set, such as sst2
     revision: str | None = None  # commit or tag on the hub; None for the newest
-    data_files: Mapping[str, str] | None = None  # split → file, for readers of files
+    data_files: Mapping[str, str | Sequence[str]] | None = None  # split → file or list of them, for readers of files
     train: str = "train"  # names of the splits there: learned from, and
     test: str = "test"  # measured on
     streaming: bool = False
@@ -46,12 +47,10 @@ class LabelledData:
             raise UserError(f"evaluate.labels.max_examples must be 1 or more, or null, got {self.max_examples}")
         if self.path is None and self.data_files is not None:
             raise UserError("evaluate.labels.data_files needs a reader: evaluate.labels.path=json (csv, parquet)")
-        files = {split: str(Path(file).resolve()) for split, file in (self.data_files or {}).items()}
-        sources = [files.get(split, split) for split in (self.train, self.test)]
-        if sources[0] == sources[1]:
+        if shared := self._source(self.path or "the corpus", "").shared_rows(self.test):
             raise UserError(
-                f"evaluate.labels takes train={self.train} and test={self.test} from the same rows: name two splits that "
-                "share none; what is measured must not have been learned"
+                f"evaluate.labels takes train={self.train} and test={self.test} from the same rows of {shared}: name two splits "
+                "that share none; what is measured must not have been learned"
             )
 
     def of(self, corpus: Corpus) -> LabelledData:
@@ -67,8 +66,13 @@ class LabelledData:
         """Changes with the settings and the bytes of local files; empty where there is no data set."""
         if self.path is None:
             return ""
-        places = {name: getattr(self, name) for name in ("path", "name", "revision", "data_files", "train")}
-        return AnyDataset(**places, validation=self.test, streaming=False).fingerprint()
+        files = self._source(self.path, self.test).fingerprint()
+        return hashlib.sha256(json.dumps([files, asdict(self)], default=str).encode()).hexdigest()
+
+    def _source(self, path: str, held_out: str) -> AnyDataset:
+        """The place of the rows, which knows what its splits share and whether its files changed."""
+        known = {name: getattr(self, name) for name in ("name", "revision", "data_files", "train")}
+        return AnyDataset(path, **known, validation=held_out, streaming=False)
 
     def rows(self, split: str, roles: Mapping[str, str]) -> list[Row]:
         """The rows of ``split`` (the setting: train or test), their columns by ``roles`` (role → the setting that names it).
@@ -80,7 +84,7 @@ class LabelledData:
         label = f"evaluate.labels.{split}={name} of {self.path}"
         options: dict[str, Any] = {"streaming": self.streaming, "revision": self.revision}
         if self.data_files is not None:
-            options["data_files"] = {key: str(file) for key, file in self.data_files.items()}
+            options["data_files"] = dict(self.data_files)
         found = load_split(label, str(self.path), self.name, name, bool(self.data_files), **options)
         columns = {role: getattr(self, setting) for role, setting in roles.items()}
         names = {role: class_names((found.features or {}).get(column)) for role, column in columns.items()}
@@ -110,9 +114,7 @@ class LabelledData:
 def _read(rows: Iterable[Row], label: str) -> Iterator[Row]:
     try:
         yield from rows
-    except (OSError, ValueError) as error:  # a stream that breaks, a file that its reader does not understand
-        if isinstance(error, UserError):
-            raise
+    except Exception as error:  # a stream that breaks, a file that its reader does not understand: no common type
         raise hub.refusal(label, error, " cannot be read on") from error
 
 
