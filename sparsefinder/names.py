@@ -9,7 +9,7 @@ from collections.abc import Iterable
 def one_of(known: Iterable[str], given: object, words: str = "choose one of") -> str:
     """The ``known`` names after some ``words``, and which of them was probably meant by ``given``: the end of a message."""
     known = [str(name) for name in known]
-    return f"{words} {', '.join(known)}{meant(known, given)}"
+    return f"{words} {', '.join(known)}{meant(known, given)}".lstrip()
 
 
 def meant(known: Iterable[str], given: object, before: str = "") -> str:
