@@ -25,14 +25,20 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sparsefinder import points
+from sparsefinder.commands import program, until_stopped
 from sparsefinder.construction import class_named, construct
+from sparsefinder.names import meant, one_of
+from sparsefinder.overrides import HELP, Known, Typed, understood
 from sparsefinder.points import Point
 from sparsefinder.store import Store, UserError
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 HYDRA: dict[str, Any] = {"version_base": "1.3", "config_path": str(CONF), "config_name": "config"}
-MULTIRUN = ("-m", "--multirun")
-QUESTIONS = ("--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc")
+FILES = {  # of each folder of conf, what can be chosen
+    folder.name: [path.stem for path in sorted(folder.glob("*.yaml"))]
+    for folder in sorted(CONF.iterdir())
+    if folder.is_dir() and folder.name != "hydra"
+}
 INPUTS = (
     *("qk", "qk_validation", "projections", "centroids", "online_centroids"),
     *("lowrank", "key_centroids", "bilinear_projections", "bilinear_centroids", "calibration"),
@@ -52,14 +58,26 @@ log = logging.getLogger("sparsefinder")
 
 def main(argv: list[str]) -> int:
     """Check the command line, then let Hydra run one job, or many with ``-m``. Returns the exit status."""
-    argv = [translated for argument in argv for translated in path_of_model(quoted(argument))]
-    argv.sort(key=lambda argument: argument not in MULTIRUN)  # Hydra takes no flag between two settings
+    return until_stopped(lambda: outcome(argv), "what is done is kept, and the same command goes on" if SPEAKS else "")
+
+
+def outcome(argv: list[str]) -> int:
+    """As `main`, of a command line that nobody interrupts."""
     try:
-        todo = check(argv)
-        sys.argv = [sys.argv[0], *argv]
-        failures = run_sweep(todo) if todo and not set(QUESTIONS) & set(argv) else run_once()
+        typed = understood(argv, Known(FILES, settings_with))
+        if "--version" in typed.options:
+            print(f"sparsefinder {importlib.metadata.version('sparsefinder')}")
+            return 0
+        todo = check(typed)
+        named = [f"hydra.help.app_name='{program()}'"] if {*HELP} & {*typed.options} else []
+        sys.argv = [sys.argv[0], *typed.options, *named, *typed.settings]  # Hydra takes no flag between two settings
+        failures = run_sweep(todo) if todo and not typed.asks else run_once()
     except UserError as error:
         failures = [one_line(error)]
+    # what is no file of conf/model was taken for a path or a name on the hub
+    failures = [
+        f + (meant(FILES["model"], name[1]) if (name := re.match(r"model=(\S+): ", f)) else "") for f in failures
+    ]
     for failure in failures if SPEAKS else ():
         print(f"error: {failure}", file=sys.stderr)
     return 2 if failures else 0
@@ -283,7 +301,7 @@ def patterns(cfg: DictConfig) -> Iterable[tuple[str, DictConfig, list[Any], list
             if not isinstance(cfg.patterns, ListConfig):
                 raise UserError(f"patterns is a list such as [kmeans,window], or null for all, got {cfg.patterns}")
             if unknown := [name for name in cfg.patterns if name not in dict(nodes)]:
-                raise UserError(f"patterns={unknown} are unknown; choose some of {', '.join(dict(nodes))}")
+                raise UserError(f"patterns={unknown} are unknown; {one_of(dict(nodes), unknown[0], 'choose some of')}")
             nodes = [(name, node) for name, node in nodes if name in cfg.patterns]
     else:
         nodes = [(chosen("pattern"), cfg.pattern)]
@@ -362,53 +380,65 @@ def plain(node: Any) -> Any:
 # ---- the command line itself ----
 
 
-def path_of_model(argument: str) -> list[str]:
-    """``model=PATH_OR_HUB_NAME`` for what is no file of conf/model: the pretrained model of that name."""
-    key, _, value = argument.partition("=")
-    if key != "model" or not value or "," in value or (CONF / "model" / f"{value}.yaml").exists():
-        return [argument]
-    return ["model=pretrained", f"model.name_or_path='{value}'"]
+def settings_with(chosen: Sequence[str] = ()) -> list[str]:
+    """The full names of all settings, with the files of conf that are ``chosen`` (``group=name``)."""
+    try:
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            return [key for key, _ in leaves(hydra.compose("config", overrides=list(chosen)))]
+    except (HydraException, OmegaConfBaseException):  # what was chosen is unknown itself
+        return settings_with() if chosen else []
 
 
-def quoted(argument: str) -> str:
-    """With the quotes that Hydra wants around an equals sign, ``target=density=0.1``, and a path that begins with a digit.
-
-    One pair for each value of a sweep. Without them ``run_dir=2024_01`` is the number 202401.
-    """
-    key, _, value = argument.partition("=")
-    if key == "target" and "=" in value and "'" not in value and '"' not in value:
-        return "target=" + ",".join(f"'{each}'" for each in value.split(","))
-    if key in ("run_dir", *INPUTS) and re.fullmatch(r"\d[\w.+-]*", value):
-        return f"{key}='{value}'"
-    return argument
+def leaves(node: DictConfig, place: str = "") -> Iterable[tuple[str, Any]]:
+    """Every key at every depth with its value, as it stands there."""
+    for key, value in (
+        OmegaConf.to_container(node, resolve=False).items() if OmegaConf.is_config(node) else node.items()
+    ):
+        yield f"{place}{key}", value
+        if isinstance(value, dict):
+            yield from leaves(value, f"{place}{key}.")
 
 
-def check(argv: list[str]) -> list[Point]:
+def check(typed: Typed) -> list[Point]:
     """Compose every job of the command line once, so that a mistake is one line and not a page of Hydra's.
 
     Returns the points of a sweep, none without ``-m``.
     """
     use_own_launchers()
-    for before, argument in zip(["", *argv], argv, strict=False):
-        if not re.match(r"[-~]|.+=", argument) and (not before.startswith("-") or before in MULTIRUN):
-            raise UserError(f"{argument!r} sets nothing: give settings as KEY=VALUE; `--help` lists them")
-    texts = [argument for argument in argv if "=" in argument and not argument.startswith("-")]
-    parser = OverridesParser.create()
+    overrides = [override_of(text) for text in typed.settings]
+    check_launcher(overrides, typed.sweeps)
+    alternatives = [expanded(override) for override in overrides] if typed.sweeps else [[s] for s in typed.settings]
+    swept = [choices[0].partition("=")[0] for choices in alternatives if len(choices) > 1]
+    todo = []
     try:
-        overrides = [parser.parse_override(text) for text in texts]
-        check_launcher(overrides, bool(set(MULTIRUN) & set(argv)))
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            if not set(MULTIRUN) & set(argv):
-                hydra.compose("config", overrides=texts)  # a list of values is Hydra's to refuse
-                return []
-            alternatives = [expanded(override) for override in overrides]
-            swept = [choices[0].partition("=")[0] for choices in alternatives if len(choices) > 1]
-            return [
-                points.point_of(path_of(hydra.compose("config", overrides=list(chosen)), "run_dir"), chosen, swept)
-                for chosen in itertools.product(*alternatives)
-            ]
+            for chosen in itertools.product(*alternatives):
+                cfg = hydra.compose("config", overrides=list(chosen))  # a list of values is Hydra's to refuse
+                refuse_unknown_keys(cfg)
+                if typed.sweeps:
+                    todo.append(points.point_of(path_of(cfg, "run_dir"), chosen, swept))
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # Hydra raises the last for corpus=null
-        raise UserError(one_line(error)) from error
+        message = one_line(error)
+        if unknown := re.match(r"there is no setting ([^;]*);", message):
+            files = [text for text in typed.settings if text.partition("=")[0] in FILES and "," not in text]
+            message += meant(settings_with(files), unknown[1])
+        elif group := re.match(r"(\w+)=(\S+) is unknown;", message):
+            message += meant(FILES.get(group[1], ()), group[2])
+        raise UserError(message) from error
+    if any(not point.settings for point in todo):
+        raise UserError(
+            "-m starts a run for each value of a setting, and none is given: write -m pattern=kmeans,distance, or leave out -m"
+        )
+    return todo
+
+
+def override_of(text: str) -> Override:
+    """One setting, read by Hydra's grammar."""
+    try:
+        return OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        key, _, value = text.partition("=")
+        raise UserError(f"{key}={value} cannot be read: put the value in quotes, {key}=\"'…'\"") from error
 
 
 def expanded(override: Override) -> list[str]:
@@ -473,7 +503,9 @@ def refuse_unknown_keys(cfg: DictConfig) -> None:
     known = {*OmegaConf.load(CONF / "config.yaml"), *(folder.name for folder in CONF.iterdir() if folder.is_dir())}
     unknown = [str(key) for key in cfg if key not in known]
     if unknown:
-        raise UserError(f"there is no setting {', '.join(unknown)}; `--cfg job` shows all of them")
+        raise UserError(
+            f"there is no setting {', '.join(unknown)}; `--cfg job` shows all of them{meant(known, unknown[0])}"
+        )
 
 
 def one_line(error: BaseException) -> str:

@@ -43,7 +43,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def until_stopped(work: Callable[[], int], advice: str) -> int:
-    """The exit status of ``work``; where Ctrl-C or SIGTERM ends it, one line with ``advice``, and 128 and the signal's number.
+    """The exit status of ``work``; where Ctrl-C or SIGTERM ends it, one line with ``advice``, and 128 + the signal's number.
+
+    An empty ``advice`` leaves the line out.
 
     Whatever ``work`` makes of the interruption, an error of its own included, it counts as one. A second signal ends the
     process at once. Signals that somebody else handles, or ignores, stay theirs.
@@ -75,5 +77,6 @@ def until_stopped(work: Callable[[], int], advice: str) -> int:
             signal.signal(number, handler)
     if not received:
         return status
-    print(f"error: interrupted by {signal.Signals(received[0]).name}; {advice}", file=sys.stderr)
+    if advice:
+        print(f"error: interrupted by {signal.Signals(received[0]).name}; {advice}", file=sys.stderr)
     return 128 + received[0]

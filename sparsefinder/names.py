@@ -15,14 +15,18 @@ def one_of(known: Iterable[str], given: object, words: str = "choose one of") ->
 def meant(known: Iterable[str], given: object, before: str = "") -> str:
     """``; did you mean kmeans?`` where one of the ``known`` names is close to ``given``; empty where none is.
 
-    ``before``: what one types in front of the name, such as ``pattern=``.
+    Of ``finetune.steps`` and ``project.steps`` ``steps`` means both. ``before``: what one types in front of the name, such as
+    ``pattern=``.
     """
-    near = closest(known, given)
-    return "" if near is None else f"; did you mean {before}{near}?"
+    known = list(known)
+    near = [name for name in known if name.endswith(f".{given}")] or closest(known, given)
+    return f"; did you mean {' or '.join(f'{before}{name}' for name in near)}?" if near else ""
 
 
-def closest(known: Iterable[str], given: object) -> str | None:
-    """The one of the ``known`` names that is nearest to ``given``; None where it resembles none of them."""
-    lowered = {name.lower(): name for name in known}
-    near = difflib.get_close_matches(str(given).lower(), lowered, n=1)
-    return lowered[near[0]] if near else None
+def closest(known: Iterable[str], given: object) -> list[str]:
+    """The one of the ``known`` names that is nearest to ``given``; empty where it resembles none of them."""
+    lowered, typed = {name.lower(): name for name in known}, str(given).lower()
+    near = difflib.get_close_matches(typed, lowered, n=1)
+    if not near and len(typed) > 2:  # a beginning
+        near = [name for name in lowered if name.startswith(typed)]
+    return [lowered[name] for name in near[:1]]

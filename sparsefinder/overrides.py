@@ -32,7 +32,7 @@ PATHS = (
     *("corpus.train", "corpus.validation", "corpus.test", "corpus.path", "corpus.name"),
 )
 """Settings whose value is a name of somebody's, even where it looks like a number."""
-_KEY = re.compile(r"(\+{0,2})([A-Za-z_][\w./@:-]*)")
+_KEY = re.compile(r"(\+{0,2})([A-Za-z_][\w./@:-]*)", re.ASCII)
 # of Hydra's grammar: characters that need no quotes, escaped ones, and interpolations
 _PLAIN = re.compile(r"(?:[A-Za-z0-9_\-/:.+%*@?| ]|\\[\\()\[\]{}:=, \t]|\$\{[^{}]*\})*")
 _FUNCTION = re.compile(r"(?:choice|range|interval|glob|sort|shuffle|tag|extend_list|int|float|bool|str|json_str)\(.*\)")
@@ -59,10 +59,11 @@ class Known:
 
     def advice(self, word: str) -> str:
         """What somebody who typed a bare word may have meant: the end of a message."""
+        if word in [artefact.stage for artefact in ARTEFACTS.values()]:
+            return f"; did you mean stage={word}?"
         if self.key(word):
             return f"; did you mean {word}=VALUE?"
-        values = {"stage": [*dict.fromkeys(artefact.stage for artefact in ARTEFACTS.values())], **self.groups}
-        for key, names in values.items():
+        for key, names in self.groups.items():
             if word in names and word not in ("all", "none"):
                 return f"; did you mean {key}={word}?"
         return meant([*self.groups, *self.settings()], word)
@@ -93,8 +94,13 @@ def understood(arguments: Sequence[str], known: Known) -> Typed:
         argument = waiting.pop(0)
         if argument.startswith("-"):
             options += _option(argument, waiting, known)
+        elif argument.count("[") > argument.count("]") and any("]" in each for each in waiting):
+            rest = waiting[: next(i for i, each in enumerate(waiting) if "]" in each) + 1]
+            raise UserError(f"{argument!r} ends within a list: write it without blanks, {''.join([argument, *rest])}")
         else:
             settings.append(argument)
+    if {"--resolve", "-p", "--package"} & {*options} and not {"-c", "--cfg", *HELP} & {*options}:
+        raise UserError("--resolve and --package say how `--cfg job` prints: add --cfg job, or leave them out")
     sweeps = bool({*SWEEP} & {*options})
     read = [each for setting in settings for each in _setting(setting, sweeps, known)]
     return Typed(tuple(options), tuple(_without_repeats(read)))
@@ -131,7 +137,9 @@ def _setting(argument: str, sweeps: bool, known: Known) -> list[str]:
     """One argument as Hydra's overrides: one, or two for a model by its path."""
     left, equals, value = argument.partition("=")
     if left.startswith("~"):
-        raise UserError(f"{argument!r}: a setting cannot be taken away; {left.lstrip('~').strip()}=null empties one")
+        raise UserError(
+            f"{argument!r}: a setting cannot be taken away: leave it out, or give another value as KEY=VALUE"
+        )
     if not equals:
         advice = known.advice(left.strip())
         raise UserError(f"{argument!r} sets nothing: give settings as KEY=VALUE; `--help` lists them{advice}")
@@ -140,7 +148,10 @@ def _setting(argument: str, sweeps: bool, known: Known) -> list[str]:
         raise UserError(f"{argument!r} sets nothing: {left!r} is no name of a setting; `--help` lists them")
     plus, key = match.groups()
     if not value.strip():
-        raise UserError(f"{key}= has no value: write {key}=VALUE, or {key}=null for none")
+        raise UserError(f"{key}= has no value: write {key}=VALUE, or leave it out")
+    if value.strip().lower() == "null" and key in (*known.groups, "name", "stage"):
+        valid = one_of(known.groups[key], "") if key in known.groups else f"give {key}=NAME, or leave it out"
+        raise UserError(f"{key}={value}: one is needed; {valid}")
     if key in _ELSEWHERE:
         raise UserError(f"{key}={value}: everything of a run lies in run_dir; use {_ELSEWHERE[key]} instead")
     if key in known.groups and value.lstrip().startswith("["):
@@ -151,7 +162,9 @@ def _setting(argument: str, sweeps: bool, known: Known) -> list[str]:
     if len(values) > 1 and key == "stage":
         raise UserError(f"{argument}: nothing to sweep over; several stages are a list, stage=[score,evaluate]")
     if len(values) > 1 and not sweeps:
-        other = f"a path with a comma is quoted, {key}=\"'…'\"" if key in PATHS else f"a list is {key}=[{value.strip()}]"
+        other = (
+            f"a path with a comma is quoted, {key}=\"'…'\"" if key in PATHS else f"a list is {key}=[{value.strip()}]"
+        )
         raise UserError(f"{argument}: several values are for sweeps: add --multirun, or -m; {other}")
     if key == "model":
         return _model(argument, values, known)
@@ -171,7 +184,9 @@ def _model(argument: str, values: Sequence[str], known: Known) -> list[str]:
     if all(own):
         return [argument]
     if any(own):
-        raise UserError(f"{argument}: sweep over files of conf/model, or over models by their path, not over both at once")
+        raise UserError(
+            f"{argument}: sweep over files of conf/model, or over models by their path, not over both at once"
+        )
     return ["model=pretrained", f"model.name_or_path={','.join(_readable(each, True, True) for each in values)}"]
 
 

@@ -67,7 +67,8 @@ def test_the_name_that_was_meant() -> None:
     assert one_of(["kmeans", "window"], "Kmean") == "choose one of kmeans, window; did you mean kmeans?"
     assert one_of(["kmeans", "window"], "xyz") == "choose one of kmeans, window"
     assert meant(["kmeans"], "kmens", "pattern=") == "; did you mean pattern=kmeans?"
-    assert closest([], "a") is None
+    assert closest([], "a") == []
+    assert closest(["docstrings", "text"], "doc") == ["docstrings"]
     with pytest.raises(UserError, match="did you mean score"):
         chosen_stages("scores")
     with pytest.raises(UserError, match="did you mean min"):
