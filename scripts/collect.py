@@ -4,23 +4,28 @@ python scripts/collect.py runs/tiny runs/large --out both
 python scripts/collect.py runs --table evaluate/results
 """
 
-import argparse
 import sys
 import tempfile
 from pathlib import Path
 
+from sparsefinder.commands import Parser, until_stopped
 from sparsefinder.store import UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; 0 when all went well, 2 for wrong input."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run_dir of a run, or a folder of several")
     parser.add_argument("--table", default="score/metrics", help="score/metrics (the default), evaluate/results, …")
     parser.add_argument("--out", default="collected", help="path without ending; default: collected.csv and .parquet")
     given = parser.parse_args(arguments)
+    return until_stopped(lambda: outcome(given.runs, given.table, Path(given.out)), "run the same command again")
+
+
+def outcome(runs: list[str], table: str, out: Path) -> int:
+    """As `join`, with the exit status."""
     try:
-        join(given.runs, given.table, Path(given.out))
+        join(runs, table, out)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -13,8 +13,10 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from sparsefinder.commands import Parser, until_stopped
+from sparsefinder.names import one_of
 from sparsefinder.store import UserError
 
 LSG_ONLY = {
@@ -29,14 +31,9 @@ LSG_ONLY = {
 """Arguments that only `--target lsg` knows, with their defaults."""
 
 
-class _OneLine(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line as a namespace."""
-    parser = _OneLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--initial_model", required=True, help="folder or hub name of the model to convert")
     add("--model_name", required=True, help="folder to save the result in; it must not exist")
@@ -86,7 +83,7 @@ def run(arguments: argparse.Namespace) -> None:
         from sparsefinder.conversions import TARGETS, convert_checkpoint
 
         if arguments.target not in TARGETS:
-            raise UserError(f"target {arguments.target!r} is unknown; choose one of lsg, {', '.join(TARGETS)}")
+            raise UserError(f"target {arguments.target!r} is unknown; {one_of(['lsg', *TARGETS], arguments.target)}")
         foreign = [f"--{name}" for name, default in LSG_ONLY.items() if getattr(arguments, name) != default]
         if foreign:
             raise UserError(f"{', '.join(foreign)} belongs to --target lsg; leave it out for {arguments.target}")
@@ -118,8 +115,13 @@ _FLAG: dict[str, Any] = {"nargs": "?", "const": True, "default": False, "type": 
 def main(arguments: list[str] | None = None) -> int:
     """The command; 0 when all went well, 2 for wrong input."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    return until_stopped(lambda: outcome(parse(arguments)), "nothing is half written; run the same command again")
+
+
+def outcome(arguments: argparse.Namespace) -> int:
+    """As `run`, with the exit status."""
     try:
-        run(parse(arguments))
+        run(arguments)
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         return 2

@@ -6,16 +6,16 @@ writes qk-10-20.pt, qk-20-30.pt, qk-30-40.pt and qk-40-up.pt, each with the samp
 number of tokens, and each a file for qk=PATH.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
+from sparsefinder.commands import Parser, until_stopped
 from sparsefinder.files import UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; 0 when all went well, 2 for wrong input."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument(
         "data", type=Path, help="a file of stage=extract or of the published script, or a folder of them"
     )
@@ -24,10 +24,15 @@ def main(arguments: list[str] | None = None) -> int:
         "--lengths", type=int, nargs="+", default=[10, 20, 30, 40], metavar="N", help="default: 10 20 30 40"
     )
     given = parser.parse_args(arguments)
+    return until_stopped(lambda: outcome(given.data, given.out, given.lengths), "run the same command again")
+
+
+def outcome(data: Path, out: Path, lengths: list[int]) -> int:
+    """Write the files, and name them. Returns the exit status."""
     from sparsefinder.splitting import split_file  # here, so that --help does not wait for torch
 
     try:
-        for path, count in split_file(given.data, given.out, given.lengths).items():
+        for path, count in split_file(data, out, lengths).items():
             print(f"{path}: {count} samples")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

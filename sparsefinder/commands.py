@@ -30,7 +30,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str | None):
         super().__init__(
             prog=program(),
-            description=description,
+            description=re.sub(r"python scripts/\w+\.py", program(), description or ""),
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
