@@ -384,19 +384,17 @@ def settings_with(chosen: Sequence[str] = ()) -> list[str]:
     """The full names of all settings, with the files of conf that are ``chosen`` (``group=name``)."""
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            return [key for key, _ in leaves(hydra.compose("config", overrides=list(chosen)))]
+            return list(keys(OmegaConf.to_container(hydra.compose("config", overrides=list(chosen)))))
     except (HydraException, OmegaConfBaseException):  # what was chosen is unknown itself
         return settings_with() if chosen else []
 
 
-def leaves(node: DictConfig, place: str = "") -> Iterable[tuple[str, Any]]:
-    """Every key at every depth with its value, as it stands there."""
-    for key, value in (
-        OmegaConf.to_container(node, resolve=False).items() if OmegaConf.is_config(node) else node.items()
-    ):
-        yield f"{place}{key}", value
-        if isinstance(value, dict):
-            yield from leaves(value, f"{place}{key}.")
+def keys(node: Any, place: str = "") -> Iterable[str]:
+    """The full name of every setting, at any depth."""
+    for key, value in node.items() if isinstance(node, dict) else ():
+        if key != "_target_":
+            yield f"{place}{key}"
+            yield from keys(value, f"{place}{key}.")
 
 
 def check(typed: Typed) -> list[Point]:
@@ -425,7 +423,7 @@ def check(typed: Typed) -> list[Point]:
         elif group := re.match(r"(\w+)=(\S+) is unknown;", message):
             message += meant(FILES.get(group[1], ()), group[2])
         raise UserError(message) from error
-    if any(not point.settings for point in todo):
+    if any(not point.settings for point in todo) and not typed.asks:
         raise UserError(
             "-m starts a run for each value of a setting, and none is given: write -m pattern=kmeans,distance, or leave out -m"
         )
@@ -522,7 +520,11 @@ def one_line(error: BaseException) -> str:
         r"(?:In '\S+': )?Could not find '([^']*)/([^'/]*)' Available options in '[^']*':,? (.*?) Config", text
     ):
         return f"{missing[1]}={missing[2]} is unknown; choose one of {missing[3]}"
-    return re.sub(r" full_key: .*", "", text)
+    stands = "${KEY} stands for the value of another setting"
+    if broken := re.match(r"Error merging override (.*)", text):
+        return f"{broken[1]} cannot be read: {stands}"
+    message, _, where = text.partition(" full_key: ")
+    return f"{where.split()[0]}: {message}; {stands}" if "nterpolation" in message and where else message
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from sparsefinder.names import one_of
 from sparsefinder.store import UserError
 
 PLAIN = (int, float, str, bool, type(None))
+LARGEST = 2**63  # one more than torch takes
 INFINITE = "or infinite"  # ``Annotated[float, "or infinite"]`` says of a field that infinity has a meaning there
 
 
@@ -40,6 +41,8 @@ def construct(kind: Any, values: dict[str, Any], place: str = "") -> Any:
         if name in hints and not fits(value, hints[name]):
             kinds = " or ".join(in_words(k) for k in choices(hints[name]))
             raise UserError(f"{prefix}{name} must be {kinds}, got {value!r}")
+        if isinstance(value, int) and abs(value) >= LARGEST:
+            raise UserError(f"{prefix}{name}={value} is too large: give a whole number below 2**63")
         if strange := [
             x for x in numbers(value) if math.isnan(x) or (math.isinf(x) and not infinite(annotated.get(name)))
         ]:

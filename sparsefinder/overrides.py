@@ -37,12 +37,13 @@ _KEY = re.compile(r"(\+{0,2})([A-Za-z_][\w./@:-]*)", re.ASCII)
 _PLAIN = re.compile(r"(?:[A-Za-z0-9_\-/:.+%*@?| ]|\\[\\()\[\]{}:=, \t]|\$\{[^{}]*\})*")
 _FUNCTION = re.compile(r"(?:choice|range|interval|glob|sort|shuffle|tag|extend_list|int|float|bool|str|json_str)\(.*\)")
 _NUMBER = re.compile(r"[+-]?(?:\.?\d[\w.+-]*|inf|nan)", re.IGNORECASE)
-_ELSEWHERE = {  # of Hydra's own settings: where a run lies is said by run_dir alone
-    "hydra.run.dir": "run_dir=PATH",
-    "hydra.sweep.dir": "run_dir=PATH",
-    "hydra.sweep.subdir": "run_dir=PATH",
-    "hydra.output_subdir": "run_dir=PATH",
-    "hydra.job.chdir": "cd in the shell",
+_ELSEWHERE = {  # of Hydra's own settings, those that are said otherwise here
+    **dict.fromkeys(
+        ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.output_subdir"),
+        "everything of a run lies in one folder, run_dir=PATH",
+    ),
+    "hydra.job.chdir": "paths are read from the folder in which the command is started; use cd in the shell",
+    "hydra.mode": "a sweep is started with -m",
 }
 
 
@@ -153,7 +154,7 @@ def _setting(argument: str, sweeps: bool, known: Known) -> list[str]:
         valid = one_of(known.groups[key], "") if key in known.groups else f"give {key}=NAME, or leave it out"
         raise UserError(f"{key}={value}: one is needed; {valid}")
     if key in _ELSEWHERE:
-        raise UserError(f"{key}={value}: everything of a run lies in run_dir; use {_ELSEWHERE[key]} instead")
+        raise UserError(f"{key}={value}: {_ELSEWHERE[key]}")
     if key in known.groups and value.lstrip().startswith("["):
         raise UserError(_no_list(key, value))
     values = list(_parts(value, ","))
@@ -162,10 +163,9 @@ def _setting(argument: str, sweeps: bool, known: Known) -> list[str]:
     if len(values) > 1 and key == "stage":
         raise UserError(f"{argument}: nothing to sweep over; several stages are a list, stage=[score,evaluate]")
     if len(values) > 1 and not sweeps:
-        other = (
-            f"a path with a comma is quoted, {key}=\"'…'\"" if key in PATHS else f"a list is {key}=[{value.strip()}]"
-        )
-        raise UserError(f"{argument}: several values are for sweeps: add --multirun, or -m; {other}")
+        other = "" if key in known.groups else f"; a list is {key}=[{value.strip()}]"
+        other = f"; a path with a comma is quoted, {key}=\"'…'\"" if key in PATHS else other
+        raise UserError(f"{argument}: several values are for sweeps: add --multirun, or -m{other}")
     if key == "model":
         return _model(argument, values, known)
     return [f"{plus}{key}={','.join(_readable(each, key in PATHS) for each in values)}"]
