@@ -82,6 +82,7 @@ class TestRandomNumbers:
         place = torch.arange(100)
         assert not torch.equal(uniform(0, 0, place), uniform(1, 0, place))
         assert not torch.equal(uniform(0, 0, place), uniform(0, 1, place))
+        assert not torch.equal(uniform(1, 0, place), uniform(0, 1, place))  # no layer of one seed is one of another
 
     def test_are_uniform_and_independent(self) -> None:
         numbers = uniform(0, 0, torch.arange(300)[:, None], torch.arange(300))

@@ -87,6 +87,18 @@ class TestReplicas:
         assert np.ptp(alone) == pytest.approx(0)
         assert set(together[:, 0].round(6)) == {0.5, 0.7, 0.9}
 
+    def test_seeds_and_documents_are_drawn_apart(self) -> None:
+        """As many seeds as documents, each right for one document: the mean is 1/6, and 1.8 times that if drawn alike."""
+        rows = [
+            {"configuration": own, "sample": sample, "layer": 0, "head": 0, "allowed": 9, "predicted": 3}
+            | {"gold": 1, "hits": int(own == sample), "far_gold": 1, "far_hits": int(own == sample)}
+            for own in range(6)
+            for sample in range(6)
+        ]
+        found = Replicas.of(pd.DataFrame({"members": [list(range(6))]}), pd.DataFrame(rows))
+        assert found.recall.mean() == pytest.approx(1 / 6, rel=0.1)
+        assert found.recall_far.mean() == pytest.approx(1 / 6, rel=0.1)
+
     def test_a_few_documents_have_no_interval(self, points: pd.DataFrame, counts: pd.DataFrame) -> None:
         assert Replicas.of(points, counts[counts["sample"] < 4]) is None
         assert np.isnan(intervals.ratio_difference(*np.ones((3, 4)))).all()

@@ -256,6 +256,23 @@ def test_half_precision_takes_probabilities_in_float32():
         torch.testing.assert_close(probabilities, expected.to(torch.bfloat16), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("scaling", [None, 0.1, 1.0, 3.0])
+def test_scores_are_scaled_as_the_model_asks(scaling):
+    """By 1/√D where it does not say; dense and plugged attention are given queries that need 1/√D."""
+    module = next(m for m in tiny_model().modules() if type(m).__name__ == "RobertaSelfAttention")
+    module.config.attention_alpha = 1.5
+    q, k, v = torch.randn(3, 1, 2, 6, 8, generator=torch.Generator().manual_seed(0))
+    expected = Normalizer(1.5)(q @ k.transpose(-1, -2) * (8**-0.5 if scaling is None else scaling)) @ v
+    module.__dict__["_sparsefinder_plug"] = lambda module, q, k, v, mask: dense(Normalizer(1.5))(
+        q, k, v, torch.ones(1, 6) > 0, 0
+    )
+    for plugged_in in (True, False):
+        if not plugged_in:
+            del module.__dict__["_sparsefinder_plug"]
+        output, _ = AttentionInterface()[REGISTERED](module, q, k, v, None, scaling=scaling)
+        torch.testing.assert_close(output.transpose(1, 2), expected)
+
+
 @pytest.mark.parametrize("saved", [torch.bfloat16, torch.float16])
 def test_weights_saved_in_half_precision_are_loaded_in_float32(saved, tmp_path):
     """An update a thousand times smaller than its weight is lost in bfloat16."""

@@ -253,6 +253,18 @@ def test_ids_and_globals_of_all_heads_at_once() -> None:
         attention.attend(qk, v[..., :2], Layout(written), 1.5)
 
 
+@pytest.mark.parametrize("spread", [1e-5, 1e-4, 1e-2, 0.1])
+@pytest.mark.parametrize("alpha", [1.1, 1.5, 2.0])
+def test_long_and_flat_rows_sum_to_one(alpha: float, spread: float) -> None:
+    """Sparsemax of 16,384 scores takes up to a dozen steps, the first of which sums thousands of terms near 1."""
+    tokens = 16_384
+    qk = QK(torch.ones(1, 1, tokens, 1), spread * noise(0, 1, 1, tokens, 1).float(), torch.ones(1, tokens) > 0)
+    of_keys = torch.zeros(1, 1, tokens, 1, dtype=torch.int64)
+    of_queries = torch.full_like(of_keys, -1).index_fill(2, torch.tensor([0]), 0)  # one query alone is in the bucket
+    total = attention.attend(qk, torch.ones_like(qk.k), Layout(Buckets(of_queries, of_keys, 1)), alpha)[0, 0, 0, 0]
+    assert total.item() == pytest.approx(1.0, abs=3e-5)
+
+
 @pytest.mark.parametrize("alpha", [1.0, 1.3, 1.5, 2.0])
 def test_whoever_meets_nan_is_nan(alpha: float) -> None:
     """As in dense attention: a broken number is never turned into a quiet zero."""

@@ -51,7 +51,8 @@ template <class T, class F> T threshold_of(const T *x, int64_t count, double alp
         const T root = alpha == 1.5 ? std::sqrt(sum) : alpha == 2.0 ? T(1) : std::pow(sum, T(2.0 - alpha));
         const T move = (sum - root) / std::max(slope, T(1e-30));
         threshold += move;
-        if (!(move > 2 * std::numeric_limits<T>::epsilon())) break;
+        // the sum of thousands of terms near 1 is rounded so much that a step may go beyond the root: then the next comes back
+        if (!(std::abs(move) > 2 * std::numeric_limits<T>::epsilon())) break;
     }
     return threshold;
 }

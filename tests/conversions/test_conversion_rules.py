@@ -359,6 +359,17 @@ def test_an_entmax_source_becomes_softmax_and_the_certificate_says_so(target: st
     }
 
 
+@targets
+def test_a_small_difference_is_no_rounding(target: str, tmp_path: Path) -> None:
+    """A thousandth in one bias of the last layer: less than anyone would see, more than float32 explains."""
+    source = make_source("ForMaskedLM")
+    model, tokenizer = CONVERT[target](source, make_tokenizer(), MAXIMUM)
+    layer = model.base_model.encoder.layer[-1].output
+    layer.get_submodule("LayerNorm").bias.data[0] += 1e-3
+    with pytest.raises(UserError, match=r"hidden states: measured 0\.001\d*, allowed 0\.0001"):
+        save(model, tokenizer, source, tmp_path / "model")
+
+
 def test_nothing_is_saved_when_a_check_fails(tmp_path: Path) -> None:
     source = make_source("ForMaskedLM")
     for target, convert in CONVERT.items():

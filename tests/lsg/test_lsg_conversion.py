@@ -25,9 +25,10 @@ from lsg_tiny import (
 )
 from safetensors.torch import load_file
 
-from sparsefinder.conversions.certificate import read
+from sparsefinder.conversions.certificate import Certificate, read
 from sparsefinder.lsg import convert, from_pretrained
 from sparsefinder.lsg.families import FAMILIES
+from sparsefinder.lsg.proof import certify
 from sparsefinder.lsg.tables import global_rows, global_table, position_tables, spread_positions, word_table
 from sparsefinder.lsg.trial import try_heads
 from sparsefinder.models import set_normalizer
@@ -91,6 +92,17 @@ def test_a_conversion_is_lengthened_checked_and_usable_at_once(name, tmp_path):
     ):
         assert part in names
     assert "## Conversion certificate" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_small_difference_is_no_rounding(tmp_path):
+    """A hundredth in one bias of the last layer: less than anyone would see, more than float32 explains."""
+    family = FAMILIES["roberta"]
+    model, tokenizer = convert(save_plain("roberta", tmp_path / "source"), None, LENGTH, **SMALL)
+    plain = plain_model("roberta", family.default)
+    assert certify(model, tokenizer, plain, family, Certificate("source", "lsg")).passed
+    model.base_model.encoder.layer[-1].output.LayerNorm.bias.data[0] += 1e-2
+    failed = certify(model, tokenizer, plain, family, Certificate("source", "lsg")).failed
+    assert [check.name for check in failed] == ["short-input difference to the source, global tokens out of view"]
 
 
 @pytest.mark.parametrize("name", ["roberta", "bert", "albert", "electra", "distilbert", "bart", "pegasus"])
