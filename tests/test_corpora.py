@@ -320,8 +320,9 @@ def test_what_a_document_is_may_be_said(tmp_path):
         ),
         ("\n\n".join(f"A title {i}\n" + "Some words that go on and on. " * 9 for i in range(30)), "blank_line", 30),
         ("\n".join(f"Line {i} of a file of lines, each of which is a document." for i in range(30)), "line", 30),
+        (PROSE + "\n" + "A whole sentence.\nAnd another one.\n\n" * 30, "blank_line", 32),
     ],
-    ids=["titles", "prose", "sentences", "headings", "lines"],
+    ids=["titles", "prose", "sentences", "headings", "lines", "few broken"],
 )
 def test_what_a_document_is_is_seen_and_said(tmp_path, caplog, text, unit, count):
     caplog.set_level("INFO")
@@ -333,6 +334,17 @@ def test_what_a_document_is_is_seen_and_said(tmp_path, caplog, text, unit, count
     as_lines, as_paragraphs = ["One.", "Two.", "Three.", "Four."], ["One.", "Two.\nThree.", "Four."]
     expected = {"line": as_lines, "blank_line": as_paragraphs}.get(unit, ["\n".join(as_lines)])
     assert list(corpus.documents("validation")) == expected
+
+
+def test_several_files_with_titles_are_articles(tmp_path):
+    for name in "ab":
+        write(tmp_path / f"{name}.txt", f"Before.\n = {name} = \n One . \n\n = {name}{name} = \n Two . \n")
+    write(tmp_path / "c.txt", "No title.\n")
+    corpus = TextFiles(str(tmp_path / "?.txt"), write(tmp_path / "other", "Other.\n"))
+    assert list(corpus.documents("train")) == [
+        *("Before.", "= a =\nOne .", "= aa =\nTwo ."),
+        *("Before.", "= b =\nOne .", "= bb =\nTwo .", "No title."),
+    ]
 
 
 def test_a_long_file_comes_in_parts(tmp_path, monkeypatch):
