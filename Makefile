@@ -8,7 +8,7 @@ LOWEST := .venv-lowest
 # files of tests are shared among the cores
 PYTEST := -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: run test test-faults test-lowest check setup lock bench bench-gpu clean
+.PHONY: run test test-faults test-lowest test-transformers check setup lock bench bench-gpu clean
 
 run: setup
 	$(BIN)/python scripts/run.py $(ARGS)
@@ -55,6 +55,10 @@ test-lowest:
 	$(LOWEST)/bin/python -m pip install --quiet --requirement $(LOWEST)/requirements.txt
 	$(LOWEST)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	$(LOWEST)/bin/python $(PYTEST) $(ARGS)
+
+# transformers' own model tests on LSG models, fetched by pip into a folder that is thrown away; half an hour
+test-transformers: setup
+	$(BIN)/python benchmarks/transformers_tests.py $(ARGS)
 
 # ratios measured side by side in one run, on a quiet machine; half an hour. The README quotes the file that this writes
 bench: setup

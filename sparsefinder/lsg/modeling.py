@@ -213,6 +213,12 @@ class LSGEncoderDecoderModel(LSGPreTrained):
         **kwargs: Any,
     ) -> Any:
         """As the plain model's; the mask is the text's, without the global tokens."""
+        decoded = kwargs.get("decoder_inputs_embeds") if decoder_input_ids is None else decoder_input_ids
+        longest = self.config.max_position_embeddings  # the decoder's, too
+        if decoded is not None and decoded.shape[1] > longest:
+            raise UserError(
+                f"decoder input of {decoded.shape[1]} tokens, and the decoder's longest is {longest}; cut it (truncation=True)"
+            )
         as_tuple = not _returns_dict(self.config, kwargs)
         if encoder_outputs is None:
             wanted = {name: value for name, value in kwargs.items() if name.startswith("output_")}

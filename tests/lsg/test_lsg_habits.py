@@ -102,6 +102,33 @@ def test_a_decoder_reads_a_left_padded_text():
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["bart", "mbart", "pegasus"])
+def test_a_decoder_input_beyond_the_model_is_refused(name):
+    model, ids = lsg_model(name), text(21)
+    assert model(ids, decoder_input_ids=text(64)).last_hidden_state.shape[1] == 64
+    for given in ({"decoder_input_ids": text(65)}, {"decoder_inputs_embeds": torch.zeros(1, 65, 32)}):
+        with pytest.raises(UserError, match="decoder input of 65 tokens, and the decoder's longest is 64"):
+            model(ids, **given)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_arguments_by_place_and_by_name_are_the_same(name):
+    model, ids = lsg_model(name), text(21, 2)
+    mask = torch.ones_like(ids)
+    mask[1, 15:] = 0
+    embeds = model.get_input_embeddings()(ids)
+    decoded = ids[:, :4]
+    by_place = {
+        "distilbert": (None, mask, embeds),
+        **dict.fromkeys(("bart", "mbart", "pegasus"), (None, mask, decoded, None, None, None, embeds)),
+    }.get(name, (None, mask, None, None, embeds))
+    more = {"decoder_input_ids": decoded} if FAMILIES[name].encoder_decoder else {}
+    with torch.no_grad():
+        expected = model(inputs_embeds=embeds, attention_mask=mask, **more)
+        assert torch.equal(model(*by_place)[0], expected.last_hidden_state)
+        assert torch.equal(model(*by_place, return_dict=False)[0], expected.last_hidden_state)
+
+
 @pytest.mark.parametrize("name", ["bert", "bart"])
 def test_attention_weights_are_refused(name):
     model, ids = lsg_model(name), text(21)
