@@ -88,6 +88,14 @@ class CommonTest(COMMON.ModelTesterMixin, GENERATION.GenerationTesterMixin, Test
     def setUp(self) -> None:
         self.model_tester = Tester(self)
 
+    def _prepare_for_class(self, inputs: Any, model_class: Any, return_labels: bool = False) -> Any:
+        inputs = super()._prepare_for_class(inputs, model_class, return_labels=return_labels)
+        if return_labels and model_class.__name__.endswith("ForPreTraining"):
+            second = {"bert": "next_sentence_label", "albert": "sentence_order_label"}.get(FAMILY.name)
+            inputs["labels"] = torch.zeros_like(inputs["input_ids"])
+            inputs |= {second: torch.zeros(len(inputs["labels"]), dtype=torch.long)} if second else {}
+        return inputs
+
 
 if not CommonTest.all_model_classes[-1].can_generate() and not any(
     c.can_generate() for c in CommonTest.all_model_classes

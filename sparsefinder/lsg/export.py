@@ -14,7 +14,8 @@ from sparsefinder.lsg.families import Family
 from sparsefinder.store import UserError
 
 MODULES = (
-    "settings", "recording", "sparse_keys", "blocks", "attention", "families", "configuration", "ends", "modeling", "export",
+    "settings", "recording", "sparse_keys", "blocks", "attention", "families", "configuration", "ends", "inputs", "modeling",
+    "export",
 )  # fmt: skip
 """Modules of `sparsefinder.lsg` that are carried along."""
 

@@ -89,4 +89,10 @@ def _is_setting(made: Any, raw: dict[str, Any], name: str) -> bool:
     """Whether a keyword belongs to the configuration, and not to transformers' loading."""
     if name in ("dtype", "torch_dtype"):
         return False
-    return name == "num_labels" or name in made.__dataclass_fields__ or name in made.attribute_map or name in raw
+    # the second is one of those that transformers' configurations do not declare
+    return (
+        name in ("num_labels", "gradient_checkpointing")
+        or name in made.__dataclass_fields__
+        or name in made.attribute_map
+        or name in raw
+    )

@@ -22,7 +22,8 @@ models:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable
 from functools import partial, wraps
 from inspect import signature
 from typing import Any, ClassVar
@@ -44,10 +45,12 @@ from sparsefinder.lsg.ends import (
     turn_of,
 )
 from sparsefinder.lsg.families import FAMILIES, Family, plain_class
-from sparsefinder.lsg.recording import of_this_length
+from sparsefinder.lsg.inputs import padding_that_counts, real_tokens, refuse_attentions, refuse_cache
 from sparsefinder.lsg.settings import MAX_GLOBAL_TOKENS
 from sparsefinder.store import UserError
 from sparsefinder.transformers_internals import class_beside, copy_with_attention, is_remote_code
+
+log = logging.getLogger(__name__)
 
 ATTENTION_NAME = "lsg"
 
@@ -96,6 +99,8 @@ class LSGEncoderModel(LSGPreTrained):
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         family = self.lsg_family
+        if getattr(config, "gradient_checkpointing", False):  # taken off where it was done
+            log.warning("gradient_checkpointing has no effect: transformers has none for %s", family.stem)
         stack = getattr(self, family.stack)
         width = self.embeddings.word_embeddings.embedding_dim
         self.embeddings.global_embeddings = nn.Embedding(MAX_GLOBAL_TOKENS, width)
@@ -291,68 +296,6 @@ def install_attention(stack: nn.Module, family: Family, config: Any) -> None:
     for layer, module in enumerate(modules):
         for attribute, value in (("config", private), ("lsg", config.lsg_attention), ("lsg_layer", layer)):
             setattr(module, attribute, value)
-
-
-def real_tokens(
-    config: Any, longest: int, input_ids: Tensor | None, embeds: Tensor | None, mask: Tensor | None
-) -> Tensor:
-    """Which tokens are real, `(B, N)` bool; raises `UserError` for inputs and masks that do not fit the model."""
-    if (input_ids is None) == (embeds is None):
-        raise ValueError("give exactly one of input_ids and inputs_embeds")
-    given = input_ids if input_ids is not None else embeds
-    assert given is not None
-    batch, tokens = given.shape[:2]
-    if tokens > longest:
-        raise UserError(
-            f"input of {tokens} tokens, and the model's longest is {longest}; cut it (truncation=True) or convert the "
-            "model for longer inputs"
-        )
-    if not config.adaptive and tokens > 2 * config.block_size and tokens % config.block_size:
-        raise UserError(
-            f"{tokens} tokens are not a multiple of block_size {config.block_size}; pad them, or set adaptive=True"
-        )
-    if isinstance(tokens, torch.SymInt) and torch.compiler.is_exporting():
-        raise UserError(
-            "an LSG model is exported for one length: its blocks are counted when it is recorded; leave the length out of "
-            "dynamic_shapes (the batch may be in it) and pad texts to it"
-        )
-    given = of_this_length(given)
-    if mask is None:
-        return torch.ones(batch, tokens, dtype=torch.bool, device=given.device)
-    if mask.shape != (batch, tokens):
-        raise UserError(
-            f"attention_mask is {tuple(mask.shape)}; LSG attention needs one mark for each token, ({batch}, {tokens})"
-        )
-    return mask.to(given.device) != 0
-
-
-def refuse_attentions(config: Any, kwargs: Mapping[str, Any]) -> None:
-    """Raise `UserError` where probabilities are asked for: there is no N × N table of them, and pooled keys have no tokens."""
-    wanted = kwargs.get("output_attentions")
-    if config.output_attentions if wanted is None else wanted:
-        decoder = (
-            "; for those of the decoder, run the encoder first and give its output as encoder_outputs"
-            if config.is_encoder_decoder
-            else ""
-        )
-        raise UserError(
-            "output_attentions=True: LSG attention never makes the table of all pairs; leave it out, or ask "
-            f"config.lsg_attention().graph for the pairs that attend{decoder}"
-        )
-
-
-def padding_that_counts(config: Any, tokens: int) -> int:
-    """Positions to add up to whole blocks; 0 unless padding can be seen (`bos_pooling_sees_padding`)."""
-    counts = tokens > 2 * config.block_size and config.lsg_attention().pools_padding
-    return -tokens % config.block_size if counts else 0
-
-
-def refuse_cache(cache: Any) -> None:
-    """Raise `UserError` if `cache` holds keys: an LSG decoder keeps none."""
-    if cache is not None and cache.get_seq_length() > 0:
-        raise UserError(
-            "an LSG decoder recomputes the text at each step; call it with the whole text and use_cache=False"
-        )
 
 
 def _returns_dict(config: Any, kwargs: dict[str, Any]) -> bool:

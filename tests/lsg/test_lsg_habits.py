@@ -9,6 +9,7 @@ from accelerate import cpu_offload
 from lsg_tiny import NAMES, text
 from test_lsg_models import inputs_for, lsg_model
 
+from sparsefinder.lsg import from_pretrained
 from sparsefinder.lsg.families import FAMILIES
 from sparsefinder.lsg.proof import output_states
 from sparsefinder.store import UserError
@@ -204,6 +205,15 @@ def test_checkpointing_named_in_the_configuration_is_done(name):
     assert gradients[0].keys() == gradients[1].keys()
     for key, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][key], gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_checkpointing_can_be_asked_for_at_load(tmp_path, caplog):
+    for name in ("roberta", "albert"):
+        lsg_model(name).save_pretrained(tmp_path / name)
+        model = from_pretrained(tmp_path / name, gradient_checkpointing=True)
+        done = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+        assert done == (name == "roberta")
+        assert ("gradient_checkpointing has no effect" in caplog.text) == (name == "albert")
 
 
 @pytest.mark.parametrize("name", NAMES)
