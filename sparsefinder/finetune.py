@@ -31,6 +31,7 @@ from sparsefinder.masked_lm import gold_sparsity, unigram_entropy, validation_lo
 from sparsefinder.names import one_of
 from sparsefinder.starts import from_statistics
 from sparsefinder.store import ARTEFACTS, Store, UserError, content_hash, plain, remove
+from sparsefinder.trackers import check_trackers
 from sparsefinder.training import train
 from sparsefinder.transforms import Normalizer
 
@@ -158,7 +159,7 @@ class FinetuneSettings:
     mask_fraction: float = 0.15  # of the tokens are asked for in training; validation always asks for 15 %
     eval_steps: int = 500  # between two looks at the validation loss, and two checkpoints
     eval_blocks: int = 200  # blocks of the validation part that the loss is taken on
-    report_to: str | tuple[str, ...] = "none"  # trackers, as transformers names them: tensorboard, wandb, …
+    report_to: str | tuple[str, ...] = "none"  # none, all that are installed, or names of `trackers`: tensorboard, …
     bf16: bool = False  # mixed precision where the device has it; the normalizer stays in float32
     seed: int = 0
 
@@ -187,6 +188,7 @@ class FinetuneSettings:
             raise UserError(f"finetune.schedule={self.schedule} is unknown; {one_of(SCHEDULES, self.schedule)}")
         if not isinstance(self.report_to, str):
             object.__setattr__(self, "report_to", tuple(self.report_to))
+        check_trackers("finetune.report_to", self.report_to)
 
     @property
     def needs(self) -> tuple[str, ...]:

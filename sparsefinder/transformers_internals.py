@@ -33,6 +33,14 @@ def auto_classes(model_type: str) -> dict[str, str]:
     return {auto: name for auto, name in found.items() if name is not None}
 
 
+def trackers() -> dict[str, bool]:
+    """Every tracker of experiments that the Trainer knows, and whether its package is installed here."""
+    integrations = import_module("transformers.integrations.integration_utils")
+    installed = integrations.get_available_reporting_integrations()
+    installed += ["flyte"] if integrations.is_flytekit_available() else []  # which transformers forgets to list
+    return {name: name in installed for name in sorted({*integrations.INTEGRATION_TO_CALLBACK, *installed})}
+
+
 def class_beside(made: type, name: str) -> Any:
     """A class of the module that defines ``made``, such as ``BartEncoder`` beside ``BartModel``; it is exported nowhere."""
     return getattr(sys.modules[made.__module__], name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from sparsefinder.construction import construct
 from sparsefinder.extract import ExtractSettings
+from sparsefinder.finetune import FinetuneSettings, NewModel
 from sparsefinder.names import closest, meant, one_of
 from sparsefinder.patterns.distance import Distance
 from sparsefinder.patterns.longformer import Longformer
@@ -17,6 +19,14 @@ from sparsefinder.patterns.window import Window
 from sparsefinder.pipeline import chosen_stages
 from sparsefinder.quantization import ProjectSettings
 from sparsefinder.store import UserError
+from sparsefinder.trackers import EXTRA, check_trackers
+from sparsefinder.transformers_internals import trackers
+from tests.conftest import ROOT
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 
 @dataclass(frozen=True)
@@ -75,3 +85,27 @@ def test_the_name_that_was_meant() -> None:
         ProjectSettings(distance="mim")
     with pytest.raises(UserError, match=r"report$"):  # nothing was typed, nothing was meant
         chosen_stages([])
+
+
+def test_trackers_are_looked_for_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "sparsefinder.trackers.trackers", lambda: {"mlflow": False, "tensorboard": True, "wandb": False}
+    )
+    for fine in ("none", "all", "tensorboard", ("tensorboard",), ()):
+        check_trackers("finetune.report_to", fine)
+    wrong = {
+        "tensorbord": "finetune.report_to=tensorbord is unknown; choose one of none, all, mlflow, tensorboard, wandb; did",
+        "wandb": "pip install 'sparsefinder[trackers]', or choose one of none, tensorboard",
+        "mlflow": "finetune.report_to=mlflow is not installed: pip install mlflow",
+    }
+    for name, message in wrong.items():
+        for given in (name, ("tensorboard", name)):
+            with pytest.raises(UserError) as refused:
+                FinetuneSettings(corpus=None, model=NewModel(), report_to=given)  # type: ignore[arg-type]
+            assert message in str(refused.value)
+
+
+def test_every_tracker_of_transformers_is_known_and_the_extra_has_them() -> None:
+    assert set(EXTRA) <= set(trackers())
+    extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["trackers"]
+    assert {requirement.partition(">")[0] for requirement in extra} == set(EXTRA)
