@@ -181,7 +181,8 @@ def run_stages(cfg: DictConfig, point: Point | None) -> None:
     settings = {name: build(cfg[name], **objects(cfg, name)) for name in configured}
     pipeline.run_stages(stages, settings, store, cfg.seed)
     if processes.first() and summed_up:
-        print(report.summary(store, settings["report"]), flush=True)
+        asked = None if "report" in names else {name: settings[name] for name in names if pipeline.STAGES[name].grows}
+        print(report.summary(store, settings["report"], asked), flush=True)
 
 
 def stage_names(cfg: DictConfig) -> str | list[str]:

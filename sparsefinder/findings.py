@@ -56,6 +56,30 @@ def recall_lines(
     return lines
 
 
+def one_each(table: pd.DataFrame) -> bool:
+    """Whether every pattern and surroundings has one configuration alone: a point, and no frontier to read recall from."""
+    return not table.duplicated(["pattern", "surroundings"]).any()
+
+
+def measured_lines(table: pd.DataFrame) -> pd.DataFrame:
+    """`frontiers.points` → one line for each configuration: its density, and what its graph finds there."""
+    columns = {
+        "density": "density",
+        "recall": "recall",
+        "recall_far": "far recall",
+        "precision": "precision",
+        "exact": "exact queries",
+        "kept_mass": "kept mass",
+    }
+    lines = pd.DataFrame({"configuration": table["label"]})
+    for name, title in columns.items():
+        if name in table:
+            lines[title] = ["not defined" if pd.isna(value) else f"{value:.3f}" for value in table[name]]
+    for density in gold_density(table):
+        lines["gold density"] = f"{density:.3f}"
+    return lines
+
+
 def recall_numbers(table: pd.DataFrame, densities: Sequence[float], replicas: Replicas | None) -> pd.DataFrame:
     """The numbers of `recall_lines`: one row per pattern × surroundings × density, with the ends of the intervals."""
     numbers = with_intervals(recall_table(table, densities), replicas, densities)

@@ -59,7 +59,9 @@ def of_score(
         found.append(_histogram(table, distance))
     maps = folder / "maps.safetensors"
     if maps.is_file() and not chosen.empty:
-        found.append(_map(metrics, chosen, load_file(maps)))
+        drawn = load_file(maps)
+        mapped = [f"predicted_{place}" in drawn for place in points["configuration"]]
+        found.append(_map(metrics, comparable(points[mapped]), drawn))
     return found
 
 

@@ -81,6 +81,11 @@ class Replicas:
 
         return cls(of_points("density"), of_points("recall"), of_points("recall_far"))
 
+    def of_places(self, places: Sequence[int]) -> Replicas:
+        """Those of some of the points."""
+        rows = list(places)
+        return Replicas(self.density[:, rows], self.recall[:, rows], self.recall_far[:, rows])
+
     def at(self, rows: Sequence[int], levels: Sequence[float], measure: str = "recall") -> np.ndarray:
         """``measure`` of the frontier of these points at the levels, ``(replicas, levels)``."""
         rows = list(rows)

@@ -15,9 +15,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from sparsefinder import processes
+from sparsefinder import growing, processes
 from sparsefinder.names import one_of
-from sparsefinder.store import ARTEFACTS, SAMPLES, Store, UserError, plain, versions
+from sparsefinder.store import ARTEFACTS, SAMPLES, Store, UserError, plain, read_manifest, versions
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +45,7 @@ class Stage:
     module: str
     optional: tuple[str, ...] = ()
     shared: bool = False
+    grows: bool = False  # its one artefact keeps what earlier commands measured, see `growing`
 
     @property
     def makes(self) -> tuple[str, ...]:
@@ -67,7 +68,7 @@ STAGES = {
         Stage("route", "sparsefinder.lowrank"),
         Stage("bilinear", "sparsefinder.bilinear"),
         Stage("calibrate", "sparsefinder.calibrate"),
-        Stage("score", "sparsefinder.score", shared=True),
+        Stage("score", "sparsefinder.score", shared=True, grows=True),
         Stage("evaluate", "sparsefinder.evaluate", shared=True),
         Stage(
             "report",
@@ -95,8 +96,8 @@ def run_stages(stages: Sequence[Stage], settings: Mapping[str, Settings], store:
     with contextlib.ExitStack() as stack:
         processes.once(lambda: _keep(stack, store))
         processes.once(lambda: check_needs(stages, settings, store))
-        for stage in stages:
-            _run(stage, settings[stage.name], store, seed)
+        made = {name for stage in stages if _run(stage, settings[stage.name], store, seed) for name in stage.makes}
+        processes.once(lambda: _say_what_is_behind(made, store))
 
 
 def _keep(stack: contextlib.ExitStack, store: Store) -> None:
@@ -145,13 +146,31 @@ def _check_together(names: Sequence[str], store: Store) -> None:
         )
 
 
-def _run(stage: Stage, settings: Settings, store: Store, seed: int) -> None:
+def _say_what_is_behind(made: set[str], store: Store) -> None:
+    """One line about artefacts of the run directory that were made from what is replaced now: a report, for instance."""
+    behind = []
+    for name in ARTEFACTS:
+        manifest = read_manifest(store.run_dir / ARTEFACTS[name].path)
+        parents = made & set(manifest.parents) if manifest is not None and name not in made else ()
+        if manifest is not None and any(manifest.parents[parent] != store.content(parent) for parent in parents):
+            behind.append(name)
+    if behind:
+        stages = dict.fromkeys(ARTEFACTS[name].stage for name in behind)
+        log.info(
+            "%s %s still of before: stage=%s makes %s anew",
+            *(" and ".join(behind), "is" if len(behind) == 1 else "are"),
+            *(f"[{','.join(stages)}]" if len(stages) > 1 else next(iter(stages)), "it" if len(behind) == 1 else "them"),
+        )
+
+
+def _run(stage: Stage, settings: Settings, store: Store, seed: int) -> bool:
+    """Whether there was something to do."""
     if why := getattr(settings, "left_out", ""):
         log.info("%s: left out, %s", stage.name, why)
-        return
+        return False
     todo = processes.once(lambda: _prepared(stage, settings, store))
     if todo is None:
-        return
+        return False
     described, parents = todo
     try:
         if stage.shared:
@@ -163,6 +182,7 @@ def _run(stage: Stage, settings: Settings, store: Store, seed: int) -> None:
             raise UserError(why) from error
         raise
     processes.once(lambda: _finish(stage, settings, store, described, parents, seed))
+    return True
 
 
 def _prepared(stage: Stage, settings: Settings, store: Store) -> tuple[dict[str, Any], dict[str, str]] | None:
@@ -175,6 +195,8 @@ def _prepared(stage: Stage, settings: Settings, store: Store) -> tuple[dict[str,
     parents = _parents(stage, settings, store)
     described = json.loads(json.dumps(plain(settings)))
     stale = [_changes(store, described, parents, name) for name in stage.makes]
+    if stage.grows and (table := growing.Table.of(stage.name, settings, store)).held:  # type: ignore[arg-type]
+        stale = [table.in_words(stage.name) or stale[0] or "measured again"] if table.missing else [""]
     if not any(stale):
         log.info("%s: done and unchanged, skipped", stage.name)
         return None
@@ -217,6 +239,9 @@ def _finish(
 ) -> None:
     if why := _replaced(stage, settings, store, parents):
         raise UserError(why)
+    if stage.grows:
+        folder = store.run_dir / ARTEFACTS[stage.name].path
+        described, parents = growing.described(described, folder), growing.parents_of(folder) | parents
     for name in stage.makes:
         store.finish(name, stage.name, described, parents, seed)
 

@@ -6,14 +6,14 @@ It computes nothing about attention: every number comes from the tables and mani
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from sparsefinder import findings, frontiers, page, tables
+from sparsefinder import findings, frontiers, growing, page, tables
 from sparsefinder.intervals import Replicas
 from sparsefinder.store import Manifest, Store, UserError
 
@@ -80,6 +80,18 @@ class Results:
             None if calibration is None else _table(calibration / "dials.parquet"),
         )
 
+    def only(self, rows: Mapping[str, Sequence[Any]]) -> Results:
+        """What these rows of ``score`` and ``evaluate`` say; a stage without any is left out."""
+        metrics, points, variants, replicas = self.metrics, self.points, self.variants, self.replicas
+        if metrics is not None and points is not None:
+            mine = points["configuration"].isin(rows.get("score", ()))
+            replicas = None if replicas is None else replicas.of_places([int(p) for p in mine.to_numpy().nonzero()[0]])
+            points = points[mine].reset_index(drop=True)
+            metrics = metrics[metrics["configuration"].isin(rows.get("score", ()))]
+            if points.empty:
+                metrics = points = replicas = None
+        return replace(self, metrics=metrics, points=points, replicas=replicas, variants=variants)
+
     @property
     def facts(self) -> list[tuple[str, str]]:
         """What the run noted about itself."""
@@ -128,11 +140,21 @@ def run(settings: ReportSettings, store: Store) -> None:
     log.info("report: %d figures and %s", len(drawn), store.run_dir / "report" / "index.html")
 
 
-def summary(store: Store, settings: ReportSettings | None = None) -> str:
-    """The main numbers as plain text, for the end of a run."""
+def summary(store: Store, settings: ReportSettings | None = None, asked: Mapping[str, Any] | None = None) -> str:
+    """The main numbers as plain text, for the end of a run.
+
+    ``asked``: the settings of the stages that were run, if it is to be about what they asked for and not about all that is
+    there (see `growing`).
+    """
     results = Results.read(store)
+    if asked is not None:
+        results = results.only({name: growing.rows_asked(name, each, store) for name, each in asked.items()})
     parts = [text_table(pd.DataFrame(results.facts, columns=["run", "value"]))] if results.facts else []
-    if results.points is not None:
+    if results.points is not None and findings.one_each(results.points):
+        shares = ", ".join(f"{100 * level:g} %" for level in (settings or ReportSettings()).levels)
+        note = f"Recall at {shares} of the pairs is read from a frontier: pattern=all sweeps one."
+        parts.append(f"{_MEASURED}\n{text_table(findings.measured_lines(results.points))}\n{note}")
+    elif results.points is not None:
         levels = results.densities(settings or ReportSettings())
         lines = findings.recall_lines(results.points, levels, results.replicas, far=False)
         parts.append(_RECALL + "\n" + text_table(lines))
@@ -190,6 +212,7 @@ def _page(
 
 
 _RECALL = "Recall of gold edges at equal density (± half the 95 % interval over documents; * compares every pair)"
+_MEASURED = "Each configuration as it was asked for, means over samples, layers and heads"
 _ADVANTAGE = (
     "The best sub-quadratic pattern of ours minus the best published one (95 % interval, paired over documents)"
 )

@@ -7,18 +7,21 @@ so a frontier of a hundred configurations costs a hundred predictions and one de
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sparsefinder import frontiers, processes, tables
@@ -27,12 +30,13 @@ from sparsefinder.calibrate import calibrated
 from sparsefinder.comparisons import error_budget
 from sparsefinder.distances import PAIRWISE
 from sparsefinder.graphs import QK, Buckets, Pattern
+from sparsefinder.growing import Item, Table
 from sparsefinder.intervals import Replicas
 from sparsefinder.metrics import BALANCE, RATIOS, Counts, Gold, balance, count
 from sparsefinder.patterns.combine import layout_of
 from sparsefinder.patterns.configuration import Configuration, Learned, buildable, fitted, needed
 from sparsefinder.samples import Samples, validation_samples
-from sparsefinder.store import Store, UserError, progress
+from sparsefinder.store import Store, UserError, plain, progress
 from sparsefinder.transforms import Normalizer
 
 log = logging.getLogger(__name__)
@@ -70,6 +74,33 @@ class ScoreSettings:
             raise UserError(f"score.seeds must be 1 or more, got {self.seeds}")
 
     @property
+    def items(self) -> tuple[Item, ...]:
+        """What is to be scored: each configuration, and with a target also as it is calibrated for that."""
+        dialled = [each for each in self.configurations if each.pattern.dial is not None] if self.target else []
+        found = [
+            *(self.item(each, None) for each in self.configurations),
+            *(self.item(e, self.target) for e in dialled),
+        ]
+        return tuple({item.key: item for item in found}.values())
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """What all rows of a table have in common."""
+        return {
+            name: getattr(self, name)
+            for name in ("alpha", "causal", "samples", "map_tokens", "bucket_distance", "bucket_bins")
+        }
+
+    def item(self, configuration: Configuration, target: str | None) -> Item:
+        """A configuration among the items; with a target without its dials, which the calibration knows."""
+        what = plain(configuration if target is None else replace(configuration, dials=None))
+        if target is not None:
+            what["pattern"][configuration.pattern.dial] = None
+        seeds = self.seeds if hasattr(configuration.pattern, "seed") else 1
+        needs = ("qk_validation", *configuration.needs, *(("calibration",) if target else ()))
+        return Item(json.loads(json.dumps({"configurations": what, "target": target})), {"seeds": seeds}, needs)
+
+    @property
     def needs(self) -> tuple[str, ...]:
         """Artefacts read by the stage: what the chosen patterns work with, and the held-out samples."""
         return ("qk_validation", *needed(self.configurations), *(("calibration",) if self.target else ()))
@@ -81,32 +112,45 @@ def run(settings: ScoreSettings, store: Store) -> None:
     samples = held_out.part(0, settings.samples or len(held_out))
     learned = Learned.load(store, needed(settings.configurations))
     learned.check(*samples.shape)
-    configurations = buildable(fitted(settings.configurations, *samples.shape[:2]), learned)
+    fits = fitted(settings.configurations, *samples.shape[:2])
+    typed = dict(zip(map(id, fits), settings.configurations, strict=True))
+    configurations = buildable(fits, learned)
     if settings.target is not None:
         configurations += calibrated(configurations, store.path("calibration"), settings.target)
-    configurations += other_seeds(configurations, samples, settings, learned)
-    settings = replace(settings, configurations=configurations)
+    table = Table.of("score", settings, store)
+    wanted = {item.key: item for item in table.wanted}
+    items = [
+        settings.item(typed.get(id(each), each), each.dials.target if settings.target and each.dials else None)
+        for each in configurations
+    ]
+    asked = [(each, wanted[item.key]) for each, item in zip(configurations, items, strict=True) if item.key in wanted]
+    owners = {seedless(each): item for each, item in reversed(asked)}
+    seeded = other_seeds(tuple(each for each, _ in asked), samples, settings, learned)
+    asked += [(each, owners[seedless(each)]) for each in seeded]
+    if not asked:
+        raise UserError(f"none of {len(configurations)} configurations is left to score: see what was said of each")
+    settings = replace(settings, configurations=tuple(each for each, _ in asked))
     scores = Scores.cat(
         processes.parts(lambda: score(samples, settings, learned, processes.share(range(len(samples)))))
     )
     if not processes.first():
         return
-    metrics = metrics_table(scores, settings, learned)
+    metrics = table.grown(metrics_table(scores, settings, learned), "metrics")
     points = frontiers.points(metrics)
     with store.writing("score") as folder:
         folder.mkdir()
         tables.write(metrics, folder, "metrics")
-        write_counts(scores, folder / "counts.parquet")  # long: for programs only
+        write_counts(scores, folder / "counts.parquet", table)  # long: for programs only
         counts = pd.read_parquet(folder / "counts.parquet")
         tables.write(error_budget(points, Replicas.of(points, counts)), folder, "error_budget")
         looked_at, distance = (samples, settings.configurations, learned), settings.bucket_distance
-        tables.write(shared_buckets(*looked_at, settings.alpha, settings.causal, distance), folder, "shared_buckets")
+        shared = shared_buckets(*looked_at, settings.alpha, settings.causal, distance)
+        tables.write(table.grown(shared, "shared_buckets"), folder, "shared_buckets")
         if settings.bucket_bins:
             histogram = distance_histogram(*looked_at, settings.bucket_bins, settings.causal, distance)
-            tables.write(histogram, folder, "distance_histogram")
-        chosen = [int(place) for place in frontiers.comparable(points)["configuration"]]
-        drawn = {place: settings.configurations[place].build(learned) for place in chosen}
-        save_maps(folder / "maps.safetensors", samples, settings, drawn)
+            tables.write(table.grown(histogram, "distance_histogram"), folder, "distance_histogram")
+        save_maps(folder / "maps.safetensors", samples, settings, learned, points, table)
+        table.write(folder, store, ((place, item) for place, (_, item) in enumerate(asked, table.first)))
     store.note("score", samples=len(samples), gold_sparsity=scores.gold_sparsity)
 
 
@@ -137,6 +181,12 @@ def other_seeds(
         if random[configuration.name]:
             added += others
     return tuple(added)
+
+
+def seedless(configuration: Configuration) -> str:
+    """What configurations that differ in their seed alone have in common."""
+    pattern = configuration.pattern
+    return repr(replace(configuration, pattern=replace(pattern, seed=0)) if hasattr(pattern, "seed") else configuration)
 
 
 @dataclass(frozen=True)
@@ -268,32 +318,54 @@ def metrics_table(scores: Scores, settings: ScoreSettings, learned: Learned) -> 
     return tables.tidy(rows)
 
 
-def write_counts(scores: Scores, path: Path) -> None:
+def write_counts(scores: Scores, path: Path, grown: Table) -> None:
     """One row per configuration × layer × head × sample with the raw counts, so that any regrouping is exact.
 
-    Long, so for programs only, and written layer by layer.
+    Long, so for programs only, and written layer by layer; what ``grown`` keeps comes before.
     """
     with contextlib.ExitStack() as stack:
         writer: pq.ParquetWriter | None = None
+        if grown.folder is not None and grown.rows:
+            old = stack.enter_context(pq.ParquetFile(grown.folder / "counts.parquet"))
+            writer = stack.enter_context(pq.ParquetWriter(path, old.schema_arrow))
+            for group in range(old.num_row_groups):
+                part = old.read_row_group(group)
+                writer.write_table(part.filter(pc.is_in(part["configuration"], pa.array(grown.rows, pa.int64()))))
         for (place, layer), counts in scores.counts.items():
             samples, heads = counts.gold.shape
             grid = np.indices((samples, heads)).reshape(2, -1)
             columns = {f.name: getattr(counts, f.name).flatten().numpy() for f in fields(Counts)}
-            part = pd.DataFrame({"configuration": place, "layer": layer, "head": grid[1], "sample": grid[0], **columns})
-            table = pa.Table.from_pandas(part, preserve_index=False)
+            frame = pd.DataFrame(
+                {"configuration": grown.first + place, "layer": layer, "head": grid[1], "sample": grid[0], **columns}
+            )
+            table = pa.Table.from_pandas(frame, preserve_index=False)
             writer = writer or stack.enter_context(pq.ParquetWriter(path, table.schema))
             writer.write_table(table)
 
 
-def save_maps(path: Path, samples: Samples, settings: ScoreSettings, patterns: Mapping[int, Pattern]) -> None:
-    """All heads of one held-out sample for the report: the dense probabilities, and the graphs of some configurations.
+def save_maps(
+    path: Path,
+    samples: Samples,
+    settings: ScoreSettings,
+    learned: Learned,
+    points: pd.DataFrame,
+    grown: Table,
+) -> None:
+    """All heads of one held-out sample for the report: the dense probabilities, and the graphs of the best configurations.
 
     ``gold``: ``(L, H, n, n)`` float32; ``predicted_<configuration>``: bool of the same shape; the first ``map_tokens`` tokens.
+    A configuration that was kept is drawn where it was drawn before.
     """
+    old = {} if grown.folder is None else load_file(grown.folder / "maps.safetensors")
+    before = [row for row in grown.rows if f"predicted_{row}" in old]
+    drawable = points["configuration"].isin([*before, *range(grown.first, grown.first + len(settings.configurations))])
+    chosen = [int(place) for place in frontiers.comparable(points[drawable])["configuration"]]
+    kept = {f"predicted_{place}": old[f"predicted_{place}"] for place in chosen if place in before}
+    patterns = {p: settings.configurations[p - grown.first].build(learned) for p in chosen if p >= grown.first}
     tokens = min(settings.map_tokens, samples.lengths[0])
     layers = list(samples.layers(0, settings.causal))
     gold = torch.stack([Normalizer(settings.alpha)(qk.scores())[0, :, :tokens, :tokens] for qk in layers])
-    maps = {"gold": gold.contiguous()}
+    maps = {"gold": gold.contiguous(), **kept}
     for place, pattern in patterns.items():
         graph = torch.stack([pattern(qk, layer)[0, :, :tokens, :tokens] for layer, qk in enumerate(layers)])
         maps[f"predicted_{place}"] = graph.contiguous()

@@ -41,7 +41,7 @@ def collect(run_dir: Path | str, table: str = "score/metrics") -> pd.DataFrame:
     without a manifest is not finished and is left out. Raises `UserError` where there is none.
     """
     root = Path(run_dir)
-    return _join([_read(folder, table, str(folder.relative_to(root))) for folder in _finished(root, table)])
+    return join([_read(folder, table, str(folder.relative_to(root))) for folder in _finished(root, table)])
 
 
 def collect_runs(run_dirs: Sequence[Path | str], table: str = "score/metrics") -> pd.DataFrame:
@@ -57,7 +57,7 @@ def collect_runs(run_dirs: Sequence[Path | str], table: str = "score/metrics") -
                 part = _read(folder, table, str(folder))
                 part.insert(1, "point", points.read(folder).point)
                 parts.append(part)
-    return _join(parts)
+    return join(parts)
 
 
 def _finished(root: Path, table: str) -> list[Path]:
@@ -90,7 +90,7 @@ def _read(folder: Path, table: str, run: str) -> pd.DataFrame:
     return found
 
 
-def _join(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
+def join(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
     """One below the other; whole numbers and truth values stay what they are where some tables have no such column."""
     names = list(dict.fromkeys(name for part in parts for name in part))
     filled = [part.dropna(axis="columns", how="all") for part in parts]

@@ -130,7 +130,7 @@ def test_a_run_prints_its_numbers_at_the_levels_of_the_report(
     monkeypatch.setattr(script, "chosen", lambda g: cfg.hydra.runtime.choices[g])
     script.run(cfg)
     printed = capsys.readouterr().out
-    assert "15 %" in printed
+    assert "Recall at 15 % of the pairs is read from a frontier" in printed
     assert not re.search(r"\b(2|5|10|20|30) %", printed)
 
 
