@@ -35,7 +35,6 @@ from sparsefinder.transformers_internals import cached_file
 log = logging.getLogger(__name__)
 
 _LARGEST_WEIGHT = 1e12  # far above any that was trained, far below one whose square is infinite
-_SENTENCE_HEADS = ("cls.seq_relationship.", "sop_classifier.")  # the second head of models made for pretraining
 _OTHER_FORMAT = "did not match any variant of untagged enum"  # what tokenizers says to what it does not know
 _RELATIVE = "distance_embedding"  # weights of relative positions, which transformers 5 leaves out
 
@@ -198,20 +197,20 @@ def check_that_it_runs(model: PreTrainedModel, label: str) -> None:
 # ---- weights that do not fit ----
 
 
-def gaps(model: PreTrainedModel, missing: Collection[str]) -> list[str]:
+def gaps(model: PreTrainedModel, missing: Collection[str], *, same_head: bool = True) -> list[str]:
     """Of the weights that a checkpoint lacks those that it must have, sorted: all but a head, or a pooler, gone as a whole.
 
-    Some of a head gone is damage.
+    Some of a head gone is damage, unless the checkpoint has not the ``same_head``: others share some of its names.
     """
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
 
     def part(key: str) -> str:
         if not key.startswith(prefix):
-            return "sentence head" if key.startswith(_SENTENCE_HEADS) else "head"
+            return "head"
         return "pooler" if key.startswith(f"{prefix}pooler.") else "body"
 
     wrong = {key for key in missing if part(key) == "body"}
-    for name in ("head", "sentence head", "pooler"):
+    for name in ("head", "pooler") if same_head else ("pooler",):
         gone = {key for key in missing if part(key) == name}
         # tied weights have other names in a report: a head with one of these is gone as a whole
         if gone < {key for key, _ in model.named_parameters() if part(key) == name}:
@@ -223,7 +222,8 @@ def _check_fit(
     checkpoint: Checkpoint, model: PreTrainedModel, missing: set[str], resized: set[str], unexpected: Collection[str]
 ) -> None:
     kind, label = type(model).__name__, checkpoint.label
-    if wrong := gaps(model, missing):
+    saved = next(iter(checkpoint.settings.get("architectures") or ()), "")
+    if wrong := gaps(model, missing, same_head=saved.removeprefix("LSG") == kind.removeprefix("LSG")):
         raise UserError(
             f"{label}: {len(wrong)} of its weights are not in the checkpoint, the first is {wrong[0]}; it is damaged or of "
             f"another architecture than {kind}"

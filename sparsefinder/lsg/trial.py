@@ -22,19 +22,23 @@ def try_heads(folder: str | Path) -> Iterator[str]:
     """Load `folder` by each Auto class, run it in bfloat16 on an input of its maximum length; one line of outcome each.
 
     Heads that the checkpoint has no weights for, or weights of another size (of a classifier with other labels), are drawn at
-    random: this shows that they run, not what they know. Raises `UserError` at the end, where one did not.
+    random: this shows that they run, not what they know. A decoder alone has no encoder for other heads than its own. Raises
+    `UserError` at the end, where one did not run.
     """
     checkpoint = open_checkpoint(folder)
     family = family_of(checkpoint.settings["model_type"])
+    saved = next(iter(checkpoint.settings.get("architectures") or ()), "")
+    alone = family.encoder_decoder and saved.endswith("ForCausalLM")
+    autos = {auto: name for auto, name in family.auto_classes().items() if not alone or auto == "AutoModelForCausalLM"}
     failed = []
-    for auto, name in family.auto_classes().items():
+    for auto, name in autos.items():
         try:
             outcome = _try_head(checkpoint, family, auto)
         except Exception as error:  # whatever a model's code says to a head that it was not made for
             outcome = f"FAILED ({in_words(error)})"
             failed.append(auto)
         yield f"{auto} → LSG{name}: {outcome}"
-    if "AutoModelForMaskedLM" in family.auto_classes():
+    if "AutoModelForMaskedLM" in autos:
         model = load(checkpoint, transformers.AutoModelForMaskedLM, family, new_head=True)
         tokenizer: Any = load_tokenizer(checkpoint, model.config.vocab_size)
         if tokenizer.mask_token is not None:
