@@ -11,7 +11,13 @@ from tiny_sources import FAMILIES, make_source, make_tokenizer
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import sparsefinder.conversions
-from sparsefinder.conversions import TARGETS, convert_checkpoint
+from sparsefinder.conversions import (
+    TARGETS,
+    certify,
+    convert_checkpoint,
+    convert_longformer_to_led,
+    convert_roberta_to_longformer,
+)
 from sparsefinder.conversions.lengths import guard_length
 from sparsefinder.store import UserError
 
@@ -39,6 +45,25 @@ def test_every_target(target: str, settings: dict[str, Any], checkpoint: str, tm
     assert certificate.passed
     assert AutoTokenizer.from_pretrained(out).model_max_length == 64
     assert target in TARGETS
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_becomes_an_led_of_half_precision(dtype: torch.dtype, tmp_path: Path) -> None:
+    """LED's position rows are sums of two tables, rounded once more; beside that the conversion is as exact as ever."""
+    source = make_source("ForMaskedLM", type_vocab_size=2)
+    source.roberta.embeddings.token_type_embeddings.weight.data[0] += 1.0
+    source.to(dtype).save_pretrained(tmp_path / "source")
+    make_tokenizer().save_pretrained(tmp_path / "source")
+    settings = {"attention_window": 8, "decoder_output_max_length": 16}
+    assert convert_checkpoint(str(tmp_path / "source"), tmp_path / "led", 30, target="led", settings=settings).passed
+    longformer, tokenizer = convert_roberta_to_longformer(source, make_tokenizer(), 30, 8)
+    led, tokenizer = convert_longformer_to_led(longformer, tokenizer, 16)
+    assert led.dtype == dtype
+    assert certify(led, tokenizer, longformer).passed
+    led.base_model.encoder.embed_positions.weight.data[3] += 0.1
+    assert (
+        len(certify(led, tokenizer, longformer).failed) == 3
+    )  # the states, with and without a global token, and the table
 
 
 def test_a_longformer_is_lengthened_and_becomes_led(checkpoint: str, tmp_path: Path) -> None:
