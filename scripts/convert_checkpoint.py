@@ -4,7 +4,10 @@
     python scripts/convert_checkpoint.py --target longformer --initial_model roberta-base --model_name longformer-base \
         --model_kwargs "{'attention_window': 256}"
 
-For LSG these are the arguments of the published converter (ccdv-ai/convert_checkpoint_to_lsg).
+For LSG these are the arguments of the published converter (ccdv-ai/convert_checkpoint_to_lsg). As there, a JSON file with the
+same names may be the only argument:
+
+    python scripts/convert_checkpoint.py arguments.json
 """
 
 import argparse
@@ -31,6 +34,9 @@ LSG_ONLY = {
 """Arguments that only `--target lsg` knows, with their defaults."""
 
 
+_EXAMPLE = '{"initial_model": "roberta-base", "model_name": "lsg-roberta", "model_kwargs": {"block_size": 32}}'
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line as a namespace."""
     parser = Parser(__doc__)
@@ -48,11 +54,26 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--keep_first_global_token", **_FLAG, help="of an LSG model, keep the first global token")
     add("--resize_lsg", **_FLAG, help="of an LSG model, only lengthen the positions")
     add("--use_token_ids", **{**_FLAG, "default": True}, help="add token type 0 to global tokens (the default)")
-    add("--dont_use_token_ids", dest="use_token_ids", action="store_false", help="do not")
+    add("--dont_use_token_ids", dest="use_token_ids", nargs="?", const=False, type=_no, help="do not")
     add("--seed", type=int, default=123, help="seed of what is drawn")
     add("--run_test", **_FLAG, help="load the result by every Auto class and run it")
     add("--use_auth_token", **_FLAG, help="accepted and ignored: a saved hub login is always used")
-    return parser.parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    return parser.parse_args(read_json(Path(given[0])) if len(given) == 1 and given[0].endswith(".json") else given)
+
+
+def read_json(path: Path) -> list[str]:
+    """A JSON file of arguments, as it would be typed; null leaves an argument out. Raises `UserError` for another file."""
+    try:
+        content = json.loads(path.expanduser().read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); give a JSON file of arguments") from error
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON ({' '.join(str(error).split())}); write {_EXAMPLE}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no arguments but a {type(content).__name__}; write {_EXAMPLE}")
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in content.items()}
+    return [f"--{name}={text}" for name, text in texts.items() if content[name] is not None]
 
 
 def parse_settings(given: str) -> dict[str, Any]:
@@ -107,6 +128,10 @@ def _yes(text: str) -> bool:
     if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
     return text.lower() in ("true", "1", "yes")
+
+
+def _no(text: str) -> bool:
+    return not _yes(text)
 
 
 _FLAG: dict[str, Any] = {"nargs": "?", "const": True, "default": False, "type": _yes}

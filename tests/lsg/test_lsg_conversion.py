@@ -1,5 +1,6 @@
 """Conversion of every family, its certificate, the code that a folder carries, and the command line."""
 
+import contextlib
 import importlib.util
 import json
 import logging
@@ -475,3 +476,42 @@ def test_wrong_values_are_one_line_and_exit_code_2(command, roberta, tmp_path, c
     assert words in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_json_file_as_the_only_argument(command, roberta, tmp_path, capsys):
+    file, out = tmp_path / "arguments.json", tmp_path / "out"
+    content = {
+        "initial_model": str(roberta),
+        "model_name": str(out),
+        "max_sequence_length": LENGTH,
+        "model_kwargs": {"block_size": 32, "mask_first_token": True},
+        "architecture": None,
+        "dont_use_token_ids": True,
+        "run_test": False,
+        "seed": 7,
+    }
+    file.write_text(json.dumps(content))
+    assert command.parse([str(file)]).use_token_ids is False
+    assert command.main([str(file)]) == 0
+    assert json.loads((out / "conversion.json").read_text())["settings"]["seed"] == 7
+    config = json.loads((out / "config.json").read_text())
+    assert (config["block_size"], config["mask_first_token"]) == (32, True)
+    assert config["architectures"] == ["LSGRobertaForMaskedLM"]
+    capsys.readouterr()
+    wrong = {
+        json.dumps(content | {"colour": "red"}): "unrecognized arguments: --colour=red",
+        json.dumps(content | {"seed": 1.5}): "--seed: invalid int value",
+        json.dumps(content | {"run_test": "perhaps"}): "'perhaps' is neither true nor false",
+        json.dumps({"initial_model": "x"}): "required: --model_name",
+        "[]": "holds no arguments but a list",
+        "{": "is no JSON",
+    }
+    for written, words in wrong.items():
+        file.write_text(written)
+        with contextlib.suppress(SystemExit):
+            assert command.main([str(file)]) == 2
+        error = capsys.readouterr().err
+        assert words in error
+        assert error.count("\n") == 1
+    assert command.main([str(tmp_path / "absent.json")]) == 2
+    assert "cannot be read" in capsys.readouterr().err
