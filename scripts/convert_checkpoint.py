@@ -140,13 +140,13 @@ _FLAG: dict[str, Any] = {"nargs": "?", "const": True, "default": False, "type": 
 def main(arguments: list[str] | None = None) -> int:
     """The command; 0 when all went well, 2 for wrong input."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    return until_stopped(lambda: outcome(parse(arguments)), "nothing is half written; run the same command again")
+    return until_stopped(lambda: outcome(arguments), "nothing is half written; run the same command again")
 
 
-def outcome(arguments: argparse.Namespace) -> int:
-    """As `run`, with the exit status."""
+def outcome(arguments: list[str] | None) -> int:
+    """Read the arguments and `run`; the exit status."""
     try:
-        run(arguments)
+        run(parse(arguments))
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         return 2
