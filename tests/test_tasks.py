@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from sparsefinder.tasks.data import named
 from sparsefinder.tasks.judges import Classes
 from sparsefinder.tasks.labelled import Feature, Reader, collate
 from sparsefinder.tasks.passages import LENGTH, sides
-from sparsefinder.tasks.question_answering import WHAT, Spans, recurring
+from sparsefinder.tasks.question_answering import WHAT, Reference, Spans, recurring
 from sparsefinder.tasks.token_classification import written
 from sparsefinder.transforms import Normalizer
 from sparsefinder.variants import AttentionChoice, Conversion
@@ -149,7 +150,20 @@ class TestEncoding:
         sums, answers = judge.judge(output, collate([feature], 1))
         assert judge.references[0].read(answers[0]).strip() == "estimator"
         assert judge.scores(pd.DataFrame(), answers) == {"exact_match": 1.0, "answer_f1": 1.0}
-        assert sums.tolist()[0][0] == 1
+        ends = [feature.labels[name] for name in ("start_positions", "end_positions")]
+        losses = [-logits[0, :, side].log_softmax(0)[place].item() for side, place in enumerate(ends)]
+        assert sums[0, :2].tolist() == pytest.approx([1, sum(losses) / 2], rel=1e-5)
+        assert sums[0, 2] == 0, "the question had the largest start"
+
+    def test_no_answer_is_longer_than_thirty_tokens(self) -> None:
+        context = " ".join(map(str, range(50)))
+        offsets = [(match.start(), match.end()) for match in re.finditer(r"\d+", context)]
+        logits = torch.zeros(2, 52)
+        logits[0, 2], logits[1, 51] = 9.0, 8.0  # 50 tokens apart
+        logits[1, 31] = 7.0  # the thirtieth
+        assert Reference(context, 2, offsets, ["0"]).read(logits) == " ".join(map(str, range(30)))
+        logits[1, 31], logits[1, 1] = 0.0, 9.0  # before the context: no end
+        assert Reference(context, 2, offsets, ["0"]).read(logits).startswith("0")
 
     def test_what_does_not_fit_is_left_out(self) -> None:
         tokenizer = train_tokenizer([PASSAGE], 300, 128)
