@@ -27,6 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sparsefinder import points
 from sparsefinder.commands import program, until_stopped
 from sparsefinder.construction import class_named, construct
+from sparsefinder.messages import one_line
 from sparsefinder.names import meant, one_of
 from sparsefinder.overrides import HELP, Known, Typed, understood
 from sparsefinder.points import Point
@@ -505,27 +506,6 @@ def refuse_unknown_keys(cfg: DictConfig) -> None:
         raise UserError(
             f"there is no setting {', '.join(unknown)}; `--cfg job` shows all of them{meant(known, unknown[0])}"
         )
-
-
-def one_line(error: BaseException) -> str:
-    """The innermost message that was written for people, on one line."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, UserError):
-            return " ".join(str(seen).split())
-        seen = seen.__cause__
-    text = " ".join(str(error).replace("\n\t", ", ").split())
-    if unknown := re.match(r"Could not override '([^']*)'", text):
-        return f"there is no setting {unknown[1]}; `--cfg job` shows all of them"
-    if missing := re.match(
-        r"(?:In '\S+': )?Could not find '([^']*)/([^'/]*)' Available options in '[^']*':,? (.*?) Config", text
-    ):
-        return f"{missing[1]}={missing[2]} is unknown; choose one of {missing[3]}"
-    stands = "${KEY} stands for the value of another setting"
-    if broken := re.match(r"Error merging override (.*)", text):
-        return f"{broken[1]} cannot be read: {stands}"
-    message, _, where = text.partition(" full_key: ")
-    return f"{where.split()[0]}: {message}; {stands}" if "nterpolation" in message and where else message
 
 
 if __name__ == "__main__":
