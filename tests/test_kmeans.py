@@ -9,7 +9,7 @@ import pytest
 import torch
 from sklearn.cluster import KMeans as ScikitKMeans
 
-from sparsefinder.kmeans_centroids import Centroids, ClusterSettings, _points, fit_centroids, load_centroids
+from sparsefinder.kmeans_centroids import Centroids, ClusterSettings, _drawn, _points, fit_centroids, load_centroids
 from sparsefinder.patterns.kmeans import KMeans
 from sparsefinder.projections import Projections, load_projections
 from sparsefinder.samples import Samples, load_samples
@@ -106,6 +106,11 @@ def test_no_more_points_than_asked_for(most: int, samples: Samples, projections:
         assert np.array_equal(found, _points(samples, projections, 1, settings))
         first = {tuple(row) for row in points(samples.part(0, 1), projections, 1, 0)}
         assert abs(sum(row in first for row in rows) - most * 48 / 462) <= 1
+
+
+def test_no_sample_of_one_seed_is_drawn_like_one_of_another() -> None:
+    assert torch.equal(_drawn(99, 20, 1, 0), _drawn(99, 20, 1, 0))
+    assert not torch.equal(_drawn(99, 20, 1, 0), _drawn(99, 20, 0, 1))
 
 
 def test_more_clusters_than_points_are_drawn() -> None:

@@ -91,3 +91,9 @@ def test_files_of_the_published_routing_code_are_read(tmp_path: Path) -> None:
 def test_settings_check_themselves(wrong: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=f"cluster_online.{next(iter(wrong))} must be"):
         OnlineSettings(**wrong)
+
+
+def test_no_layer_of_one_seed_is_drawn_like_one_of_another() -> None:
+    points, settings = directions(4), OnlineSettings(n_clusters=3, epochs=1)
+    one, other = (train_online(points, replace(settings, seed=seed), layer) for seed, layer in ((1, 0), (0, 1)))
+    assert not torch.allclose(one, other)

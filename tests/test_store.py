@@ -109,6 +109,16 @@ class TestReading:
             Store(tmp_path).content("projections")
         assert Store(tmp_path, {"projections": path}).content("projections") == content_hash(path)
 
+    def test_the_content_of_a_folder_is_names_and_bytes(self, tmp_path: Path) -> None:
+        """Two files that change places are another folder, though their bytes are the same."""
+        for folder, names in (("one", "ab"), ("same", "ab"), ("other", "ac"), ("swapped", "ba")):
+            (tmp_path / folder).mkdir()
+            for name, text in zip(names, ("x", "y"), strict=True):
+                (tmp_path / folder / name).write_text(text)
+        one, same, other, swapped = (content_hash(tmp_path / each) for each in ("one", "same", "other", "swapped"))
+        assert one == same
+        assert len({one, other, swapped}) == 3
+
     def test_another_time_of_the_same_bytes_changes_nothing(self, tmp_path: Path) -> None:
         path = finish(Store(tmp_path), "projections", "a")
         before = Store(tmp_path).content("projections")
