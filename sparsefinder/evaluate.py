@@ -8,10 +8,12 @@ graph that the plugged attention really executes, against the gold graph of the 
 from __future__ import annotations
 
 import copy
+import itertools
+import json
 import logging
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 import pandas as pd
@@ -26,12 +28,13 @@ from sparsefinder.corpora import Corpus, block_length, masked_batches, token_blo
 from sparsefinder.extract import draw
 from sparsefinder.findings import SLOW
 from sparsefinder.graphs import QK, Attention
+from sparsefinder.growing import Item, Table
 from sparsefinder.intervals import ratio_difference
 from sparsefinder.metrics import Counts, Gold, count
 from sparsefinder.patterns.configuration import Configuration, Learned, buildable, fitted, needed
 from sparsefinder.patterns.full import Full
 from sparsefinder.resources import Stopwatch, now, peak_memory
-from sparsefinder.store import Store, UserError, progress
+from sparsefinder.store import Store, UserError, plain, progress
 from sparsefinder.transforms import Normalizer
 from sparsefinder.variants import AttentionChoice, Conversion, Variant, check_some, crossed
 
@@ -85,6 +88,33 @@ class EvaluateSettings:
         return "causal=true, and a model that guesses masked words reads both ways" if self.causal else ""
 
     @property
+    def items(self) -> tuple[Item, ...]:
+        """What is to be measured, beside dense attention: attentions with their patterns, and conversions."""
+        found = [self.item(Variant(each, None, Normalizer())) for each in self.attentions if not each.takes_pattern]
+        for attention in self.attentions:
+            for configuration in self.configurations if attention.takes_pattern else ():
+                target = self.target if configuration.pattern.dial is not None else None
+                found.append(self.item(Variant(attention, configuration, Normalizer()), target))
+        found += [_item({"conversions": plain(each)}, ("model",)) for each in self.conversions]
+        return tuple({item.key: item for item in found}.values())
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """What all rows of a table have in common."""
+        apart = ("corpus", "configurations", "attentions", "conversions", "target")  # `inputs` has the corpus
+        return {own.name: plain(getattr(self, own.name)) for own in fields(self) if own.name not in apart}
+
+    def item(self, variant: Variant, target: str | None = None) -> Item:
+        """A variant among the items; with a target without its dials, which the calibration knows."""
+        configuration = variant.configuration
+        what = plain(configuration if target is None or configuration is None else replace(configuration, dials=None))
+        if target is not None and configuration is not None:
+            what["pattern"][configuration.pattern.dial] = None
+        needs = () if configuration is None else configuration.needs
+        settings = {"attentions": plain(variant.attention), "configurations": what, "target": target}
+        return _item(settings, ("model", *needs, *(("calibration",) if target else ())))
+
+    @property
     def needs(self) -> tuple[str, ...]:
         """Artefacts read by the stage: the model, and what the chosen patterns work with."""
         return ("model", *needed(self.configurations), *(("calibration",) if self.target else ()))
@@ -96,13 +126,18 @@ class EvaluateSettings:
         return {"corpus": self.corpus.fingerprint()} | ({"labels": labels} if labels else {})
 
 
+def _item(what: dict[str, Any], needs: tuple[str, ...]) -> Item:
+    return Item(json.loads(json.dumps(what, default=str)), {}, needs)
+
+
 def run(settings: EvaluateSettings, store: Store) -> None:
     """Make ``evaluate``: ``results`` (one row per variant), ``layers`` (× layer × head) and ``blocks`` (× block of text)."""
     model, tokenizer = models.load_masked_lm(store.path("model"))
     learned = Learned.load(store, needed(settings.configurations))
     shape = models.describe(model)
     learned.check(shape.layers, shape.heads, shape.head_size)
-    settings = replace(settings, configurations=fitted(settings.configurations, shape.layers, shape.heads))
+    table, typed = Table.of("evaluate", settings, store), settings.configurations
+    settings = replace(settings, configurations=fitted(typed, shape.layers, shape.heads))
     own = models.get_normalizer(model)
     length = block_length(settings.length, shape.max_length, "evaluate.length")
 
@@ -110,13 +145,26 @@ def run(settings: EvaluateSettings, store: Store) -> None:
     model, held_out, training = asked.model, asked.held_out, asked.training
     normalizer = own if settings.alpha is None else Normalizer(settings.alpha)
     dense = AttentionChoice("dense", Masked)
+    wanted = {item.key: item for item in table.wanted}
+    as_typed = dict(zip(map(id, settings.configurations), typed, strict=True))
+
+    def item_of(variant: Variant) -> Item | None:
+        found = as_typed.get(id(variant.configuration), variant.configuration)
+        target = settings.target if found is not None and found.pattern.dial is not None else None
+        return wanted.get(settings.item(replace(variant, configuration=found), target).key)
+
+    configurations = _at_target(settings, store, learned)
+    sparse = crossed(settings.attentions, configurations, normalizer, learned, shape.head_size)
+    owned = [(variant, item) for variant in sparse if (item := item_of(variant)) is not None]
     everything = [
         Variant(dense, Configuration("full", Full()), own),
         Variant(dense, Configuration("full", Full()), Normalizer(1.0)),
-        *crossed(settings.attentions, _at_target(settings, store, learned), normalizer, learned, shape.head_size),
+        *(variant for variant, _ in owned),
     ]
+    owners = [(each, _item({"conversions": plain(each)}, ("model",))) for each in settings.conversions]
+    converting = [(each, wanted[item.key]) for each, item in owners if item.key in wanted]
     converted = []
-    for conversion in settings.conversions:  # first, since one may be refused
+    for conversion, _ in converting:  # first, since one may be refused
         converted.append(
             evaluate_converted(model, tokenizer, conversion, held_out, training, shape.max_length, settings)
         )
@@ -127,16 +175,36 @@ def run(settings: EvaluateSettings, store: Store) -> None:
         row, measure = outcomes[-1].row, asked.judge.measures[-1]
         log.info("%s: loss %.4f, %s %.4f", variant.label, row["loss"], measure.replace("_", " "), row[measure])
     outcomes += converted
+    _name_apart(outcomes, table.rows)
     results = compared(outcomes, asked.judge)
     if not processes.first():
         return
-    blocks = [outcome.blocks.assign(variant=outcome.row["variant"]) for outcome in outcomes]
+    blocks = pd.concat([each.blocks.assign(variant=each.row["variant"]) for each in outcomes], ignore_index=True)
+    layers = tables.tidy([row for outcome in outcomes for row in outcome.layers])
+    if table.folder is not None:  # dense attention, of now, comes first
+        kept = {name: table.staying(name, "variant") for name in ("results", "blocks", "layers")}
+        results = tables.join([results.iloc[:2], kept["results"], results.iloc[2:]])
+        blocks, layers = tables.join([kept["blocks"], blocks]), tables.join([kept["layers"], layers])
+    names = [outcome.row["variant"] for outcome in outcomes[2:]]
+    items = [item for _, item in (*owned, *converting)]
     with store.writing("evaluate") as folder:
         folder.mkdir()
         tables.write(results, folder, "results")
-        pd.concat(blocks, ignore_index=True).to_parquet(folder / "blocks.parquet", index=False)
-        tables.write(tables.tidy([row for outcome in outcomes for row in outcome.layers]), folder, "layers")
+        blocks.to_parquet(folder / "blocks.parquet", index=False)
+        tables.write(layers, folder, "layers")
+        table.write(folder, store, zip(names, items, strict=True))
     store.note("evaluate", split=settings.split, blocks=len(outcomes[0].blocks), **asked.facts)
+
+
+def _name_apart(outcomes: Sequence[Outcome], taken: Sequence[str]) -> None:
+    """Numbers behind the names of variants that differ in a setting that no name has, a distance for instance."""
+    met = set(taken)
+    for outcome in outcomes:
+        name = outcome.row["variant"]
+        number = next(n for n in itertools.count(1) if (name if n == 1 else f"{name} ({n})") not in met)
+        met.add(new := name if number == 1 else f"{name} ({number})")
+        for row in (outcome.row, *outcome.layers):
+            row["variant"] = new
 
 
 def _asked(settings: EvaluateSettings, store: Store, model: Any, tokenizer: Any, length: int) -> tasks.Asked:

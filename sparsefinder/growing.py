@@ -118,13 +118,19 @@ class Table:
         """The number of the first new row, where rows are numbered."""
         return 1 + max((row for item in self.held for row in item.rows), default=-1)
 
-    def grown(self, new: pd.DataFrame, name: str, column: str = "configuration") -> pd.DataFrame:
+    def grown(self, new: pd.DataFrame, name: str) -> pd.DataFrame:
         """The rows of the table ``name`` that stay, and below them the new ones, whose numbers began with zero."""
         if self.folder is None:
             return new
-        new = new.assign(**{column: new[column] + self.first})
+        return tables.join(
+            [self.staying(name, "configuration"), new.assign(configuration=new["configuration"] + self.first)]
+        )
+
+    def staying(self, name: str, column: str) -> pd.DataFrame:
+        """The rows of the table ``name`` that stay; ``column`` says which they are."""
+        assert self.folder is not None
         old = pd.read_parquet(self.folder / f"{name}.parquet")
-        return tables.join([old[old[column].isin(self.rows)], new])
+        return old[old[column].isin(self.rows)]
 
     def write(self, folder: Path, store: Store, measured: Iterable[tuple[Any, Item]]) -> None:
         """The record of a grown table: what stays, and each measured row with its item."""

@@ -69,7 +69,7 @@ STAGES = {
         Stage("bilinear", "sparsefinder.bilinear"),
         Stage("calibrate", "sparsefinder.calibrate"),
         Stage("score", "sparsefinder.score", shared=True, grows=True),
-        Stage("evaluate", "sparsefinder.evaluate", shared=True),
+        Stage("evaluate", "sparsefinder.evaluate", shared=True, grows=True),
         Stage(
             "report",
             "sparsefinder.report",

@@ -90,6 +90,9 @@ class Results:
             metrics = metrics[metrics["configuration"].isin(rows.get("score", ()))]
             if points.empty:
                 metrics = points = replicas = None
+        if variants is not None:  # dense attention is there to compare with
+            mine = variants["variant"].isin(rows.get("evaluate", ()))
+            variants = variants[mine | (variants["attention"] == "dense")] if mine.any() else None
         return replace(self, metrics=metrics, points=points, replicas=replicas, variants=variants)
 
     @property

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
-from sparsefinder import calibrate, evaluate, extract, kmeans_centroids, models, quantization
+from sparsefinder import calibrate, evaluate, extract, kmeans_centroids, models, pipeline, quantization, report
 from sparsefinder.adapt import AdaptSettings, adapt
 from sparsefinder.attention import Bucketed, Masked
 from sparsefinder.calibrate import CalibrateSettings, Dialled
@@ -317,3 +317,35 @@ def test_computed_pairs_are_a_share_of_all_examples_together() -> None:
     x = torch.randn(2, 1, 10, 4, generator=torch.Generator().manual_seed(0))
     observer(x, x, x, torch.arange(10) < torch.tensor([[10], [2]]), 0)
     assert observer.rows()[0]["computed_density"] == pytest.approx(200 / 104)
+
+
+class TestGrowing:
+    """What was measured in the model stays, as what was scored does."""
+
+    def run(self, store: Store, corpus: TextFiles, *configurations: Configuration) -> pd.DataFrame:
+        settings = EvaluateSettings(corpus, configurations, (MASKED,), samples=8, measured=2, batch_size=4)
+        pipeline.run_stages([pipeline.STAGES["evaluate"]], {"evaluate": settings}, store, 0)
+        return pd.read_parquet(store.path("evaluate") / "results.parquet")
+
+    def test_rows_are_added_and_named_apart(
+        self, store: Store, corpus: TextFiles, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level("INFO")
+        given = Store(tmp_path, {name: store.path(name) for name in ("model", "projections", "centroids")})
+        first = self.run(given, corpus, CONFIGURATIONS[0], CONFIGURATIONS[2])
+        grown = self.run(given, corpus, CONFIGURATIONS[3], replace(CONFIGURATIONS[2], pattern=Distance("cos", 0.5)))
+        added = ["masked oracle", "masked distance threshold=0.5 + window 3 (2)"]
+        assert list(grown.variant) == [*first.variant, *added]
+        kept = grown.iloc[2:4].reset_index(drop=True)
+        for column in ("loss", "recall", "latency_ms", "loss_minus_entmax_low"):
+            assert list(kept[column]) == list(first[column].iloc[2:])
+        assert list(grown.loss[:2]) == list(first.loss[:2])
+        for name in ("layers", "blocks"):
+            assert set(pd.read_parquet(tmp_path / "evaluate" / f"{name}.parquet").variant) == set(grown.variant)
+        assert "evaluate: 2 measured and added to 2 in evaluate that stay" in caplog.text
+        self.run(given, corpus, CONFIGURATIONS[0])
+        assert "evaluate: done and unchanged, skipped" in caplog.text
+        oracle = EvaluateSettings(corpus, (CONFIGURATIONS[3],), (MASKED,), samples=8, measured=2, batch_size=4)
+        one = report.summary(given, None, {"evaluate": oracle})
+        assert "masked oracle" in one
+        assert "masked kmeans" not in one
