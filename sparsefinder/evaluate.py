@@ -193,7 +193,7 @@ def run(settings: EvaluateSettings, store: Store) -> None:
         blocks.to_parquet(folder / "blocks.parquet", index=False)
         tables.write(layers, folder, "layers")
         table.write(folder, store, zip(names, items, strict=True))
-    store.note("evaluate", split=settings.split, blocks=len(outcomes[0].blocks), **asked.facts)
+    store.note("evaluate", **{"split": settings.split, "blocks": len(outcomes[0].blocks), **asked.facts})
 
 
 def _name_apart(outcomes: Sequence[Outcome], taken: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -91,6 +92,7 @@ class TestWholeRun:
         done = call(*SMOKE, f"run_dir={tmp_path / 'run'}", "patterns=[window]", *task)
         assert done.returncode == 0, done.stderr
         assert "In the model, on the same examples of sequence classification" in done.stdout
+        assert re.search(r"text evaluated on +held-out split", done.stdout)
         results = pd.read_csv(tmp_path / "run" / "evaluate" / "results.csv")
         assert list(results.variant[:3]) == ["dense full", "dense full (softmax)", "bucketed window width=11"]
         assert {"accuracy", "macro_f1", "macro_f1_minus_entmax"} <= set(results)

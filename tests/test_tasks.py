@@ -312,9 +312,9 @@ def settings_for(task: str, corpus: Any, **changes: Any) -> EvaluateSettings:
     return EvaluateSettings(corpus, CONFIGURATIONS, kinds, task=task, head=head, **{**sizes, **changes})
 
 
-def run(settings: EvaluateSettings, run_dir: Path, model: Path) -> pd.DataFrame:
-    evaluate.run(settings, Store(run_dir, {"model": model}))
-    return pd.read_csv(run_dir / "evaluate" / "results.csv").set_index("variant")
+def run(settings: EvaluateSettings, store: Store) -> pd.DataFrame:
+    evaluate.run(settings, store)
+    return pd.read_csv(store.run_dir / "evaluate" / "results.csv").set_index("variant")
 
 
 MEASURES = {
@@ -331,7 +331,7 @@ class TestEvaluate:
     ) -> None:
         packages = Docstrings(["click", "joblib"], ["tqdm"], ["fsspec"], max_characters=60_000)
         settings = settings_for(task, packages if task == "sequence_classification" else texts)
-        first = run(settings, tmp_path, model)
+        first = run(settings, Store(tmp_path, {"model": model}))
         assert list(first.index) == ["dense full", "dense full (softmax)", "masked oracle", "masked window width=1"]
         asked, names = MEASURES[task]
         assert (first.task == task).all()
@@ -347,7 +347,7 @@ class TestEvaluate:
         assert (blocks.groupby("variant")[asked].sum() == first[asked].iloc[0]).all()
         assert not ({"perplexity", "masked_tokens"} & set(first))
         with caplog.at_level("INFO"):
-            again = run(settings, tmp_path, model)
+            again = run(settings, Store(tmp_path, {"model": model}))
         assert "trained already" in caplog.text
         assert again.loss.tolist() == first.loss.tolist()
 
@@ -360,37 +360,44 @@ class TestEvaluate:
         caplog: pytest.LogCaptureFixture,
     ) -> None:
         settings = settings_for("token_classification", texts)
-        whole = run(settings, tmp_path / "whole", model)
+        whole = run(settings, Store(tmp_path / "whole", {"model": model}))
         with monkeypatch.context() as patched:
             patched.setattr(heads, "_keep", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
-                run(settings, tmp_path / "killed", model)
+                run(settings, Store(tmp_path / "killed", {"model": model}))
         (last,) = (tmp_path / "killed" / "scratch" / "tasks").glob("*/checkpoint-4")
         (last / "trainer_state.json").write_text("{")  # half written
         with caplog.at_level("INFO"):
-            resumed = run(settings, tmp_path / "killed", model)
+            resumed = run(settings, Store(tmp_path / "killed", {"model": model}))
         assert "going on from checkpoint-2" in caplog.text
         assert resumed.loss.tolist() == whole.loss.tolist()
         (kept,) = (tmp_path / "killed" / "scratch" / "tasks").glob("*/model")
         (kept / "config.json").write_text("{}")  # damaged: learned again, not read
         caplog.clear()
         with caplog.at_level("INFO"):
-            assert run(settings, tmp_path / "killed", model).loss.tolist() == whole.loss.tolist()
+            assert run(settings, Store(tmp_path / "killed", {"model": model})).loss.tolist() == whole.loss.tolist()
         assert "trained already" not in caplog.text
 
     def test_labelled_data_and_adapted_variants(self, texts: TextFiles, model: Path, tmp_path: Path) -> None:
         rows = [{"a": f"{PASSAGE}{place}", "b": "the keys", "kind": place % 2} for place in range(12)]
-        for split, part in (("train", rows[:8]), ("test", rows[8:])):
+        for split, part in (("train", rows[:8]), ("mine", rows[8:])):
             (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, part)))
-        files = {split: str(tmp_path / f"{split}.jsonl") for split in ("train", "test")}
-        data = LabelledData("json", data_files=files, text="a", text_pair="b", label="kind")
+        files = {split: str(tmp_path / f"{split}.jsonl") for split in ("train", "mine")}
+        data = LabelledData("json", data_files=files, test="mine", text="a", text_pair="b", label="kind")
         settings = settings_for("sequence_classification", texts, labels=data, adapt=AdaptSettings(2, batch_size=2))
-        results = run(settings, tmp_path / "run", model)
+        store = Store(tmp_path / "run", {"model": model})
+        results = run(settings, store)
+        store.finish("evaluate", "evaluate", {}, {}, 0)
+        manifest = store.manifest("evaluate")
+        assert manifest is not None
+        facts = manifest.facts
+        assert (facts["split"], facts["blocks"], facts["classes"]) == ("mine", 4, 2)
         assert (results.examples == 4).all()
         assert (results.adapt_steps == 2).all()
         assert "labels" in settings.inputs
         assert (
-            results.loss.iloc[0] != run(replace(settings, adapt=AdaptSettings()), tmp_path / "run", model).loss.iloc[0]
+            results.loss.iloc[0]
+            != run(replace(settings, adapt=AdaptSettings()), Store(tmp_path / "run", {"model": model})).loss.iloc[0]
         )
 
     def test_wrong_settings(self, texts: TextFiles, model: Path, tmp_path: Path) -> None:
@@ -402,5 +409,5 @@ class TestEvaluate:
         with pytest.raises(UserError, match=r"evaluate.head.steps must be 1 or more"):
             HeadSettings(steps=0)
         with pytest.raises(UserError, match=r"needs labels: give evaluate.labels.path=DATASET"):
-            run(settings_for("sequence_classification", texts), tmp_path, model)
+            run(settings_for("sequence_classification", texts), Store(tmp_path, {"model": model}))
         assert not (tmp_path / "evaluate").exists()

@@ -57,7 +57,8 @@ class Reader:
 class LabelledTask(Protocol):
     """What is special about a task; see `sequence_classification` for the shortest one.
 
-    ``head``: the class of transformers, AutoModelFor…; ``roles``: the settings of `LabelledData` that name the columns it reads.
+    ``head``: the class of transformers, AutoModelFor…; ``roles``: the settings of `LabelledData` that name the columns it reads;
+    ``made_split``: what held-out rows that are `made` are of, None where that is the split that was asked for.
     """
 
     @property
@@ -68,6 +69,9 @@ class LabelledTask(Protocol):
 
     @property
     def roles(self) -> tuple[str, ...]: ...
+
+    @property
+    def made_split(self) -> str | None: ...
 
     def made(self, corpus: Corpus, split: str, cache: Path) -> tuple[list[Row], list[Row]]:
         """Rows made of a corpus without labels: to learn from, and held out."""
@@ -128,7 +132,10 @@ def ask(task: LabelledTask, request: Request, store: Store, model: Any, tokenize
     def batches(features: Sequence[Feature], size: int) -> list[Batch]:
         return [collate(features[at : at + size], tokenizer.pad_token_id) for at in range(0, len(features), size)]
 
-    facts = {"task": task.name, "learned_examples": len(learned)} | ({"classes": len(classes)} if classes else {})
+    split = data.test if data.path is not None else task.made_split or request.split
+    facts = {"split": split, "task": task.name, "learned_examples": len(learned)} | (
+        {"classes": len(classes)} if classes else {}
+    )
     adapting = batches(learned[: request.adapt_examples], request.adapt_batch_size) if request.adapt_examples else []
     return Asked(model, task.judge(measured), batches(measured, request.batch_size), adapting, facts)
 

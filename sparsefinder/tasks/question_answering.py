@@ -43,6 +43,7 @@ class QuestionAnswering:
     name: str = "question_answering"
     head: str = "AutoModelForQuestionAnswering"
     roles: tuple[str, ...] = ("question", "context", "answers")
+    made_split: str | None = None
 
     def made(self, corpus: Corpus, split: str, cache: Path) -> tuple[list[Row], list[Row]]:
         """As `LabelledTask`: recurring spans."""

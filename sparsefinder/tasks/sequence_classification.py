@@ -29,6 +29,7 @@ class SequenceClassification:
     name: str = "sequence_classification"
     head: str = "AutoModelForSequenceClassification"
     roles: tuple[str, ...] = ("text", "text_pair", "label")
+    made_split: str | None = "held-out"  # documents of every split
 
     def made(self, corpus: Corpus, split: str, cache: Path) -> tuple[list[Row], list[Row]]:
         """As `LabelledTask`: passages by their package."""

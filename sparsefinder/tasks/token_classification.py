@@ -31,6 +31,7 @@ class TokenClassification:
     name: str = "token_classification"
     head: str = "AutoModelForTokenClassification"
     roles: tuple[str, ...] = ("tokens", "tags")
+    made_split: str | None = None
 
     def made(self, corpus: Corpus, split: str, cache: Path) -> tuple[list[Row], list[Row]]:
         """As `LabelledTask`: words without their capital letters."""
