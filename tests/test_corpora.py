@@ -865,3 +865,12 @@ def test_padding_of_a_batch(corpus):
     for row, index in enumerate(range(3)):
         assert torch.equal(ids[row][valid[row]], blocks[index])
         assert (ids[row][~valid[row]] == tokenizer.pad_token_id).all()
+
+
+def test_blocks_are_not_masked_at_the_same_places() -> None:
+    masking = Masking(mask_token_id=4, vocabulary=50, special=(0, 1, 2, 3, 4))
+    block = torch.arange(5, 45)
+    asked = [
+        tuple((masking(block, seed=0, example=example)[1] != -100).nonzero()[:, 0].tolist()) for example in range(8)
+    ]
+    assert len(set(asked)) == 8

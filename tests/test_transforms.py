@@ -291,3 +291,9 @@ def test_rectangles_together_are_rectangles_one_by_one(
         alone = normalizer(z)
         torch.testing.assert_close(p, alone, atol=1e-6, rtol=0)
         torch.testing.assert_close(gradient, torch.autograd.grad((alone * w).sum(), z)[0], atol=1e-5, rtol=0)
+
+
+def test_rows_that_need_more_than_one_look_sum_to_one() -> None:
+    """Sparsemax of 16,384 flat scores is not done after the first eight steps."""
+    p = sparsemax(0.1 * rows(3, 16_384, scale=1.0))
+    torch.testing.assert_close(p.sum(-1), torch.ones(3), atol=1e-5, rtol=0)
