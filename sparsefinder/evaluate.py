@@ -14,7 +14,7 @@ import logging
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import pandas as pd
 import torch
@@ -27,10 +27,10 @@ from sparsefinder.calibrate import calibrated
 from sparsefinder.corpora import Corpus, block_length, masked_batches, token_blocks
 from sparsefinder.extract import draw
 from sparsefinder.findings import SLOW
-from sparsefinder.graphs import QK, Attention
+from sparsefinder.graphs import Attention
 from sparsefinder.growing import Item, Table
 from sparsefinder.intervals import ratio_difference
-from sparsefinder.metrics import Counts, Gold, count
+from sparsefinder.observing import Observer, measure_graphs, on
 from sparsefinder.patterns.configuration import Configuration, Learned, buildable, fitted, needed
 from sparsefinder.patterns.full import Full
 from sparsefinder.resources import Stopwatch, now, peak_memory
@@ -41,7 +41,6 @@ from sparsefinder.variants import AttentionChoice, Conversion, Variant, check_so
 log = logging.getLogger(__name__)
 
 Batch = dict[str, Tensor]
-T = TypeVar("T")
 _MASKED_WORDS = tasks.MaskedWords()
 
 
@@ -270,7 +269,7 @@ def evaluate_variant(
     quality, blocks = quality_and_cost(model, timed, watch, held_out, asked.judge)
     row |= quality
     observer = Observer(attention, variant.configuration, own)
-    _measure_graphs(model, observer, held_out, settings.measured)
+    measure_graphs(model, observer, held_out, settings.measured)
     layers = [{**variant.columns, **found} for found in observer.rows()]
     return Outcome(row | observer.means(), layers, blocks)
 
@@ -310,7 +309,7 @@ def quality_and_cost(
     device = model.device
 
     def read(batch: Batch) -> tuple[Tensor, list[Any], float]:
-        batch = _on(batch, device)
+        batch = on(batch, device)
         inputs = tasks.inputs_of(batch)
         start = now(device)
         output = model(**inputs)
@@ -348,82 +347,6 @@ def quality_and_cost(
     return row, blocks
 
 
-@dataclass
-class Observer:
-    """An attention that lets another one work and measures what it did: the executed graph, its cost, its output's error.
-
-    The output is compared with that of dense attention with the model's own normalizer on the same queries, keys and values:
-    ``‖o − o_dense‖ / ‖o_dense‖`` over the real tokens of each example and head.
-    """
-
-    attention: Any
-    configuration: Configuration | None
-    own: Normalizer
-    counts: dict[int, list[Counts]] = field(default_factory=dict)
-    errors: dict[int, list[Tensor]] = field(default_factory=dict)
-    pairs: dict[int, list[Tensor]] = field(default_factory=dict)  # computed and allowed, each ``(B, H)``
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, layer: int) -> Tensor:
-        """As the attention."""
-        output: Tensor = self.attention(q, k, v, valid, layer)
-        dense = Masked(Full(), self.own)(q, k, v, valid, layer)
-        difference = (output.float() - dense.float()).flatten(2).norm(dim=-1)
-        self.errors.setdefault(layer, []).append(difference / dense.float().flatten(2).norm(dim=-1).clamp_min(1e-30))
-        qk = QK(q.float(), k.float(), valid)
-        computed = self.attention.computed_pairs(qk, layer)
-        self.pairs.setdefault(layer, []).append(torch.stack([computed, qk.allowed.sum((-2, -1)).expand_as(computed)]))
-        graph = self.attention.graph(qk, layer)
-        if graph is not None:  # pooled keys have no token graph
-            probabilities = self.own(qk.scores())
-            near = None if self.configuration is None else self.configuration.near(qk)
-            self.counts.setdefault(layer, []).append(count(graph, Gold(probabilities, probabilities > 0), qk, near))
-        return output
-
-    def gather(self) -> None:
-        """Take in what the observers of the other processes measured."""
-        self.counts = _joined(processes.parts(lambda: self.counts))
-        self.errors = _joined(processes.parts(lambda: self.errors))
-        self.pairs = _joined(processes.parts(lambda: self.pairs))
-
-    def rows(self) -> list[dict[str, Any]]:
-        """One row per layer and head."""
-        rows = []
-        for layer in sorted(self.errors):
-            # of all examples together: in a short one beside long ones, nearly everything that is computed is padding
-            computed, allowed = torch.cat(self.pairs[layer], dim=1).double().sum(1)
-            means = {"output_error": torch.cat(self.errors[layer]).mean(0), "computed_density": computed / allowed}
-            if layer in self.counts:
-                means |= Counts.cat(self.counts[layer]).macro()
-            rows += [
-                {"layer": layer, "head": head} | {name: values[head].item() for name, values in means.items()}
-                for head in range(len(means["output_error"]))
-            ]
-        return rows
-
-    def means(self) -> dict[str, float]:
-        """Means over layers and heads; metrics of a graph only where there is one."""
-        rows = pd.DataFrame(self.rows())
-        found: dict[str, float] = rows.drop(columns=["layer", "head"]).mean().to_dict()
-        return found
-
-
-@torch.inference_mode()
-def _measure_graphs(model: Any, observer: Observer, batches: Sequence[Batch], most: int) -> None:
-    some: list[Batch] = []
-    for batch in batches:
-        wanted = most - sum(len(part["input_ids"]) for part in some)
-        if wanted > 0:
-            some.append({name: tensor[:wanted] for name, tensor in batch.items()})
-    with models.plugged(model, observer):
-        for batch in processes.share(some):
-            model(**tasks.inputs_of(_on(batch, model.device)))
-    observer.gather()
-
-
-def _joined(parts: list[dict[int, list[T]]]) -> dict[int, list[T]]:
-    return {layer: [each for part in parts for each in part.get(layer, [])] for layer in {k for p in parts for k in p}}
-
-
 def compared(outcomes: Sequence[Outcome], judge: tasks.Judge) -> pd.DataFrame:
     """The results with each variant's distance to dense entmax (the first row) and dense softmax (the second).
 
@@ -447,7 +370,3 @@ def compared(outcomes: Sequence[Outcome], judge: tasks.Judge) -> pd.DataFrame:
                 "%s has a lower loss than dense attention, by %.3f: look twice", row.variant, -row.loss_minus_entmax
             )
     return table
-
-
-def _on(batch: Batch, device: torch.device) -> Batch:
-    return {name: tensor.to(device) for name, tensor in batch.items()}
