@@ -93,6 +93,8 @@ def _wrong_contents(content: Mapping[str, Any]) -> Iterator[str]:
     for key in _SWITCHES:
         if not isinstance(content.get(key, False), bool):
             yield f"{key} is {_shown(content[key])}; true or false is needed"
+    if content.get("return_dict", True) is not True:
+        yield f"return_dict is {_shown(content['return_dict'])}; outputs are read by name here: remove the line"
     for key, value in content.items():
         if isinstance(value, float) and not math.isfinite(value):
             yield f"{key} is {value}; a finite number is needed"

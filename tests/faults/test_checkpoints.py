@@ -205,6 +205,7 @@ CASES: dict[str, tuple[Damage, str]] = {
     "more layers": (config(num_hidden_layers=3), "of its weights are not in the checkpoint"),
     "heads that do not divide": (config(num_attention_heads=3), "num_attention_heads"),
     "a switch in words": (config(is_decoder="false"), "is_decoder is 'false'; true or false is needed"),
+    "outputs without names": (config(return_dict=False), "return_dict is False"),
     "dropout": (config(hidden_dropout_prob=1.5), "dropout"),
     "no number": (config(layer_norm_eps=float("nan")), "layer_norm_eps is nan; a finite number"),
     **{
