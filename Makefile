@@ -39,7 +39,7 @@ $(READY): requirements.lock pyproject.toml
 lock:
 	printf 'torch==2.13.0\n' > .torch-constraint
 	( head -n 2 requirements.lock; uv pip compile --universal --python-version 3.10 --group dev pyproject.toml \
-	    --constraint .torch-constraint --quiet --no-annotate --no-header | grep -vE '^(nvidia-|cuda-|triton)' ) > requirements.new
+	    --constraint .torch-constraint --quiet --no-annotate --no-header | grep -vE '^(nvidia-|cuda-)' ) > requirements.new
 	mv requirements.new requirements.lock
 	rm .torch-constraint
 
@@ -51,7 +51,7 @@ test-lowest:
 	    --no-annotate --no-header pyproject.toml --output-file $(LOWEST)/lowest.txt
 	uv pip compile --quiet --group dev --constraint $(LOWEST)/lowest.txt --python $(LOWEST)/bin/python \
 	    --no-annotate --no-header pyproject.toml --output-file $(LOWEST)/all.txt
-	grep -vE '^(nvidia-|cuda-|triton)' $(LOWEST)/all.txt > $(LOWEST)/requirements.txt
+	grep -vE '^(nvidia-|cuda-)' $(LOWEST)/all.txt > $(LOWEST)/requirements.txt
 	$(LOWEST)/bin/python -m pip install --quiet --requirement $(LOWEST)/requirements.txt
 	$(LOWEST)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	$(LOWEST)/bin/python $(PYTEST) $(ARGS)

@@ -193,7 +193,8 @@ def test_few_sweeps_are_enough() -> None:
     peaks, thresholds, sweeps = Walk(made, 1.5, 32, q.shape[-1]).thresholds(q, k)
     assert sweeps <= 7, "the maximum, at most five steps of Newton, and one that does not move"
     excess = (qk.scores()[0, 0] / 2 - peaks[:, None] / 2 - thresholds[:, None]).clamp_min(0)
-    torch.testing.assert_close((excess**2).sum(-1), torch.ones(100), rtol=0, atol=1e-6)
+    # scores up to four are rounded by some 2e-7 in another order here than there, and a sum of squares twice that for each term
+    torch.testing.assert_close((excess**2).sum(-1), torch.ones(100), rtol=0, atol=4e-6)
 
 
 COMPILE = """
