@@ -5,10 +5,11 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 LOWEST := .venv-lowest
+DOCS := .venv-docs
 # files of tests are shared among the cores
 PYTEST := -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: run test test-faults test-lowest test-transformers check setup lock bench bench-gpu clean
+.PHONY: run test test-faults test-lowest test-transformers check docs setup lock bench bench-gpu clean
 
 run: setup
 	$(BIN)/python scripts/run.py $(ARGS)
@@ -60,6 +61,13 @@ test-lowest:
 test-transformers: setup
 	$(BIN)/python benchmarks/transformers_tests.py $(ARGS)
 
+# the documentation site, in build/site; a link that leads nowhere is an error
+docs:
+	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet 'pip>=25.1'
+	$(DOCS)/bin/python -m pip install --quiet --group docs
+	$(DOCS)/bin/mkdocs build --strict
+
 # ratios measured side by side in one run, on a quiet machine; half an hour. The README quotes the file that this writes
 bench: setup
 	rm -f benchmarks/results.new
@@ -73,4 +81,4 @@ bench-gpu: setup
 	$(BIN)/python benchmarks/gpu.py
 
 clean:
-	rm -rf $(VENV) $(LOWEST) build runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) $(DOCS) build runs .pytest_cache .mypy_cache .ruff_cache

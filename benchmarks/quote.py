@@ -73,7 +73,8 @@ def section(results: str) -> str:
     lines = [
         f"{BEGIN}\n",
         f"`make bench` ({machine.group() if machine else ''}); `benchmarks/results.md` is what it",
-        "printed, `docs/performance.md` tells what was tried. Bucketed entmax attention, predictor inside, beside torch's dense",
+        "printed, [`docs/explanation/performance.md`](docs/explanation/performance.md) tells what was tried.",
+        "Bucketed entmax attention, predictor inside, beside torch's dense",
         "softmax attention (SDPA): how many times as fast, and the median time. 12 heads of 64, buckets of 64",
         "tokens, a window of 11, one global token; the bucketed ones in C++ but for the last row, which multiplies the",
         "filling of its blocks too. Growth: the exponent of the time",

@@ -77,7 +77,7 @@ class CommonTest(COMMON.ModelTesterMixin, GENERATION.GenerationTesterMixin, Test
 
     all_model_classes = classes()
     is_encoder_decoder = FAMILY.encoder_decoder
-    has_attentions = not LSG  # refused by LSG models, in one line: docs/lsg.md
+    has_attentions = not LSG  # refused by LSG models, in one line: docs/reference/lsg.md
     test_mismatched_shapes = True
 
     @classmethod

@@ -5,7 +5,7 @@
 
 The tests come with the source distribution of the installed transformers, which pip fetches into a folder that is thrown away;
 without an index they are skipped, and this says so. The models are those of `transformers_cases.py`. Exits non-zero where a
-test fails that passes for the plain model and has no row in the table of ``docs/lsg.md``.
+test fails that passes for the plain model and has no row in the table of ``docs/reference/lsg.md``.
 """
 
 import argparse
@@ -79,9 +79,11 @@ def failures(folder: Path, family: str, kind: str) -> tuple[str, set[str]]:
 
 
 def explained() -> Iterator[str]:
-    """Names of the tests in the table of `docs/lsg.md`, where each has its reason."""
+    """Names of the tests in the table of `docs/reference/lsg.md`, where each has its reason."""
     yield from re.findall(
-        r"^\| `(test_\w+)` \|", (HERE.parent / "docs" / "lsg.md").read_text(encoding="utf-8"), re.MULTILINE
+        r"^\| `(test_\w+)` \|",
+        (HERE.parent / "docs" / "reference" / "lsg.md").read_text(encoding="utf-8"),
+        re.MULTILINE,
     )
 
 
@@ -103,10 +105,16 @@ def main() -> int:
             print(f"{family}: {ended}", flush=True)
             plain = failures(folder, family, "plain")[1] if failed - set(explained()) else set()
             for name in sorted(failed):
-                known = "in docs/lsg.md" if name in explained() else "the plain model, too" if name in plain else "NEW"
+                known = (
+                    "in docs/reference/lsg.md"
+                    if name in explained()
+                    else "the plain model, too"
+                    if name in plain
+                    else "NEW"
+                )
                 print(f"    {name}: {known}")
                 new |= {f"{family}: {name}"} if known == "NEW" else set()
-    print(f"{len(new)} tests fail that pass for the plain models and are not explained in docs/lsg.md")
+    print(f"{len(new)} tests fail that pass for the plain models and are not explained in docs/reference/lsg.md")
     return 1 if new else 0
 
 

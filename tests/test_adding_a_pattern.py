@@ -1,4 +1,4 @@
-"""docs/adding_a_pattern.md, followed to the letter in a copy of the repository: its files are written, its commands run."""
+"""docs/how-to/adding_a_pattern.md, followed to the letter in a copy of the repository: files are written, commands run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-PAGE = (ROOT / "docs" / "adding_a_pattern.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "how-to" / "adding_a_pattern.md").read_text(encoding="utf-8")
 # language, text, and what stands before it on the page; a fence of four marks holds blocks of three
 FENCE = re.compile(r"^(`{3,4})(\w+)\n(.*?)^\1$", re.DOTALL | re.MULTILINE)
 BLOCKS = [(found[2], found[3], PAGE[: found.start()]) for found in FENCE.finditer(PAGE)]

@@ -24,7 +24,7 @@ from sparsefinder.store import ARTEFACTS
 from tests.conftest import GRAPH, ROOT
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-ELSEWHERE = {"docs/adding_a_pattern.md": "tests/test_adding_a_pattern.py"}  # a test of its own
+ELSEWHERE = {"docs/how-to/adding_a_pattern.md": "tests/test_adding_a_pattern.py"}  # a test of its own
 
 NOT_RUN = {
     ("README.md", "sets up an environment, then minutes of work; `make -n` is what tests can do"),
@@ -33,12 +33,16 @@ NOT_RUN = {
         "CONTRIBUTING.md",
         "sets up environments and runs the suite that this test is part of; `make -n` is what it can do",
     ),
-    ("docs/cluster.md", "needs a Slurm cluster; tests/test_sweeps.py runs the same with a stand-in for sbatch"),
-    ("docs/lsg.md", "needs the Hugging Face hub"),
-    ("docs/tasks.md", "needs the Hugging Face hub"),
-    ("docs/tutorial.md", "sets up an environment; `make -n` is what tests can do"),
-    ("docs/tutorial.md", "installs; tests/test_package.py builds the wheel and runs its commands"),
-    ("docs/tutorial.md", "the tiny experiment takes minutes; the same stages run in every other command of this page"),
+    ("docs/how-to/releasing.md", "hours of work, and needs uv; `make -n` is what tests can do"),
+    ("docs/how-to/cluster.md", "needs a Slurm cluster; tests/test_sweeps.py runs the same with a stand-in for sbatch"),
+    ("docs/reference/lsg.md", "needs the Hugging Face hub"),
+    ("docs/how-to/tasks.md", "needs the Hugging Face hub"),
+    ("docs/tutorial/first_hour.md", "sets up an environment; `make -n` is what tests can do"),
+    ("docs/tutorial/first_hour.md", "installs; tests/test_package.py builds the wheel and runs its commands"),
+    (
+        "docs/tutorial/first_hour.md",
+        "the tiny experiment takes minutes; the same stages run in every other command of this page",
+    ),
 }
 
 # appended to a command unless it says something else: seconds instead of minutes
@@ -202,9 +206,9 @@ def test_every_target_of_make_exists() -> None:
 
 
 def test_every_artefact_is_described() -> None:
-    page = (ROOT / "docs" / "files.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "reference" / "files.md").read_text(encoding="utf-8")
     for artefact in ARTEFACTS.values():
-        assert f"`{artefact.path}" in page, f"docs/files.md says nothing about {artefact.path}"
+        assert f"`{artefact.path}" in page, f"docs/reference/files.md says nothing about {artefact.path}"
 
 
 def test_commands_are_marked_as_such() -> None:

@@ -1,4 +1,4 @@
-"""docs/published_options.md: every counterpart that it names exists."""
+"""docs/reference/published_options.md: every counterpart that it names exists."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from sparsefinder.pipeline import STAGES
 from tests.conftest import ROOT
 
-PAGE = ROOT / "docs" / "published_options.md"
+PAGE = ROOT / "docs" / "reference" / "published_options.md"
 GROUPS = sorted(folder.name for folder in (ROOT / "conf").iterdir() if folder.is_dir())
 
 

@@ -106,7 +106,7 @@ class TestLaunchers:
         assert {path.stem for path in LAUNCHERS} == set(PLUGINS)
         for path in LAUNCHERS:
             assert OmegaConf.load(path)._target_.startswith("hydra_plugins.")
-            assert "docs/cluster.md" in path.read_text().splitlines()[0]
+            assert "docs/how-to/cluster.md" in path.read_text().splitlines()[0]
 
     @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
     def test_points_run_elsewhere_and_a_bad_one_is_named(self, launcher: str, tmp_path: Path) -> None:

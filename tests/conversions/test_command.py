@@ -146,7 +146,7 @@ def test_a_head_that_the_checkpoint_has_not_is_named_and_the_same_every_time(
 
 
 def test_a_loaded_led_is_guarded_on_both_sides(checkpoint: str, tmp_path: Path) -> None:
-    """As `docs/conversions.md` says: `generate` never shows its input to the model below the head."""
+    """As `docs/reference/conversions.md` says: `generate` never shows its input to the model below the head."""
     settings = {"attention_window": 8, "decoder_output_max_length": 16}
     convert_checkpoint(checkpoint, tmp_path / "led", 30, target="led", settings=settings)
     model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "led")
@@ -159,7 +159,7 @@ def test_a_loaded_led_is_guarded_on_both_sides(checkpoint: str, tmp_path: Path) 
         model.generate(long, max_new_tokens=2)
     with pytest.raises(UserError, match="input of 17 tokens, and the model's longest is 16"):
         model(input_ids=long[:, :30], decoder_input_ids=long[:, :17])
-    advice = (Path(__file__).parents[2] / "docs" / "conversions.md").read_text(encoding="utf-8")
+    advice = (Path(__file__).parents[2] / "docs" / "reference" / "conversions.md").read_text(encoding="utf-8")
     assert "guard_length(model.base_model.encoder, length)" in advice
 
 

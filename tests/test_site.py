@@ -1,0 +1,63 @@
+"""The documentation: every page is in the navigation of `mkdocs.yml`, every module has a page, and every link leads somewhere."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT
+
+DOCS = ROOT / "docs"
+SITE = runpy.run_path(str(DOCS / "site.py"))
+NAV = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *(ROOT / ".github").rglob("*.md")])
+
+
+def targets(nav: list[dict[str, Any]]) -> Iterator[str]:
+    for entry in nav:
+        for target in entry.values():
+            if isinstance(target, str):
+                yield target
+            else:
+                yield from targets(target)
+
+
+def test_every_page_is_in_the_navigation_once() -> None:
+    shown = sorted(target for target in targets(SITE["expanded"](NAV)) if not target.startswith(SITE["API"]))
+    assert shown == sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
+    assert "patterns/kmeans.md" in shown
+
+
+def test_every_module_has_a_page() -> None:
+    shown = [target for target in targets(SITE["expanded"](NAV)) if target.startswith(SITE["API"])]
+    names = [target.removeprefix(SITE["API"]).removesuffix(".md") for target in shown]
+    assert names == SITE["modules"]()
+    for name in names:
+        path = ROOT.joinpath(*name.split("."))
+        assert path.with_suffix(".py").is_file() or (path / "__init__.py").is_file(), name
+    assert len(names) == len([*(ROOT / "sparsefinder").rglob("*.py")])
+
+
+def anchors(path: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub and mkdocs make them."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_every_link_leads_somewhere(path: Path) -> None:
+    text = re.sub(r"^(`{3,})\w*\n.*?^\1$", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`]*\]\([^`]*`", "", text)):
+        if re.match(r"https?://", link):
+            continue
+        name, _, anchor = link.partition("#")
+        page = (path.parent / name).resolve() if name else path
+        assert page.exists(), f"{path.name}: {link}"
+        assert DOCS not in path.parents or DOCS in page.parents, f"{path.name}: {link} is no part of the site"
+        assert not anchor or anchor in anchors(page), f"{path.name}: {link}"
