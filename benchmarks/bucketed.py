@@ -27,14 +27,14 @@ from torch import Tensor
 
 from sparsefinder.attention import Bucketed
 from sparsefinder.graphs import QK, Pattern
-from sparsefinder.kmeans_centroids import Centroids
-from sparsefinder.patterns.buckets import Quantize
+from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.patterns.combine import Projected, Union
 from sparsefinder.patterns.kmeans import KMeans
+from sparsefinder.patterns.quantize import Quantize
 from sparsefinder.patterns.routed import Routed
 from sparsefinder.patterns.window import GlobalTokens, Window
-from sparsefinder.projections import LayerProjections, Linear, Projections
-from sparsefinder.transforms import Normalizer
+from sparsefinder.predictors.centroids import Centroids
+from sparsefinder.predictors.projections import LayerProjections, Linear, Projections
 
 HEADS, SIZE, BUCKET, WINDOW, RANK = 12, 64, 64, 11, 32
 BASELINE = "SDPA softmax"

@@ -3,11 +3,11 @@
     python benchmarks/entmax_steps.py
 
 A pass computes all sums that one step needs. ``Newton`` is on ``Σ (x − τ)₊^p − 1``, ``p-norm`` on ``‖(x − τ)₊‖_p − 1`` (what
-`sparsefinder.entmax_kernels` does), ``Halley`` on the former with bisection where it leaves its bracket, as in AdaSplash; all
-from the row's maximum, τ = −1. A histogram of ``b`` bins (AdaSplash-2) puts every score into a bin of [−1, 0] and starts from the
-largest bin edge that is sure to lie left of the threshold; that is one pass more, with a scatter instead of a sum, which is not
-counted. A row is done when its next Newton step is below 2.4e-7, twice float32's rounding. Each entry is the mean over 256
-rows, and the slowest row.
+`sparsefinder.numerics.entmax_newton` does), ``Halley`` on the former with bisection where it leaves its bracket, as in
+AdaSplash; all from the row's maximum, τ = −1. A histogram of ``b`` bins (AdaSplash-2) puts every score into a bin of [−1, 0]
+and starts from the largest bin edge that is sure to lie left of the threshold; that is one pass more, with a scatter instead
+of a sum, which is not counted. A row is done when its next Newton step is below 2.4e-7, twice float32's rounding. Each entry
+is the mean over 256 rows, and the slowest row.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ from bucketed import HEADS, SIZE, patterns
 from measuring import Measured, measure
 from torch import Tensor
 
+from sparsefinder.executors.triton.executor import BlockSparse
 from sparsefinder.graphs import QK, HasLayout, Layout
-from sparsefinder.kernels.attention import BlockSparse
 
 BASELINE = "SDPA softmax"
 

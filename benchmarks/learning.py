@@ -22,10 +22,11 @@ from measuring import machine, measure
 from sklearn.cluster import KMeans
 from torch import Tensor
 
-from sparsefinder.kmeans_centroids import ClusterSettings, fit_centroids
-from sparsefinder.projections import Identity, LayerProjections, Linear, Projections
+from sparsefinder.kmeans_centroids import ClusterSettings
+from sparsefinder.predictors.kmeans import fit_centroids
+from sparsefinder.predictors.projections import Identity, LayerProjections, Linear, Projections
 from sparsefinder.quantization import ProjectSettings, recall_of_nearest, train_projections
-from sparsefinder.samples import Samples
+from sparsefinder.storage.samples import Samples
 
 ROUNDS = 4  # R, of the projected space
 

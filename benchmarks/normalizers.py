@@ -17,7 +17,7 @@ import torch
 from measuring import machine, measure
 from torch import Tensor
 
-from sparsefinder.transforms import Normalizer, entmax, entmax15, softmax, sparsemax
+from sparsefinder.numerics.normalizers import Normalizer, entmax, entmax15, softmax, sparsemax
 
 HEADS, SIZE, ROWS = 12, 64, 12 * 512
 Function = Callable[[Tensor], Tensor]

@@ -27,21 +27,22 @@ from sparsefinder.attention import Masked
 from sparsefinder.corpora import TokenBlocks
 from sparsefinder.corpora.masking import Batch
 from sparsefinder.evaluate import quality_and_cost
+from sparsefinder.experiment.configuration import Configuration, Learned
 from sparsefinder.extract import ExtractSettings, record
-from sparsefinder.kmeans_centroids import ClusterSettings, fit_centroids
-from sparsefinder.lowrank import fit_lowrank
+from sparsefinder.kmeans_centroids import ClusterSettings
 from sparsefinder.models import plugged
-from sparsefinder.patterns.buckets import Quantize
-from sparsefinder.patterns.configuration import Configuration, Learned
+from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.patterns.distance import Distance
 from sparsefinder.patterns.full import Full
 from sparsefinder.patterns.kmeans import KMeans
 from sparsefinder.patterns.lowrank import LowRank
+from sparsefinder.patterns.quantize import Quantize
 from sparsefinder.patterns.routed import Routed
 from sparsefinder.patterns.window import Window
-from sparsefinder.projections import LayerProjections, Linear, Projections
+from sparsefinder.predictors.closed_form import fit_lowrank
+from sparsefinder.predictors.kmeans import fit_centroids
+from sparsefinder.predictors.projections import LayerProjections, Linear, Projections
 from sparsefinder.score import ScoreSettings, score
-from sparsefinder.transforms import Normalizer
 
 LAYERS, HEADS, TOKENS, SIZE = 12, 12, 512, 64
 

@@ -8,8 +8,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from sparsefinder.commands import Parser, until_stopped
-from sparsefinder.store import UserError
+from sparsefinder.commandline.commands import Parser, until_stopped
+from sparsefinder.errors import UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,10 +34,10 @@ def outcome(runs: list[str], table: str, out: Path) -> int:
 
 def join(runs: list[str], table: str, out: Path) -> None:
     """Write ``out``.csv and ``out``.parquet, whole or not at all."""
-    from sparsefinder import points, tables  # here, so that --help does not wait for pandas
+    from sparsefinder.storage import sweep_points, tables
 
     found = tables.collect_runs(runs, table)
-    for point in dict.fromkeys(point for run in runs for point in points.not_done(Path(run))):
+    for point in dict.fromkeys(point for run in runs for point in sweep_points.not_done(Path(run))):
         print(f"not done, what is there of it is from an earlier time: {point}", file=sys.stderr)
     try:
         with tempfile.TemporaryDirectory(dir=out.parent) as folder:

@@ -18,9 +18,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sparsefinder.commands import Parser, until_stopped
-from sparsefinder.names import one_of
-from sparsefinder.store import UserError
+from sparsefinder.commandline.commands import Parser, until_stopped
+from sparsefinder.errors import UserError, one_of
 
 LSG_ONLY = {
     "random_global_init": False,
@@ -118,7 +117,7 @@ def _report(arguments: argparse.Namespace) -> None:
     checks = read(arguments.model_name).checks
     print(f"{arguments.model_name}: converted to {arguments.target}, {len(checks)} checks passed (conversion.json)")
     if arguments.run_test:
-        from sparsefinder.lsg.trial import try_heads
+        from sparsefinder.lsg.smoke_test import try_heads
 
         for line in try_heads(arguments.model_name):
             print(line)

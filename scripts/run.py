@@ -24,14 +24,14 @@ from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sparsefinder import points
-from sparsefinder.commands import program, until_stopped
-from sparsefinder.construction import class_named, construct
-from sparsefinder.messages import one_line
-from sparsefinder.names import meant, one_of
-from sparsefinder.overrides import HELP, Known, Typed, understood
-from sparsefinder.points import Point
-from sparsefinder.store import Store, UserError
+from sparsefinder.commandline.commands import program, until_stopped
+from sparsefinder.commandline.messages import one_line
+from sparsefinder.commandline.overrides import HELP, Known, Typed, understood
+from sparsefinder.errors import UserError, meant, one_of
+from sparsefinder.experiment.instantiate import class_named, construct
+from sparsefinder.storage import sweep_points
+from sparsefinder.storage.store import Store
+from sparsefinder.storage.sweep_points import Point
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 HYDRA: dict[str, Any] = {"version_base": "1.3", "config_path": str(CONF), "config_name": "config"}
@@ -117,40 +117,40 @@ def run_sweep(todo: Sequence[Point]) -> list[str]:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors of a launcher come here, and not to the screen in pages
     broken: list[str] = []
     while True:
-        settled = points.settled(todo)
+        settled = sweep_points.settled(todo)
         try:
             hydra.main(**HYDRA)(job_of(todo[0].swept))()
         except BrokenProcessPool:
             # joblib takes all its processes down with one that is killed: the points that they had not begun are run now
-            points.bury(todo)
-            if points.settled(todo) > settled:
+            sweep_points.bury(todo)
+            if sweep_points.settled(todo) > settled:
                 log.warning("a process was killed; going on with the points that were not running")
                 continue
         except Exception as error:  # what a launcher raises is its own matter; what became of each point is on disk
             broken = [f"{one_line(error)[:200]}…" if len(one_line(error)) > 200 else one_line(error)]
-        return [*broken, *points.report(todo)]
+        return [*broken, *sweep_points.report(todo)]
 
 
 def job_of(swept: Sequence[str]) -> Callable[[DictConfig], None]:
     """What a launcher runs for each point, in whatever process: it never raises, the point's record says how it ended."""
 
     def job(cfg: DictConfig) -> None:
-        point = points.point_of(path_of(cfg, "run_dir"), HydraConfig.get().overrides.task, swept)
+        point = sweep_points.point_of(path_of(cfg, "run_dir"), HydraConfig.get().overrides.task, swept)
         if point.fate.settled:  # in this sweep, before another point's process was killed
             return
         trace = ""
         try:
-            point.note(points.STARTED)
+            point.note(sweep_points.STARTED)
             log.info("%s → %s", point.name, point.folder)
             run(cfg, point)
-            point.note(points.DONE)
+            point.note(sweep_points.DONE)
             return
         except EXPECTED as error:
             message = one_line(error)
         except Exception as error:  # the others go on
             message, trace = f"{type(error).__name__}: {one_line(error)}", traceback.format_exc()
         log.error("%s failed: %s", point.name, message)
-        point.note(points.FAILED, message, trace)
+        point.note(sweep_points.FAILED, message, trace)
 
     return job
 
@@ -165,9 +165,10 @@ def run(cfg: DictConfig, point: Point | None = None) -> None:
 
 def run_stages(cfg: DictConfig, point: Point | None) -> None:
     """As `run`; what is wrong is said in the words of the settings' classes."""
-    from sparsefinder import pipeline, processes, report  # here, so that --help does not wait for torch
+    from sparsefinder import pipeline, report
+    from sparsefinder.storage import distributed
 
-    processes.start()
+    distributed.start()
     refuse_unknown_keys(cfg)
     stages = pipeline.chosen_stages(stage_names(cfg))
     names = [stage.name for stage in stages]
@@ -181,7 +182,7 @@ def run_stages(cfg: DictConfig, point: Point | None) -> None:
             raise UserError(f"{name}={cfg[name]}: a stage needs its settings; {name}.FIELD=VALUE sets one")
     settings = {name: build(cfg[name], **objects(cfg, name)) for name in configured}
     pipeline.run_stages(stages, settings, store, cfg.seed)
-    if processes.first() and summed_up:
+    if distributed.first() and summed_up:
         asked = None if "report" in names else {name: settings[name] for name in names if pipeline.STAGES[name].grows}
         print(report.summary(store, settings["report"], asked), flush=True)
 
@@ -274,7 +275,7 @@ def dialled(cfg: DictConfig) -> Iterable[Any]:
 
 def pattern_of(settings: DictConfig) -> tuple[Any, Any]:
     """The pattern that settings describe, and the values of its dial where they are a list with one for each head, or None."""
-    from sparsefinder.patterns.configuration import Dials
+    from sparsefinder.experiment.configuration import Dials
 
     dial = getattr(class_named(settings.get("_target_"), "pattern"), "dial", None)
     if dial is None or not OmegaConf.is_list(settings.get(dial)):
@@ -285,7 +286,7 @@ def pattern_of(settings: DictConfig) -> tuple[Any, Any]:
 
 def united(name: str, pattern: Any, around: list[dict[str, Any]], dials: Any = None) -> Iterable[Any]:
     """A pattern with its surroundings: a learned one with each of them, any other with the first."""
-    from sparsefinder.patterns.configuration import Configuration
+    from sparsefinder.experiment.configuration import Configuration
 
     if not hasattr(pattern, "needs"):  # a file of another group, by a path such as ../model/tiny
         raise UserError(f"pattern={name} is no pattern but {type(pattern).__name__}; name one file of conf/pattern")
@@ -316,7 +317,7 @@ def patterns(cfg: DictConfig) -> Iterable[tuple[str, DictConfig, list[Any], list
 
 def attentions(cfg: DictConfig) -> Iterable[Any]:
     """The chosen attention, or every one with ``attention=all``."""
-    from sparsefinder.variants import AttentionChoice
+    from sparsefinder.evaluation.variants import AttentionChoice
 
     nodes = files(cfg, "attention") if cfg.attention.get("every") else [(chosen("attention"), cfg.attention)]
     for name, node in nodes:
@@ -326,7 +327,7 @@ def attentions(cfg: DictConfig) -> Iterable[Any]:
 
 def conversions(cfg: DictConfig) -> Iterable[Any]:
     """The chosen conversion, none of them, or every one with ``conversion=all``."""
-    from sparsefinder.variants import Conversion
+    from sparsefinder.evaluation.variants import Conversion
 
     if cfg.conversion.get("none"):
         return
@@ -416,7 +417,7 @@ def check(typed: Typed) -> list[Point]:
                 cfg = hydra.compose("config", overrides=list(chosen))  # a list of values is Hydra's to refuse
                 refuse_unknown_keys(cfg)
                 if typed.sweeps:
-                    todo.append(points.point_of(path_of(cfg, "run_dir"), chosen, swept))
+                    todo.append(sweep_points.point_of(path_of(cfg, "run_dir"), chosen, swept))
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # Hydra raises the last for corpus=null
         message = one_line(error)
         if unknown := re.match(r"there is no setting ([^;]*);", message):

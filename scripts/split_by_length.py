@@ -9,8 +9,8 @@ number of tokens, and each a file for qk=PATH.
 import sys
 from pathlib import Path
 
-from sparsefinder.commands import Parser, until_stopped
-from sparsefinder.files import UserError
+from sparsefinder.commandline.commands import Parser, until_stopped
+from sparsefinder.errors import UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def outcome(data: Path, out: Path, lengths: list[int]) -> int:
     """Write the files, and name them. Returns the exit status."""
-    from sparsefinder.splitting import split_file  # here, so that --help does not wait for torch
+    from sparsefinder.storage.splitting import split_file
 
     try:
         for path, count in split_file(data, out, lengths).items():

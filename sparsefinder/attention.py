@@ -18,13 +18,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-import sparsefinder.native.attention as native
+import sparsefinder.executors.native.attention as native
+from sparsefinder.errors import UserError, one_of
+from sparsefinder.executors.blocks.decompose import Pieces, cut
+from sparsefinder.executors.blocks.head_chunks import Shares, shares_of
 from sparsefinder.graphs import QK, HasLayout, Layout, Pattern
-from sparsefinder.names import one_of
-from sparsefinder.pieces import Pieces, cut
-from sparsefinder.shares import Shares, shares_of
-from sparsefinder.store import UserError
-from sparsefinder.transforms import Normalizer
+from sparsefinder.numerics.normalizers import Normalizer
+from sparsefinder.numerics.padding import at_least_float32, without_padding
 
 EXECUTORS = ("auto", "native", "blocks")
 _ENTMAX15 = Normalizer(1.5)  # the normalizer of the gold graphs
@@ -65,9 +65,11 @@ class Bucketed:
     a window, global tokens and unions of these. Work and memory are linear in N where buckets keep their size; a bucket with
     all tokens costs what dense attention costs. Two executors multiply it:
 
-    - ``native``, C++ on a CPU (`sparsefinder.native.attention`): a query at a time, the pairs of the graph and no others;
-    - ``blocks``, torch's products on any device (`sparsefinder.pieces`): buckets are filled up to a few sizes, so that those of
-      like size are one product (never up to the fullest one), and ``computed_pairs`` counts the filling.
+    - ``native``, C++ on a CPU (`sparsefinder.executors.native.attention`): a query at a time, the pairs of the graph and no
+      others;
+    - ``blocks``, torch's products on any device (`sparsefinder.executors.blocks.decompose`): buckets are filled up to a few
+      sizes, so that those of like size are one product (never up to the fullest one), and ``computed_pairs`` counts the
+      filling.
 
     ``auto`` is ``native`` wherever it works, which on a CPU needs a C++ compiler the first time.
     """
@@ -143,13 +145,3 @@ class Bucketed:
         if layout.buckets is not None and layout.buckets.q_ids.numel():
             times = max((layout.buckets.q_ids >= 0).sum(-1).double().mean().item(), 1.0)
         return layout, shares_of(qk, max(int(self.queries_at_once / times), 1))
-
-
-def without_padding(x: Tensor, valid: Tensor) -> Tensor:
-    """``x (B, H, N, D)`` with zeros on padding: a NaN there would survive a product with probability 0."""
-    return x if bool(valid.all()) else x.masked_fill(~valid[:, None, :, None], 0.0)
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """The dtype that scores are computed in: half precision becomes float32, float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()

@@ -4,7 +4,7 @@ The closed form (`sparsefinder.lowrank`) of the same rank makes the mean squared
 far below the threshold, where errors do no harm. Training starts from there and lowers, with ``s_ij = q'_i·k'_j / √R``,
 
 - ``bce``: binary cross-entropy with the logit ``β ((α − 1) s_ij − τ_i)``, where ``τ_i`` is the threshold of the entmax of row
-  ``i`` of the *estimates*: the number that the rule ``margin`` of `sparsefinder.selection` compares with. Gradients flow
+  ``i`` of the *estimates*: the number that the rule ``margin`` of `sparsefinder.numerics.selection` compares with. Gradients flow
   through ``τ_i``, so the scores learn relative to it; a shift of a row changes nothing, as for entmax itself. The mean over
   the positives ``p_ij > 0`` of a head and that over its zeros weigh the same, though zeros are many more.
 - ``pair``: the hinge ``relu(m − s_ij + s_il)``, ``j`` positive and ``l`` a zero drawn from the same row: what Sparsefinder
@@ -26,16 +26,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparsefinder.errors import UserError, one_of
 from sparsefinder.graphs import QK
-from sparsefinder.kmeans_centroids import KeyClusterSettings, fit_centroids
-from sparsefinder.lowrank import fit_lowrank, normal_form
 from sparsefinder.metrics import Counts, Gold, count
-from sparsefinder.names import one_of
-from sparsefinder.pairs import GoldPairs, mean_of_heads
+from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.patterns.lowrank import LowRank
-from sparsefinder.projections import Projections
-from sparsefinder.samples import Samples, training_samples, validation_samples
-from sparsefinder.stacks import (
+from sparsefinder.predictors.all_layers import (
     Trained,
     check_one_model,
     clip_each_layer,
@@ -45,8 +41,12 @@ from sparsefinder.stacks import (
     stacked_linear,
     stacked_sample,
 )
-from sparsefinder.store import Store, UserError, progress
-from sparsefinder.transforms import Normalizer
+from sparsefinder.predictors.closed_form import fit_lowrank, normal_form
+from sparsefinder.predictors.gold_pairs import GoldPairs, mean_of_heads
+from sparsefinder.predictors.kmeans import KeyClusterSettings, fit_centroids
+from sparsefinder.predictors.projections import Projections
+from sparsefinder.storage.samples import Samples, training_samples, validation_samples
+from sparsefinder.storage.store import Store, progress
 
 log = logging.getLogger(__name__)
 

@@ -26,13 +26,14 @@ from typing import Any
 import pandas as pd
 import torch
 
-from sparsefinder import tables
+from sparsefinder.errors import UserError
+from sparsefinder.experiment.configuration import Configuration, Dials, Learned, buildable, needed
 from sparsefinder.graphs import Pattern
 from sparsefinder.metrics import Counts, Gold, count
-from sparsefinder.patterns.configuration import Configuration, Dials, Learned, buildable, needed
-from sparsefinder.samples import Samples, training_samples, validation_samples
-from sparsefinder.store import Store, UserError, progress
-from sparsefinder.transforms import Normalizer
+from sparsefinder.numerics.normalizers import Normalizer
+from sparsefinder.storage import tables
+from sparsefinder.storage.samples import Samples, training_samples, validation_samples
+from sparsefinder.storage.store import Store, progress
 
 log = logging.getLogger(__name__)
 

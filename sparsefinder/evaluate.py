@@ -20,23 +20,27 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from sparsefinder import models, processes, tables, tasks
-from sparsefinder.adapt import AdaptSettings, adapt, attending
+from sparsefinder import models
+from sparsefinder.analysis.bootstrap import ratio_difference
 from sparsefinder.attention import Masked
 from sparsefinder.calibrate import calibrated
 from sparsefinder.corpora import Corpus, block_length, masked_batches, token_blocks
-from sparsefinder.extract import draw
-from sparsefinder.findings import SLOW
+from sparsefinder.corpora.blocks import draw
+from sparsefinder.errors import UserError
+from sparsefinder.evaluation import tasks
+from sparsefinder.evaluation.adapt import AdaptSettings, adapt, attending
+from sparsefinder.evaluation.cost import Stopwatch, now, peak_memory
+from sparsefinder.evaluation.observer import Observer, measure_graphs, on
+from sparsefinder.evaluation.variants import AttentionChoice, Conversion, Variant, check_some, crossed
+from sparsefinder.experiment.configuration import Configuration, Learned, buildable, fitted, needed
 from sparsefinder.graphs import Attention
-from sparsefinder.growing import Item, Table
-from sparsefinder.intervals import ratio_difference
-from sparsefinder.observing import Observer, measure_graphs, on
-from sparsefinder.patterns.configuration import Configuration, Learned, buildable, fitted, needed
+from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.patterns.full import Full
-from sparsefinder.resources import Stopwatch, now, peak_memory
-from sparsefinder.store import Store, UserError, plain, progress
-from sparsefinder.transforms import Normalizer
-from sparsefinder.variants import AttentionChoice, Conversion, Variant, check_some, crossed
+from sparsefinder.reporting.text_tables import SLOW
+from sparsefinder.storage import distributed, tables
+from sparsefinder.storage.growing_table import Item, Table
+from sparsefinder.storage.manifests import plain
+from sparsefinder.storage.store import Store, progress
 
 log = logging.getLogger(__name__)
 
@@ -176,7 +180,7 @@ def run(settings: EvaluateSettings, store: Store) -> None:
     outcomes += converted
     _name_apart(outcomes, table.rows)
     results = compared(outcomes, asked.judge)
-    if not processes.first():
+    if not distributed.first():
         return
     blocks = pd.concat([each.blocks.assign(variant=each.row["variant"]) for each in outcomes], ignore_index=True)
     layers = tables.tidy([row for outcome in outcomes for row in outcome.layers])
@@ -217,7 +221,9 @@ def _asked(settings: EvaluateSettings, store: Store, model: Any, tokenizer: Any,
 
     def batches(split: str, wanted: int, batch_size: int) -> list[Batch]:
         cache = store.scratch("corpus")
-        blocks = processes.first_then_all(lambda: token_blocks(settings.corpus, tokenizer, split, length, cache=cache))
+        blocks = distributed.first_then_all(
+            lambda: token_blocks(settings.corpus, tokenizer, split, length, cache=cache)
+        )
         chosen = draw(len(blocks), min(wanted, len(blocks)), settings.seed, f"the {split} split of the corpus")
         return masked_batches(
             [blocks[index] for index in chosen], tokenizer, settings.mask_probability, settings.seed, batch_size
@@ -316,7 +322,7 @@ def quality_and_cost(
         seconds = now(device) - start
         return *judge.judge(output, batch), seconds
 
-    mine = list(processes.share(batches))
+    mine = list(distributed.share(batches))
     with attending(model, attention):
         warm = [read(batch) for batch in mine[:1]]
         if watch is not None:
@@ -326,7 +332,7 @@ def quality_and_cost(
     counted = [*(warm if len(mine) > 1 else []), *timed]
     parts, answers = [sums for sums, _, _ in counted], [each for _, answered, _ in counted for each in answered]
     times = [seconds for *_, seconds in timed]
-    everywhere = processes.parts(lambda: (parts, answers, times, 0.0 if watch is None else watch.seconds, peak.bytes))
+    everywhere = distributed.parts(lambda: (parts, answers, times, 0.0 if watch is None else watch.seconds, peak.bytes))
     times = [each for _, _, part, _, _ in everywhere for each in part]
     peaks = [bytes_ for *_, bytes_ in everywhere if bytes_ is not None]
     of_blocks = torch.cat([batch for part, *_ in everywhere for batch in part])

@@ -18,14 +18,17 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from sparsefinder import models, processes
+from sparsefinder import models
 from sparsefinder.attention import Masked
 from sparsefinder.corpora import Corpus, TokenBlocks, block_length, token_blocks
+from sparsefinder.corpora.blocks import draw
+from sparsefinder.errors import UserError, one_of
 from sparsefinder.graphs import Attention
-from sparsefinder.names import one_of
 from sparsefinder.patterns.full import Full
-from sparsefinder.samples import ShardWriter, join
-from sparsefinder.store import Store, UserError, make_folder, progress, remove
+from sparsefinder.storage import distributed
+from sparsefinder.storage.files import make_folder, remove
+from sparsefinder.storage.samples import ShardWriter, join
+from sparsefinder.storage.store import Store, progress
 
 log = logging.getLogger(__name__)
 
@@ -87,14 +90,14 @@ def _extract(
     name: str, split: str, wanted: int, length: int, model: Any, tokenizer: Any, settings: ExtractSettings, store: Store
 ) -> None:
     cache, shards = store.scratch("corpus"), store.scratch(f"{name}_shards")
-    blocks = processes.first_then_all(lambda: token_blocks(settings.corpus, tokenizer, split, length, cache=cache))
+    blocks = distributed.first_then_all(lambda: token_blocks(settings.corpus, tokenizer, split, length, cache=cache))
     chosen = draw(len(blocks), wanted, settings.seed, f"the {split} split of the corpus")
     lengths = blocks.lengths[chosen].tolist()
     size = estimated_size(model, lengths, settings)
     log.info("%s: %d samples, %d tokens: %.1f MiB", name, wanted, sum(lengths), size)
-    processes.once(lambda: _emptied(shards))
-    processes.parts(lambda: record(model, blocks, chosen, tokenizer.pad_token_id, settings, shards))
-    if processes.first():
+    distributed.once(lambda: _emptied(shards))
+    distributed.parts(lambda: record(model, blocks, chosen, tokenizer.pad_token_id, settings, shards))
+    if distributed.first():
         _keep(store, name, shards, size <= settings.file_size)
         store.note(name, samples=wanted, tokens=sum(lengths), split=split)
 
@@ -113,14 +116,6 @@ def _keep(store: Store, name: str, shards: Path, as_file: bool) -> None:
     remove(shards)
 
 
-def draw(available: int, wanted: int, seed: int, what: str) -> list[int]:
-    """``wanted`` of ``available`` places, drawn by the seed and sorted; a larger draw contains a smaller one."""
-    if wanted > available:
-        raise UserError(f"nsamples={wanted}, but {what} has only {available} blocks: ask for fewer, or give more text")
-    order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
-    return sorted(order[:wanted].tolist())
-
-
 def record(
     model: Any, blocks: TokenBlocks, chosen: Sequence[int], pad_token_id: int, settings: ExtractSettings, folder: Path
 ) -> None:
@@ -130,9 +125,9 @@ def record(
     """
     recorder = Recorder(Masked(Full(), models.get_normalizer(model)))
     batches = [chosen[start : start + settings.batch_size] for start in range(0, len(chosen), settings.batch_size)]
-    writer = ShardWriter(folder, f"{processes.rank():04d}-", int(settings.shard_size * (1 << 20)))
+    writer = ShardWriter(folder, f"{distributed.rank():04d}-", int(settings.shard_size * (1 << 20)))
     with models.plugged(model, recorder), torch.inference_mode():
-        for batch in progress(processes.share(batches), "extract"):
+        for batch in progress(distributed.share(batches), "extract"):
             ids, valid = blocks.batch(batch, pad_token_id)
             recorder.layers.clear()
             model.base_model(input_ids=ids.to(model.device), attention_mask=valid.to(model.device))

@@ -20,20 +20,22 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from sparsefinder import models, processes
+from sparsefinder import models
 from sparsefinder.corpora import Corpus, block_length, masked_batches, token_blocks, train_tokenizer
-from sparsefinder.manifests import PRETRAINED
-from sparsefinder.masked_lm import gold_sparsity, unigram_entropy, validation_loss
-from sparsefinder.names import one_of
-from sparsefinder.starts import from_statistics
-from sparsefinder.store import ARTEFACTS, Store, UserError, content_hash, plain, remove
-from sparsefinder.trackers import check_trackers
-from sparsefinder.training import train
-from sparsefinder.transforms import Normalizer
+from sparsefinder.errors import UserError, one_of
+from sparsefinder.models.masked_lm import gold_sparsity, unigram_entropy, validation_loss
+from sparsefinder.models.statistical_init import from_statistics
+from sparsefinder.models.trackers import check_trackers
+from sparsefinder.models.trainer import TrainingSettings, train
+from sparsefinder.numerics.normalizers import Normalizer
+from sparsefinder.storage import distributed
+from sparsefinder.storage.files import remove
+from sparsefinder.storage.manifests import PRETRAINED, content_hash, plain
+from sparsefinder.storage.store import ARTEFACTS, Store
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +72,8 @@ class NewModel:
     intermediate_size: int = 512
     dropout: float = 0.0  # of hidden states and attention; a small model on much text needs none
     initializer_range: float = 0.02
-    start: str = "random"  # or statistics: frequencies and word vectors are counted first, see `sparsefinder.starts`
+    # or statistics: frequencies and word vectors are counted first, see `sparsefinder.models.statistical_init`
+    start: str = "random"
 
     def __post_init__(self) -> None:
         if self.family not in models.FAMILIES:
@@ -136,32 +139,16 @@ class Pretrained:
         return {PRETRAINED: hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()}
 
 
-@dataclass(frozen=True)
-class FinetuneSettings:
+@dataclass(frozen=True, kw_only=True)
+class FinetuneSettings(TrainingSettings):
     """What is trained, on what, and how."""
 
     corpus: Corpus
     model: NewModel | Pretrained
-    alpha: float = 1.5  # of the entmax that the model ends with; 1 is softmax
-    alpha_schedule: bool = False  # anneal α from 1.01 to `alpha` over the first half of the steps
     length: int | None = None  # tokens of a block; None: what the model can take
     steps: int | None = 3000  # updates; 0 takes the model as it is; None where epochs are counted
     epochs: float | None = None  # times that the text is read, instead of steps
-    batch_size: int = 64  # blocks at once, on each device
-    accumulation: int = 1  # batches that make one update
-    learning_rate: float = 3e-5
-    schedule: str = "linear"  # of the learning rate after its warm-up: one of SCHEDULES
-    warmup: int = 500  # steps
-    weight_decay: float = 0.01
-    adam_beta2: float = 0.999
-    adam_epsilon: float = 1e-6
-    clip: Annotated[float, "or infinite"] = 5.0  # of the gradient's norm
-    mask_fraction: float = 0.15  # of the tokens are asked for in training; validation always asks for 15 %
-    eval_steps: int = 500  # between two looks at the validation loss, and two checkpoints
     eval_blocks: int = 200  # blocks of the validation part that the loss is taken on
-    report_to: str | tuple[str, ...] = "none"  # none, all that are installed, or names of `trackers`: tensorboard, …
-    bf16: bool = False  # mixed precision where the device has it; the normalizer stays in float32
-    seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "accumulation", "eval_steps", "eval_blocks"):
@@ -209,22 +196,22 @@ def run(settings: FinetuneSettings, store: Store) -> None:
     if isinstance(settings.model, Pretrained) and Path(settings.model.name_or_path).resolve() in ours:
         raise UserError(f"model={settings.model.name_or_path} is what this stage writes: choose another run_dir=PATH")
     cache = store.scratch("corpus")
-    model, tokenizer = processes.first_then_all(lambda: _made(settings, cache))
+    model, tokenizer = distributed.first_then_all(lambda: _made(settings, cache))
     length = block_length(settings.length, models.describe(model).max_length, "finetune.length")
-    validation = processes.first_then_all(
+    validation = distributed.first_then_all(
         lambda: token_blocks(settings.corpus, tokenizer, "validation", length, settings.eval_blocks, cache)
     )
     held_out = masked_batches(validation, tokenizer, seed=settings.seed, batch_size=settings.batch_size)
     models.set_normalizer(model, Normalizer(settings.alpha))
     steps = 0
     if settings.steps != 0:
-        training = processes.first_then_all(
+        training = distributed.first_then_all(
             lambda: token_blocks(settings.corpus, tokenizer, "train", length, cache=cache)
         )
         steps = steps_over(settings, len(training))
-        checkpoints = processes.once(lambda: _checkpoints(settings, store))
+        checkpoints = distributed.once(lambda: _checkpoints(settings, store))
         model = train(settings, steps, model, tokenizer, training, held_out, checkpoints)
-    if not processes.first():
+    if not distributed.first():
         return
     loss, entropy = validation_loss(model, held_out), unigram_entropy(held_out)
     sparsity = gold_sparsity(model, held_out[:_SPARSITY_BATCHES])
@@ -252,7 +239,7 @@ def steps_over(settings: FinetuneSettings, blocks: int) -> int:
     """How many steps are to be made over so many blocks; of an epoch's last step, begun counts as made."""
     if settings.steps is not None:
         return settings.steps
-    in_a_step = settings.batch_size * settings.accumulation * processes.count()
+    in_a_step = settings.batch_size * settings.accumulation * distributed.count()
     return math.ceil((settings.epochs or 0) * blocks / in_a_step)
 
 

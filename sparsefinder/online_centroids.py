@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsefinder.kmeans_centroids import Centroids
-from sparsefinder.patterns.lloyd import lloyd, means_of, nearest
-from sparsefinder.projections import Projections, load_projections
-from sparsefinder.samples import Samples, training_samples
-from sparsefinder.store import Store, UserError, progress
+from sparsefinder.errors import UserError
+from sparsefinder.patterns.support.kmeans_per_sentence import lloyd, means_of, nearest
+from sparsefinder.predictors.centroids import Centroids
+from sparsefinder.predictors.projections import Projections, load_projections
+from sparsefinder.storage.samples import Samples, training_samples
+from sparsefinder.storage.store import Store, progress
 
 log = logging.getLogger(__name__)
 

@@ -15,9 +15,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from sparsefinder import growing, processes
-from sparsefinder.names import one_of
-from sparsefinder.store import ARTEFACTS, SAMPLES, Store, UserError, plain, read_manifest, versions
+from sparsefinder.errors import UserError, one_of
+from sparsefinder.storage import distributed, growing_table
+from sparsefinder.storage.manifests import plain, read_manifest, versions
+from sparsefinder.storage.store import ARTEFACTS, SAMPLES, Store
 
 log = logging.getLogger(__name__)
 
@@ -94,10 +95,10 @@ def chosen_stages(stage: str | Sequence[str]) -> list[Stage]:
 def run_stages(stages: Sequence[Stage], settings: Mapping[str, Settings], store: Store, seed: int) -> None:
     """Run what is not done. One run at a time works in a run directory; another one gets a `UserError`."""
     with contextlib.ExitStack() as stack:
-        processes.once(lambda: _keep(stack, store))
-        processes.once(lambda: check_needs(stages, settings, store))
+        distributed.once(lambda: _keep(stack, store))
+        distributed.once(lambda: check_needs(stages, settings, store))
         made = {name for stage in stages if _run(stage, settings[stage.name], store, seed) for name in stage.makes}
-        processes.once(lambda: _say_what_is_behind(made, store))
+        distributed.once(lambda: _say_what_is_behind(made, store))
 
 
 def _keep(stack: contextlib.ExitStack, store: Store) -> None:
@@ -168,7 +169,7 @@ def _run(stage: Stage, settings: Settings, store: Store, seed: int) -> bool:
     if why := getattr(settings, "left_out", ""):
         log.info("%s: left out, %s", stage.name, why)
         return False
-    todo = processes.once(lambda: _prepared(stage, settings, store))
+    todo = distributed.once(lambda: _prepared(stage, settings, store))
     if todo is None:
         return False
     described, parents = todo
@@ -176,12 +177,12 @@ def _run(stage: Stage, settings: Settings, store: Store, seed: int) -> bool:
         if stage.shared:
             stage.run(settings, store)
         else:
-            processes.once(lambda: stage.run(settings, store))
+            distributed.once(lambda: stage.run(settings, store))
     except Exception as error:
-        if processes.first() and (why := _replaced(stage, settings, store, parents)):
+        if distributed.first() and (why := _replaced(stage, settings, store, parents)):
             raise UserError(why) from error
         raise
-    processes.once(lambda: _finish(stage, settings, store, described, parents, seed))
+    distributed.once(lambda: _finish(stage, settings, store, described, parents, seed))
     return True
 
 
@@ -195,7 +196,7 @@ def _prepared(stage: Stage, settings: Settings, store: Store) -> tuple[dict[str,
     parents = _parents(stage, settings, store)
     described = json.loads(json.dumps(plain(settings)))
     stale = [_changes(store, described, parents, name) for name in stage.makes]
-    if stage.grows and (table := growing.Table.of(stage.name, settings, store)).held:  # type: ignore[arg-type]
+    if stage.grows and (table := growing_table.Table.of(stage.name, settings, store)).held:  # type: ignore[arg-type]
         stale = [table.in_words(stage.name) or stale[0] or "measured again"] if table.missing else [""]
     if not any(stale):
         log.info("%s: done and unchanged, skipped", stage.name)
@@ -241,7 +242,7 @@ def _finish(
         raise UserError(why)
     if stage.grows:
         folder = store.run_dir / ARTEFACTS[stage.name].path
-        described, parents = growing.described(described, folder), growing.parents_of(folder) | parents
+        described, parents = growing_table.described(described, folder), growing_table.parents_of(folder) | parents
     for name in stage.makes:
         store.finish(name, stage.name, described, parents, seed)
 

@@ -25,17 +25,13 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-from torch import Tensor
 
-from sparsefinder.distances import PAIRWISE
+from sparsefinder.errors import UserError, one_of
 from sparsefinder.graphs import QK
 from sparsefinder.metrics import Counts, Gold, count
-from sparsefinder.names import one_of
-from sparsefinder.native import pairs as native
-from sparsefinder.pairs import GoldPairs, PairsOnDisk, gold_pairs, mean_of_heads
-from sparsefinder.projections import Hidden, Identity, LayerProjections, Linear, Projection, Projections
-from sparsefinder.samples import Samples, training_samples, validation_samples
-from sparsefinder.stacks import (
+from sparsefinder.numerics.distances import PAIRWISE
+from sparsefinder.numerics.normalizers import Normalizer
+from sparsefinder.predictors.all_layers import (
     Trained,
     check_one_model,
     clip_each_layer,
@@ -44,27 +40,26 @@ from sparsefinder.stacks import (
     sample_plan,
     stacked_sample,
 )
-from sparsefinder.store import Store, UserError, progress, remove
-from sparsefinder.transforms import Normalizer
+from sparsefinder.predictors.contrastive import Contrast, contrastive_loss
+from sparsefinder.predictors.gold_pairs import GoldPairs, PairsOnDisk, gold_pairs
+from sparsefinder.predictors.projections import Hidden, Identity, LayerProjections, Linear, Projection, Projections
+from sparsefinder.storage.files import remove
+from sparsefinder.storage.samples import Samples, training_samples, validation_samples
+from sparsefinder.storage.store import Store, progress
 
 log = logging.getLogger(__name__)
 
 KINDS = ("linear", "hidden", "concat", "none")
-LOSSES = ("pair", "row")
-DISTANCES = ("l2", "min")
 
 
 @dataclass(frozen=True)
-class ProjectSettings:
+class ProjectSettings(Contrast):
     """Settings of the stage ``project``."""
 
     rounds: int = 4  # R, the size of the projected space
     kind: str = "linear"  # linear; hidden: one hidden tanh layer; concat: one projection of [q; k]; none: no projection
     hidden_size: int = 32  # E, of the hidden layer
     share_projectors: bool = True  # one projection for queries and keys
-    loss: str = "pair"  # pair: a hinge per pair; row: one hinge around the sums of a row, as in the published code
-    distance: str = "l2"  # l2: squared; min: smallest squared coordinate difference
-    margin: float = 1.0
     learning_rate: float = 1e-2
     weight_decay: float = 0.0
     batch_size: int = 4  # samples in a step
@@ -72,8 +67,6 @@ class ProjectSettings:
     epochs: int = 10
     steps: int | None = None  # stop after so many steps instead of after the epochs
     clip: Annotated[float, "or infinite"] = 1.0  # largest norm of a layer's gradient
-    alpha: float = 1.5  # of the entmax whose support is learned
-    block_size: int = 1  # tokens in a chunk
     causal: bool = False
     eval_every: int = 20  # steps between two measurements on held-out samples; 0: only at the end
     eval_samples: int = 8  # held-out samples to measure on
@@ -81,22 +74,18 @@ class ProjectSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, choices in (("kind", KINDS), ("loss", LOSSES), ("distance", DISTANCES)):
-            if getattr(self, name) not in choices:
-                raise UserError(
-                    f"project.{name}={getattr(self, name)} is unknown; {one_of(choices, getattr(self, name))}"
-                )
-        for name in ("rounds", "hidden_size", "batch_size", "accumulation", "epochs", "block_size", "eval_samples"):
+        super().__post_init__()
+        if self.kind not in KINDS:
+            raise UserError(f"project.kind={self.kind} is unknown; {one_of(KINDS, self.kind)}")
+        for name in ("rounds", "hidden_size", "batch_size", "accumulation", "epochs", "eval_samples"):
             if getattr(self, name) < 1:
                 raise UserError(f"project.{name} must be 1 or more, got {getattr(self, name)}")
         if self.steps is not None and self.steps < 1:
             raise UserError(f"project.steps must be 1 or more, or null to count epochs, got {self.steps}")
         if not 0 < self.eval_density < 1:
             raise UserError(f"project.eval_density must lie between 0 and 1, got {self.eval_density}")
-        if self.learning_rate <= 0 or self.clip <= 0 or self.margin < 0 or self.weight_decay < 0:
-            raise UserError("project needs learning_rate > 0, clip > 0, margin >= 0 and weight_decay >= 0")
-        if not 1 < self.alpha <= 2:
-            raise UserError(f"project.alpha must be above 1 (softmax has no zeros) and at most 2, got {self.alpha}")
+        if self.learning_rate <= 0 or self.clip <= 0 or self.weight_decay < 0:
+            raise UserError("project needs learning_rate > 0, clip > 0 and weight_decay >= 0")
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -158,42 +147,6 @@ def train_projections(
                 *(step, len(plan), loss, history[-1]["recall"], history[-1]["sparsity"]),
             )
     return Trained(per_layer(stack, layers), history)
-
-
-def contrastive_loss(projected: QK, gold: GoldPairs, settings: ProjectSettings, generator: torch.Generator) -> Tensor:
-    """The hinge of one example, averaged over heads: ``projected`` is ``(1, H, n, R)``, ``gold`` its positives.
-
-    With ``block_size`` both are about chunks: ``n`` counts tokens of ``projected`` before they are cut.
-    """
-    if settings.block_size > 1:
-        projected = projected.in_blocks(settings.block_size)
-    if settings.distance == "l2" and native.works_on(projected.q):
-        pairs = native.Positives(gold.rows, gold.columns, gold.zeros, gold.chances(generator))
-        return native.hinge(projected.q[0], projected.k[0], pairs, settings.margin, settings.loss == "row")
-    return _contrastive_loss(projected, gold, settings, generator)
-
-
-def _contrastive_loss(projected: QK, gold: GoldPairs, settings: ProjectSettings, generator: torch.Generator) -> Tensor:
-    """The same by torch's operations, for each distance and on any device."""
-    heads, tokens, size = projected.q.shape[1:]
-    kept, negatives = gold.draw_negatives(generator)
-    rows = gold.rows[kept]
-    first_key = rows // tokens * tokens  # rows and keys of a head lie together
-    queries = projected.q.reshape(-1, size).index_select(0, rows)
-    keys = projected.k.reshape(-1, size)
-    near = _distance(queries, keys.index_select(0, first_key + gold.columns[kept]), settings.distance)
-    far = _distance(queries, keys.index_select(0, first_key + negatives), settings.distance)
-    if settings.loss == "pair":
-        pairs = torch.relu(settings.margin + near - far)
-        return mean_of_heads(pairs, rows // tokens, heads)
-    sums = near.new_zeros(heads * tokens).index_add(0, rows, near - far)
-    learned = torch.zeros(heads * tokens, dtype=torch.bool).index_fill(0, rows, True)
-    return (torch.relu(settings.margin + sums) * learned).sum() / (heads * tokens)
-
-
-def _distance(queries: Tensor, keys: Tensor, name: str) -> Tensor:
-    squared = (queries - keys).square()
-    return squared.sum(-1) if name == "l2" else squared.amin(-1)
 
 
 def _initial(heads: int, size: int, settings: ProjectSettings) -> LayerProjections:

@@ -13,12 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from sparsefinder import findings, frontiers, growing, page, tables
-from sparsefinder.intervals import Replicas
-from sparsefinder.store import Manifest, Store, UserError
+from sparsefinder.analysis import frontiers
+from sparsefinder.analysis.bootstrap import Replicas
+from sparsefinder.errors import UserError
+from sparsefinder.reporting import html, text_tables
+from sparsefinder.storage import growing_table, tables
+from sparsefinder.storage.manifests import Manifest
+from sparsefinder.storage.store import Store
 
 if TYPE_CHECKING:
-    from sparsefinder.illustrations import Illustration
+    from sparsefinder.reporting.captions import Illustration
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +78,7 @@ class Results:
             metrics,
             points,
             None if variants is None else frontiers.described(variants),
-            findings.read_manifests(store),
+            text_tables.read_manifests(store),
             None if points is None or counts is None else Replicas.of(points, counts),
             None if score is None else _table(score / "error_budget.parquet"),
             None if calibration is None else _table(calibration / "dials.parquet"),
@@ -98,16 +102,16 @@ class Results:
     @property
     def facts(self) -> list[tuple[str, str]]:
         """What the run noted about itself."""
-        return findings.fact_lines(self.manifests)
+        return text_tables.fact_lines(self.manifests)
 
     @property
     def warnings(self) -> list[str]:
         """What to look at twice."""
-        return findings.warnings(self.points, self.variants, self.manifests)
+        return text_tables.warnings(self.points, self.variants, self.manifests)
 
     def densities(self, settings: ReportSettings) -> list[float]:
         """The levels of the settings, and that of the gold graph where it is not almost one of them."""
-        gold = [] if self.points is None else findings.gold_density(self.points)
+        gold = [] if self.points is None else text_tables.gold_density(self.points)
         new = [density for density in gold if all(abs(density - level) > 0.05 * level for level in settings.levels)]
         return sorted({*settings.levels, *new})
 
@@ -118,26 +122,28 @@ def _table(path: Path) -> pd.DataFrame | None:
 
 def run(settings: ReportSettings, store: Store) -> None:
     """Make ``report``: ``index.html``, every figure as PNG and SVG, and the table ``recall`` with intervals."""
-    from sparsefinder import drawing, illustrations  # matplotlib takes a second to import: only who draws pays for it
+    from sparsefinder.reporting import captions, style
 
     results = Results.read(store)
     drawn = []
     if results.metrics is not None and results.points is not None:
         scored = results.manifests.get("score")
         distance = "l2" if scored is None else scored.settings.get("bucket_distance", "l2")
-        drawn = illustrations.of_score(results.metrics, results.points, store.path("score"), results.replicas, distance)
+        drawn = captions.of_score(results.metrics, results.points, store.path("score"), results.replicas, distance)
     if results.variants is not None:
-        drawn[1:1] = illustrations.of_evaluate(results.variants, results.manifests.get("evaluate"))
-    vectors = {illustration.name: drawing.svg(illustration.figure) for illustration in drawn}
+        drawn[1:1] = captions.of_evaluate(results.variants, results.manifests.get("evaluate"))
+    vectors = {illustration.name: style.svg(illustration.figure) for illustration in drawn}
     title = settings.title or f"sparsefinder: {store.run_dir.resolve().name}"
     with store.writing("report") as folder:
         folder.mkdir()
         for illustration in drawn:
-            drawing.save_png(illustration.figure, folder / f"{illustration.name}.png", settings.dpi)
+            style.save_png(illustration.figure, folder / f"{illustration.name}.png", settings.dpi)
             (folder / f"{illustration.name}.svg").write_text(vectors[illustration.name], encoding="utf-8")
         if results.points is not None:
             tables.write(
-                findings.recall_numbers(results.points, results.densities(settings), results.replicas), folder, "recall"
+                text_tables.recall_numbers(results.points, results.densities(settings), results.replicas),
+                folder,
+                "recall",
             )
         (folder / "index.html").write_text(_page(title, results, drawn, vectors, settings), encoding="utf-8")
     log.info("report: %d figures and %s", len(drawn), store.run_dir / "report" / "index.html")
@@ -151,25 +157,25 @@ def summary(store: Store, settings: ReportSettings | None = None, asked: Mapping
     """
     results = Results.read(store)
     if asked is not None:
-        results = results.only({name: growing.rows_asked(name, each, store) for name, each in asked.items()})
+        results = results.only({name: growing_table.rows_asked(name, each, store) for name, each in asked.items()})
     parts = [text_table(pd.DataFrame(results.facts, columns=["run", "value"]))] if results.facts else []
-    if results.points is not None and findings.one_each(results.points):
+    if results.points is not None and text_tables.one_each(results.points):
         shares = ", ".join(f"{100 * level:g} %" for level in (settings or ReportSettings()).levels)
         note = f"Recall at {shares} of the pairs is read from a frontier: pattern=all sweeps one."
-        parts.append(f"{_MEASURED}\n{text_table(findings.measured_lines(results.points))}\n{note}")
+        parts.append(f"{_MEASURED}\n{text_table(text_tables.measured_lines(results.points))}\n{note}")
     elif results.points is not None:
         levels = results.densities(settings or ReportSettings())
-        lines = findings.recall_lines(results.points, levels, results.replicas, far=False)
+        lines = text_tables.recall_lines(results.points, levels, results.replicas, far=False)
         parts.append(_RECALL + "\n" + text_table(lines))
-        advantage = findings.advantage_lines(results.points, results.replicas, levels)
+        advantage = text_tables.advantage_lines(results.points, results.replicas, levels)
         if len(advantage):
             parts.append(_ADVANTAGE + "\n" + text_table(advantage))
     if results.variants is not None:
         scores = ["accuracy", "macro-F1", "exact match", "F1 of answers"]
         wanted = ["variant", "loss, nats", "Δ dense entmax", *scores, "sparsity", "recall", "latency, ms"]
-        lines = findings.variant_lines(results.variants)
+        lines = text_tables.variant_lines(results.variants)
         lines = lines[[name for name in wanted if name in lines]]
-        parts.append(f"In the model, on the same {findings.asked(results.variants)}\n" + text_table(lines))
+        parts.append(f"In the model, on the same {text_tables.asked(results.variants)}\n" + text_table(lines))
     if results.warnings:
         parts.append("Look twice\n" + "\n".join(f"  - {line}" for line in results.warnings))
     return "\n\n".join(parts)
@@ -196,22 +202,22 @@ def _page(
 ) -> str:
     sections = []
     if results.facts:
-        sections.append(("The run", page.facts(results.facts)))
+        sections.append(("The run", html.facts(results.facts)))
     if results.warnings:
-        sections.append(("Look twice", page.warning(results.warnings)))
+        sections.append(("Look twice", html.warning(results.warnings)))
     parts = _tables(results, settings)
     for illustration in drawn:
-        content = page.figure(vectors[illustration.name], illustration.caption)
+        content = html.figure(vectors[illustration.name], illustration.caption)
         sections.append((illustration.heading, content + parts.pop(illustration.name, "")))
     sections += [(_UNDRAWN[name], content) for name, content in parts.items()]
     if results.budget is not None and len(results.budget):
-        budget = page.table(findings.budget_lines(results.budget), ["method", "step"])
-        sections.append(("Where recall is lost, and where it is gained", budget + page.note(_BUDGET)))
+        budget = html.table(text_tables.budget_lines(results.budget), ["method", "step"])
+        sections.append(("Where recall is lost, and where it is gained", budget + html.note(_BUDGET)))
     if results.dials is not None:
-        sections.append(("Calibrated dials", page.table(findings.calibration_lines(results.dials), _DIALS)))
+        sections.append(("Calibrated dials", html.table(text_tables.calibration_lines(results.dials), _DIALS)))
     sections.append(("Where it comes from", _provenance(results.manifests)))
     lead = "Which keys will a query need? Predicted graphs against the support of the dense entmax attention (gold)."
-    return page.page(title, lead, sections)
+    return html.page(title, lead, sections)
 
 
 _RECALL = "Recall of gold edges at equal density (± half the 95 % interval over documents; * compares every pair)"
@@ -235,17 +241,17 @@ def _tables(results: Results, settings: ReportSettings) -> dict[str, str]:
     parts = {}
     if results.points is not None:
         levels = results.densities(settings)
-        lines = findings.recall_lines(results.points, levels, results.replicas)
+        lines = text_tables.recall_lines(results.points, levels, results.replicas)
         words = (
             "Best recall of each pattern where it names that share of the allowed pairs, on the straight line between the "
             "neighbouring points of its frontier. Not reached: its configurations do not come there. In brackets: recall "
             "of the gold edges outside the window and the global tokens. ±: half the width of the 95 % interval over documents "
             "drawn again (and over seeds, where there are several). * compares every pair."
         )
-        parts["recall_sparsity"] = page.table(lines, ["pattern", "united with"]) + page.note(words)
-        advantage = findings.advantage_lines(results.points, results.replicas, levels)
+        parts["recall_sparsity"] = html.table(lines, ["pattern", "united with"]) + html.note(words)
+        advantage = text_tables.advantage_lines(results.points, results.replicas, levels)
         if len(advantage):
-            parts["recall_sparsity"] += page.note(f"{_ADVANTAGE}:") + page.table(
+            parts["recall_sparsity"] += html.note(f"{_ADVANTAGE}:") + html.table(
                 advantage, [str(name) for name in advantage]
             )
     if results.variants is not None:
@@ -254,16 +260,16 @@ def _tables(results: Results, settings: ReportSettings) -> dict[str, str]:
             "really multiplied, padding and tiles included, as a share of the allowed ones. Output error: relative L2 distance "
             "of the layers' outputs to dense attention. Latency: median of a batch, with the share that the predictor takes."
         )
-        parts["loss_sparsity"] = page.table(findings.variant_lines(results.variants), ["variant"]) + page.note(words)
+        parts["loss_sparsity"] = html.table(text_tables.variant_lines(results.variants), ["variant"]) + html.note(words)
     return parts
 
 
 def _provenance(manifests: Mapping[str, Manifest]) -> str:
-    lines = findings.artefact_lines(manifests)
+    lines = text_tables.artefact_lines(manifests)
     versions: dict[str, str] = {}
     for manifest in manifests.values():
         versions |= manifest.versions
     words = ", ".join(f"{name} {version}" for name, version in versions.items())
-    settings = [page.folded(f"Settings of {manifest.stage}", manifest.settings) for manifest in manifests.values()]
+    settings = [html.folded(f"Settings of {manifest.stage}", manifest.settings) for manifest in manifests.values()]
     settings = list(dict.fromkeys(settings))  # a stage that makes two artefacts has its settings once
-    return page.table(lines, ["artefact", "stage", "content", "made from"]) + page.note(words) + "\n".join(settings)
+    return html.table(lines, ["artefact", "stage", "content", "made from"]) + html.note(words) + "\n".join(settings)

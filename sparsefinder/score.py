@@ -24,20 +24,23 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sparsefinder import frontiers, processes, tables
-from sparsefinder.bucket_distances import distance_histogram, shared_buckets
+from sparsefinder.analysis import frontiers
+from sparsefinder.analysis.bootstrap import Replicas
+from sparsefinder.analysis.comparisons import error_budget
 from sparsefinder.calibrate import calibrated
-from sparsefinder.comparisons import error_budget
-from sparsefinder.distances import PAIRWISE
+from sparsefinder.errors import UserError
+from sparsefinder.evaluation.shared_buckets import distance_histogram, shared_buckets
+from sparsefinder.experiment.configuration import Configuration, Learned, buildable, fitted, needed
 from sparsefinder.graphs import QK, Buckets, Pattern
-from sparsefinder.growing import Item, Table
-from sparsefinder.intervals import Replicas
 from sparsefinder.metrics import BALANCE, RATIOS, Counts, Gold, balance, count
+from sparsefinder.numerics.distances import PAIRWISE
+from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.patterns.combine import layout_of
-from sparsefinder.patterns.configuration import Configuration, Learned, buildable, fitted, needed
-from sparsefinder.samples import Samples, validation_samples
-from sparsefinder.store import Store, UserError, plain, progress
-from sparsefinder.transforms import Normalizer
+from sparsefinder.storage import distributed, tables
+from sparsefinder.storage.growing_table import Item, Table
+from sparsefinder.storage.manifests import plain
+from sparsefinder.storage.samples import Samples, validation_samples
+from sparsefinder.storage.store import Store, progress
 
 log = logging.getLogger(__name__)
 
@@ -131,9 +134,9 @@ def run(settings: ScoreSettings, store: Store) -> None:
         raise UserError(f"none of {len(configurations)} configurations is left to score: see what was said of each")
     settings = replace(settings, configurations=tuple(each for each, _ in asked))
     scores = Scores.cat(
-        processes.parts(lambda: score(samples, settings, learned, processes.share(range(len(samples)))))
+        distributed.parts(lambda: score(samples, settings, learned, distributed.share(range(len(samples)))))
     )
-    if not processes.first():
+    if not distributed.first():
         return
     metrics = table.grown(metrics_table(scores, settings, learned), "metrics")
     points = frontiers.points(metrics)

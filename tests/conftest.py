@@ -1,4 +1,4 @@
-"""Shared fixtures: small random queries and keys (those of `sparsefinder.conformance`), the published reference files, and
+"""Shared fixtures: small random queries and keys (those of `sparsefinder.testing`), the published reference files, and
 offline mode for everything."""
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if (
 import pytest
 import torch
 
-from sparsefinder.conformance import alone, random_qk
+from sparsefinder.testing import alone, random_qk
 
 __all__ = ["GRAPH", "ROOT", "alone", "graph_files", "random_qk"]
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import yaml
 
-from sparsefinder.conformance import random_qk
+from sparsefinder.testing import random_qk
 from tests.conftest import ROOT
-from tests.test_patterns import FILES, HEADS, SIZE, build, settings
+from tests.patterns.test_patterns import FILES, HEADS, SIZE, build, settings
 
 PAGES = ROOT / "docs" / "patterns"
 TOKENS = 12

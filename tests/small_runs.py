@@ -9,16 +9,18 @@ from typing import Any
 import pandas as pd
 import torch
 
-from sparsefinder import kmeans_centroids, quantization, score, tables
-from sparsefinder.patterns.buckets import Quantize
-from sparsefinder.patterns.configuration import Configuration, needed
+from sparsefinder import kmeans_centroids, quantization, score
+from sparsefinder.experiment.configuration import Configuration, needed
 from sparsefinder.patterns.distance import Distance
 from sparsefinder.patterns.full import Full
 from sparsefinder.patterns.kmeans import KMeans
 from sparsefinder.patterns.oracle import Oracle
+from sparsefinder.patterns.quantize import Quantize
 from sparsefinder.patterns.window import Window
-from sparsefinder.samples import Samples
-from sparsefinder.store import Store, plain
+from sparsefinder.storage import tables
+from sparsefinder.storage.manifests import plain
+from sparsefinder.storage.samples import Samples
+from sparsefinder.storage.store import Store
 
 LEARNED = (
     *(Configuration("distance", Distance("l2", t)) for t in (0.3, 1.0, 3.0)),

@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparsefinder import entmax_kernels
 from sparsefinder.attention import Bucketed, Masked
+from sparsefinder.errors import UserError
 from sparsefinder.graphs import QK, Buckets, Layout
-from sparsefinder.store import UserError
-from sparsefinder.transforms import Normalizer
+from sparsefinder.numerics import entmax_newton
+from sparsefinder.numerics.normalizers import Normalizer
 
 ALPHAS = [1.0, 1.3, 1.5, 2.0]
 Blocks, Native = (partial(Bucketed, executor=executor) for executor in ("blocks", "native"))
@@ -344,7 +344,7 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("causal", [False, True])
 @EXECUTORS
 def test_never_of_size_n_by_n(executor: Any, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(entmax_kernels, "WORTH_COMPILING", 1 << 40)
+    monkeypatch.setattr(entmax_newton, "WORTH_COMPILING", 1 << 40)
     largest = []
     for tokens in (2048, 4096, 8192):
         pattern = Fixed(rounds(1, 1, tokens, 2, tokens // 64), 11, positions(tokens, [0, tokens - 1]))

@@ -12,18 +12,19 @@ from torch import Tensor
 
 from sparsefinder import bilinear
 from sparsefinder.bilinear import BilinearSettings, row_loss, row_thresholds, train_bilinear
-from sparsefinder.kmeans_centroids import Centroids, load_centroids
-from sparsefinder.lowrank import fit_lowrank, normal_form
-from sparsefinder.pairs import GoldPairs
+from sparsefinder.errors import UserError
+from sparsefinder.experiment.configuration import Configuration, Learned
+from sparsefinder.numerics.normalizers import Normalizer
+from sparsefinder.numerics.selection import thresholds
 from sparsefinder.patterns.bilinear import Bilinear
-from sparsefinder.patterns.configuration import Configuration, Learned
 from sparsefinder.patterns.routed import Routed
 from sparsefinder.patterns.routed_bilinear import RoutedBilinear
-from sparsefinder.projections import LayerProjections, Linear, Projections, load_projections
-from sparsefinder.samples import Samples
-from sparsefinder.selection import thresholds
-from sparsefinder.store import Store, UserError
-from sparsefinder.transforms import Normalizer
+from sparsefinder.predictors.centroids import Centroids, load_centroids
+from sparsefinder.predictors.closed_form import fit_lowrank, normal_form
+from sparsefinder.predictors.gold_pairs import GoldPairs
+from sparsefinder.predictors.projections import LayerProjections, Linear, Projections, load_projections
+from sparsefinder.storage.samples import Samples
+from sparsefinder.storage.store import Store
 from tests.conftest import random_qk
 from tests.small_runs import samples
 

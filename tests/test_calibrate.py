@@ -14,23 +14,24 @@ from small_runs import TRAINING, make_learned
 
 from sparsefinder import calibrate, score
 from sparsefinder.calibrate import CalibrateSettings, Dialled, Target
-from sparsefinder.conformance import CHECKS, Check, Subject, random_qk
+from sparsefinder.errors import UserError
+from sparsefinder.experiment.configuration import Configuration, Dials, Learned
 from sparsefinder.graphs import Pattern
-from sparsefinder.kmeans_centroids import Centroids
 from sparsefinder.metrics import Gold, count
-from sparsefinder.patterns.buckets import Quantize
+from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.patterns.combine import layout_of
-from sparsefinder.patterns.configuration import Configuration, Dials, Learned
 from sparsefinder.patterns.distance import Distance
 from sparsefinder.patterns.kmeans import KMeans
 from sparsefinder.patterns.oracle import Oracle
 from sparsefinder.patterns.per_head import PerHead
+from sparsefinder.patterns.quantize import Quantize
 from sparsefinder.patterns.routed import Routed
 from sparsefinder.patterns.window import GlobalTokens, Window
 from sparsefinder.pipeline import STAGES, run_stages
-from sparsefinder.projections import Identity, LayerProjections, Linear, Projections
-from sparsefinder.store import Store, UserError
-from sparsefinder.transforms import Normalizer
+from sparsefinder.predictors.centroids import Centroids
+from sparsefinder.predictors.projections import Identity, LayerProjections, Linear, Projections
+from sparsefinder.storage.store import Store
+from sparsefinder.testing import CHECKS, Check, Subject, random_qk
 
 HEADS, SIZE = 2, 8
 

@@ -13,25 +13,27 @@ import pytest
 import torch
 
 from sparsefinder import calibrate, evaluate, extract, kmeans_centroids, models, pipeline, quantization, report
-from sparsefinder.adapt import AdaptSettings, adapt
 from sparsefinder.attention import Bucketed, Masked
 from sparsefinder.calibrate import CalibrateSettings, Dialled
-from sparsefinder.conversions.variants import BigBird, Longformer, Nystromformer
 from sparsefinder.corpora import TextFiles, token_blocks
+from sparsefinder.corpora.blocks import draw
+from sparsefinder.errors import UserError
 from sparsefinder.evaluate import EvaluateSettings
-from sparsefinder.extract import ExtractSettings, draw
+from sparsefinder.evaluation.adapt import AdaptSettings, adapt
+from sparsefinder.evaluation.converted import BigBird, Longformer, Nystromformer
+from sparsefinder.evaluation.variants import AttentionChoice, Conversion
+from sparsefinder.experiment.configuration import Configuration, Learned
+from sparsefinder.extract import ExtractSettings
 from sparsefinder.finetune import FinetuneSettings, NewModel
 from sparsefinder.finetune import run as finetune
-from sparsefinder.patterns.buckets import Quantize
-from sparsefinder.patterns.configuration import Configuration, Learned
+from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.patterns.distance import Distance
 from sparsefinder.patterns.kmeans import KMeans
 from sparsefinder.patterns.oracle import Oracle
+from sparsefinder.patterns.quantize import Quantize
 from sparsefinder.patterns.window import Window
-from sparsefinder.samples import load_samples
-from sparsefinder.store import ARTEFACTS, Store, UserError
-from sparsefinder.transforms import Normalizer
-from sparsefinder.variants import AttentionChoice, Conversion
+from sparsefinder.storage.samples import load_samples
+from sparsefinder.storage.store import ARTEFACTS, Store
 
 SENTENCE = "Every query of this small model attends to few keys, and nobody knows which before looking. "
 MASKED, BUCKETED = AttentionChoice("masked", Masked), AttentionChoice("bucketed", Bucketed)
@@ -258,7 +260,7 @@ class TestAdapt:
     @pytest.mark.parametrize("part", ["head", "all_but_projections", "all"])
     def test_only_the_chosen_part_is_trained(self, part: str, store: Store, corpus: TextFiles) -> None:
         from sparsefinder.corpora import masked_batches
-        from sparsefinder.projections import load_projections
+        from sparsefinder.predictors.projections import load_projections
 
         model, tokenizer = models.load_masked_lm(store.path("model"))
         trained, projections = copy.deepcopy(model), load_projections(store.path("projections"))
@@ -278,7 +280,7 @@ class TestAdapt:
 
     def test_projections_go_on_learning_from_their_own_loss(self, store: Store, corpus: TextFiles) -> None:
         from sparsefinder.corpora import masked_batches
-        from sparsefinder.projections import load_projections
+        from sparsefinder.predictors.projections import load_projections
 
         model, tokenizer = models.load_masked_lm(store.path("model"))
         batches = masked_batches(token_blocks(corpus, tokenizer, "train", 32, limit=4), tokenizer, batch_size=4)

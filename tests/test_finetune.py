@@ -11,12 +11,21 @@ import torch
 from tiny_models import save_tiny, tiny_batch, tiny_model
 from torch import nn
 
-from sparsefinder import finetune, masked_lm, pipeline, starts, training
+from sparsefinder import finetune, pipeline
 from sparsefinder.corpora import Masking, TextFiles, TokenBlocks, token_blocks
+from sparsefinder.errors import UserError
 from sparsefinder.finetune import FinetuneSettings, NewModel, Pretrained
-from sparsefinder.models import FAMILIES, get_normalizer, load_masked_lm, set_normalizer
-from sparsefinder.store import Store, UserError
-from sparsefinder.transforms import Normalizer
+from sparsefinder.models import (
+    FAMILIES,
+    get_normalizer,
+    load_masked_lm,
+    masked_lm,
+    set_normalizer,
+    statistical_init,
+    trainer,
+)
+from sparsefinder.numerics.normalizers import Normalizer
+from sparsefinder.storage.store import Store
 
 SENTENCE = "The model attends to the keys that its query needs, and to few others. "
 TINY = NewModel(
@@ -87,7 +96,7 @@ def test_a_killed_run_ends_with_the_same_weights(corpus, tmp_path, monkeypatch, 
     class Killed(BaseException):
         pass
 
-    loss = training.MaskedLMTrainer.compute_loss
+    loss = trainer.MaskedLMTrainer.compute_loss
 
     def dies(self, model, *arguments, **named):
         if self.state.global_step == kill_at and model.training:
@@ -95,7 +104,7 @@ def test_a_killed_run_ends_with_the_same_weights(corpus, tmp_path, monkeypatch, 
         return loss(self, model, *arguments, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.MaskedLMTrainer, "compute_loss", dies)
+        patch.setattr(trainer.MaskedLMTrainer, "compute_loss", dies)
         with pytest.raises(Killed):
             run(settings_for(corpus, **changes), tmp_path / "killed")
     assert not (tmp_path / "killed" / "model").exists()
@@ -103,7 +112,7 @@ def test_a_killed_run_ends_with_the_same_weights(corpus, tmp_path, monkeypatch, 
     half = folder / "checkpoint-99"
     half.mkdir()
     (half / "model.safetensors").write_bytes(b"half")
-    assert training.last_checkpoint(folder).name == f"checkpoint-{kill_at - 1}"
+    assert trainer.last_checkpoint(folder).name == f"checkpoint-{kill_at - 1}"
     assert not half.exists()
     assert_same(weights(run(settings_for(corpus, **changes), tmp_path / "killed")), expected)
     whole, killed = tmp_path / "whole" / "model", tmp_path / "killed" / "model"
@@ -250,10 +259,10 @@ def test_blocks_longer_than_the_model_are_refused(corpus, tmp_path):
 
 def test_examples_follow_from_seed_and_index():
     lengths = torch.randint(8, 30, (23,), generator=torch.Generator().manual_seed(0))
-    starts = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
-    blocks = TokenBlocks(torch.randint(5, 90, (int(starts[-1]),), dtype=torch.int32), starts)
+    statistical_init = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
+    blocks = TokenBlocks(torch.randint(5, 90, (int(statistical_init[-1]),), dtype=torch.int32), statistical_init)
     masking = Masking(4, 90, (0, 1, 2, 3, 4))
-    some, more = (training.Examples(blocks, masking, count, batch_size=4, seed=3) for count in (40, 100))
+    some, more = (trainer.Examples(blocks, masking, count, batch_size=4, seed=3) for count in (40, 100))
     assert some.order == more.order[:40]
     assert len(some) == 40
     first_pass = more.order[:24]  # 23 blocks, and one again to fill the last batch
@@ -266,13 +275,13 @@ def test_examples_follow_from_seed_and_index():
 
 
 def test_alpha_is_annealed_over_the_first_half():
-    values = [training.annealed(1.5, step, 100) for step in range(101)]
+    values = [trainer.annealed(1.5, step, 100) for step in range(101)]
     assert values[0] == 1.01
     assert values == sorted(values)
     assert values[50] == values[100] == 1.5
     assert max(values[:45]) < 1.5
     assert len(set(values)) <= 52
-    assert training.annealed(1.0, 3, 100) == 1.0
+    assert trainer.annealed(1.0, 3, 100) == 1.0
 
 
 # ---- what is measured ----
@@ -327,7 +336,7 @@ def test_cooccurrences_against_a_count_by_hand():
                     expected[words.tolist().index(left), words.tolist().index(right)] += 1 / abs(i - j)
     lengths = torch.full((5,), 12)
     blocks = TokenBlocks(torch.tensor(rows).flatten().int(), torch.cat([torch.zeros(1).long(), lengths.cumsum(0)]))
-    torch.testing.assert_close(starts.cooccurrences(blocks, words), expected)
+    torch.testing.assert_close(statistical_init.cooccurrences(blocks, words), expected)
 
 
 def test_words_in_the_same_company_get_the_same_vector():
@@ -341,7 +350,7 @@ def test_words_in_the_same_company_get_the_same_vector():
         rows += company
     blocks = TokenBlocks(torch.tensor(rows).int(), torch.arange(0, len(rows) + 1, 5))
     torch.manual_seed(0)
-    vectors = starts.word_vectors(blocks, torch.tensor([5, 6, 20, 21, *range(7, 17)]), 8)
+    vectors = statistical_init.word_vectors(blocks, torch.tensor([5, 6, 20, 21, *range(7, 17)]), 8)
     torch.testing.assert_close(vectors.norm(dim=1), torch.ones(14))
     assert vectors[0] @ vectors[1] > 0.8 > 0.3 > vectors[0] @ vectors[2]
     assert vectors[2] @ vectors[3] > 0.8
@@ -349,8 +358,8 @@ def test_words_in_the_same_company_get_the_same_vector():
 
 def test_heads_that_look_beside_them():
     query, key = torch.zeros(2, 4 * 8, 32)
-    starts.look_beside(query, key, heads=4, positions=50)
-    table = starts.sinusoids(50, 32)
+    statistical_init.look_beside(query, key, heads=4, positions=50)
+    table = statistical_init.sinusoids(50, 32)
     for head, offset in enumerate((-1, 1, -2, 2)):
         rows = slice(8 * head, 8 * head + 8)
         scores = (table @ query[rows].T) @ (table @ key[rows].T).T

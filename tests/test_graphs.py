@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparsefinder.graphs import QK, Buckets, Layout
-from sparsefinder.randomness import uniform
+from sparsefinder.numerics.counter_rng import uniform
 from tests.conftest import random_qk
 
 

@@ -7,14 +7,14 @@ import math
 import pytest
 import torch
 
+from sparsefinder.experiment.configuration import Configuration, Learned
 from sparsefinder.graphs import QK, Buckets, band
 from sparsefinder.metrics import Counts, Gold, balance, count
+from sparsefinder.numerics.normalizers import entmax15
 from sparsefinder.patterns.clustered import Clustered
-from sparsefinder.patterns.configuration import Configuration, Learned
 from sparsefinder.patterns.oracle_topp import OracleTopP
-from sparsefinder.samples import Samples
 from sparsefinder.score import ScoreSettings, metrics_table, score
-from sparsefinder.transforms import entmax15
+from sparsefinder.storage.samples import Samples
 from tests.conftest import alone, random_qk
 
 

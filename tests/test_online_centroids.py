@@ -14,10 +14,10 @@ from small_runs import TRAINING, make_learned
 from torch import Tensor
 
 from sparsefinder import online_centroids
-from sparsefinder.kmeans_centroids import load_centroids
+from sparsefinder.errors import UserError
 from sparsefinder.online_centroids import OnlineSettings, fit_online, moved, train_online
-from sparsefinder.projections import load_projections
-from sparsefinder.store import UserError
+from sparsefinder.predictors.centroids import load_centroids
+from sparsefinder.predictors.projections import load_projections
 
 
 def directions(count: int, heads: int = 2, size: int = 3, seed: int = 0) -> list[Tensor]:

@@ -106,7 +106,10 @@ def test_a_launcher_finds_the_installed_package(installed: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("modules", "allowed"),
     [
-        ("sparsefinder, sparsefinder.store, sparsefinder.points, sparsefinder.construction", ()),
+        (
+            "sparsefinder, sparsefinder.storage.store, sparsefinder.storage.sweep_points, sparsefinder.experiment.instantiate",
+            (),
+        ),
         (
             "sparsefinder.pipeline, sparsefinder.attention, sparsefinder.metrics, sparsefinder.patterns.window",
             ("torch",),

@@ -9,15 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from sparsefinder.errors import UserError
+from sparsefinder.executors.native import gold_pairs as native
 from sparsefinder.graphs import QK
-from sparsefinder.native import pairs as native
-from sparsefinder.pairs import gold_pairs
-from sparsefinder.projections import LayerProjections, Linear, load_projections
-from sparsefinder.quantization import ProjectSettings, contrastive_loss, train_projections
-from sparsefinder.samples import Samples, load_samples
-from sparsefinder.stacks import clip_each_layer
-from sparsefinder.store import UserError
-from sparsefinder.transforms import entmax15
+from sparsefinder.numerics.normalizers import entmax15
+from sparsefinder.predictors.all_layers import clip_each_layer
+from sparsefinder.predictors.contrastive import contrastive_loss
+from sparsefinder.predictors.gold_pairs import gold_pairs
+from sparsefinder.predictors.projections import LayerProjections, Linear, load_projections
+from sparsefinder.quantization import ProjectSettings, train_projections
+from sparsefinder.storage.samples import Samples, load_samples
 from tests.conftest import random_qk
 
 

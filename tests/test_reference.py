@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from sparsefinder import score
+from sparsefinder.experiment.configuration import Configuration
 from sparsefinder.graphs import QK
-from sparsefinder.patterns.buckets import Quantize
-from sparsefinder.patterns.configuration import Configuration
 from sparsefinder.patterns.distance import Distance
 from sparsefinder.patterns.kmeans import KMeans
 from sparsefinder.patterns.oracle import Oracle
-from sparsefinder.store import Store
+from sparsefinder.patterns.quantize import Quantize
+from sparsefinder.storage.store import Store
 from tests.conftest import GRAPH
 
 METRICS = ("sparsity", "recall", "exact")

@@ -16,13 +16,17 @@ import pytest
 from matplotlib import pyplot
 from small_runs import RESULTS, make_evaluated, make_scored, variant
 
-from sparsefinder import drawing, findings, frontiers, heatmaps, illustrations, page, recall_figures, report, score
-from sparsefinder.patterns.buckets import Quantize
-from sparsefinder.patterns.configuration import Configuration
+from sparsefinder import report, score
+from sparsefinder.analysis import frontiers
+from sparsefinder.errors import UserError
+from sparsefinder.experiment.configuration import Configuration
 from sparsefinder.patterns.full import Full
+from sparsefinder.patterns.quantize import Quantize
 from sparsefinder.patterns.window import Window
 from sparsefinder.report import ReportSettings
-from sparsefinder.store import Store, UserError, plain
+from sparsefinder.reporting import captions, heatmaps, html, recall_figures, style, text_tables
+from sparsefinder.storage.manifests import plain
+from sparsefinder.storage.store import Store
 
 FIGURES = {"recall_sparsity", "loss_sparsity", "layer_heads", "shared_buckets", "attention_map"}
 FAST = ReportSettings(dpi=40)
@@ -150,13 +154,13 @@ def test_pattern_without_a_graph_is_not_defined(metrics: pd.DataFrame) -> None:
     pooled = metrics[metrics["pattern"] == "kmeans"].assign(pattern="pooled", sparsity=np.nan, recall=np.nan)
     pooled["configuration"] += 1000
     points = frontiers.points(pd.concat([metrics, pooled]))
-    lines = findings.recall_lines(points, [0.2])
+    lines = text_tables.recall_lines(points, [0.2])
     assert set(lines.loc[lines["pattern"] == "pooled", "recall at 20 %"]) == {"not defined"}
     recall_figures.recall_sparsity(points)
 
 
 def test_variant_without_a_graph_is_not_defined(run: Store) -> None:
-    lines = findings.variant_lines(frontiers.described(pd.read_parquet(run.path("evaluate") / "results.parquet")))
+    lines = text_tables.variant_lines(frontiers.described(pd.read_parquet(run.path("evaluate") / "results.parquet")))
     pooled = lines.set_index("variant").loc["pooled"]
     assert (pooled["sparsity"], pooled["recall"], pooled["predictor's share"]) == ("not defined", "not defined", "–")
     assert "sparsity is not defined: pooled (loss 4.400)" in _page(run)
@@ -169,7 +173,7 @@ def test_settings_check_themselves() -> None:
             ReportSettings(**wrong)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("module", [report, findings, frontiers, page])
+@pytest.mark.parametrize("module", [report, text_tables, frontiers, html])
 def test_matplotlib_is_imported_only_to_draw(module: ModuleType) -> None:
     """The command line imports the report whatever it was asked to do."""
     tree = ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
@@ -256,7 +260,7 @@ def test_the_heat_map_of_a_point_over_seeds_is_their_mean(
     drawn: dict[str, pd.DataFrame] = {}
     draw = heatmaps.layer_heads
     monkeypatch.setattr(heatmaps, "layer_heads", lambda gold, recalls: drawn.update(recalls) or draw(gold, recalls))
-    illustrations.of_score(both, points, tmp_path)
+    captions.of_score(both, points, tmp_path)
     means = {f"{row.label}\n{row.density:.1%} of pairs": row.recall for row in points.itertuples()}
     assert any(label.startswith("random") for label in drawn)
     assert {label: grid.to_numpy().mean() for label, grid in drawn.items()} == pytest.approx(
@@ -275,7 +279,7 @@ def test_the_caption_tells_colours_apart_only_where_there_is_grey(
     copies += [window.assign(pattern=name) for name in names]
     copies = [copy.assign(configuration=copy["configuration"] + 1000 * i) for i, copy in enumerate(copies, 1)]
     table = pd.concat([metrics, *copies])
-    drawn = {each.name: each for each in illustrations.of_score(table, frontiers.points(table), tmp_path)}
+    drawn = {each.name: each for each in captions.of_score(table, frontiers.points(table), tmp_path)}
     assert ("In colour" in drawn["recall_sparsity"].caption) == many
     assert ("recall_by_family" in drawn) == many
 
@@ -348,7 +352,7 @@ def test_two_settings_are_two_curves_not_one_broken_curve() -> None:
 )
 def test_warnings_about_variants(row: dict[str, object], warning: str | None, tmp_path: Path) -> None:
     store = make_evaluated(Store(tmp_path), (*RESULTS[:2], row))
-    found = findings.warnings(None, pd.read_parquet(store.path("evaluate") / "results.parquet"), {})
+    found = text_tables.warnings(None, pd.read_parquet(store.path("evaluate") / "results.parquet"), {})
     assert [warning in line for line in found] == ([True] if warning else [])
 
 
@@ -357,7 +361,7 @@ def test_a_model_that_learned_nothing_is_reported(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     store.note("model", validation_loss=7.0, unigram_entropy=6.5)
     store.finish("model", "finetune", {}, {}, 0)
-    (warning,) = findings.warnings(None, None, findings.read_manifests(store))
+    (warning,) = text_tables.warnings(None, None, text_tables.read_manifests(store))
     assert "unigram entropy" in warning
 
 
@@ -375,9 +379,9 @@ def test_summary_is_an_aligned_table_of_the_main_numbers(run: Store) -> None:
 
 
 def test_colours_are_fixed_and_every_name_has_one() -> None:
-    assert drawing.colour_of("kmeans") == "#009E73"
-    assert drawing.colour_of("a pattern of tomorrow") == drawing.colour_of("a pattern of tomorrow")
-    assert re.fullmatch("#[0-9A-F]{6}", drawing.colour_of("another"))
+    assert style.colour_of("kmeans") == "#009E73"
+    assert style.colour_of("a pattern of tomorrow") == style.colour_of("a pattern of tomorrow")
+    assert re.fullmatch("#[0-9A-F]{6}", style.colour_of("another"))
 
 
 def test_drawing_leaves_no_trace() -> None:

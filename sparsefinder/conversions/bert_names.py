@@ -1,6 +1,6 @@
 """RoBERTa's names for weights -> the names of targets that were written after BERT (BigBird, Nyströmformer)."""
 
-from sparsefinder.conversions.sources import Source
+from sparsefinder.conversions.roberta_source import Source
 
 _LM_HEAD = {
     "lm_head.dense.": "cls.predictions.transform.dense.",

@@ -37,9 +37,9 @@ from transformers import (
 )
 
 from sparsefinder.conversions.bert_names import bert_name, head_is_exact
-from sparsefinder.conversions.lengths import guard_length, input_length
+from sparsefinder.conversions.length_guard import guard_length, input_length
 from sparsefinder.conversions.positions import tile_rows
-from sparsefinder.conversions.sources import (
+from sparsefinder.conversions.roberta_source import (
     Source,
     base_of,
     build,
@@ -49,7 +49,7 @@ from sparsefinder.conversions.sources import (
     read_roberta,
 )
 from sparsefinder.conversions.weights import load_in_two_passes
-from sparsefinder.store import UserError
+from sparsefinder.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from sparsefinder.conversions.positions import PositionAudit
-from sparsefinder.store import UserError
+from sparsefinder.errors import UserError
 
 CERTIFICATE_FILE = "conversion.json"
 CARD_FILE = "README.md"

@@ -8,7 +8,15 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from sparsefinder.checkpoints import (
+from sparsefinder.conversions.bigbird import convert_roberta_to_bigbird
+from sparsefinder.conversions.certificate import Certificate, refuse_existing
+from sparsefinder.conversions.led import convert_longformer_to_led
+from sparsefinder.conversions.longformer import convert_roberta_to_longformer, resize_longformer
+from sparsefinder.conversions.nystromformer import convert_roberta_to_nystromformer
+from sparsefinder.conversions.proof import save
+from sparsefinder.conversions.roberta_source import SOURCE_FAMILIES, word_rows
+from sparsefinder.errors import UserError, one_of
+from sparsefinder.models.checkpoints import (
     Checkpoint,
     check_that_it_runs,
     load_config,
@@ -16,15 +24,6 @@ from sparsefinder.checkpoints import (
     load_tokenizer,
     open_checkpoint,
 )
-from sparsefinder.conversions.bigbird import convert_roberta_to_bigbird
-from sparsefinder.conversions.certificate import Certificate, refuse_existing
-from sparsefinder.conversions.led import convert_longformer_to_led
-from sparsefinder.conversions.longformer import convert_roberta_to_longformer, resize_longformer
-from sparsefinder.conversions.nystromformer import convert_roberta_to_nystromformer
-from sparsefinder.conversions.proof import save
-from sparsefinder.conversions.sources import SOURCE_FAMILIES, word_rows
-from sparsefinder.names import one_of
-from sparsefinder.store import UserError
 
 TARGETS = {
     "longformer": ("attention_window",),

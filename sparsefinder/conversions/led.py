@@ -28,12 +28,12 @@ from transformers import (
     PreTrainedModel,
 )
 
-from sparsefinder.conversions.lengths import guard_length
+from sparsefinder.conversions.length_guard import guard_length
 from sparsefinder.conversions.longformer import read_longformer
 from sparsefinder.conversions.positions import reserved_rows, tile_rows
-from sparsefinder.conversions.sources import base_of, build, lengthened_tokenizer
+from sparsefinder.conversions.roberta_source import base_of, build, lengthened_tokenizer
 from sparsefinder.conversions.weights import load_in_two_passes
-from sparsefinder.store import UserError
+from sparsefinder.errors import UserError
 
 HEADS: dict[str, type[PreTrainedModel]] = {
     "LongformerModel": LEDModel,

@@ -27,9 +27,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from sparsefinder.conversions.lengths import guard_length
+from sparsefinder.conversions.length_guard import guard_length
 from sparsefinder.conversions.positions import reserved_rows, tile_rows
-from sparsefinder.conversions.sources import (
+from sparsefinder.conversions.roberta_source import (
     base_of,
     build,
     carried_settings,
@@ -39,7 +39,7 @@ from sparsefinder.conversions.sources import (
     read_roberta,
 )
 from sparsefinder.conversions.weights import load_in_two_passes
-from sparsefinder.store import UserError
+from sparsefinder.errors import UserError
 
 HEADS: dict[str, type[PreTrainedModel]] = {
     "Model": LongformerModel,

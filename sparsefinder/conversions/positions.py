@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparsefinder.store import UserError
+from sparsefinder.errors import UserError
 
 Convention = Literal["absolute", "after_padding", "offset_two", "sinusoidal"]
 SinusoidLayout = Literal["halves", "interleaved"]

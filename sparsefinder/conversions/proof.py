@@ -30,12 +30,12 @@ from sparsefinder.conversions.certificate import (
     states,
     write,
 )
-from sparsefinder.conversions.comparisons import EXACT, Comparison, compare
+from sparsefinder.conversions.expectations import EXACT, Comparison, compare
 from sparsefinder.conversions.positions import POSITION_BUFFERS, audit
-from sparsefinder.conversions.sources import base_of, word_rows
+from sparsefinder.conversions.roberta_source import base_of, word_rows
+from sparsefinder.errors import UserError
 from sparsefinder.models import get_normalizer, set_normalizer
-from sparsefinder.store import UserError
-from sparsefinder.transforms import Normalizer
+from sparsefinder.numerics.normalizers import Normalizer
 
 _RELOAD_LENGTH = 1024
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from sparsefinder.store import UserError
+from sparsefinder.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsefinder import hub
 from sparsefinder.corpora.files import SPLITS, check_limits, limited
 from sparsefinder.corpora.loading import load_split
 from sparsefinder.corpora.overlap import Overlap, check_contents
 from sparsefinder.corpora.reading import digest_of, files_named, is_gzip
-from sparsefinder.files import files_of
-from sparsefinder.store import UserError
+from sparsefinder.errors import UserError
+from sparsefinder.storage import hub
+from sparsefinder.storage.files import files_of
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from sparsefinder.store import UserError, make_folder, progress
+from sparsefinder.errors import UserError
+from sparsefinder.storage.files import make_folder
+from sparsefinder.storage.store import progress
 
 log = logging.getLogger(__name__)
 
@@ -231,3 +233,11 @@ def _key(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, split: str, length:
     for part in (text, json.dumps(state, sort_keys=True), split, str(length), str(limit)):
         digest.update(part.encode() + b"\0")
     return digest.hexdigest()[:24]
+
+
+def draw(available: int, wanted: int, seed: int, what: str) -> list[int]:
+    """``wanted`` of ``available`` places, drawn by the seed and sorted; a larger draw contains a smaller one."""
+    if wanted > available:
+        raise UserError(f"nsamples={wanted}, but {what} has only {available} blocks: ask for fewer, or give more text")
+    order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
+    return sorted(order[:wanted].tolist())

@@ -27,7 +27,9 @@ from pathlib import Path
 
 from sparsefinder.corpora import prose
 from sparsefinder.corpora.files import check_limits
-from sparsefinder.store import UserError, progress, remove
+from sparsefinder.errors import UserError
+from sparsefinder.storage.files import remove
+from sparsefinder.storage.store import progress
 
 log = logging.getLogger(__name__)
 

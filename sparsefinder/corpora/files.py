@@ -11,7 +11,7 @@ from pathlib import Path
 from sparsefinder.corpora.documents import UNITS, documents_of, unit_of
 from sparsefinder.corpora.overlap import Overlap, check_contents
 from sparsefinder.corpora.reading import digest_of, files_named, lines_of
-from sparsefinder.store import UserError
+from sparsefinder.errors import UserError
 
 log = logging.getLogger(__name__)
 

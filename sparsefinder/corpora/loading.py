@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sparsefinder import hub
+from sparsefinder.storage import hub
 
 
 def load_split(label: str, path: str, name: str | None, split: str, local: bool = False, **options: Any) -> Any:

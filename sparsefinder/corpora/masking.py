@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sparsefinder.corpora.blocks import TokenBlocks, pad
-from sparsefinder.randomness import uniform
-from sparsefinder.store import UserError
+from sparsefinder.errors import UserError
+from sparsefinder.numerics.counter_rng import uniform
 
 IGNORED = -100  # the label of a token that is not asked for, as everywhere in transformers
 

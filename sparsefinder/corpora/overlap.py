@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 
-from sparsefinder.store import UserError
+from sparsefinder.errors import UserError
 
 log = logging.getLogger(__name__)
 

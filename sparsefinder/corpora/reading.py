@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from sparsefinder.corpora.documents import LINE
-from sparsefinder.files import compression_of, files_of
-from sparsefinder.store import UserError
+from sparsefinder.errors import UserError
+from sparsefinder.storage.files import compression_of, files_of
 
 _NOT_TEXT = {  # how a file begins → what it is, and how to make text of it
     b"\xff\xfe": "not UTF-8 text but UTF-16: convert it, such as by iconv -f UTF-16 -t UTF-8",

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from sparsefinder.store import UserError
+from sparsefinder.errors import UserError
 
 log = logging.getLogger(__name__)
 

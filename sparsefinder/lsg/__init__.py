@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import transformers
 
-from sparsefinder.lsg.attention import LSGAttention
+from sparsefinder.executors.lsg.attention import LSGAttention
 from sparsefinder.lsg.configuration import config_class
 from sparsefinder.lsg.conversion import convert
 from sparsefinder.lsg.families import FAMILIES
+from sparsefinder.lsg.freeze import train_only_globals_and_head
 from sparsefinder.lsg.loading import from_pretrained
 from sparsefinder.lsg.modeling import model_class
-from sparsefinder.lsg.training import train_only_globals_and_head
 
 __all__ = [
     "FAMILIES",

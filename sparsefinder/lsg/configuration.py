@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from sparsefinder.lsg.attention import LSGAttention
+from sparsefinder.errors import UserError
+from sparsefinder.executors.lsg.attention import LSGAttention
+from sparsefinder.executors.lsg.settings import MAX_GLOBAL_TOKENS
 from sparsefinder.lsg.families import FAMILIES, Family, plain_class
-from sparsefinder.lsg.settings import MAX_GLOBAL_TOKENS
-from sparsefinder.store import UserError
-from sparsefinder.transforms import Normalizer
+from sparsefinder.numerics.normalizers import Normalizer
 
 
 class LSGFields:

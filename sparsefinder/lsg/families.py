@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from sparsefinder.store import UserError
-from sparsefinder.transformers_internals import auto_classes
+from sparsefinder.errors import UserError
+from sparsefinder.models.transformers_internals import auto_classes
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsefinder.lsg.recording import of_this_length
-from sparsefinder.store import UserError
+from sparsefinder.errors import UserError
+from sparsefinder.numerics.recording import of_this_length
 
 
 def real_tokens(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sparsefinder.checkpoints import Checkpoint, load_model, open_checkpoint
+from sparsefinder.errors import UserError
 from sparsefinder.lsg.configuration import config_class
 from sparsefinder.lsg.families import Family, architecture_of, family_of, plain_class
 from sparsefinder.lsg.modeling import model_class
-from sparsefinder.store import UserError
+from sparsefinder.models.checkpoints import Checkpoint, load_model, open_checkpoint
 
 IGNORED = ("auto_map", "base_model_prefix", "model_type")
 """Entries of a `config.json` that point to the code it was saved with."""

@@ -33,6 +33,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, GenerationMixin
 
+from sparsefinder.errors import UserError
+from sparsefinder.executors.lsg.settings import MAX_GLOBAL_TOKENS
 from sparsefinder.lsg.configuration import config_class
 from sparsefinder.lsg.ends import (
     fill_up,
@@ -46,9 +48,7 @@ from sparsefinder.lsg.ends import (
 )
 from sparsefinder.lsg.families import FAMILIES, Family, plain_class
 from sparsefinder.lsg.inputs import padding_that_counts, real_tokens, refuse_attentions, refuse_cache
-from sparsefinder.lsg.settings import MAX_GLOBAL_TOKENS
-from sparsefinder.store import UserError
-from sparsefinder.transformers_internals import class_beside, copy_with_attention, is_remote_code
+from sparsefinder.models.transformers_internals import class_beside, copy_with_attention, is_remote_code
 
 log = logging.getLogger(__name__)
 

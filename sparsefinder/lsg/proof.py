@@ -27,11 +27,11 @@ from sparsefinder.conversions.certificate import (
     write,
 )
 from sparsefinder.conversions.positions import audit, audit_sinusoidal
-from sparsefinder.lsg.attention import LSGAttention
+from sparsefinder.executors.lsg.attention import LSGAttention
+from sparsefinder.lsg.embedding_tables import position_tables, word_table
 from sparsefinder.lsg.families import Family
-from sparsefinder.lsg.tables import position_tables, word_table
 from sparsefinder.models import get_normalizer
-from sparsefinder.transforms import Normalizer
+from sparsefinder.numerics.normalizers import Normalizer
 
 
 def certify(model: Any, tokenizer: Any, source: Any, family: Family, certificate: Certificate) -> Certificate:

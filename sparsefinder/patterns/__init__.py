@@ -2,5 +2,5 @@
 
 A pattern is a frozen dataclass whose fields are its settings. Two class attributes tell the rest of the package about it:
 ``dial`` names the one field that trades sparsity for recall (None: there is none), and ``needs`` names the artefacts that it
-works with (``projections``, ``centroids``), which a `sparsefinder.patterns.configuration.Configuration` attaches.
+works with (``projections``, ``centroids``), which a `sparsefinder.experiment.configuration.Configuration` attaches.
 """

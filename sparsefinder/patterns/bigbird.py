@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from sparsefinder.graphs import QK, Buckets, Layout
-from sparsefinder.patterns.by_place import at_least, odd
-from sparsefinder.randomness import uniform
+from sparsefinder.numerics.counter_rng import uniform
+from sparsefinder.patterns.support.ranking import at_least, odd
 
 
 @dataclass(frozen=True)

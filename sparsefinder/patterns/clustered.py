@@ -8,11 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from sparsefinder.errors import UserError
 from sparsefinder.graphs import QK, Buckets, Layout
-from sparsefinder.patterns.choosing import as_ids, check_counts, check_share, first_share, vectors
-from sparsefinder.patterns.lloyd import first_centres, lloyd, means_of, nearest
-from sparsefinder.randomness import normal
-from sparsefinder.store import UserError
+from sparsefinder.numerics.counter_rng import normal
+from sparsefinder.patterns.support.kmeans_per_sentence import first_centres, lloyd, means_of, nearest
+from sparsefinder.patterns.support.ranking import as_ids, check_counts, check_share, first_share, vectors
 
 
 @dataclass(frozen=True)

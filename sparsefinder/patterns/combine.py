@@ -9,9 +9,9 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from sparsefinder.errors import UserError
 from sparsefinder.graphs import QK, Buckets, HasLayout, Layout, Pattern
-from sparsefinder.projections import Projections
-from sparsefinder.store import UserError
+from sparsefinder.predictors.projections import Projections
 
 
 @dataclass(frozen=True)

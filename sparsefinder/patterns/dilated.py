@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsefinder.graphs import QK, Buckets, Layout
-from sparsefinder.patterns.by_place import at_least, odd
+from sparsefinder.patterns.support.ranking import at_least, odd
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,10 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor
 
-from sparsefinder.distances import PAIRWISE
+from sparsefinder.errors import UserError, one_of
 from sparsefinder.graphs import QK
-from sparsefinder.names import one_of
-from sparsefinder.randomness import uniform
-from sparsefinder.store import UserError
+from sparsefinder.numerics.counter_rng import uniform
+from sparsefinder.numerics.distances import PAIRWISE
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from sparsefinder.errors import UserError
 from sparsefinder.graphs import QK
-from sparsefinder.store import UserError
-from sparsefinder.transforms import Normalizer
+from sparsefinder.numerics.normalizers import Normalizer
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from sparsefinder.errors import UserError
 from sparsefinder.graphs import QK, Buckets, Layout
-from sparsefinder.kmeans_centroids import Centroids, nearest
-from sparsefinder.store import UserError, missing
+from sparsefinder.predictors.centroids import Centroids, nearest
+from sparsefinder.storage.store import missing
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from sparsefinder.errors import UserError, one_of
 from sparsefinder.graphs import QK, Buckets, Layout
-from sparsefinder.names import one_of
-from sparsefinder.patterns.by_place import at_least, odd
+from sparsefinder.numerics.counter_rng import uniform
 from sparsefinder.patterns.dilated import dilated
+from sparsefinder.patterns.support.ranking import at_least, odd
 from sparsefinder.patterns.window import GlobalTokens
-from sparsefinder.randomness import uniform
-from sparsefinder.store import UserError
 
 PLACEMENTS = ("first", "random")
 

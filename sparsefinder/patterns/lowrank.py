@@ -8,12 +8,13 @@ from typing import ClassVar
 from torch import Tensor
 
 from sparsefinder.graphs import QK
-from sparsefinder.selection import check_rule, select
+from sparsefinder.numerics.selection import check_rule, select
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """Edge iff ``q'_i·k'_j / √R`` is selected among the row's keys (``rule`` and ``level``: see `sparsefinder.selection`).
+    """Edge iff ``q'_i·k'_j / √R`` is selected among the row's keys (``rule`` and ``level``: see
+    `sparsefinder.numerics.selection`).
 
     ``q'``, ``k'`` are the closed-form projections of the stage ``route``, whose inner product is nearest to ``q·k`` among
     all maps of rank R. Every pair is compared, so predicting is quadratic, in R instead of D. It is what routing to clusters

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparsefinder.errors import UserError
+from sparsefinder.executors.lsg.attention import LSGAttention, pack
+from sparsefinder.executors.lsg.settings import POOLED
 from sparsefinder.graphs import QK, Buckets, Layout
-from sparsefinder.lsg.attention import LSGAttention, pack
-from sparsefinder.lsg.settings import POOLED
 from sparsefinder.patterns.window import GlobalTokens
-from sparsefinder.store import UserError
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,11 @@ class LSG:
 
     The first ``g`` tokens are global, and ``S_I`` are the ``b`` sparse keys on either side of blocks ``I − 1 … I + 1``.
 
-    Condevaux and Harispe 2022 (https://arxiv.org/abs/2210.15497), as a pattern: `sparsefinder.lsg.attention` executes the same
-    graph in its own way and states where it differs from the paper. Sparse keys stand for ``sparsity_factor`` tokens each and
-    are picked by ``sparsity_type``: keys of largest norm, every f-th token or a run of tokens of each block (both shifted from
-    head to head), or none. Types that pool keys (pooling, lsh, bos_pooling) have no graph between tokens and are refused. Up
-    to two blocks every pair is an edge, as published.
+    Condevaux and Harispe 2022 (https://arxiv.org/abs/2210.15497), as a pattern: `sparsefinder.executors.lsg.attention`
+    executes the same graph in its own way and states where it differs from the paper. Sparse keys stand for
+    ``sparsity_factor`` tokens each and are picked by ``sparsity_type``: keys of largest norm, every f-th token or a run of
+    tokens of each block (both shifted from head to head), or none. Types that pool keys (pooling, lsh, bos_pooling) have no
+    graph between tokens and are refused. Up to two blocks every pair is an edge, as published.
     """
 
     sparsity_type: str = "norm"  # norm, stride, block_stride or none

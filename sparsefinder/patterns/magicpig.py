@@ -8,10 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from sparsefinder.errors import UserError
 from sparsefinder.graphs import QK
-from sparsefinder.patterns.choosing import check_counts, vectors
-from sparsefinder.randomness import normal
-from sparsefinder.store import UserError
+from sparsefinder.numerics.counter_rng import normal
+from sparsefinder.patterns.support.ranking import check_counts, vectors
 
 
 @dataclass(frozen=True)

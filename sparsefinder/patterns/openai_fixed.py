@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from sparsefinder.errors import UserError
 from sparsefinder.graphs import QK, Buckets, Layout
-from sparsefinder.patterns.by_place import at_least, memberships
-from sparsefinder.store import UserError
+from sparsefinder.patterns.support.ranking import at_least, memberships
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from sparsefinder.graphs import QK, Buckets, Layout
-from sparsefinder.patterns.by_place import at_least, memberships
+from sparsefinder.patterns.support.ranking import at_least, memberships
 
 
 @dataclass(frozen=True)

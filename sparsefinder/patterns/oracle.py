@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from sparsefinder.graphs import QK
-from sparsefinder.transforms import Normalizer
+from sparsefinder.numerics.normalizers import Normalizer
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from sparsefinder.errors import UserError, one_of
 from sparsefinder.graphs import QK
-from sparsefinder.names import one_of
-from sparsefinder.patterns.best import best, budget
-from sparsefinder.store import UserError
-from sparsefinder.transforms import Normalizer
+from sparsefinder.numerics.normalizers import Normalizer
+from sparsefinder.patterns.support.ranking import best, budget
 
 ORDERS = ("score", "margin")
 

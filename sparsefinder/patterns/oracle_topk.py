@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from sparsefinder.errors import UserError
 from sparsefinder.graphs import QK
-from sparsefinder.patterns.best import best, budget
-from sparsefinder.store import UserError
+from sparsefinder.patterns.support.ranking import best, budget
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from sparsefinder.errors import UserError
 from sparsefinder.graphs import QK
-from sparsefinder.patterns.best import best
-from sparsefinder.store import UserError
-from sparsefinder.transforms import Normalizer
+from sparsefinder.numerics.normalizers import Normalizer
+from sparsefinder.patterns.support.ranking import best
 
 
 @dataclass(frozen=True)

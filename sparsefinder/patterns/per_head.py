@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparsefinder.errors import UserError
 from sparsefinder.graphs import QK, Buckets, Layout, Pattern
 from sparsefinder.patterns.combine import layout_of
-from sparsefinder.store import UserError
 
 NO_BUCKET = -1
 

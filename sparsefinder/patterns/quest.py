@@ -9,8 +9,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from sparsefinder.graphs import QK, Layout
-from sparsefinder.patterns.choosing import check_counts, check_share, vectors
-from sparsefinder.patterns.token_blocks import TokenBlocks
+from sparsefinder.patterns.support.key_blocks import TokenBlocks
+from sparsefinder.patterns.support.ranking import check_counts, check_share, vectors
 
 
 @dataclass(frozen=True)

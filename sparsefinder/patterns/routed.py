@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsefinder.attention import without_padding
+from sparsefinder.executors.native import predictors as native
 from sparsefinder.graphs import QK, Buckets, Layout
-from sparsefinder.kmeans_centroids import Centroids, nearest
-from sparsefinder.native import predictors as native
-from sparsefinder.patterns.choosing import as_ids
-from sparsefinder.selection import check_rule, select
-from sparsefinder.store import missing
+from sparsefinder.numerics.padding import without_padding
+from sparsefinder.numerics.selection import check_rule, select
+from sparsefinder.patterns.support.ranking import as_ids
+from sparsefinder.predictors.centroids import Centroids, nearest
+from sparsefinder.storage.store import missing
 
 # vectors, the cluster of each, and how many clusters there are → their numbers, means and variances
 Moments = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
@@ -34,9 +34,9 @@ class ToClusters:
         ``s_ic = (q'_i·μ_c + √(Σ_r q'_ir² σ_cr²)) / √R``,
 
     the mean and spread of the scores of that sentence's keys in it (``μ_c``, ``σ_c²``: their mean and variance), and takes
-    clusters by ``rule`` and ``level`` (see `sparsefinder.selection`; a cluster counts as many keys as it holds). The cost is
-    ``N·C·R`` instead of ``N²·D``. In causal attention the mean of a sentence would show the future: there the centroids stand
-    for their keys, without spread, and a query counts the keys up to itself.
+    clusters by ``rule`` and ``level`` (see `sparsefinder.numerics.selection`; a cluster counts as many keys as it holds). The
+    cost is ``N·C·R`` instead of ``N²·D``. In causal attention the mean of a sentence would show the future: there the
+    centroids stand for their keys, without spread, and a query counts the keys up to itself.
 
     Ours. What it owes: routing to clusters of keys to Roy et al. 2021 (https://arxiv.org/abs/2003.05997), though with a budget
     that follows the threshold of entmax instead of equal shares.
@@ -115,7 +115,7 @@ def _estimates(moments: Moments, qk: QK, cluster: Tensor, count: int) -> tuple[T
 
 
 def moments(x: Tensor, ids: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`sparsefinder.native.predictors.moments` by torch's operations, on any device; ids are in ``[0, count]``."""
+    """`sparsefinder.executors.native.predictors.moments` by torch's operations, on any device; ids are in ``[0, count]``."""
     batch, heads = x.shape[:2]
     first = torch.arange(batch * heads, device=x.device).view(batch, heads, 1) * (count + 1)
     row = (ids + first).flatten()  # whole rows are added and taken, three times as fast as their numbers one by one

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from sparsefinder.kmeans_centroids import Centroids
 from sparsefinder.patterns.routed import ToClusters
+from sparsefinder.predictors.centroids import Centroids
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparsefinder.errors import UserError
 from sparsefinder.graphs import QK, Buckets, Layout
-from sparsefinder.kmeans_centroids import Centroids
-from sparsefinder.patterns.choosing import as_ids, check_counts, check_share, first_share, vectors
-from sparsefinder.patterns.lloyd import lloyd
-from sparsefinder.randomness import normal
-from sparsefinder.store import UserError, missing
+from sparsefinder.numerics.counter_rng import normal
+from sparsefinder.patterns.support.kmeans_per_sentence import lloyd
+from sparsefinder.patterns.support.ranking import as_ids, check_counts, check_share, first_share, vectors
+from sparsefinder.predictors.centroids import Centroids
+from sparsefinder.storage.store import missing
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from sparsefinder.graphs import QK, Buckets, Layout
-from sparsefinder.kmeans_centroids import Centroids
-from sparsefinder.patterns.choosing import as_ids, check_share, first_share, vectors
-from sparsefinder.store import missing
+from sparsefinder.patterns.support.ranking import as_ids, check_share, first_share, vectors
+from sparsefinder.predictors.centroids import Centroids
+from sparsefinder.storage.store import missing
 
 
 @dataclass(frozen=True)

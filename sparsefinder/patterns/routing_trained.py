@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsefinder.graphs import QK, Layout
-from sparsefinder.kmeans_centroids import Centroids
-from sparsefinder.patterns.choosing import check_share, vectors
 from sparsefinder.patterns.routing import taken
-from sparsefinder.store import missing
+from sparsefinder.patterns.support.ranking import check_share, vectors
+from sparsefinder.predictors.centroids import Centroids
+from sparsefinder.storage.store import missing
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsefinder.graphs import QK, Buckets, Layout
-from sparsefinder.patterns.choosing import check_share, first_share, vectors
+from sparsefinder.patterns.support.ranking import check_share, first_share, vectors
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from sparsefinder.errors import UserError
 from sparsefinder.graphs import QK, Layout
-from sparsefinder.store import UserError
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from tiny_sources import hidden, make_source, make_tokenizer
 from transformers import BigBirdModel
 
 from sparsefinder.conversions import convert_roberta_to_bigbird, runs_sparse, stay_sparse
-from sparsefinder.store import UserError
+from sparsefinder.errors import UserError
 
 
 def sparse_model() -> BigBirdModel:

@@ -10,7 +10,7 @@ import torch
 
 from sparsefinder.conversions import certificate as cert
 from sparsefinder.conversions.certificate import Certificate, at_most, equals, holds, states
-from sparsefinder.store import UserError
+from sparsefinder.errors import UserError
 
 
 def good() -> Certificate:

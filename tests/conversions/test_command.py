@@ -18,8 +18,8 @@ from sparsefinder.conversions import (
     convert_longformer_to_led,
     convert_roberta_to_longformer,
 )
-from sparsefinder.conversions.lengths import guard_length
-from sparsefinder.store import UserError
+from sparsefinder.conversions.length_guard import guard_length
+from sparsefinder.errors import UserError
 
 
 @pytest.fixture

@@ -21,9 +21,9 @@ from sparsefinder.conversions import (
     resize_longformer,
     save,
 )
+from sparsefinder.errors import UserError
 from sparsefinder.models import set_normalizer
-from sparsefinder.store import UserError
-from sparsefinder.transforms import Normalizer
+from sparsefinder.numerics.normalizers import Normalizer
 
 MAXIMUM = 60
 CONVERT: dict[str, Callable[..., Any]] = {

@@ -14,7 +14,7 @@ from sparsefinder.conversions.positions import (
     sinusoidal_rows,
     tile_rows,
 )
-from sparsefinder.store import UserError
+from sparsefinder.errors import UserError
 
 
 def numbered(rows: int) -> torch.Tensor:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from scripts import convert_checkpoint
 from sparsefinder import models
-from sparsefinder.store import UserError
+from sparsefinder.errors import UserError
 from tests.faults.test_fuzz_files import Bomb
 from tests.tiny_models import SPECIAL, save_tiny
 

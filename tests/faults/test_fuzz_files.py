@@ -20,13 +20,16 @@ import pandas as pd
 import pytest
 import torch
 
-from sparsefinder import report, tables
-from sparsefinder.kmeans_centroids import load_centroids
-from sparsefinder.patterns.configuration import Learned
-from sparsefinder.projections import load_projections
-from sparsefinder.samples import load_samples
+from sparsefinder import report
+from sparsefinder.errors import UserError
+from sparsefinder.experiment.configuration import Learned
+from sparsefinder.predictors.centroids import load_centroids
+from sparsefinder.predictors.projections import load_projections
 from sparsefinder.score import ScoreSettings, score
-from sparsefinder.store import ARTEFACTS, Store, UserError, content_hash, manifest_path, read_manifest
+from sparsefinder.storage import tables
+from sparsefinder.storage.manifests import content_hash, manifest_path, read_manifest
+from sparsefinder.storage.samples import load_samples
+from sparsefinder.storage.store import ARTEFACTS, Store
 from tests.small_runs import CONFIGURATIONS, make_scored
 
 LEARNED = tuple(c for c in CONFIGURATIONS if c.name in ("kmeans", "quantize", "oracle"))[:4]

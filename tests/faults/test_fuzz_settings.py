@@ -16,7 +16,7 @@ from tests.faults.test_fuzz_files import COPIES
 VALUES = (
     *("-1", "0", "0.5", "1e999", "-1e999", "nan", "10000000000000000000000", "null", "true", "[]", "{}", "[1,2,null]"),
     *("{a:1}", "''", "x", "' '", "../../etc", "'a=b'", "'" + "x" * 5000 + "'", "'\\n'", "ünï", "???"),
-    *("${seed}", "${nothing}", "${oc.env:HOME}", "${seed", "'${'", "__import__", "sparsefinder.store.remove"),
+    *("${seed}", "${nothing}", "${oc.env:HOME}", "${seed", "'${'", "__import__", "sparsefinder.storage.files.remove"),
 )
 ODD = (
     *(

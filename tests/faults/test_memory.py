@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from sparsefinder.samples import load_samples
+from sparsefinder.storage.samples import load_samples
 from tests.faults.nursery import Nursery
 from tests.faults.tiny_runs import settings
 

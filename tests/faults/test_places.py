@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsefinder.store import Store
+from sparsefinder.storage.store import Store
 from tests.faults.conftest import Undisturbed
 from tests.faults.nursery import Nursery
 from tests.faults.tiny_runs import STAGES, assert_finished_is_whole, assert_same_tables

@@ -8,7 +8,8 @@ from pathlib import Path
 import pandas as pd
 
 from sparsefinder.pipeline import STAGES as PIPELINE
-from sparsefinder.store import ARTEFACTS, content_hash, read_manifest
+from sparsefinder.storage.manifests import content_hash, read_manifest
+from sparsefinder.storage.store import ARTEFACTS
 
 STAGES = tuple(PIPELINE)  # by name, in their order
 _WORDS = (

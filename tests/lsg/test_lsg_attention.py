@@ -6,12 +6,12 @@ import pytest
 import torch
 from lsg_plain import plain_lsg
 
+from sparsefinder.errors import UserError
+from sparsefinder.executors.lsg.attention import LSGAttention
+from sparsefinder.executors.lsg.block_layout import attend
+from sparsefinder.executors.lsg.settings import SPARSITY_TYPES
 from sparsefinder.graphs import QK
-from sparsefinder.lsg.attention import LSGAttention
-from sparsefinder.lsg.blocks import attend
-from sparsefinder.lsg.settings import SPARSITY_TYPES
-from sparsefinder.store import UserError
-from sparsefinder.transforms import Normalizer
+from sparsefinder.numerics.normalizers import Normalizer
 
 LAYOUTS = {
     "usual": {"block_size": 4, "sparse_block_size": 4, "sparsity_factor": 2, "num_global_tokens": 1},

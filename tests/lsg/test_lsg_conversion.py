@@ -5,6 +5,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,14 +28,14 @@ from lsg_tiny import (
 from safetensors.torch import load_file
 
 from sparsefinder.conversions.certificate import Certificate, read
+from sparsefinder.errors import UserError
 from sparsefinder.lsg import convert, from_pretrained
+from sparsefinder.lsg.embedding_tables import global_rows, global_table, position_tables, spread_positions, word_table
 from sparsefinder.lsg.families import FAMILIES
 from sparsefinder.lsg.proof import certify
-from sparsefinder.lsg.tables import global_rows, global_table, position_tables, spread_positions, word_table
-from sparsefinder.lsg.trial import try_heads
+from sparsefinder.lsg.smoke_test import try_heads
 from sparsefinder.models import set_normalizer
-from sparsefinder.store import UserError
-from sparsefinder.transforms import Normalizer
+from sparsefinder.numerics.normalizers import Normalizer
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"block_size": 4, "sparse_block_size": 4}
@@ -257,9 +258,9 @@ def test_carried_code_is_the_package_s_own(converted):
         assert "sparsefinder" not in "".join(
             line for line in file.open() if line.lstrip().startswith(("from ", "import "))
         )
-    ours = (ROOT / "sparsefinder" / "lsg" / "sparse_keys.py").read_text()
+    ours = (ROOT / "sparsefinder" / "executors" / "lsg" / "sparse_keys.py").read_text()
     carried = (out / "lsg_sparse_keys.py").read_text()
-    assert carried == ours.replace("from sparsefinder.lsg.", "from .lsg_")
+    assert carried == re.sub(r"from sparsefinder\.[a-z.]*?(\w+) import", r"from .lsg_\1 import", ours)
 
 
 def test_trial_of_every_auto_class(converted):

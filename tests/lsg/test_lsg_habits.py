@@ -9,10 +9,10 @@ from accelerate import cpu_offload
 from lsg_tiny import NAMES, text
 from test_lsg_models import inputs_for, lsg_model
 
+from sparsefinder.errors import UserError
 from sparsefinder.lsg import from_pretrained
 from sparsefinder.lsg.families import FAMILIES
 from sparsefinder.lsg.proof import output_states
-from sparsefinder.store import UserError
 
 
 def run(model, ids, mask=None, **more):

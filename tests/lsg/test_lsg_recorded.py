@@ -7,9 +7,9 @@ import torch
 from lsg_tiny import NAMES, text
 from test_lsg_models import lsg_model
 
+from sparsefinder.errors import UserError
+from sparsefinder.executors.lsg.settings import SPARSITY_TYPES
 from sparsefinder.lsg.families import FAMILIES
-from sparsefinder.lsg.settings import SPARSITY_TYPES
-from sparsefinder.store import UserError
 
 
 def example(name, batch=2, tokens=37):

@@ -8,10 +8,10 @@ from lsg_tiny import NAMES, heads, save_plain
 from safetensors.torch import load_file, save_file
 
 from scripts import convert_checkpoint
-from sparsefinder.lsg import convert, trial
+from sparsefinder.errors import UserError
+from sparsefinder.lsg import convert, smoke_test
 from sparsefinder.lsg.families import FAMILIES
-from sparsefinder.lsg.trial import try_heads
-from sparsefinder.store import UserError
+from sparsefinder.lsg.smoke_test import try_heads
 
 KINDS = [
     ("bert", "BertForMultipleChoice"),  # `classifier` with one row, where other heads have two
@@ -51,8 +51,8 @@ def test_a_head_that_does_not_run_is_named_after_the_others_and_the_model_stays(
             raise KeyError("choices")
         return inputs(model, auto, ids, mask)
 
-    inputs = trial._inputs
-    monkeypatch.setattr(trial, "_inputs", broken)
+    inputs = smoke_test._inputs
+    monkeypatch.setattr(smoke_test, "_inputs", broken)
     lines = []
     with pytest.raises(UserError, match=r"is saved and whole, but AutoModelForMultipleChoice cannot run it") as error:
         lines.extend(try_heads(tmp_path / "out"))  # keeps what came before the error

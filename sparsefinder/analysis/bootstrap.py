@@ -1,0 +1,138 @@
+"""How sure a figure is: documents drawn again with replacement, the same ones for every pattern.
+
+The unit of chance is the document (a recorded sample, a block of text): its queries and keys are anything but independent.
+Every replica draws as many documents as there are, with replacement, and all patterns are measured on the same draw, so that
+what makes a document hard for all of them cancels in a difference (a paired bootstrap, Efron and Tibshirani 1993, chapter 16).
+Where a pattern was run with several seeds, a replica also draws as many of its seeds with replacement. Intervals are the 2.5 and
+97.5 percentiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from sparsefinder.analysis.frontiers import at_levels
+
+REPLICAS, SEED = 1000, 0
+_PERCENT = (0.025, 0.975)
+LEAST = 5  # documents for an interval: fewer say next to nothing about others, and one of them nothing at all
+_KNOWN = 0.9  # share of the replicas in which a figure must be defined for an interval
+
+
+def draws(count: int, replicas: int = REPLICAS, seed: int = SEED) -> np.ndarray:
+    """How often each of ``count`` documents is drawn in each replica, ``(replicas, count)`` float64."""
+    generator = np.random.default_rng(seed)
+    return generator.multinomial(count, np.full(count, 1 / count), size=replicas).astype(float)
+
+
+def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """95 % interval over the first axis, NaN where too few replicas are defined."""
+    enough = np.isfinite(values).mean(0) >= _KNOWN
+    safe = np.where(enough, values, 0.0)
+    low, high = np.nanquantile(safe, _PERCENT, axis=0)
+    return np.where(enough, low, np.nan), np.where(enough, high, np.nan)
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """Density, recall and far recall of every point of `frontiers.points` in every replica, each ``(replicas, points)``."""
+
+    density: np.ndarray
+    recall: np.ndarray
+    recall_far: np.ndarray
+
+    @classmethod
+    def of(
+        cls, points: pd.DataFrame, counts: pd.DataFrame, replicas: int = REPLICAS, seed: int = SEED
+    ) -> Replicas | None:
+        """``score/counts`` and the `points` made from the same metrics → replicas, with macro means as in `metrics`.
+
+        None where there are fewer than `LEAST` documents.
+        """
+        keys = ["configuration", "sample", "layer", "head"]
+        counts = counts.sort_values(keys)
+        documents = counts["sample"].nunique()
+        if documents < LEAST:
+            return None
+        drawn = draws(documents, replicas, seed)
+        found: dict[str, dict[int, np.ndarray]] = {name: {} for name in ("density", "recall", "recall_far")}
+        for configuration, own in counts.groupby("configuration", sort=False):
+            with np.errstate(divide="ignore", invalid="ignore"):
+                ratios = {
+                    "density": own["predicted"].to_numpy(float) / own["allowed"].to_numpy(float),
+                    "recall": own["hits"].to_numpy(float) / own["gold"].to_numpy(float),
+                    "recall_far": own["far_hits"].to_numpy(float) / own["far_gold"].to_numpy(float),
+                }
+            for name, ratio in ratios.items():
+                found[name][int(str(configuration))] = _macro(ratio.reshape(documents, -1), drawn)
+        members = list(points["members"])
+        seeds = {count: draws(count, replicas, seed + 1) / count for count in {len(each) for each in members}}
+
+        def of_points(name: str) -> np.ndarray:
+            columns = [
+                sum(found[name][each] * seeds[len(own)][:, place] for place, each in enumerate(own)) for own in members
+            ]
+            return np.stack(columns, axis=1) if columns else np.empty((replicas, 0))
+
+        return cls(of_points("density"), of_points("recall"), of_points("recall_far"))
+
+    def of_places(self, places: Sequence[int]) -> Replicas:
+        """Those of some of the points."""
+        rows = list(places)
+        return Replicas(self.density[:, rows], self.recall[:, rows], self.recall_far[:, rows])
+
+    def at(self, rows: Sequence[int], levels: Sequence[float], measure: str = "recall") -> np.ndarray:
+        """``measure`` of the frontier of these points at the levels, ``(replicas, levels)``."""
+        rows = list(rows)
+        if not rows:
+            return np.full((len(self.density), len(levels)), np.nan)
+        return at_levels(self.density[:, rows], self.recall[:, rows], getattr(self, measure)[:, rows], levels)
+
+
+def _macro(ratio: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+    """``(documents, layers · heads)`` → mean over the drawn documents, then over heads, each where defined: ``(replicas,)``."""
+    known = np.isfinite(ratio)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        heads = (drawn @ np.where(known, ratio, 0.0)) / (drawn @ known.astype(float))
+    some = np.isfinite(heads)
+    return np.where(some, heads, 0.0).sum(1) / np.where(some.any(1), some.sum(1), np.nan)
+
+
+def with_intervals(recalls: pd.DataFrame, replicas: Replicas | None, levels: Sequence[float]) -> pd.DataFrame:
+    """`frontiers.recall_table` with columns ``(recall_low, level)``, ``(recall_high, level)`` and the same for ``recall_far``."""
+    if replicas is None or recalls.empty:
+        return recalls
+    added: dict[Any, list[float]] = {}
+    for row in recalls.to_dict("records"):
+        for measure in ("recall", "recall_far"):
+            low, high = interval(replicas.at(row["rows"], levels, measure))
+            for place, level in enumerate(levels):
+                known = pd.notna(row[measure, level])
+                added.setdefault((f"{measure}_low", level), []).append(low[place] if known else np.nan)
+                added.setdefault((f"{measure}_high", level), []).append(high[place] if known else np.nan)
+    return pd.concat([recalls, pd.DataFrame(added, index=recalls.index, columns=_flat(added))], axis=1)
+
+
+def _flat(columns: dict[Any, list[float]]) -> pd.Index:
+    """An index of tuples that is no MultiIndex, as the columns of a recall table are."""
+    return pd.Index(list(columns), tupleize_cols=False)
+
+
+def ratio_difference(
+    first: np.ndarray, second: np.ndarray, weights: np.ndarray, replicas: int = REPLICAS, seed: int = SEED
+) -> tuple[float, float]:
+    """95 % interval of ``(Σ first − Σ second) / Σ weights`` over documents drawn again, each ``(documents,)``.
+
+    NaN where there are fewer than `LEAST` documents.
+    """
+    if len(weights) < LEAST:
+        return float("nan"), float("nan")
+    drawn = draws(len(weights), replicas, seed)
+    total = drawn @ weights
+    low, high = interval(np.where(total > 0, drawn @ (first - second) / np.where(total > 0, total, 1.0), np.nan))
+    return float(low), float(high)

@@ -1,0 +1,228 @@
+"""Recall against sparsity: configurations as points, the frontier that a pattern reaches, and patterns at equal density.
+
+Patterns are compared where they name equally many pairs, never setting against setting. Between two points of a frontier
+the straight line is used: running the one configuration on a share of the heads and the other on the rest lies on it.
+Configurations that differ in their seed alone are one point, the mean over the seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from sparsefinder.analysis.method_families import BOUNDS, CHANCE, TOP_K, family_of
+from sparsefinder.errors import UserError
+from sparsefinder.metrics import BALANCE, RATIOS
+
+MEASURES = (*RATIOS, *BALANCE)
+LEVELS = (0.02, 0.05, 0.1, 0.2, 0.3)  # shares of the allowed pairs at which patterns are compared
+
+_PLACE = ("run", "configuration", "layer", "head", "samples", "members")
+_SURROUNDINGS = ("window", "global_tokens", "last_token")
+_NOT_SETTINGS = {*MEASURES, *_PLACE, *_SURROUNDINGS, "pattern", "causal", "alpha", "quadratic"}
+
+
+def points(metrics: pd.DataFrame) -> pd.DataFrame:
+    """``score/metrics`` → one row per configuration, each measure averaged over layers and heads where it is defined.
+
+    Added are ``density`` (1 − sparsity), ``surroundings`` (the window and global tokens in words, empty without them) and
+    ``label`` (the pattern and those of its settings that vary). Tables of several runs (`tables.collect`) may be given.
+    """
+    missing = [name for name in ("configuration", "pattern", "sparsity", "recall") if name not in metrics]
+    if missing:
+        raise UserError(f"the table has no column {', '.join(missing)}: give score/metrics as stage=score writes it")
+    table = described(metrics)
+    quadratic = table["quadratic"] if "quadratic" in table else pd.Series(False, table.index)
+    table["quadratic"] = [False if pd.isna(value) else bool(value) for value in quadratic]
+    keys = [name for name in ("run", "configuration") if name in table]
+    how = {name: "mean" if name in MEASURES else "first" for name in table if name not in (*keys, "layer", "head")}
+    found = _over_seeds(table.groupby(keys, sort=False, as_index=False).agg(how))
+    found["density"] = 1 - found["sparsity"]
+    found["label"] = _labels(found)
+    return found
+
+
+def _over_seeds(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows that differ in their seed alone as one; ``members`` are the configurations that it is the mean of."""
+    table = table.assign(members=pd.Series([(each,) for each in table["configuration"]], table.index, dtype=object))
+    if "seed" not in table or table["seed"].nunique() < 2:
+        return table
+    same = [name for name in table if name not in (*MEASURES, "seed", "configuration", "members")]
+    how = {name: "mean" if name in MEASURES else "first" for name in table} | {"members": "sum"}
+    alike = table[same].map(str).agg(" ".join, axis=1)  # what has no value is alike as well
+    return table.groupby(alike, sort=False).agg(how).reset_index(drop=True)
+
+
+def described(table: pd.DataFrame) -> pd.DataFrame:
+    """A copy in which every row has a name for its ``pattern`` and its ``surroundings``, the words for its window and so on.
+
+    A random number is no distance, so ``distance=random`` is the pattern random wherever it was asked for; an attention that
+    brings its own graph stands for its pattern.
+    """
+    found = table.copy()
+    for name in _SURROUNDINGS:
+        values = found[name] if name in found else pd.Series(0, found.index)
+        found[name] = [0 if pd.isna(value) else int(value) for value in values]
+    found["surroundings"] = [_in_words(*row) for row in found[list(_SURROUNDINGS)].itertuples(index=False)]
+    if "distance" in found:
+        found["pattern"] = found["pattern"].mask([value == CHANCE for value in found["distance"]], CHANCE)
+    if "attention" in found:
+        own = pd.Series(None, found.index, dtype=object) if "pattern" not in found else found["pattern"]
+        found["pattern"] = own.astype(object).where(own.notna(), found["attention"])
+    return found
+
+
+def setting_columns(table: pd.DataFrame) -> list[str]:
+    """Columns that hold settings of patterns, such as ``threshold``."""
+    return [str(name) for name in table.columns if name not in {*_NOT_SETTINGS, "density", "surroundings", "label"}]
+
+
+def frontier(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `points` that no other row beats: none is as sparse and recalls as much, and is better in one of the two.
+
+    Sorted by rising sparsity, so falling recall. Points without a token graph (NaN) are on no frontier.
+    """
+    order = table.dropna(subset=["sparsity", "recall"]).sort_values(["sparsity", "recall"], ascending=False)
+    best_of_sparser = order["recall"].cummax().shift(fill_value=-np.inf)
+    return order[order["recall"] > best_of_sparser].iloc[::-1]
+
+
+def at_levels(density: np.ndarray, recall: np.ndarray, values: np.ndarray, levels: Sequence[float]) -> np.ndarray:
+    """``values`` on the frontier of points at shares of the allowed pairs, ``(..., levels)`` from arrays ``(..., points)``.
+
+    On the straight line between the neighbouring points that no other point beats; NaN where the frontier does not reach a
+    level. A frontier that ends in recall 1 keeps it with more pairs.
+    """
+    order = np.lexsort((-recall, density), axis=-1)
+    density, recall, values = (np.take_along_axis(x, order, -1) for x in (density.round(12), recall, values))
+    count = density.shape[-1]
+    sparser = np.full_like(recall, -np.inf)
+    sparser[..., 1:] = np.maximum.accumulate(recall, -1)[..., :-1]
+    kept = recall > sparser
+    places = np.arange(count)
+    before = np.maximum.accumulate(np.where(kept, places, 0), -1)  # the sparsest point is always kept
+    after = np.minimum.accumulate(np.where(kept, places, count)[..., ::-1], -1)[..., ::-1]
+    after = np.concatenate([after, np.full_like(after[..., :1], count)], -1)
+
+    def of(x: np.ndarray, place: np.ndarray) -> np.ndarray:
+        return np.take_along_axis(x, place.clip(0, count - 1), -1)
+
+    found = []
+    for level in np.round(levels, 12):
+        passed = (density <= level).sum(-1, keepdims=True)
+        left, right = of(before, passed - 1), np.take_along_axis(after, passed, -1)
+        width = of(density, right) - of(density, left)
+        share = np.where(width > 0, (level - of(density, left)) / np.where(width > 0, width, 1.0), 0.0)
+        inside = of(values, left) + share * (of(values, right) - of(values, left))
+        exact = of(density, left) == level
+        beyond = np.where(of(recall, left) >= 1, 1.0, np.where(exact, of(values, left), np.nan))
+        found.append(np.where(passed == 0, np.nan, np.where(right >= count, beyond, inside)))
+    return np.concatenate(found, -1)
+
+
+def recalls_at(group: pd.DataFrame, densities: Sequence[float], measure: str = "recall") -> np.ndarray:
+    """``measure`` of the points of one pattern at shares of the allowed pairs, see `at_levels`."""
+    known = group.dropna(subset=["sparsity", "recall"])
+    if known.empty or measure not in known:
+        return np.full(len(densities), np.nan)
+    density, recall, values = (known[name].to_numpy(float) for name in ("density", "recall", measure))
+    return at_levels(density, recall, values, densities)
+
+
+def recall_table(table: pd.DataFrame, densities: Sequence[float]) -> pd.DataFrame:
+    """`points` → one row per pattern and surroundings: recall and far recall of its frontier at each of the densities.
+
+    Columns ``(measure, density)`` hold NaN where the frontier does not come there; ``rows`` are the places of its points in
+    the table. Patterns that always take every pair are left out.
+    """
+    columns = ["pattern", "surroundings", "quadratic", "configurations", "defined", "rows"]
+    found = []
+    places = pd.Series(range(len(table)), table.index)
+    for (surroundings, pattern), group in table.groupby(["surroundings", "pattern"], sort=False):
+        if group["density"].min() >= 1:
+            continue
+        known = group.dropna(subset=["sparsity", "recall"])
+        described_by = [pattern, surroundings, bool(group["quadratic"].any()), len(group), not known.empty]
+        row: dict[Any, Any] = dict(zip(columns, [*described_by, tuple(places[known.index])], strict=True))
+        for measure in ("recall", "recall_far"):
+            recalls = recalls_at(known, densities, measure).tolist()
+            row |= {(measure, density): recall for density, recall in zip(densities, recalls, strict=True)}
+        found.append(row)
+    return pd.DataFrame(found) if found else pd.DataFrame(columns=columns)
+
+
+def comparable(table: pd.DataFrame, most: int = 3) -> pd.DataFrame:
+    """One configuration of each of the ``most`` best patterns, chosen where all patterns name about equally many pairs.
+
+    The density is the one between 5 and 50 % to which the patterns come closest together; the best are those whose recall
+    lies highest above their density, which is what chance would recall.
+    """
+    usable = table[(table["pattern"].map(family_of) != BOUNDS) & table["density"].between(1e-4, 0.9)]
+    if usable.empty:
+        return usable
+    alone = usable.groupby("pattern")["surroundings"].transform(lambda words: (words == "").any())
+    usable = usable[~alone | (usable["surroundings"] == "")]
+    best: tuple[float, pd.DataFrame] | None = None
+    for density in np.geomspace(0.05, 0.5, 47):
+        away = np.log(usable["density"] / density).abs()
+        nearest = away.groupby(usable["pattern"]).idxmin()
+        total = float(away[nearest].sum())
+        if best is None or total < best[0]:
+            best = total, usable.loc[nearest]
+    assert best is not None
+    chosen = best[1]
+    order = (chosen["recall"] - chosen["density"]).sort_values(ascending=False, kind="stable").index
+    return chosen.loc[order[:most]]
+
+
+def references(table: pd.DataFrame, density: float) -> pd.DataFrame:
+    """What the recall of a configuration is read against: chance and the true scores, nearest to that density."""
+    bounds = table[table["pattern"].isin([TOP_K, CHANCE]) & (table["density"] > 0)]
+    away = np.log(bounds["density"] / density).abs()
+    return bounds.loc[away.groupby(bounds["pattern"]).idxmin()]
+
+
+def broken_curves(table: pd.DataFrame, tolerance: float = 0.01) -> list[str]:
+    """Sweeps of one setting along which recall *rises* with sparsity by more than ``tolerance``, in words.
+
+    A sweep is three points or more that differ in one numeric setting alone; seeds are no dial.
+    """
+    found = []
+    for (pattern, surroundings), group in table.groupby(["pattern", "surroundings"], sort=False):
+        settings = [name for name in setting_columns(group) if group[name].nunique(dropna=False) > 1]
+        numeric = [name for name in settings if pd.api.types.is_numeric_dtype(group[name]) and name != "seed"]
+        for name in numeric:
+            others = [other for other in settings if other != name]
+            curves = group.groupby(others, dropna=False, sort=False) if others else [("", group)]
+            for _, curve in curves:
+                ordered = curve.dropna(subset=["sparsity", "recall"]).sort_values("sparsity")
+                rise = ordered["recall"].iloc[::-1].cummax().iloc[::-1] - ordered["recall"]
+                if len(ordered) > 2 and rise.max() > tolerance:
+                    at = ordered["sparsity"][rise.idxmax()]
+                    where = f" with {surroundings}" if surroundings else ""
+                    found.append(
+                        f"{pattern}{where}, along {name}: a sparser graph recalls {rise.max():.3f} more than the one of "
+                        f"sparsity {at:.3f}; a dial should trade one for the other"
+                    )
+    return found
+
+
+def _in_words(window: int, global_tokens: int, last_token: int) -> str:
+    parts = [f"window {window}"] if window else []
+    parts += [f"{global_tokens} global"] if global_tokens else []
+    return " + ".join(parts + (["last token"] if last_token else []))
+
+
+def _labels(table: pd.DataFrame) -> list[str]:
+    names = setting_columns(table)
+    groups = table.groupby("pattern")
+    varying = {pattern: [name for name in names if group[name].nunique() > 1] for pattern, group in groups}
+    labels = []
+    for row in table.to_dict("records"):
+        settings = [f"{name}={row[name]}" for name in varying[row["pattern"]] if pd.notna(row[name])]
+        around = [f"+ {row['surroundings']}"] if row["surroundings"] else []
+        labels.append(" ".join([row["pattern"], *settings, *around]))
+    return labels

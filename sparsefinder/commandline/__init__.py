@@ -1,0 +1,1 @@
+"""What people type, before and around Hydra: settings, signals, messages."""

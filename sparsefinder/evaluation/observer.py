@@ -1,0 +1,105 @@
+"""What an attention did inside a model: the graph that it executed, what that cost, and how far off its output is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from sparsefinder import models
+from sparsefinder.attention import Masked
+from sparsefinder.evaluation import tasks
+from sparsefinder.experiment.configuration import Configuration
+from sparsefinder.graphs import QK
+from sparsefinder.metrics import Counts, Gold, count
+from sparsefinder.numerics.normalizers import Normalizer
+from sparsefinder.patterns.full import Full
+from sparsefinder.storage import distributed
+
+Batch = dict[str, Tensor]
+T = TypeVar("T")
+
+
+@dataclass
+class Observer:
+    """An attention that lets another one work and measures what it did: the executed graph, its cost, its output's error.
+
+    The output is compared with that of dense attention with the model's own normalizer on the same queries, keys and values:
+    ``‖o − o_dense‖ / ‖o_dense‖`` over the real tokens of each example and head.
+    """
+
+    attention: Any
+    configuration: Configuration | None
+    own: Normalizer
+    counts: dict[int, list[Counts]] = field(default_factory=dict)
+    errors: dict[int, list[Tensor]] = field(default_factory=dict)
+    pairs: dict[int, list[Tensor]] = field(default_factory=dict)  # computed and allowed, each ``(B, H)``
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, layer: int) -> Tensor:
+        """As the attention."""
+        output: Tensor = self.attention(q, k, v, valid, layer)
+        dense = Masked(Full(), self.own)(q, k, v, valid, layer)
+        difference = (output.float() - dense.float()).flatten(2).norm(dim=-1)
+        self.errors.setdefault(layer, []).append(difference / dense.float().flatten(2).norm(dim=-1).clamp_min(1e-30))
+        qk = QK(q.float(), k.float(), valid)
+        computed = self.attention.computed_pairs(qk, layer)
+        self.pairs.setdefault(layer, []).append(torch.stack([computed, qk.allowed.sum((-2, -1)).expand_as(computed)]))
+        graph = self.attention.graph(qk, layer)
+        if graph is not None:  # pooled keys have no token graph
+            probabilities = self.own(qk.scores())
+            near = None if self.configuration is None else self.configuration.near(qk)
+            self.counts.setdefault(layer, []).append(count(graph, Gold(probabilities, probabilities > 0), qk, near))
+        return output
+
+    def gather(self) -> None:
+        """Take in what the observers of the other processes measured."""
+        self.counts = _joined(distributed.parts(lambda: self.counts))
+        self.errors = _joined(distributed.parts(lambda: self.errors))
+        self.pairs = _joined(distributed.parts(lambda: self.pairs))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per layer and head."""
+        rows = []
+        for layer in sorted(self.errors):
+            # of all examples together: in a short one beside long ones, nearly everything that is computed is padding
+            computed, allowed = torch.cat(self.pairs[layer], dim=1).double().sum(1)
+            means = {"output_error": torch.cat(self.errors[layer]).mean(0), "computed_density": computed / allowed}
+            if layer in self.counts:
+                means |= Counts.cat(self.counts[layer]).macro()
+            rows += [
+                {"layer": layer, "head": head} | {name: values[head].item() for name, values in means.items()}
+                for head in range(len(means["output_error"]))
+            ]
+        return rows
+
+    def means(self) -> dict[str, float]:
+        """Means over layers and heads; metrics of a graph only where there is one."""
+        rows = pd.DataFrame(self.rows())
+        found: dict[str, float] = rows.drop(columns=["layer", "head"]).mean().to_dict()
+        return found
+
+
+@torch.inference_mode()
+def measure_graphs(model: Any, observer: Observer, batches: Sequence[Batch], most: int) -> None:
+    some: list[Batch] = []
+    for batch in batches:
+        wanted = most - sum(len(part["input_ids"]) for part in some)
+        if wanted > 0:
+            some.append({name: tensor[:wanted] for name, tensor in batch.items()})
+    with models.plugged(model, observer):
+        for batch in distributed.share(some):
+            model(**tasks.inputs_of(on(batch, model.device)))
+    observer.gather()
+
+
+def _joined(parts: list[dict[int, list[T]]]) -> dict[int, list[T]]:
+    return {layer: [each for part in parts for each in part.get(layer, [])] for layer in {k for p in parts for k in p}}
+
+
+def on(batch: Batch, device: torch.device) -> Batch:
+    """A batch on a device."""
+    return {name: tensor.to(device) for name, tensor in batch.items()}

@@ -1,0 +1,39 @@
+"""What `evaluate` asks a model: the words behind masks, or a task with labels.
+
+A task with labels is one file (`LabelledTask` says what it must have) and its name in `LABELLED`. Its head is finetuned once,
+on the run's finetuned model under the model's own attention; every variant of it is then measured on the same examples.
+"""
+
+from sparsefinder.errors import UserError
+from sparsefinder.evaluation.tasks.data import LabelledData
+from sparsefinder.evaluation.tasks.heads import HeadSettings
+from sparsefinder.evaluation.tasks.judges import Judge, MaskedWords, inputs_of
+from sparsefinder.evaluation.tasks.labelled import Asked, LabelledTask, Request, ask
+from sparsefinder.evaluation.tasks.question_answering import QuestionAnswering
+from sparsefinder.evaluation.tasks.sequence_classification import SequenceClassification
+from sparsefinder.evaluation.tasks.token_classification import TokenClassification
+
+__all__ = [
+    "LABELLED",
+    "MASKED_LM",
+    "TASKS",
+    "Asked",
+    "HeadSettings",
+    "Judge",
+    "LabelledData",
+    "LabelledTask",
+    "MaskedWords",
+]
+__all__ += ["Request", "ask", "check", "inputs_of"]
+
+MASKED_LM = "masked_lm"
+LABELLED: dict[str, LabelledTask] = {
+    task.name: task for task in (SequenceClassification(), TokenClassification(), QuestionAnswering())
+}
+TASKS = (MASKED_LM, *LABELLED)
+
+
+def check(name: str) -> None:
+    """Raise a `UserError` for a task that there is not."""
+    if name not in TASKS:
+        raise UserError(f"evaluate.task={name} is unknown; choose one of {', '.join(TASKS)}")

@@ -1,0 +1,1 @@
+"""Ways to multiply a layout: torch blocks, C++, Triton, LSG."""

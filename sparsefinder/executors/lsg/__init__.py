@@ -1,0 +1,1 @@
+"""Local, sparse and global attention, which pools keys and so has an executor of its own."""

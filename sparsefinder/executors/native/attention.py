@@ -1,0 +1,117 @@
+"""Attention on a layout, query by query, in C++: the fast way on a CPU.
+
+Where `sparsefinder.executors.blocks.decompose` cuts a layout into dense blocks, pads them to like sizes, and moves their
+scores into rows, this lists a query's keys, multiplies with those alone and finishes the row while it is in the first cache:
+with entmax most values are then never read, since their weight is zero. The backward pass computes a row again instead of
+keeping it. Work is that of the pairs in the graph; memory, beyond the result, is a few numbers per token and one row per
+thread.
+
+The formulas are those of `sparsefinder.attention` and `sparsefinder.numerics.normalizers`; results differ from theirs by
+rounding only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sparsefinder.errors import UserError
+from sparsefinder.executors.native.build import DTYPES, LONG, POINTER, available, load, pointers
+from sparsefinder.graphs import QK, Layout
+
+
+class _Graph(ctypes.Structure):
+    """``Graph`` of attention.cpp: the same fields in the same order."""
+
+    _fields_ = [
+        *((name, LONG) for name in ("batch", "heads", "tokens", "size", "q_slots", "k_slots", "buckets")),
+        *((name, LONG) for name in ("back", "ahead", "causal", "threads")),
+        *((name, POINTER) for name in ("q_ids", "k_ids", "valid", "is_global")),
+        ("alpha", ctypes.c_double),
+    ]
+
+
+def works_on(device: torch.device) -> bool:
+    """Whether tensors there can be attended to: on a CPU, where a C++ compiler is or was at hand."""
+    return device.type == "cpu" and available("attention")
+
+
+def require() -> None:
+    """A `UserError` where there is no compiler, or it fails."""
+    try:
+        load("attention")
+    except UserError as error:
+        raise UserError(f"executor=native: {error}, or choose executor=blocks") from error
+
+
+def attend(qk: QK, v: Tensor, layout: Layout, alpha: float) -> Tensor:
+    """Entmax attention (softmax where α = 1) on the pairs of ``layout``, differentiable once in ``q``, ``k`` and ``v``.
+
+    ``qk``: ``(B, H, N, D)`` float32 or float64 on a CPU; ``v``: the same shape and any floating point, the dtype of the result
+    ``(B, H, N, D)``. Padding and queries without a key get zeros, whatever padded positions contain.
+    """
+    if v.shape != qk.q.shape:
+        raise ValueError(f"values must be of the shape of the queries, {tuple(qk.q.shape)}, got {tuple(v.shape)}")
+    run = _Run(layout, qk.valid, qk.causal, alpha)
+    result: Tensor = _Attend.apply(qk.q, qk.k.to(qk.q.dtype), v.to(qk.q.dtype), run)
+    return result.to(v.dtype)
+
+
+def pairs(qk: QK, layout: Layout) -> Tensor:
+    """Pairs of ``layout``, each counted once: ``(B, H)`` int64, on a CPU and without a matrix of N × N."""
+    counts = torch.zeros(qk.q.shape[:2], dtype=torch.int64)
+    _Run(layout, qk.valid, qk.causal, 1.0)("count", qk.q.shape, counts)
+    return counts
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One call of a function of the library."""
+
+    layout: Layout
+    valid: Tensor
+    causal: bool
+    alpha: float
+
+    def __call__(self, function: str, shape: torch.Size, *tensors: Tensor) -> None:
+        """``shape``: ``(B, H, N, D)``. ``tensors``: contiguous, what the function reads and then what it writes."""
+        # whatever could be broadcast is written out: C++ reads by the shape alone
+        buckets, nobody = self.layout.buckets, torch.empty(*shape[:3], 0, dtype=torch.int64)
+        each = (nobody, nobody) if buckets is None else (buckets.q_ids, buckets.k_ids)
+        q_ids, k_ids = (ids.expand(*shape[:3], -1).to(torch.int64).contiguous() for ids in each)
+        is_global = torch.zeros_like(self.valid) if self.layout.is_global is None else self.layout.is_global
+        masks = self.valid.contiguous(), is_global.expand_as(self.valid).contiguous()
+        slots = q_ids.shape[-1], k_ids.shape[-1], 0 if buckets is None else buckets.count
+        reach = self.layout.window // 2
+        back, ahead = (reach, reach) if self.layout.window else (-1, -1)
+        read = (x.data_ptr() for x in (q_ids, k_ids, *masks))
+        graph = _Graph(
+            *(*shape, *slots, back, ahead, self.causal, torch.get_num_threads()),
+            *read,
+            self.alpha,
+        )
+        getattr(load("attention"), function)(ctypes.byref(graph), *pointers(*tensors))
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, run: _Run) -> Tensor:
+        q, k, v = (x.contiguous() for x in (q, k, v))
+        out = torch.zeros_like(q)
+        run(f"forward_{DTYPES[q.dtype]}", q.shape, q, k, v, out)
+        ctx.save_for_backward(q, k, v)
+        ctx.run = run
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        read = (*ctx.saved_tensors, gradient.contiguous())
+        q, k, v = (torch.zeros_like(x) for x in ctx.saved_tensors)
+        ctx.run(f"backward_{DTYPES[q.dtype]}", q.shape, *read, q, k, v)
+        return q, k, v, None

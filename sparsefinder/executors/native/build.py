@@ -1,0 +1,111 @@
+"""Compile a C++ file of this package once per machine, and load it.
+
+Needs nothing but a C++ compiler (``CXX``, or else ``c++``, ``g++`` or ``clang++``): functions are called through `ctypes` with
+plain pointers, so no headers of torch or Python take part and compiling takes seconds. Libraries are kept in
+``$XDG_CACHE_HOME/sparsefinder`` (``~/.cache/sparsefinder``) under a name made of the source, the compiler and the instructions
+of the processor: a home directory shared by unlike machines, or a new version of the package, never finds a wrong one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sparsefinder.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# no flag here changes a sum's meaning for infinity or NaN; of vectors of 256 and 512 bits the former were as fast or faster
+_FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared")
+_VECTORS = {"AVX2": ("-mavx2", "-mfma"), "AVX512": ("-mavx2", "-mfma")}  # by what torch says of the processor
+_SECONDS = 300
+
+DTYPES = {torch.float32: "float32", torch.float64: "float64"}  # the last part of a function's name
+LONG, POINTER = ctypes.c_int64, ctypes.c_void_p  # of arguments and fields
+
+
+@functools.cache
+def available(name: str) -> bool:
+    """Whether the compiled ``<name>.cpp`` of this folder can be had; one warning in the log where it cannot."""
+    try:
+        load(name)
+    except UserError as error:
+        log.warning("%s; torch's own operations are used instead, slower", error)
+        return False
+    return True
+
+
+@functools.cache
+def load(name: str) -> ctypes.CDLL:
+    """The compiled ``<name>.cpp`` of this folder; a `UserError` where there is no compiler, or it fails."""
+    source = Path(__file__).with_name(f"{name}.cpp")
+    compiler = next(filter(None, map(shutil.which, [os.environ.get("CXX", ""), "c++", "g++", "clang++"])), None)
+    if compiler is None:
+        raise UserError("no C++ compiler was found (CXX, c++, g++, clang++): install one")
+    flags = (*_FLAGS, *_VECTORS.get(torch.backends.cpu.get_cpu_capability(), ()))
+    texts = (path.read_text(encoding="utf-8") for path in (source, *sorted(source.parent.glob("*.hpp"))))
+    told = (*texts, compiler, *flags, platform.system(), platform.machine())
+    key = hashlib.sha256("\0".join(told).encode()).hexdigest()[:16]
+    reason: Exception | None = None
+    for folder in (_cache, _temporary):
+        try:
+            return _built(source, folder() / f"{name}-{key}.so", [compiler, *flags])
+        except (OSError, RuntimeError) as error:  # no home, not writable, full, or no program may be loaded from there
+            reason = error
+    raise UserError(
+        f"{source.name} could not be kept or loaded ({reason}): set XDG_CACHE_HOME to a folder that can be written"
+    )
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsefinder"
+
+
+def _temporary() -> Path:
+    return Path(tempfile.gettempdir()) / f"sparsefinder-{os.getuid()}"
+
+
+def _built(source: Path, target: Path, command: list[str]) -> ctypes.CDLL:
+    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    owner = target.parent.stat()
+    if owner.st_uid != os.getuid() or owner.st_mode & 0o022:  # what is loaded from there runs as this user
+        raise OSError(f"{target.parent} belongs to or can be written by others")
+    if not target.exists():
+        with tempfile.TemporaryDirectory(
+            dir=target.parent
+        ) as folder:  # moved when whole: others may be building the same
+            new = Path(folder) / target.name
+            try:
+                done = subprocess.run(
+                    [*command, str(source), "-o", str(new)], capture_output=True, text=True, timeout=_SECONDS
+                )
+            except subprocess.TimeoutExpired:
+                raise UserError(f"{command[0]} took more than {_SECONDS} s over {source.name}") from None
+            if done.returncode:
+                first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200])
+                raise UserError(
+                    f"{command[0]} could not compile {source.name} ({first}): set CXX to a compiler for C++17 and OpenMP"
+                )
+            new.replace(target)
+    return ctypes.CDLL(str(target))
+
+
+def reads(x: Tensor, name: str) -> bool:
+    """Whether the compiled ``<name>.cpp`` can read ``x``: float32 or float64 on a CPU, where a C++ compiler is or was at hand."""
+    return x.device.type == "cpu" and x.dtype in DTYPES and available(name)
+
+
+def pointers(*tensors: Tensor) -> list[ctypes.c_void_p]:
+    """Contiguous tensors as arguments; whoever calls keeps them alive."""
+    return [POINTER(x.data_ptr()) for x in tensors]

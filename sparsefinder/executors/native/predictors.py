@@ -1,0 +1,78 @@
+"""Nearest centroids and chosen clusters of every token, in C++ on a CPU.
+
+The slow references are `sparsefinder.predictors.centroids.nearest_by_products` and what `sparsefinder.patterns.routed` does on
+other devices: results are the same but for the last bit of a score, where two centroids are equally near or a cluster lies on
+the threshold.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from sparsefinder.executors.native.build import DTYPES, LONG, POINTER, load, pointers, reads
+
+
+class _Choice(ctypes.Structure):
+    """``Choice`` of predictors.cpp: the same fields in the same order."""
+
+    _fields_ = [
+        *((name, LONG) for name in ("groups", "rows", "columns", "budget", "threads")),
+        *((name, ctypes.c_double) for name in ("level", "alpha")),
+    ]
+
+
+def works_on(x: Tensor) -> bool:
+    """Whether ``x`` can be read here."""
+    return reads(x, "predictors")
+
+
+def nearest(x: Tensor, centres: Tensor, top: int) -> Tensor:
+    """The ``top`` nearest centroids in each run, the nearest first: ``x (B, H, N, R)`` → ``(B, H, N, runs · top)`` int64.
+
+    ``centres``: ``(H, runs, C, R)``; run ``u`` uses the ids ``u · C … u · C + C − 1``.
+    """
+    x, centres = x.contiguous(), centres.to(x.dtype).contiguous()
+    runs, count, _ = centres.shape[1:]
+    ids = torch.empty(*x.shape[:3], runs * top, dtype=torch.int64)
+    numbers = (LONG(n) for n in (*x.shape, runs, count, top, torch.get_num_threads()))
+    getattr(load("predictors"), f"nearest_{DTYPES[x.dtype]}")(*numbers, *pointers(x, centres, ids))
+    return ids
+
+
+def moments(x: Tensor, ids: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Number ``(B, H, C)``, mean and variance ``(B, H, C, R)`` of the vectors ``x (B, H, N, R)`` in each of ``count`` clusters.
+
+    ``ids``: ``(B, H, N)`` int64; whoever has an id outside ``[0, count)`` is in none. An empty cluster has zeros.
+    """
+    x, ids = x.contiguous(), ids.contiguous()
+    batch, heads, tokens, size = x.shape
+    numbers = x.new_zeros(batch, heads, count)
+    mean, variance = (x.new_zeros(batch, heads, count, size) for _ in range(2))
+    shape = (LONG(n) for n in (batch * heads, tokens, size, count, torch.get_num_threads()))
+    call = getattr(load("predictors"), f"moments_{DTYPES[x.dtype]}")
+    call(*shape, *pointers(x, ids, numbers, mean, variance))
+    return numbers, mean, variance
+
+
+def routed(q: Tensor, numbers: Tensor, mean: Tensor, variance: Tensor, rule: str, level: float, alpha: float) -> Tensor:
+    """The clusters that each query keeps by `sparsefinder.numerics.selection`: ids ``(B, H, N, P)`` int64, then -1.
+
+    Scores are ``q_i·μ_c + √(Σ_r q_ir² σ²_cr)``, a few rows of them at a time. ``q``: ``(B, H, N, R)``. ``numbers``: ``(B, H, C)``
+    keys in each cluster. ``mean``, ``variance``: ``(B, H, C, R)``. P is what the busiest query needs.
+    """
+    batch, heads, rows, size = q.shape
+    read = tuple(x.to(q.dtype).contiguous() for x in (q, numbers, mean, variance))
+    library, counts = load("predictors"), torch.zeros(batch, heads, rows, dtype=torch.int32)
+    choice = _Choice(
+        batch * heads, rows, numbers.shape[-1], rule == "budget", torch.get_num_threads(), level=level, alpha=alpha
+    )
+    call = getattr(library, f"route_{DTYPES[q.dtype]}")
+    call.restype = POINTER
+    kept = POINTER(call(ctypes.byref(choice), LONG(size), *pointers(*read, counts)))
+    most = int(counts.max()) if counts.numel() else 0
+    ids = torch.empty(batch, heads, rows, most, dtype=torch.int64)
+    library.spread(kept, ctypes.byref(choice), LONG(most), *pointers(counts, ids))
+    return ids

@@ -1,0 +1,1 @@
+"""A pattern with everything around it; from settings to objects."""

@@ -1,0 +1,45 @@
+"""A model whose attention can be looked at, replaced, and kept replaced.
+
+Names are looked up when they are asked for: `sparsefinder.models.remembering` is imported with the package, and must stay light.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sparsefinder.models.loading import load_masked_lm, load_with_head
+    from sparsefinder.models.plugging import (
+        FAMILIES,
+        SOFTMAX,
+        ModelShape,
+        describe,
+        get_normalizer,
+        plugged,
+        reserved_positions,
+        set_normalizer,
+    )
+    from sparsefinder.models.remembering import REGISTERED
+
+__all__ = [
+    "FAMILIES",
+    "REGISTERED",
+    "SOFTMAX",
+    "ModelShape",
+    "describe",
+    "get_normalizer",
+    "load_masked_lm",
+    "load_with_head",
+    "plugged",
+    "reserved_positions",
+    "set_normalizer",
+]
+
+_ELSEWHERE = {"load_masked_lm": "loading", "load_with_head": "loading", "REGISTERED": "remembering"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_ELSEWHERE.get(name, 'plugging')}"), name)

@@ -1,0 +1,61 @@
+"""Load a model that others saved or that this package finetuned, with the attention that it remembers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForMaskedLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from sparsefinder.errors import UserError
+from sparsefinder.models.checkpoints import check_that_it_runs, load_config, load_model, load_tokenizer, open_checkpoint
+from sparsefinder.models.plugging import _check_family, set_normalizer
+from sparsefinder.models.registered import normalizer_of
+from sparsefinder.models.transformers_internals import forget_attention
+
+
+def load_masked_lm(name_or_path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A masked language model, with the attention that it was finetuned with, and its tokenizer.
+
+    As `load_with_head`; a tokenizer without a mask token is a `UserError`, too.
+    """
+    model, tokenizer = load_with_head(name_or_path, AutoModelForMaskedLM)
+    if tokenizer.mask_token_id is None:
+        raise UserError(f"model={name_or_path}: its tokenizer has no mask token; a masked language model needs one")
+    return model, tokenizer
+
+
+def load_with_head(
+    name_or_path: str | Path, auto_class: Any, **options: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model of one of `FAMILIES` by an Auto class, with the attention that it was finetuned with, and its tokenizer.
+
+    ``name_or_path``: a folder written by ``save_pretrained``, or a name on the Hugging Face hub. No remote code is ever run.
+    ``options``: settings of the configuration, such as ``num_labels=3``; with these the head may have another size than in the
+    checkpoint. A head or pooler that the checkpoint has not, or so not, is drawn from torch's global random state and named in
+    the log. Returns the model in evaluation mode and in
+    float32, whatever precision it was saved in. Raises a `UserError` in one line for everything that `checkpoints` refuses,
+    another family and a tokenizer without padding.
+    """
+    checkpoint = open_checkpoint(name_or_path, label=f"model={name_or_path}")
+    label, settings = checkpoint.label, checkpoint.settings
+    _check_family(settings["model_type"], bool(settings.get("is_decoder")), label)
+    config = load_config(checkpoint, **options)
+    try:
+        normalizer = normalizer_of(config)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{label}: attention_alpha in its config.json is wrong: {error}") from error
+    forget_attention(config)  # whatever it was saved as; the normalizer is set below
+    # transformers would keep half precision, in which small updates are lost
+    model, _ = load_model(checkpoint, auto_class, config=config, new_head=bool(options), dtype=torch.float32)
+    tokenizer = load_tokenizer(checkpoint, model.config.vocab_size)
+    if tokenizer.pad_token_id is None:
+        raise UserError(f"{label}: its tokenizer has no padding token, which batches need; add one and save it again")
+    check_that_it_runs(model, label)
+    set_normalizer(model, normalizer)
+    return model, tokenizer

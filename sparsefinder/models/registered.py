@@ -1,0 +1,91 @@
+"""The attention that transformers calls for models with α-entmax attention, and while another attention is plugged into one.
+
+`sparsefinder.models.remembering` enters `attend` into transformers' registry of attention functions and, under the same name,
+a boolean mask into that of mask functions: without the second, transformers hands over no mask and padding is attended,
+silently. What `attend` does is decided by the module that it is called from:
+
+- dense attention with the normalizer that the model's configuration remembers;
+- whatever is plugged into the module (`sparsefinder.models.plugged`).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sparsefinder.errors import UserError
+from sparsefinder.numerics.normalizers import Normalizer
+
+PLUG = "_sparsefinder_plug"  # attribute of an attention module while something is plugged in
+
+_ABSENT = -1e4  # at or below it a number in an additive mask says "never": BERT's old convention, and those after it
+_UNKNOWN = ("position_bias", "softcap", "s_aux")  # what some models do to scores, and this attention does not
+
+
+class Plugged(Protocol):
+    """What an attention module carries while something is plugged in."""
+
+    def __call__(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor: ...
+
+
+def attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **others: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """What transformers calls: ``(B, H, N, D)`` → ``(B, N, H, D)``, and the probabilities where there are any.
+
+    ``attention_mask``: None, or ``(B, 1, N, N)``, bool with True where a query may attend, or numbers that are added to the
+    scores.
+    """
+    if unknown := [name for name in _UNKNOWN if others.get(name) is not None]:
+        raise UserError(f"{type(module).__name__} attends with {unknown[0]}, which entmax attention does not know")
+    natural = 1.0 / math.sqrt(query.shape[-1])
+    if scaling is not None and not math.isclose(scaling, natural):
+        query = query * (scaling / natural)
+    plug: Plugged | None = module.__dict__.get(PLUG)
+    if plug is not None:
+        output = plug(module, query, key, value, attention_mask)
+        return output.transpose(1, 2).contiguous(), None
+    dropout = dropout if module.training else 0.0
+    return _dense(query, key, value, attention_mask, normalizer_of(module.config), dropout)
+
+
+def normalizer_of(config: Any) -> Normalizer:
+    """The normalizer that a configuration remembers; α = 1 where it remembers none."""
+    return Normalizer(getattr(config, "attention_alpha", 1.0))
+
+
+def split_mask(mask: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Where a query may attend, bool, and what is added to the scores there; None for a boolean mask."""
+    if mask.dtype == torch.bool:
+        return mask, None
+    if not mask.is_floating_point():
+        raise UserError(
+            f"this attention got a mask of {mask.dtype}; give a boolean one, True where a query may attend "
+            "(mask.bool()), or numbers that are added to the scores"
+        )
+    return mask > _ABSENT, mask
+
+
+def _dense(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, normalizer: Normalizer, dropout: float
+) -> tuple[Tensor, Tensor]:
+    # float32 also under autocast: the support and the sum of a row do not survive half precision
+    with torch.autocast(query.device.type, enabled=False):
+        scores = query.float() @ key.float().transpose(-1, -2) / math.sqrt(query.shape[-1])
+        if mask is not None:
+            present, bias = split_mask(mask)
+            if bias is not None:
+                scores = scores + bias.float()
+            scores = scores.masked_fill(~present, -math.inf)
+        probabilities = nn.functional.dropout(normalizer(scores), dropout).to(value.dtype)
+        return (probabilities @ value).transpose(1, 2).contiguous(), probabilities

@@ -1,0 +1,162 @@
+"""A configuration with ``attention_alpha`` attends with α-entmax, however its model is made, cast, copied, asked for or saved.
+
+transformers keeps ``attention_alpha`` like any unknown setting, and forgets which attention goes with it: it takes
+``attn_implementation`` out of a configuration while it loads, never writes it, and overrides it where another one is asked for.
+Any of these would make softmax of an entmax model, without a word. So three members of its base class of configurations are
+replaced, for configurations with ``attention_alpha`` and for no others:
+
+- the attention that a model calls is always `REGISTERED`; where another one was asked for, that is said once;
+- attention weights may be asked for: this attention has them;
+- whatever is written, a configuration alone or inside another one too, names the attention (`SAVED_AS`), so that a process
+  that never imported ``sparsefinder`` ends in an error that says what to install, and not in softmax.
+
+And a model class that never asks which attention to call is refused for such a configuration.
+
+Like `sparsefinder.models.transformers_internals` this module uses what transformers does not promise to keep. It imports nothing
+heavy: `follow_transformers` waits until somebody imports transformers, before or after ``sparsefinder``.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.abc
+import importlib.machinery
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+REGISTERED = "sparsefinder"  # the name of the attention in both registries of transformers
+SAVED_AS = "sparsefinder (entmax attention of the Python package sparsefinder: install it, then import sparsefinder)"
+"""`attn_implementation` in config.json: the part of transformers' error that a reader without the package sees."""
+
+
+def remembers_entmax(settings: dict[str, Any]) -> bool:
+    """Whether these settings of a configuration are those of a model with α-entmax attention; α = 1 is softmax."""
+    alpha = settings.get("attention_alpha", 1.0)
+    return isinstance(alpha, bool) or alpha != 1.0
+
+
+def follow_transformers() -> None:
+    """Teach transformers, now where it is imported already, else as soon as it is; may be called again."""
+    if not any(isinstance(finder, _Follower) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Follower())
+    for name, teach in _TAUGHT.items():
+        module = sys.modules.get(name)
+        if module is not None and not getattr(module.__spec__, "_initializing", False):
+            teach(module)
+
+
+class _Follower(importlib.abc.MetaPathFinder):
+    """Finds nothing by itself: it lets `_TAUGHT` happen at the end of the import of what others find."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
+        if name not in _TAUGHT:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def then_teach(module: ModuleType) -> None:
+            execute(module)
+            _TAUGHT[name](module)
+
+        spec.loader.exec_module = then_teach  # type: ignore[method-assign]
+        return spec
+
+
+def _teach_configurations(module: ModuleType) -> None:
+    base = module.PreTrainedConfig
+    if hasattr(base, "_remembers_entmax"):
+        return
+    base._remembers_entmax = True
+    attention, weights = base._attn_implementation, base.output_attentions
+    set_weights, validate, strip = weights.fset, base.validate_output_attentions, base._remove_keys_not_serialized
+
+    def get_attention(config: Any) -> Any:
+        asked = attention.fget(config)
+        if not remembers_entmax(config.__dict__):
+            return asked
+        if asked not in (None, REGISTERED, SAVED_AS):
+            warnings.warn(
+                f"attn_implementation={asked!r} would be softmax; this model attends with entmax "
+                f"(attention_alpha={config.attention_alpha}) and goes on with it, attention weights included. For softmax call "
+                "sparsefinder.models.set_normalizer(model, Normalizer(1.0))",
+                stacklevel=2,
+            )
+        config._attn_implementation_internal = REGISTERED
+        return REGISTERED
+
+    def ask_for_weights(config: Any, value: Any) -> None:
+        if remembers_entmax(config.__dict__):
+            config._output_attentions = value
+        else:
+            set_weights(config, value)
+
+    @functools.wraps(validate)
+    def validate_output_attentions(self: Any) -> None:
+        if not remembers_entmax(self.__dict__):
+            validate(self)
+
+    @functools.wraps(strip)
+    def strip_and_name(self: Any, settings: dict[str, Any]) -> None:
+        strip(self, settings)  # which calls this for every configuration inside
+        if remembers_entmax(settings):
+            settings["attn_implementation"] = SAVED_AS
+
+    base._attn_implementation = property(get_attention, attention.fset)
+    base.output_attentions = property(weights.fget, ask_for_weights, doc=weights.__doc__)
+    base._remove_keys_not_serialized = strip_and_name
+    base.validate_output_attentions = validate_output_attentions
+    for made in _with_subclasses(base):  # each class keeps a list of its validators
+        checks: list[Any] = getattr(made, "__class_validators__", [])
+        checks[:] = [validate_output_attentions if check is validate else check for check in checks]
+
+
+def _teach_models(module: ModuleType) -> None:
+    from sparsefinder.models.registered import attend
+
+    masks = import_module("transformers.masking_utils")
+    module.AttentionInterface.register(REGISTERED, attend)
+    masks.AttentionMaskInterface.register(REGISTERED, _explicit(masks.sdpa_mask))
+    base = module.PreTrainedModel
+    if hasattr(base, "_remembers_entmax"):
+        return
+    base._remembers_entmax = True
+    check = base.get_correct_attn_implementation
+
+    @functools.wraps(check)
+    def get_correct_attn_implementation(self: Any, requested_attention: Any, *args: Any, **kwargs: Any) -> Any:
+        if requested_attention == REGISTERED and not self._can_set_attn_implementation():
+            raise ValueError(
+                f"{type(self).__name__} never calls another attention than its own, so it cannot attend with entmax; "
+                "attention_alpha in its configuration asks for that: take it out, or choose another model"
+            )
+        return check(self, requested_attention, *args, **kwargs)
+
+    base.get_correct_attn_implementation = get_correct_attn_implementation
+
+
+def _explicit(mask: Callable[..., Any]) -> Callable[..., Any]:
+    """The boolean mask of transformers' own `sdpa` attention, but never left out where it is causal."""
+
+    @functools.wraps(mask)
+    def explicit(*args: Any, **kwargs: Any) -> Any:
+        return mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+
+    return explicit
+
+
+def _with_subclasses(made: Any) -> Iterator[Any]:
+    yield made
+    for below in made.__subclasses__():
+        yield from _with_subclasses(below)
+
+
+_TAUGHT: dict[str, Callable[[ModuleType], None]] = {
+    "transformers.configuration_utils": _teach_configurations,
+    "transformers.modeling_utils": _teach_models,
+}

@@ -1,0 +1,146 @@
+"""A start for small models on small budgets: what can be counted need not be learned.
+
+A masked language model that starts from plain random weights first spends most of a short training on its word frequencies,
+and then sits on a plateau until its embeddings mean something and its attention passes anything useful on. Six things can be
+written into the weights beforehand; all of them stay free to change:
+
+1. the bias of the head is the logarithm of the words' frequencies;
+2. the embedding of a word is its row in a factorization of positive pointwise mutual information, counted in the training
+   part (Levy and Goldberg 2014, Neural word embedding as implicit matrix factorization);
+3. positions are sinusoids, which make "so many words to the left" the same direction everywhere (Vaswani et al. 2017);
+4. queries start out equal to keys, so attention begins with what is alike in meaning and position;
+5. the output of attention starts out as the transpose of its values, so it passes on what it looked at (4 and 5: Trockman
+   and Kolter 2023, Mimetic initialization of self-attention layers, https://arxiv.org/abs/2305.09828; there by a spectral
+   factorization with noise, here by equal random matrices); and
+6. the heads of the first layer start out looking at the words beside them, one offset each (a rotation of the sinusoids).
+
+On the tiny experiment this is the difference between a loss below the unigram entropy after one minute of training or five.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sparsefinder.corpora import TokenBlocks
+from sparsefinder.errors import UserError
+from sparsefinder.models import reserved_positions
+
+FAMILIES = ("roberta", "bert", "xlm-roberta", "camembert")  # where these things have the same names
+
+_REACH = 4  # words to each side that are counted as neighbours, the d-th with weight 1/d
+_MOST_WORDS = 8192  # that get a counted embedding, the most frequent ones: memory grows with the square
+_SMOOTHING = 0.75  # exponent of the context's frequency (Levy, Goldberg and Dagan 2015)
+_ALIKE = 2.0  # variance of the entries of a query: a token's score with itself starts at 2√D
+_PASSED = 0.8  # share of a value that attention passes on
+_BESIDE = 1.4  # weight of "look beside you" in the first layer's queries and keys
+_OFFSETS = (-1, 1, -2, 2, -3, 3, -4, 4)  # of its heads, in turn
+
+
+@torch.no_grad()
+def from_statistics(model: PreTrainedModel, blocks: TokenBlocks, special: list[int]) -> None:
+    """Write word frequencies, word vectors, positions and mimetic attention into the weights of a new model.
+
+    ``blocks``: the training part; ``special``: ids without meaning of their own, which keep their random embeddings. Uses
+    torch's random state. Raises a `UserError` for a family without learned absolute positions and separate projections.
+    """
+    config: Any = model.config
+    if config.model_type not in FAMILIES:
+        raise UserError(
+            f"model.start=statistics works for the families {', '.join(FAMILIES)}, not for {config.model_type}"
+        )
+    encoder: Any = model.base_model
+    embeddings = encoder.embeddings
+    words, scale = embeddings.word_embeddings.weight, config.initializer_range
+    frequencies = blocks.ids.long().bincount(minlength=len(words)).double() + 0.5
+    logarithms = frequencies.log()
+    head: Any = model.get_output_embeddings()
+    head.bias.copy_(logarithms - logarithms.mean())
+
+    ranked = frequencies.argsort(descending=True, stable=True)
+    ranked = ranked[~torch.isin(ranked, torch.tensor(special))][:_MOST_WORDS]
+    words[ranked] = word_vectors(blocks, ranked, words.shape[1]) * scale * math.sqrt(words.shape[1])
+
+    table = embeddings.position_embeddings.weight
+    reserved = reserved_positions(config.model_type, config.pad_token_id)
+    table[reserved:] = sinusoids(len(table) - reserved, table.shape[1]) * scale * math.sqrt(2.0)
+
+    for layer in encoder.encoder.layer:
+        attention = layer.attention.self
+        hidden = attention.query.weight.shape[1]
+        attention.query.weight.normal_(0.0, math.sqrt(_ALIKE / hidden))
+        attention.key.weight.copy_(attention.query.weight)
+        attention.value.weight.normal_(0.0, math.sqrt(_PASSED / hidden))
+        layer.attention.output.dense.weight.copy_(attention.value.weight.T)
+    first = encoder.encoder.layer[0].attention.self
+    look_beside(first.query.weight, first.key.weight, config.num_attention_heads, len(table) - reserved)
+
+
+def word_vectors(blocks: TokenBlocks, words: Tensor, size: int) -> Tensor:
+    """Vectors of length 1 whose products follow how much likelier two words are near each other than by chance.
+
+    ``words``: ``(W,)`` ids. Returns ``(W, size)`` float32: the largest ``size`` factors of the symmetric matrix of
+    ``max(0, log P(w, c) / P(w) P(c))``, turned at random so that no coordinate is special.
+    """
+    information = mutual_information(cooccurrences(blocks, words))
+    size_found = min(size, len(words))
+    left, strength, _ = torch.svd_lowrank(information, q=min(size_found + 8, len(words)), niter=3)
+    vectors = left[:, :size_found] * strength[:size_found].sqrt()
+    turned = vectors @ torch.linalg.qr(torch.randn(size, size)).Q[:size_found]
+    return torch.nn.functional.normalize(turned)
+
+
+def cooccurrences(blocks: TokenBlocks, words: Tensor) -> Tensor:
+    """How often two of ``words`` stand within four positions of one block, by 1 / distance: symmetric ``(W, W)``."""
+    count = len(words)
+    place = torch.full((max(int(blocks.ids.max()), int(words.max())) + 1,), -1)
+    place[words] = torch.arange(count)
+    ids = place[blocks.ids.long()]
+    block = torch.repeat_interleave(torch.arange(len(blocks)), blocks.lengths)
+    found = torch.zeros(count * count)
+    for distance in range(1, _REACH + 1):
+        left, right = ids[:-distance], ids[distance:]
+        pairs = (block[:-distance] == block[distance:]) & (left >= 0) & (right >= 0)
+        found += (left[pairs] * count + right[pairs]).bincount(minlength=count * count) / distance
+    matrix = found.view(count, count)
+    return matrix + matrix.T
+
+
+def mutual_information(counts: Tensor) -> Tensor:
+    """Positive pointwise mutual information of symmetric ``counts (W, W)``, contexts smoothed; symmetric ``(W, W)``."""
+    words = counts.sum(1) + 1.0
+    contexts = words**_SMOOTHING
+    expected = words[:, None] * (contexts / contexts.sum())[None]
+    information = (counts / expected).clamp_min(1e-9).log().clamp_min(0.0)
+    return (information + information.T) / 2
+
+
+def sinusoids(positions: int, size: int) -> Tensor:
+    """``(positions, size)``: sines and cosines with wavelengths from 2π to 2π times the number of positions."""
+    angles = torch.arange(positions)[:, None] * _rates(positions, size)
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :size]
+
+
+def look_beside(query: Tensor, key: Tensor, heads: int, positions: int) -> None:
+    """Add to ``query`` and ``key``, ``(H·D, hidden)``, what makes head ``h`` look ``_OFFSETS[h]`` words away, in place.
+
+    Keys see the ``D`` fastest coordinates of the position, queries see them turned by the offset; the product is largest
+    where the two agree.
+    """
+    size = query.shape[0] // heads // 2 * 2
+    rates = _rates(positions, query.shape[1])[: size // 2]
+    for head in range(heads):
+        angles = rates * _OFFSETS[head % len(_OFFSETS)]
+        turns = [torch.tensor([[c, s], [-s, c]]) for c, s in zip(angles.cos(), angles.sin(), strict=True)]
+        start = head * (query.shape[0] // heads)
+        query[start : start + size, :size] += _BESIDE * torch.block_diag(*turns)
+        key[start : start + size, :size] += _BESIDE * torch.eye(size)
+
+
+def _rates(positions: int, size: int) -> Tensor:
+    """The angle by which each pair of coordinates turns from one position to the next."""
+    return torch.exp(-math.log(positions) * torch.arange(0, size, 2) / size)

@@ -1,0 +1,247 @@
+"""The Trainer of transformers, arranged so that a killed run ends as it would have ended.
+
+What is read and masked at a step is a function of the seed and the step (`Examples`); the Trainer restores weights,
+optimizer, schedule and random state from a checkpoint; checkpoints that a kill left half written are not used.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from sparsefinder import models
+from sparsefinder.corpora import Batch, Masking, TokenBlocks
+from sparsefinder.corpora.masking import collate
+from sparsefinder.models.masked_lm import masked_logits
+from sparsefinder.numerics.normalizers import Normalizer
+from sparsefinder.storage import distributed
+from sparsefinder.storage.files import remove
+
+log = logging.getLogger(__name__)
+
+_START_ALPHA = 1.01  # of `alpha_schedule`: next to softmax
+_ALPHA_STEP = 0.01  # α moves in steps, because setting it looks the attention layers up
+_POOL = 8  # batches whose blocks are sorted by length together, so that little is padded
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """How masked-LM training goes, whatever is trained, on what, and how long."""
+
+    alpha: float = 1.5  # of the entmax that the model ends with; 1 is softmax
+    alpha_schedule: bool = False  # anneal α from 1.01 to `alpha` over the first half of the steps
+    batch_size: int = 64  # blocks at once, on each device
+    accumulation: int = 1  # batches that make one update
+    learning_rate: float = 3e-5
+    schedule: str = "linear"  # of the learning rate after its warm-up: one of SCHEDULES
+    warmup: int = 500  # steps
+    weight_decay: float = 0.01
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-6
+    clip: Annotated[float, "or infinite"] = 5.0  # of the gradient's norm
+    mask_fraction: float = 0.15  # of the tokens are asked for in training; validation always asks for 15 %
+    eval_steps: int = 500  # between two looks at the validation loss, and two checkpoints
+    report_to: str | tuple[str, ...] = "none"  # none, all that are installed, or names of `trackers`: tensorboard, …
+    bf16: bool = False  # mixed precision where the device has it; the normalizer stays in float32
+    seed: int = 0
+
+
+def train(
+    settings: TrainingSettings,
+    steps: int,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    blocks: TokenBlocks,
+    held_out: Sequence[Batch],
+    folder: Path,
+) -> PreTrainedModel:
+    """``model`` trained on ``blocks``; checkpoints go to ``folder``, and a run that was killed goes on from the last.
+
+    ``steps``: updates, which those of the settings are, or their epochs amount to.
+    """
+    arguments = OneDevice(
+        output_dir=str(folder),
+        max_steps=steps,
+        train_sampling_strategy="sequential",  # `Examples` are in their order
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulation,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.schedule,
+        warmup_steps=min(settings.warmup, steps),
+        weight_decay=settings.weight_decay,
+        adam_beta2=settings.adam_beta2,
+        adam_epsilon=settings.adam_epsilon,
+        max_grad_norm=settings.clip,
+        eval_strategy="steps",
+        save_strategy="steps",
+        logging_strategy="steps",
+        eval_steps=settings.eval_steps,
+        save_steps=settings.eval_steps,
+        logging_steps=settings.eval_steps,
+        save_total_limit=2,
+        prediction_loss_only=True,
+        remove_unused_columns=False,
+        report_to=settings.report_to if isinstance(settings.report_to, str) else list(settings.report_to),
+        disable_tqdm=not sys.stderr.isatty(),
+        bf16=settings.bf16,
+        use_cpu=distributed.count() > 1 and not torch.cuda.is_available(),  # or the Trainer does not see the others
+        seed=settings.seed,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    masking = Masking.of(tokenizer, settings.mask_fraction)
+    count = steps * settings.batch_size * settings.accumulation * arguments.world_size
+    trainer = MaskedLMTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=Examples(blocks, masking, count, settings.batch_size * arguments.world_size, settings.seed),
+        eval_dataset=_HeldOut(held_out),
+        data_collator=lambda examples: collate(examples, tokenizer.pad_token_id),
+        processing_class=tokenizer,
+        callbacks=[Reporting("finetune"), *([_Annealing(settings.alpha)] if settings.alpha_schedule else [])],
+    )
+    trainer.model_accepts_loss_kwargs = True  # `compute_loss` divides by the tokens of the whole accumulated batch
+    trainer.remove_callback(PrinterCallback)
+    if arguments.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+    found = distributed.once(lambda: last_checkpoint(folder))
+    if found is not None:
+        log.info("finetune: going on from %s", found.name)
+    trainer.train(resume_from_checkpoint=None if found is None else str(found))
+    models.set_normalizer(model, Normalizer(settings.alpha))
+    return model
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint; one that a kill left half written is removed."""
+    found = []
+    for path in folder.glob("checkpoint-*"):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))  # the Trainer writes it last
+            found.append(path)
+        except (OSError, ValueError):
+            remove(path)
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+class OneDevice(TrainingArguments):
+    """One GPU for each process, however many are visible."""
+
+    # with more, the Trainer wraps the model in nn.DataParallel, whose threads would share the hook of `masked_logits`
+    @property
+    def n_gpu(self) -> int:
+        return min(1, super().n_gpu)
+
+
+class Examples(Dataset[tuple[Tensor, Tensor]]):
+    """Everything that a run will see, in order: example ``j`` is a block, masked by the seed and ``j``.
+
+    Each pass over the blocks is shuffled anew. Blocks of like length come together, a batch at a time.
+    """
+
+    def __init__(self, blocks: TokenBlocks, masking: Masking, count: int, batch_size: int, seed: int):
+        self.blocks, self.masking, self.seed = blocks, masking, seed
+        generator = torch.Generator().manual_seed(seed)
+        lengths = blocks.lengths
+        batches: list[Tensor] = []
+        while sum(map(len, batches)) < count:
+            shuffled = torch.randperm(len(blocks), generator=generator)
+            missing = -len(shuffled) % batch_size  # filled up with the first ones, so that every batch is full
+            shuffled = torch.cat([shuffled, shuffled.repeat(missing // len(shuffled) + 1)[:missing]])
+            passed: list[Tensor] = []
+            for pool in shuffled.split(_POOL * batch_size):
+                passed += pool[lengths[pool].argsort(stable=True)].split(batch_size)
+            batches += [passed[index] for index in torch.randperm(len(passed), generator=generator).tolist()]
+        self.order = torch.cat(batches)[:count].tolist()
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.masking(self.blocks[self.order[index]], self.seed, index)
+
+
+class _HeldOut(Dataset[tuple[Tensor, Tensor]]):
+    def __init__(self, batches: Sequence[Batch]):
+        self.examples = [
+            (inputs[valid], labels[valid])
+            for batch in batches
+            for inputs, labels, valid in zip(
+                *(batch[n] for n in ("input_ids", "labels", "attention_mask")), strict=True
+            )
+        ]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.examples[index]
+
+
+class MaskedLMTrainer(Trainer):
+    """The Trainer, with the head on the tokens asked for only."""
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        logits, labels = masked_logits(model, inputs)
+        total = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+        processes_ = self.accelerator.num_processes  # the tokens are those of all, and the gradient is their mean
+        loss = total / (len(labels) if num_items_in_batch is None else num_items_in_batch / processes_)
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+
+class _Annealing(TrainerCallback):
+    """α from next to softmax to its end value over the first half of the steps; a function of the step alone."""
+
+    def __init__(self, alpha: float):
+        self.alpha = alpha
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        models.set_normalizer(kwargs["model"], Normalizer(annealed(self.alpha, state.global_step, state.max_steps)))
+
+
+def annealed(alpha: float, step: int, steps: int) -> float:
+    """α at ``step`` of ``steps``: a ramp from 1.01 that ends at half of the steps, in multiples of 0.01."""
+    reached = _START_ALPHA + (alpha - _START_ALPHA) * min(1.0, 2.0 * step / steps)
+    if reached >= alpha:
+        return alpha
+    return max(_START_ALPHA, min(alpha, math.floor(reached / _ALPHA_STEP) * _ALPHA_STEP))
+
+
+class Reporting(TrainerCallback):
+    """The Trainer's numbers as log lines instead of printed dictionaries, each after ``what`` is trained."""
+
+    def __init__(self, what: str):
+        self.what = what
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        names = {"loss": "training loss", "eval_loss": "validation loss"}
+        found = [f"{title} {logs[name]:.3f}" for name, title in names.items() if name in (logs or {})]
+        if found:
+            log.info("%s: step %d of %d: %s", self.what, state.global_step, state.max_steps, ", ".join(found))

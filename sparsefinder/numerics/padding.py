@@ -1,0 +1,16 @@
+"""What every attention does to its inputs first: padding becomes zeros, scores are float32 at least."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def without_padding(x: Tensor, valid: Tensor) -> Tensor:
+    """``x (B, H, N, D)`` with zeros on padding: a NaN there would survive a product with probability 0."""
+    return x if bool(valid.all()) else x.masked_fill(~valid[:, None, :, None], 0.0)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """The dtype that scores are computed in: half precision becomes float32, float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()

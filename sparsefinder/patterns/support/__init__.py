@@ -1,0 +1,1 @@
+"""What several patterns share: ranking, blocks of keys, k-means within a sentence."""

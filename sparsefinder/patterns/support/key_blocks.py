@@ -1,0 +1,99 @@
+"""Consecutive tokens in blocks, and the choice of a share of the blocks for each query.
+
+Blocks are counted over the real tokens of a sentence, so padding on either side moves nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsefinder.graphs import QK, Buckets, Layout
+from sparsefinder.patterns.support.ranking import share_of
+
+
+@dataclass(frozen=True)
+class TokenBlocks:
+    """Real tokens, ``size`` to a block; the last block of a sentence may hold fewer.
+
+    ``tokens``: ``(B, blocks, size)`` int64, the position of the token on each place of a block. ``filled``: bool of the same
+    shape, False on places without a token. ``block_of``, ``place_of``: ``(B, N)`` int64, the block of each token and its place
+    among all places; arbitrary on padding.
+    """
+
+    tokens: Tensor
+    filled: Tensor
+    block_of: Tensor
+    place_of: Tensor
+
+    @classmethod
+    def cut(cls, qk: QK, size: int) -> TokenBlocks:
+        """The blocks of each sentence of a batch; as many as the longest one needs, and one for a batch without tokens."""
+        blocks = max(-(-int(qk.lengths.max()) // size), 1)
+        order = (~qk.valid).long().argsort(dim=-1, stable=True)  # real tokens first, in their order
+        order = F.pad(order, (0, max(blocks * size - order.shape[1], 0)))[:, : blocks * size]
+        places = torch.arange(blocks * size, device=order.device)
+        filled = places < qk.lengths[:, None]
+        shape = (-1, blocks, size)
+        return cls(order.view(shape), filled.view(shape), qk.places // size, qk.places)
+
+    @property
+    def count(self) -> int:
+        return self.tokens.shape[1]
+
+    def pack(self, x: Tensor, missing: float) -> Tensor:
+        """``(B, H, N, D)`` → ``(B, H, blocks, size, D)``, ``missing`` where there is no token."""
+        packed = x.gather(2, _index(self.tokens.flatten(1), x)).unflatten(2, self.tokens.shape[1:])
+        return packed.masked_fill(~self.filled[:, None, :, :, None], missing)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """``(B, H, blocks, size, D)`` → ``(B, H, N, D)``, the inverse of ``pack``."""
+        flat = x.flatten(2, 3)
+        return flat.gather(2, _index(self.place_of, flat))
+
+    def spread(self, x: Tensor) -> Tensor:
+        """``(B, H, blocks, D)`` → ``(B, H, N, D)``: each token has what its block has."""
+        return x.gather(2, _index(self.block_of, x))
+
+    def means(self, x: Tensor) -> Tensor:
+        """``(B, H, N, D)`` → the mean of each block, ``(B, H, blocks, D)``; zeros for a block without tokens."""
+        return self.pack(x, 0.0).sum(3) / self.filled.sum(-1).clamp_min(1)[:, None, :, None]
+
+    def running_means(self, x: Tensor) -> Tensor:
+        """``(B, H, N, D)`` → the mean of each token's block up to the token itself, ``(B, H, N, D)``."""
+        size = self.tokens.shape[2]
+        return self.unpack(self.pack(x, 0.0).cumsum(3) / torch.arange(1, size + 1, device=x.device)[:, None])
+
+    def best(self, scores: Tensor, share: float) -> Tensor:
+        """The ``⌈share · blocks⌉`` blocks of largest score for each row of ``(B, H, M, blocks)``; ``-inf``: not there.
+
+        ``(B, H, M, P)`` int64, -1 where a row has fewer than others. Of equal scores the earlier block comes first.
+        """
+        budgets = share_of((scores > -math.inf).sum(-1, keepdim=True), share)
+        order = scores.argsort(dim=-1, descending=True, stable=True)[..., : max(int(budgets.max()), 1)]
+        return order.masked_fill(torch.arange(order.shape[-1], device=order.device) >= budgets, -1)
+
+    def visible(self, scores: Tensor, own: Tensor | None) -> Tensor:
+        """Scores ``(B, H, M, blocks)`` with ``-inf`` on blocks that are not there or lie in the future.
+
+        ``own (B, H, M)``, for causal attention with a row for each token: the score of its own block, from what it sees of it.
+        """
+        scores = scores.masked_fill(~self.filled.any(-1)[:, None, None], -math.inf)
+        if own is None:
+            return scores
+        block = self.block_of[:, None, :, None]
+        later = torch.arange(self.count, device=scores.device) > block
+        return scores.masked_fill(later, -math.inf).scatter(3, block.expand(*own.shape, 1), own[..., None])
+
+    def layout(self, chosen: Tensor) -> Layout:
+        """Blocks as buckets: a query is in those that were ``chosen (B, H, N, P)``, a key in its own."""
+        k_ids = self.block_of[:, None, :, None].expand(*chosen.shape[:3], 1)
+        return Layout(Buckets(chosen, k_ids, self.count))
+
+
+def _index(places: Tensor, x: Tensor) -> Tensor:
+    return places[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[-1])

@@ -1,0 +1,121 @@
+"""Which keys a query attends to and which it does not: the pairs that projections learn from.
+
+A gold graph is computed once and kept as the sorted columns of its positives, a few per row. A negative is then drawn
+without ever looking at an N × N matrix: the ``u``-th zero of a row lies at ``u`` plus the number of positives before it, and
+that number is found by one binary search in ``p_k − k``, which is sorted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sparsefinder.executors.native import gold_pairs as native
+from sparsefinder.graphs import QK
+from sparsefinder.numerics.normalizers import Normalizer
+from sparsefinder.storage.tensor_files import load_tensors, save_tensors
+
+
+@dataclass(frozen=True)
+class GoldPairs:
+    """The positives of one example as flat lists over heads and queries.
+
+    Row ``h · n + i`` is query ``i`` of head ``h``. ``rows``, ``columns``: ``(P,)`` int64, sorted by row and then by column;
+    ``zeros``: ``(H·n,)`` int64, how many allowed keys of the row are not attended to.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    zeros: Tensor
+    tokens: int
+
+    @classmethod
+    def of(cls, graph: Tensor, allowed: Tensor) -> GoldPairs:
+        """Those of a graph ``(H, n, N)`` bool; ``allowed``: ``(n, N)`` bool, all keys of a row up to some place."""
+        heads, queries, tokens = graph.shape
+        flat = graph.reshape(heads * queries, tokens)
+        rows, columns = flat.nonzero(as_tuple=True)
+        return cls(rows, columns, allowed.sum(-1).repeat(heads) - flat.sum(-1), tokens)
+
+    def chances(self, generator: torch.Generator) -> Tensor:
+        """A number in [0, 1) for each positive whose row has a zero, and 0 for the others: ``(P,)`` float64."""
+        drawn = torch.zeros(len(self.rows), dtype=torch.float64)
+        wanted = self.zeros > 0
+        if bool(wanted.all()):
+            return drawn.uniform_(generator=generator)
+        kept = wanted[self.rows]
+        drawn[kept] = torch.rand(int(kept.sum()), generator=generator, dtype=torch.float64)
+        return drawn
+
+    def draw_negatives(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """A negative for each positive, uniform over the allowed zeros of its row, with replacement.
+
+        Returns ``(kept, columns)``: the positives (as indices into ``rows``) whose row has a zero at all, and for each of them
+        a key that its query does not attend to: never padding, never the future, never a positive.
+        """
+        kept = (self.zeros[self.rows] > 0).nonzero().squeeze(-1)
+        rows = self.rows[kept]
+        order = (self.chances(generator)[kept] * self.zeros[rows]).long()
+        span = self.tokens + 1
+        begins = torch.searchsorted(self.rows, torch.arange(len(self.zeros)))
+        rank = torch.arange(len(self.rows)) - begins[self.rows]
+        before = torch.searchsorted(self.rows * span + self.columns - rank, rows * span + order, right=True)
+        return kept, order + before - begins[rows]
+
+
+@dataclass(frozen=True)
+class PairsOnDisk:
+    """The positives of many examples in a folder, a file each: read when they are asked for, so many need no more memory."""
+
+    folder: Path
+
+    def put(self, index: int, pairs: GoldPairs) -> None:
+        """Keep those of example ``index``."""
+        sides = {"rows": pairs.rows.int(), "columns": pairs.columns.int(), "zeros": pairs.zeros.int()}
+        save_tensors({**sides, "tokens": pairs.tokens}, self.folder / f"{index}.pt")
+
+    def __getitem__(self, index: int) -> GoldPairs:
+        found = load_tensors(self.folder / f"{index}.pt", "gold pairs")
+        return GoldPairs(found["rows"].long(), found["columns"].long(), found["zeros"].long(), found["tokens"])
+
+
+def gold_pairs(qk: QK, alpha: float, block_size: int = 1, symmetric: bool = False) -> GoldPairs:
+    """Positives of a batch of one example: ``p_ij > 0`` under α-entmax.
+
+    ``block_size``: pairs of chunks, positive where any of their token pairs is. ``symmetric``: positive where either direction
+    is, which is what one projection of ``[q; k]`` for both sides can express.
+    """
+    if qk.q.shape[0] != 1 or not qk.valid.all():
+        raise ValueError("gold_pairs takes one example without padding")
+    if block_size == 1 and not symmetric and native.works_on(qk.q):
+        return _listed(qk, alpha)
+    graph = (Normalizer(alpha)(qk.scores()) > 0)[0]
+    allowed = qk.allowed[0, 0]
+    if block_size > 1:
+        graph, allowed = _any_in_block(graph, block_size), _any_in_block(allowed[None], block_size)[0]
+    if symmetric:
+        graph = (graph | graph.transpose(-1, -2)) & allowed
+    return GoldPairs.of(graph, allowed)
+
+
+def _listed(qk: QK, alpha: float) -> GoldPairs:
+    """`gold_pairs` without a matrix of n × n."""
+    heads, tokens = qk.q.shape[1:3]
+    rows, columns, counts = native.support(qk.q[0], qk.k[0], qk.causal, alpha)
+    allowed = torch.arange(1, tokens + 1) if qk.causal else torch.tensor([tokens]).expand(tokens)
+    return GoldPairs(rows, columns, allowed.repeat(heads) - counts, tokens)
+
+
+def mean_of_heads(values: Tensor, heads: Tensor, count: int) -> Tensor:
+    """The mean over ``count`` heads of the mean of each head's ``values (P,)``; one without any has a mean of 0."""
+    sums = values.new_zeros(count).index_add(0, heads, values)
+    return (sums / torch.bincount(heads, minlength=count).clamp_min(1)).mean()
+
+
+def _any_in_block(graph: Tensor, size: int) -> Tensor:
+    missing = -graph.shape[-1] % size
+    padded = torch.nn.functional.pad(graph, (0, missing, 0, missing))
+    return padded.unflatten(-1, (-1, size)).any(-1).unflatten(-2, (-1, size)).any(-2)

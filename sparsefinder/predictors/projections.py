@@ -1,0 +1,231 @@
+"""Projections of queries and keys to a few numbers, head by head, and their files.
+
+``q'_i = q_i w_q + b_q`` and ``k'_j = k_j w_k + b_k`` in R^R, or with one hidden tanh layer, or one projection of ``[q; k]``
+for both. A file is ``torch.save`` of a list over layers of ``{"q": state_dict, "k": state_dict}``, the form of the published
+Sparsefinder: linear ``w (H, D, R)``, ``b (H, 1, R)``; hidden ``w1 (H, D, E)``, ``b1 (H, 1, E)``, ``w2 (H, E, R)``,
+``b2 (H, 1, R)``; no projection at all: an empty ``state_dict``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sparsefinder.errors import UserError
+from sparsefinder.graphs import QK
+from sparsefinder.numerics.padding import at_least_float32
+from sparsefinder.storage.tensor_files import load_tensors, save_tensors
+
+_NARROW = 8  # columns: measured with 256 to 32,768 tokens, forward and backward
+
+
+class Identity(nn.Module):
+    """No projection: patterns work on the queries and keys themselves."""
+
+    in_size: int | None = None
+    out_size: int | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, H, N, D)`` → a copy, as of any projection: `LayerProjections` blanks padding in place."""
+        return x.clone()
+
+
+class Linear(nn.Module):
+    """``x w + b`` with its own ``w`` and ``b`` for every head; ``w (H, D, R)``, ``b (H, 1, R)``."""
+
+    def __init__(self, heads: int, in_size: int, out_size: int):
+        super().__init__()
+        self.w = nn.Parameter(_uniform(heads, in_size, out_size))
+        self.b = nn.Parameter(torch.zeros(heads, 1, out_size))
+
+    @property
+    def in_size(self) -> int:
+        return self.w.shape[1]
+
+    @property
+    def out_size(self) -> int:
+        return self.w.shape[2]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, H, N, D)`` → ``(B, H, N, R)``."""
+        batch, heads, tokens, _ = x.shape
+        w, b = (own.to(x.dtype).expand(batch, -1, -1, -1).flatten(0, 1) for own in (self.w, self.b))
+        x = x.flatten(0, 1)
+        # one pass, product and bias; of few columns BLAS makes less than half the speed that it makes of as many rows
+        narrow = self.out_size <= _NARROW
+        projected = torch.baddbmm(b.mT, w.mT, x.mT).mT.contiguous() if narrow else torch.baddbmm(b, x, w)
+        return projected.view(batch, heads, tokens, self.out_size)
+
+
+class Hidden(nn.Module):
+    """``tanh(x w1 + b1) w2 + b2`` for every head."""
+
+    def __init__(self, heads: int, in_size: int, hidden_size: int, out_size: int):
+        super().__init__()
+        self.w1 = nn.Parameter(_uniform(heads, in_size, hidden_size))
+        self.b1 = nn.Parameter(torch.zeros(heads, 1, hidden_size))
+        self.w2 = nn.Parameter(_uniform(heads, hidden_size, out_size))
+        self.b2 = nn.Parameter(torch.zeros(heads, 1, out_size))
+
+    @property
+    def in_size(self) -> int:
+        return self.w1.shape[1]
+
+    @property
+    def out_size(self) -> int:
+        return self.w2.shape[2]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, H, N, D)`` → ``(B, H, N, R)``."""
+        hidden = torch.tanh(x @ self.w1.to(x.dtype) + self.b1.to(x.dtype))
+        return hidden @ self.w2.to(x.dtype) + self.b2.to(x.dtype)
+
+
+Projection = Identity | Linear | Hidden
+
+
+class LayerProjections(nn.Module):
+    """The projections of one layer. ``q`` and ``k`` are one and the same module where they are shared.
+
+    A projection whose input is twice the head size takes ``[q; k]`` of a token, once for both sides.
+    """
+
+    def __init__(self, q: Projection, k: Projection):
+        super().__init__()
+        self.q = q
+        self.k = k
+
+    def forward(self, qk: QK) -> QK:
+        """The same tokens with vectors ``(B, H, N, R)``; padded positions get zeros, so that blocks may be cut from them.
+
+        Half precision becomes float32 first, float64 stays.
+        """
+        q, k = at_least_float32(qk.q), at_least_float32(qk.k)
+        if self.q.in_size == 2 * q.shape[-1]:
+            q = k = torch.cat([q, k], dim=-1)
+        padded = ~qk.valid[:, None, :, None]
+        # what a projection makes is its own: no second copy of it
+        return qk.with_vectors(*(x.masked_fill_(padded, 0.0) for x in (self.q(q), self.k(k))))
+
+
+@dataclass(frozen=True)
+class Projections:
+    """Projections of all layers: ``projections(qk, layer)`` gives the projected `QK`."""
+
+    layers: Sequence[LayerProjections]
+    source: str = "memory"
+
+    def __call__(self, qk: QK, layer: int) -> QK:
+        if not 0 <= layer < len(self.layers):
+            raise UserError(
+                f"{self.source} has projections of {len(self.layers)} layers, but layer {layer} was asked for: "
+                "they belong to another model; run stage=project on these queries and keys"
+            )
+        projection = self.layers[layer]
+        _check_shapes(projection, qk, self.source)
+        return projection(qk)
+
+    def save(self, path: Path | str) -> None:
+        """Write the published form."""
+        plain = [
+            {
+                side: {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+                for side, module in (("q", layer.q), ("k", layer.k))
+            }
+            for layer in self.layers
+        ]
+        save_tensors(plain, path)
+
+    def check(self, layers: int, heads: int, size: int) -> None:
+        """Raise a `UserError` where the projections do not fit queries and keys of that shape."""
+        if len(self.layers) != layers:
+            raise UserError(
+                f"{self.source} has projections of {len(self.layers)} layers, the queries and keys have {layers}: "
+                "run stage=project on these queries and keys"
+            )
+        probe = torch.zeros(1, heads, 1, size)
+        for layer in self.layers:
+            _check_shapes(layer, QK(probe, probe, torch.ones(1, 1, dtype=torch.bool)), self.source)
+
+
+def load_projections(path: Path | str) -> Projections:
+    """Read a projections file, ours or the published Sparsefinder's; anything else is a `UserError` in one line."""
+    path = Path(path)
+    content = load_tensors(path, "projections")
+    if not isinstance(content, list) or not content:
+        raise UserError(
+            f"{path}: projections must be a list over layers of {{'q': …, 'k': …}}; run stage=project to make them"
+        )
+    layers = []
+    for index, layer in enumerate(content):
+        if not isinstance(layer, dict) or set(layer) != {"q", "k"}:
+            raise UserError(
+                f"{path}: layer {index} must be a dict with 'q' and 'k'; run stage=project to make projections"
+            )
+        q, k = (_from_state(layer[side], f"{path}: layer {index}, {side}") for side in ("q", "k"))
+        if _sizes(q) != _sizes(k):
+            raise UserError(
+                f"{path}: layer {index} projects q by (heads, from, to) {_sizes(q)}, but k by {_sizes(k)}; run stage=project"
+            )
+        layers.append(LayerProjections(q, k).requires_grad_(False))
+    return Projections(layers, str(path))
+
+
+def _from_state(state: object, where: str) -> Projection:
+    if not isinstance(state, dict) or not all(isinstance(t, Tensor) and t.is_floating_point() for t in state.values()):
+        raise UserError(f"{where} must be a dict of floating point tensors (w and b, or w1, b1, w2 and b2)")
+    if not all(tensor.numel() for tensor in state.values()):
+        raise UserError(f"{where} has an empty tensor; train the projections again with stage=project")
+    if not all(torch.isfinite(tensor.float()).all() for tensor in state.values()):
+        raise UserError(f"{where} contains NaN or infinity; train the projections again with stage=project")
+    module: Projection
+    if not state:
+        return Identity()
+    if set(state) == {"w", "b"} and state["w"].ndim == 3:
+        heads, in_size, out_size = state["w"].shape
+        module = Linear(heads, in_size, out_size)
+    elif set(state) == {"w1", "b1", "w2", "b2"} and state["w1"].ndim == 3 and state["w2"].ndim == 3:
+        heads, in_size, hidden_size = state["w1"].shape
+        module = Hidden(heads, in_size, hidden_size, state["w2"].shape[-1])
+    else:
+        raise UserError(
+            f"{where} has {', '.join(sorted(map(str, state)))}; known are w, b (linear) and w1, b1, w2, b2 (hidden)"
+        )
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if expected != found:
+        raise UserError(f"{where} has shapes {found}, which do not fit together; they should be {expected}")
+    module.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+    return module
+
+
+def _check_shapes(projection: LayerProjections, qk: QK, source: str) -> None:
+    if isinstance(projection.q, Identity):
+        return
+    weight = projection.q.w if isinstance(projection.q, Linear) else projection.q.w1
+    heads, in_size = weight.shape[0], weight.shape[1]
+    if heads != qk.q.shape[1] or in_size not in (qk.q.shape[-1], 2 * qk.q.shape[-1]):
+        raise UserError(
+            f"{source} projects {heads} heads of size {in_size}, the queries and keys have {qk.q.shape[1]} heads of size "
+            f"{qk.q.shape[-1]}: run stage=project on these queries and keys"
+        )
+
+
+def _sizes(projection: Projection) -> tuple[int, ...]:
+    if isinstance(projection, Identity):
+        return ()
+    return (
+        len(projection.w if isinstance(projection, Linear) else projection.w1),
+        projection.in_size,
+        projection.out_size,
+    )
+
+
+def _uniform(heads: int, rows: int, columns: int) -> Tensor:
+    bound = 1.0 / math.sqrt(rows)
+    return torch.empty(heads, rows, columns).uniform_(-bound, bound)

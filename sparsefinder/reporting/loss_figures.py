@@ -1,0 +1,143 @@
+"""Curves: loss against sparsity, and what sharing buckets says about a pair. Table → figure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pandas as pd
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from sparsefinder.analysis.method_families import BOUNDS, OURS, PUBLISHED, family_of
+from sparsefinder.reporting.style import FEW, GREY, blank, colour_of, panel_title, panels_of, style
+
+_ATTENTIONS = {"masked": ("o", 62, False), "bucketed": ("s", 17, True)}  # marker, size, filled: both stay visible
+_OTHER_ATTENTIONS = (("^", 62, False), ("D", 42, False), ("v", 62, False), ("P", 30, True))
+
+
+def loss_sparsity(results: pd.DataFrame) -> Figure:
+    """Every variant of ``evaluate/results`` that has a token graph; dense attention as horizontal lines.
+
+    Colour: the pattern, of more than `FEW` only ours, the published ones and the bounds; marker: the attention that ran it. A
+    panel for each surroundings.
+    """
+    variants = results[results["attention"] != "dense"].dropna(subset=["sparsity"])
+    attentions = list(dict.fromkeys(variants["attention"]))
+    looks = _attention_looks(attentions)
+    colours = _pattern_colours(variants["pattern"])
+    panels = panels_of(variants)
+    with style():
+        figure = blank(3.6 * min(2, len(panels)) + 0.8, 3.2 * math.ceil(len(panels) / 2) + 1.0)
+        grid = figure.subplots(math.ceil(len(panels) / 2), min(2, len(panels)), squeeze=False, sharey=True)
+        for axes, surroundings in zip(grid.flat, panels, strict=False):
+            for row in variants[variants["surroundings"] == surroundings].to_dict("records"):
+                marker, size, filled = looks[row["attention"]]
+                colour = colours.get(row["pattern"], GREY)
+                look = {"fc": colour if filled else "none", "ec": colour, "zorder": 2 if colour == GREY else 3}
+                axes.scatter(row["sparsity"], row["loss"], s=size, marker=marker, lw=1.3, **look)
+            for text, loss, dashes in dense_losses(results):
+                axes.axhline(loss, color="#333333", lw=1.1, ls=dashes, zorder=1, label=text)
+            axes.set(xlim=(-0.03, 1.03), title=panel_title(surroundings, len(panels)))
+            axes.set_xlabel("sparsity of the executed graph  (sparser →)")
+        for axes in list(grid.flat)[len(panels) :]:
+            axes.remove()
+        for axes in grid[:, 0]:
+            axes.set_ylabel(f"{loss_name(results)}, nats  (better ↓)")
+        handles = [_dot(pattern, colour) for pattern, colour in colours.items()]
+        if others := variants.loc[~variants["pattern"].isin(colours), "pattern"].nunique():
+            handles.append(_dot(f"{others} other patterns", GREY))
+        handles += [_dot(name, "#555555", *looks[name]) for name in attentions]
+        handles += [
+            Line2D([], [], color="#333333", lw=1.1, ls=dashes, label=t) for t, _, dashes in dense_losses(results)
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def loss_name(results: pd.DataFrame) -> str:
+    """What the column ``loss`` is the loss of."""
+    return "masked-LM loss" if "task" not in results else f"loss of {results['task'].iloc[0].replace('_', ' ')}"
+
+
+def dense_losses(results: pd.DataFrame) -> list[tuple[str, float, str]]:
+    """Name, loss and line style of the dense rows: the model's own normalizer, and softmax."""
+    found = []
+    for row in results[results["attention"] == "dense"].to_dict("records"):
+        softmax = row.get("alpha") == 1
+        name = "dense softmax" if softmax else f"dense entmax (α = {row.get('alpha', float('nan')):g})"
+        found.append((name, float(row["loss"]), ":" if softmax else "-"))
+    return list(dict.fromkeys(found))
+
+
+def distance_histogram(histogram: pd.DataFrame, distance: str) -> Figure:
+    """``score/distance_histogram`` of one quantization: a panel for each number of buckets that a pair shares."""
+    with style():
+        numbers = sorted(histogram["shared"].unique())
+        figure = blank(7.6, 0.9 + 1.1 * len(numbers))
+        panels = figure.subplots(len(numbers), 1, sharex=True, squeeze=False)[:, 0]
+        for axes, number in zip(panels, numbers, strict=True):
+            own = histogram[histogram["shared"] == number]
+            widths = own["high"] - own["low"]
+            axes.bar(own["low"], own["pairs"] / max(1, own["pairs"].sum()), widths, align="edge", color="#4477AA")
+            axes.set(ylabel=f"{number} shared", ylim=(0, None))
+        panels[-1].set(xlabel=f"{distance}, projected", xlim=(0, float(histogram["high"].max())))
+    return figure
+
+
+def bucket_sharing(shared: pd.DataFrame, distance: str = "l2") -> Figure:
+    """``score/shared_buckets``: distance of a projected pair, and how often it is an edge, by shared buckets.
+
+    A line for each quantization, over all layers; the dotted line is the share of gold edges among all pairs.
+    """
+    with style():
+        figure = blank(7.6, 3.5)
+        left, right = figure.subplots(1, 2)
+        lines = list(shared.groupby(["same_size", "bucket_size"], sort=True))
+        shades = colormaps["viridis"]
+        for place, ((same_size, bucket_size), group) in enumerate(lines):
+            total = _over_layers(group)
+            colour = shades(0.9 * place / max(1, len(lines) - 1))
+            kind = "" if same_size else ", equal width"
+            look = {"color": colour, "marker": "o", "ms": 4, "ls": "-" if same_size else "--"}
+            left.plot(total.index, total["distance"], label=f"bucket size {bucket_size}{kind}", **look)
+            right.plot(total.index, total["gold_share"], **look)
+        most = int(shared["shared"].max())
+        base = (shared["gold_share"] * shared["pairs"]).sum() / shared["pairs"].sum()
+        right.axhline(base, color="#333333", lw=1, ls=":")
+        left.plot([], [], color="#333333", lw=1, ls=":", label=f"all pairs, {base:.3f}")  # for the legend of both
+        left.set(
+            ylabel="mean squared distance, projected" if distance == "l2" else f"mean distance ({distance}), projected",
+            ylim=(0, None),
+            title="distance",
+        )
+        right.set(ylabel="share of pairs that are gold edges", ylim=(0, None), title="gold edges")
+        for axes in (left, right):
+            axes.set(xlim=(-0.3, most + 0.3), xticks=range(most + 1), xlabel="buckets that query and key share")
+        handles, labels = left.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def _over_layers(group: pd.DataFrame) -> pd.DataFrame:
+    weighted = group[["distance", "gold_share"]].mul(group["pairs"], axis=0).groupby(group["shared"]).sum()
+    return weighted.div(group.groupby("shared")["pairs"].sum(), axis=0)
+
+
+def _pattern_colours(patterns: pd.Series) -> dict[str, str]:
+    names = [str(name) for name in dict.fromkeys(patterns)]
+    if sum(family_of(name) != BOUNDS for name in names) > FEW:
+        names = [name for name in names if family_of(name) in (BOUNDS, OURS, PUBLISHED)]
+    return {name: colour_of(name) for name in names}
+
+
+def _attention_looks(names: Sequence[str]) -> dict[str, tuple[str, int, bool]]:
+    others = [name for name in names if name not in _ATTENTIONS]
+    looks = {name: _OTHER_ATTENTIONS[place % len(_OTHER_ATTENTIONS)] for place, name in enumerate(sorted(others))}
+    return {**_ATTENTIONS, **looks}
+
+
+def _dot(label: str, colour: str, marker: str = "o", size: float = 30, filled: bool = True) -> Line2D:
+    face = colour if filled else "none"
+    return Line2D([], [], ls="none", marker=marker, ms=size**0.5, mfc=face, mec=colour, mew=1.3, label=label)

@@ -1,0 +1,1 @@
+"""What lies on disk, who wrote it, and whether it can be trusted."""

@@ -1,0 +1,340 @@
+"""Queries and keys on disk, in the form of the published Sparsefinder.
+
+``torch.save`` of ``{"length_src": (num_samples,) tensor or list of ints, "q": [tensor (L, H, n_i, D)], "k": [...]}``. A
+layer of a sample costs memory when it is taken, and only as long as it is used, so files larger than memory work.
+
+Queries and keys that are too many for one file lie in a folder of such files, whose samples follow one another in the
+order of the files' names. `Samples` does not tell one from the other, and `join` makes a file of a folder.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from sparsefinder.errors import UserError
+from sparsefinder.graphs import QK
+from sparsefinder.numerics.normalizers import Normalizer
+from sparsefinder.storage.store import Store
+from sparsefinder.storage.tensor_files import StoredTensor, load_tensors, save_tensors, stored
+
+log = logging.getLogger(__name__)
+
+_MOST_GOLD = 0.5  # share of the pairs above which a file given by path is not believed
+_ENOUGH_TOKENS = 16  # of fewer a large share is nothing strange
+
+
+class Layers(Protocol):
+    """A tensor ``(L, H, n, D)`` of which single layers are taken: one in memory, or a `StoredTensor`."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+    def __getitem__(self, layer: int, /) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """Layers times a number, in float32, each multiplied when it is taken."""
+
+    layers: Layers
+    factor: float
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """``(L, H, n, D)``."""
+        return self.layers.shape
+
+    def __getitem__(self, layer: int) -> Tensor:
+        return self.layers[layer].float() * self.factor
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Ragged queries and keys of all layers: ``q[i]``, ``k[i]`` are ``(L, H, n_i, D)`` without padding."""
+
+    q: Sequence[Layers]
+    k: Sequence[Layers]
+    source: str = "memory"
+
+    def __len__(self) -> int:
+        return len(self.q)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(L, H, D)``, the same for every sample."""
+        layers, heads, _, size = self.q[0].shape
+        return layers, heads, size
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sample."""
+        return [sample.shape[2] for sample in self.q]
+
+    def layer(self, index: int, layer: int, causal: bool = False) -> QK:
+        """One sample and layer as a batch of one, float32. NaN or infinity is a `UserError`."""
+        return next(self.layers(index, causal, only=[layer]))
+
+    def layers(self, index: int, causal: bool = False, only: Sequence[int] | None = None) -> Iterator[QK]:
+        """The layers of one sample (all of them, or ``only`` those), each a batch of one, float32, taken when asked for."""
+        for layer in range(self.shape[0]) if only is None else only:
+            q, k = self.q[index][layer].float(), self.k[index][layer].float()
+            # a sum of numbers is a number unless it overflows, and takes a fifth of the time of looking at each
+            if not (q.sum() + k.sum()).isfinite():
+                self._check(index, layer, q, k)
+            valid = torch.ones(1, q.shape[1], dtype=torch.bool, device=q.device)
+            yield QK(q[None], k[None], valid, causal)
+
+    def _check(self, index: int, layer: int, q: Tensor, k: Tensor) -> None:
+        for name, tensor in (("q", q), ("k", k)):
+            if not torch.isfinite(tensor).all():
+                raise UserError(
+                    f"{self.source}: {name} of sample {index}, layer {layer} contains NaN or infinity; "
+                    "extract the file again, or remove the sample"
+                )
+
+    def __iter__(self) -> Iterator[list[QK]]:
+        return (list(self.layers(index)) for index in range(len(self)))
+
+    def with_queries_times(self, scale: float | str) -> Samples:
+        """Queries multiplied by a number, or by √D with ``sqrt_d``: those of fairseq's models are stored divided by it."""
+        factor = math.sqrt(self.shape[2]) if scale == "sqrt_d" else float(scale)
+        return Samples([Scaled(sample, factor) for sample in self.q], self.k, self.source)
+
+    def part(self, start: int, stop: int) -> Samples:
+        """Samples ``start`` to ``stop``."""
+        return Samples(self.q[start:stop], self.k[start:stop], self.source)
+
+    def split_last_tenth(self) -> tuple[Samples, Samples]:
+        """All but the last tenth, and the last tenth (at least one sample), held out."""
+        held_out = max(1, len(self) // 10)
+        return self.part(0, len(self) - held_out), self.part(len(self) - held_out, len(self))
+
+    def save(self, path: Path | str) -> None:
+        """Write the published form. Tensors that lie in files are mapped one by one: memory can be taken back."""
+        lengths = torch.tensor(self.lengths)
+        q, k = ([_mapped(tensor) for tensor in side] for side in (self.q, self.k))
+        save_tensors({"length_src": lengths, "q": q, "k": k}, path)
+
+
+def load_samples(path: Path | str) -> Samples:
+    """Queries and keys in a file (ours or the published Sparsefinder's), or in a folder of files.
+
+    Raises a `UserError` in one line for a file that is missing, truncated, carries code, has another structure, or whose
+    shapes or ``length_src`` disagree. Values are checked when a sample is taken.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return _load_file(path)
+    files = sorted(path.glob("*.pt"))
+    if not files:
+        raise UserError(f"{path}: a folder of queries and keys needs files *.pt; this one has none")
+    parts = [_load_file(file) for file in files]
+    for file, part in zip(files, parts, strict=True):
+        if part.shape != parts[0].shape:
+            raise UserError(
+                f"{file} has (layers, heads, head size) {part.shape}, {files[0].name} beside it has {parts[0].shape}: they "
+                "were not recorded together"
+            )
+    return Samples([s for part in parts for s in part.q], [s for part in parts for s in part.k], str(path))
+
+
+def _load_file(path: Path) -> Samples:
+    content = load_tensors(path, "queries and keys")
+    if not isinstance(content, dict) or not {"length_src", "q", "k"} <= content.keys():
+        raise UserError(
+            f"{path}: needs a dict with length_src, q and k (the output of stage=extract), got {_outline(content)}"
+        )
+    q, k, lengths = content["q"], content["k"], content["length_src"]
+    if not isinstance(q, (list, tuple)) or not isinstance(k, (list, tuple)):
+        raise UserError(f"{path}: q and k must be lists of tensors (L, H, n, D), got {_outline(q)} and {_outline(k)}")
+    if not q:
+        raise UserError(f"{path}: holds no sample; run stage=extract with nsamples of 1 or more")
+    if len(q) != len(k):
+        raise UserError(f"{path}: {len(q)} samples of q but {len(k)} of k; they must come in pairs")
+    _check_tensors(path, q, k)
+    counts = _whole_numbers(path, lengths)
+    found = [sample.shape[2] for sample in q]
+    if counts != found:
+        where = next(
+            (i for i, (a, b) in enumerate(zip(counts, found, strict=False)) if a != b), min(len(counts), len(found))
+        )
+        raise UserError(
+            f"{path}: length_src disagrees with q at sample {where} ({len(counts)} lengths for {len(found)} samples"
+            + (f"; {counts[where]} against {found[where]} tokens" if where < min(len(counts), len(found)) else "")
+            + "); extract the file again"
+        )
+    places = stored(path, content, [*q, *k])
+    return Samples(places[: len(q)], places[len(q) :], str(path))
+
+
+class ShardWriter:
+    """Samples into files ``<prefix>00000.pt``, … of ``folder``: a file as soon as there are ``size`` bytes for it."""
+
+    def __init__(self, folder: Path | str, prefix: str, size: int):
+        self.folder, self.prefix, self.size = Path(folder), prefix, size
+        self.files = self.bytes = 0
+        self.q: list[Tensor] = []
+        self.k: list[Tensor] = []
+
+    def add(self, q: Tensor, k: Tensor) -> None:
+        """One sample, ``(L, H, n, D)`` each."""
+        self.q.append(q)
+        self.k.append(k)
+        self.bytes += 2 * q.numel() * q.itemsize
+        if self.bytes >= self.size:
+            self.close()
+
+    def close(self) -> None:
+        """Write what is left."""
+        if self.q:
+            Samples(self.q, self.k).save(self.folder / f"{self.prefix}{self.files:05d}.pt")
+            self.files += 1
+        self.q, self.k, self.bytes = [], [], 0
+
+
+def join(folder: Path | str, file: Path | str) -> None:
+    """Write the queries and keys of a folder of files as one file of the published form."""
+    load_samples(folder).save(file)
+
+
+def training_samples(store: Store) -> Samples:
+    """The samples to learn from: ``qk``, without its last tenth where that is held out (see `validation_samples`)."""
+    samples = _read(store, "qk")
+    if not store.splits_qk:
+        return samples
+    training = samples.split_last_tenth()[0]
+    if not len(training):
+        raise UserError(f"{samples.source} holds one sample and its last tenth is held out: extract 2 samples or more")
+    return training
+
+
+def validation_samples(store: Store) -> Samples:
+    """The samples to measure on: ``qk_validation``, or the last tenth (one or more) of a ``qk`` that was given alone."""
+    samples = _read(store, "qk_validation")
+    if not store.splits_qk:
+        return samples
+    held_out = samples.split_last_tenth()[1]
+    log.info("%s is given without qk_validation: its last %d samples are held out", samples.source, len(held_out))
+    return held_out
+
+
+def _read(store: Store, name: str) -> Samples:
+    """Of a file that somebody else may have made, the queries as ``query_scale`` says, after a look at whether that can be."""
+    samples = load_samples(store.path(name))
+    if name not in store.given:
+        return samples
+    if store.query_scale is not None:
+        samples = samples.with_queries_times(store.query_scale)
+    if store.first_time(f"density of {samples.source}"):
+        _warn_of_density(samples)
+    return samples
+
+
+def _warn_of_density(samples: Samples) -> None:
+    """Say so where more than half of the pairs are gold: queries that were divided twice make all scores alike."""
+    place = max(range(len(samples)), key=samples.lengths.__getitem__)
+    if samples.lengths[place] < _ENOUGH_TOKENS:
+        return
+    density = gold_density(samples, place)
+    if density > _MOST_GOLD:
+        log.warning(
+            "%s: %.0f %% of the pairs of sample %d are gold under 1.5-entmax, where sparse attention has a few percent; if its "
+            "queries are stored divided by √D, as fairseq's are, give query_scale=sqrt_d, else query_scale=NUMBER",
+            *(samples.source, 100 * density, place),
+        )
+
+
+def gold_density(samples: Samples, place: int, alpha: float = 1.5, queries: int = 128) -> float:
+    """The share of gold pairs in one sample, over all its layers and heads and some ``queries`` of it."""
+    shares = []
+    for qk in samples.layers(place):
+        step = max(1, qk.q.shape[2] // queries)
+        scores = qk.q[:, :, ::step] @ qk.k.mT / math.sqrt(qk.q.shape[-1])
+        shares.append((Normalizer(alpha)(scores) > 0).float().mean())
+    return torch.stack(shares).mean().item()
+
+
+def _check_tensors(path: Path, q: Sequence[Any], k: Sequence[Any]) -> None:
+    first: tuple[int, int, int] | None = None
+    for index, (sample_q, sample_k) in enumerate(zip(q, k, strict=True)):
+        for name, sample in (("q", sample_q), ("k", sample_k)):
+            if not isinstance(sample, Tensor) or sample.ndim != 4 or not sample.is_floating_point():
+                raise UserError(
+                    f"{path}: {name} of sample {index} must be a floating point tensor (layers, heads, tokens, head size), "
+                    f"got {_outline(sample)}"
+                )
+        if sample_q.shape != sample_k.shape:
+            raise UserError(
+                f"{path}: sample {index} has q of shape {tuple(sample_q.shape)} but k of shape {tuple(sample_k.shape)}"
+            )
+        layers, heads, tokens, size = sample_q.shape
+        first = first or (layers, heads, size)
+        if 0 in sample_q.shape:
+            raise UserError(f"{path}: sample {index} is empty, its shape is {tuple(sample_q.shape)}")
+        if (needed := 4 * heads * tokens**2) > _memory():
+            raise UserError(
+                f"{path}: sample {index} has {tokens} tokens: the attention of one layer takes {needed / 1e9:.0f} GB, more than "
+                "this machine has; extract shorter samples (extract.length)"
+            )
+        if (layers, heads, size) != first:
+            raise UserError(
+                f"{path}: sample {index} has {layers} layers, {heads} heads of size {size}, but sample 0 has "
+                f"{first[0]} layers, {first[1]} heads of size {first[2]}"
+            )
+
+
+def _whole_numbers(path: Path, lengths: Any) -> list[int]:
+    """``length_src`` as numbers: a tensor ``(num_samples,)`` of any dtype, as the published script writes floats, or a list.
+
+    The numbers of a list may be tensors of one value.
+    """
+    if isinstance(lengths, Tensor) and lengths.ndim == 1:
+        counts = lengths.tolist()
+    elif isinstance(lengths, (list, tuple)):
+        single = (each.item() if isinstance(each, Tensor) and each.numel() == 1 else each for each in lengths)
+        counts = list(single)
+    else:
+        raise UserError(f"{path}: length_src must hold one whole number for each sample, got {_outline(lengths)}")
+    for place, count in enumerate(counts):
+        if isinstance(count, bool) or not isinstance(count, (int, float)) or not float(count).is_integer():
+            shown = count if isinstance(count, (bool, int, float)) else _outline(count)
+            raise UserError(
+                f"{path}: length_src must hold one whole number for each sample, got {shown} at sample {place}; "
+                "extract the file again"
+            )
+    return [int(count) for count in counts]
+
+
+def _memory() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _mapped(tensor: Layers) -> Tensor:
+    """As a tensor that has its memory for itself: of a view of a batch, torch would save the whole batch."""
+    if isinstance(tensor, StoredTensor):
+        return tensor.mapped()
+    if isinstance(tensor, Scaled):
+        return torch.stack([tensor[layer] for layer in range(tensor.shape[0])])
+    assert isinstance(tensor, Tensor)
+    whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _outline(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
+    if isinstance(value, dict):
+        keys = [key[:20] if isinstance(key, str) else f"a {type(key).__name__}" for key in list(value)[:5]]
+        return f"a dict with {', '.join(keys) or 'no keys'}"
+    if isinstance(value, (list, tuple)):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"a {type(value).__name__}"

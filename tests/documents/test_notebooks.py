@@ -1,0 +1,51 @@
+"""Every notebook runs from start to end on a run directory as the stages leave it, and is stored without outputs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+from small_runs import make_scored
+
+from sparsefinder.experiment.configuration import Configuration
+from sparsefinder.patterns.window import Window
+
+FOLDER = Path(__file__).parent.parent / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run, and below it one point of a sweep."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    make_scored(folder)
+    make_scored(folder / "sweep" / "window=5", (Configuration("window", Window(3), window=5),))
+    return folder
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_runs(path: Path, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSEFINDER_RUN", str(run_dir))
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(notebook, timeout=60, resources={"metadata": {"path": str(FOLDER)}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert not [output for output in outputs if output.get("name") == "stderr"]
+    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
+    assert len(pictures) == 5
+    assert any("sweep/window=5" in output.get("text", "") for output in outputs)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_is_stored_without_outputs(path: Path) -> None:
+    cells = nbformat.read(path, as_version=4).cells
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    assert code
+    assert all(not cell.outputs and cell.execution_count is None for cell in code)
+
+
+def test_readme_has_a_line_for_each_notebook() -> None:
+    lines = (FOLDER / "README.md").read_text(encoding="utf-8").splitlines()
+    for path in NOTEBOOKS:
+        assert [line for line in lines if line.startswith(f"| [{path.name}]({path.name}) |")]

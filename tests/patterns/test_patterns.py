@@ -1,0 +1,259 @@
+"""Every pattern of conf/pattern through the conformance suite of the package; a new file there is found by itself."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from sparsefinder.errors import UserError
+from sparsefinder.experiment.configuration import LOADERS, Configuration, Learned
+from sparsefinder.graphs import QK, Pattern
+from sparsefinder.patterns.combine import Blocked, Projected, Union, layout_of
+from sparsefinder.patterns.distance import Distance
+from sparsefinder.patterns.full import Full
+from sparsefinder.patterns.kmeans import KMeans
+from sparsefinder.patterns.routed import Routed
+from sparsefinder.patterns.window import GlobalTokens, Window
+from sparsefinder.predictors.centroids import Centroids
+from sparsefinder.predictors.projections import LayerProjections, Linear, Projections
+from sparsefinder.testing import CHECKS, Check, Subject
+from tests.conftest import ROOT, random_qk
+
+SPACES = {"projections", "lowrank", "bilinear_projections"}  # artefacts that are projections
+HEADS, SIZE, ROUNDS = 2, 8, 3
+FILES = sorted(path for path in (ROOT / "conf" / "pattern").glob("*.yaml") if not OmegaConf.load(path).get("every"))
+AROUND = {
+    "alone": {},
+    "window": {"window": 3},
+    "global": {"global_tokens": 2},
+    "last": {"last_token": True},
+    "all": {"window": 5, "global_tokens": 1, "last_token": True},
+    "blocks": {"block_size": 3},
+}
+
+
+@cache
+def learned() -> dict[int, Learned]:
+    """Artefacts of random numbers: spaces, and two runs of six clusters each.
+
+    Clusters are of single tokens or of chunks of three; those of keys always of single ones, as their stages make them.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layers = [LayerProjections(Linear(HEADS, SIZE, ROUNDS), Linear(HEADS, SIZE, ROUNDS)) for _ in range(2)]
+        space = Projections([layer.requires_grad_(False) for layer in layers])
+        centroids = {b: Centroids([torch.randn(HEADS, 2, 6, ROUNDS * b) / 2 for _ in range(2)]) for b in (1, 3)}
+    return {
+        block_size: Learned(
+            {
+                name: space
+                if name in SPACES
+                else centroids[block_size if name in ("centroids", "online_centroids") else 1]
+                for name in LOADERS
+            }
+        )
+        for block_size in centroids
+    }
+
+
+@cache
+def settings(path: Path) -> tuple[Any, list[Any]]:
+    """The pattern of a file, and the values of its dial."""
+    node = OmegaConf.load(path)
+    sweep = OmegaConf.to_container(node.pop("sweep")) if "sweep" in node else []
+    whole = OmegaConf.create({"alpha": 1.5, "seed": 0, "pattern": node})
+    return hydra.utils.instantiate(whole.pattern), sweep
+
+
+def build(pattern: Any, **around: Any) -> Pattern:
+    configuration = Configuration("tested", pattern, **around)
+    return configuration.build(learned()[configuration.block_size])
+
+
+OF_ATTENTION = ("dense", "empty_rows", "gradients", "bucketed")
+
+
+def random(path: Path) -> bool:
+    """Whether a file's settings draw numbers: there is a seed, and they use it."""
+    pattern = settings(path)[0]
+    return hasattr(pattern, "seed") and path.stem not in SEED_UNUSED
+
+
+# files with a seed that their own settings do not use
+SEED_UNUSED = {"distance", "longformer"}
+
+# settings of a file with which every allowed pair is an edge
+DENSE: dict[str, dict[str, Any]] = {
+    "full": {},
+    "random": {"threshold": 1.0},
+    "distance": {"threshold": 1e9},
+    "quantize": {"bucket_size": 99},
+    "kmeans": {"top_clusters": 6},
+    "window": {"width": 99},
+    "lowrank": {"level": 1e9},
+    "bilinear": {"level": 1e9},
+    "routed": {"level": 1e9},
+    "routed_bilinear": {"level": 1e9},
+    "routed_budget": {"level": 1.0},
+    "longformer": {"width": 99},
+    "bigbird": {"block": 99},
+    "openai_fixed": {"columns": 8},
+    "openai_strided": {"near": 99},
+    "dilated": {"width": 99, "dilation": 1},
+    "block_local": {"block": 99},
+    "sinks": {"width": 99},
+    "lsg": {"block": 64},
+    "dotproduct_entmax": {"entmax_alpha": 1.0},
+    "oracle_topk": {"share": 1.0},
+    "oracle_topp": {"p": 1.0},
+    "oracle_head": {"share": 1.0},
+} | {
+    name: {"share": 1.0}
+    for name in (
+        "topk_norm",
+        "quest",
+        "block_pool",
+        "clustered",
+        "routing",
+        "routing_learned",
+        "routing_nearest",
+        "routing_trained",
+    )
+}
+
+
+def subject(path: Path, around: str) -> Subject:
+    pattern, sweep = settings(path)
+    dense = replace(pattern, **DENSE[path.stem]) if path.stem in DENSE else None
+    return Subject(
+        pattern,
+        lambda each: build(each, **AROUND[around]),
+        sweep,
+        dense,
+        random(path),
+        HEADS,
+        SIZE,
+        f"{path.stem}, {around}",
+    )
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=str)
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_conformance(path: Path, check: Check) -> None:
+    """Every file with every surroundings; checks of attention only with those that are all or none of them."""
+    for around in AROUND:
+        if around == "blocks" and not SPACES & {*settings(path)[0].needs}:
+            continue  # only projections are cut into blocks
+        if around in ("alone", "all", "blocks") or check.name not in OF_ATTENTION:
+            check(subject(path, around))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_file_has_a_dial_to_turn(path: Path) -> None:
+    pattern, sweep = settings(path)
+    assert (len(sweep) >= 3) == (pattern.dial is not None), "pattern=all draws a frontier from the values of `sweep`"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_without_a_layout_it_can_only_be_a_mask(path: Path) -> None:
+    pattern = settings(path)[0]
+    for around in AROUND.values():
+        if Configuration("tested", pattern, **around).quadratic:
+            with pytest.raises(UserError, match="attention=masked"):
+                layout_of(build(pattern, **around), random_qk([5], HEADS, SIZE), 0)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_surroundings_only_add(path: Path, causal: bool) -> None:
+    pattern = settings(path)[0]
+    qk = random_qk([5, 17, 11, 1], HEADS, SIZE, causal)
+    for around in ({"window": 5}, {"global_tokens": 2}, {"last_token": True}):
+        near = Configuration("tested", pattern, **around).near(qk)
+        assert torch.equal(build(pattern, **around)(qk, 0), build(pattern)(qk, 0) | near)
+
+
+def test_a_window_pair_by_pair() -> None:
+    graph = Window(5)(random_qk([7]), 0)
+    for i in range(7):
+        for j in range(7):
+            assert graph[0, 0, i, j] == (abs(i - j) <= 2)
+
+
+def test_global_tokens_are_the_first_real_ones_and_the_last_real_one() -> None:
+    qk = random_qk([4, 6])
+    left_padded = QK(qk.q, qk.k, torch.tensor([[False, False, True, True, True, True], [True] * 6]))
+    layout = GlobalTokens(1, last=True).layout(left_padded, 0)
+    assert layout.is_global.tolist() == [
+        [False, False, True, False, False, True],
+        [True, False, False, False, False, True],
+    ]
+
+
+def test_kmeans_shares_any_of_the_nearest_centroids() -> None:
+    artefacts = learned()[1].artefacts
+    projections, centroids = artefacts["projections"], artefacts["centroids"]
+    qk = random_qk([9], HEADS, SIZE)
+    projected = projections(qk, 0)
+    graph = Projected(KMeans(2, centroids), projections)(qk, 0)
+    for head in range(HEADS):
+        centres = centroids.layers[0][head]
+
+        def near(x: torch.Tensor, centres: torch.Tensor = centres) -> set[tuple[int, int]]:
+            found = set()
+            for run in range(2):
+                distances = (x - centres[run]).norm(dim=-1)
+                found |= {(run, int(c)) for c in distances.argsort()[:2]}
+            return found
+
+        for i in range(9):
+            for j in range(9):
+                shares = bool(near(projected.q[0, head, i]) & near(projected.k[0, head, j]))
+                assert graph[0, head, i, j] == shares
+
+
+def test_a_block_edge_is_all_its_pairs() -> None:
+    qk = random_qk([7], HEADS, SIZE)
+    graph = Blocked(Distance("l2", 20.0), 3)(qk, 0)
+    inner = Distance("l2", 20.0)(qk.in_blocks(3), 0)
+    for i in range(7):
+        for j in range(7):
+            assert torch.equal(graph[0, :, i, j], inner[0, :, i // 3, j // 3])
+
+
+def test_a_union_of_patterns() -> None:
+    qk = random_qk([6])
+    assert Union((Window(1), Full()))(qk, 0).all()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Window(4), "odd number of tokens"),
+        (lambda: Window(0), "odd number of tokens"),
+        (lambda: GlobalTokens(-1), "0 or more"),
+        (lambda: Distance("manhattan"), "cos, euclidean, l2"),
+        (lambda: Distance("minkowski", p=0.0), "p must be positive"),
+        (lambda: KMeans(0), "top_clusters must be"),
+        (lambda: Configuration("x", Full(), block_size=0), "block_size must be"),
+        (lambda: Configuration("x", KMeans(1)).build(), "needs projections: run stage=project"),
+        (lambda: Configuration("x", Distance()).build(), "needs projections: run stage=project"),
+    ],
+)
+def test_wrong_settings(make: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+def test_only_the_space_that_is_learned_in_chunks_is_cut_into_them() -> None:
+    pattern, qk = Routed(level=0.0), random_qk([9], HEADS, SIZE)
+    graphs = [build(pattern, block_size=size)(qk, 0) for size in (1, 3)]
+    assert torch.equal(*graphs)
+    assert [Configuration("routed", pattern, block_size=3).columns["block_size"]] == [1]

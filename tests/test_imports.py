@@ -1,0 +1,182 @@
+"""Which room may import which, followed through every import; and what libraries a room may know.
+
+A room is a module of the package's top level, or a folder with one promise (docs/explanation/layout.md says which).
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+PACKAGE = ROOT / "sparsefinder"
+MODULES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "scripts").glob("*.py")])
+
+# from the ground up: a room may import those above it in this list that it names, and no others
+FLOORS: dict[str, tuple[str, ...]] = {
+    "errors": (),
+    "graphs": ("errors",),
+    "numerics": ("errors",),
+    "storage": ("errors", "graphs", "numerics"),
+    "metrics": ("graphs", "numerics", "errors"),
+    "executors/blocks": ("graphs", "numerics", "errors"),
+    "executors/native": ("graphs", "numerics", "errors"),
+    "executors/lsg": ("graphs", "numerics", "errors"),
+    "executors/triton": ("graphs", "numerics", "errors", "executors/blocks"),
+    "attention": ("executors", "numerics", "graphs", "errors"),
+    "predictors": ("storage", "executors", "numerics", "graphs", "metrics", "errors"),
+    "patterns": ("graphs", "numerics", "predictors", "executors", "storage", "errors"),
+    "experiment": ("patterns", "predictors", "storage", "graphs", "numerics", "errors"),
+    "commandline": ("storage", "experiment", "errors"),
+    "corpora": ("storage", "numerics", "errors"),
+    "models": ("corpora", "storage", "numerics", "graphs", "attention", "errors"),
+    "conversions": ("models", "executors/lsg", "storage", "numerics", "errors"),
+    "lsg": ("conversions", "models", "executors/lsg", "storage", "numerics", "graphs", "errors"),
+    "analysis": ("metrics", "storage", "errors"),
+    "evaluation/tasks": ("corpora", "models", "storage", "numerics", "errors"),
+    "evaluation": (
+        *("evaluation/tasks", "experiment", "models", "conversions", "predictors", "patterns", "attention", "corpora"),
+        *("metrics", "storage", "numerics", "graphs", "errors"),
+    ),
+    "reporting": ("analysis", "storage", "errors"),
+    "testing": ("attention", "metrics", "numerics", "graphs", "errors"),
+}
+STAGES = (
+    *("finetune", "extract", "quantization", "kmeans_centroids", "online_centroids", "lowrank", "bilinear"),
+    *("calibrate", "score", "evaluate", "report"),
+)
+BESIDE = {"score": ("calibrate",), "evaluate": ("calibrate",)}  # stages that another one may use
+TRANSFORMERS = ("corpora", "models", "lsg", "conversions", "evaluation/tasks", "finetune")  # who may know the library
+INTERNALS = PACKAGE / "models" / "transformers_internals.py"
+REMEMBERING = PACKAGE / "models" / "remembering.py"  # replaces members of transformers' classes
+# of other libraries: names that a leading underscore marks as private, on objects that are not our own
+PRIVATE = (
+    "_attn_implementation",
+    "_attn_implementation_internal",
+    "_auto_class",
+    "_name_or_path",
+    "_tied_weights_keys",
+)
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Full names of what a module imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def file_of(target: str) -> Path | None:
+    """The file of this package that an import reads, such as ``sparsefinder.graphs.QK``; None for other packages."""
+    parts = target.split(".")
+    for end in range(len(parts), 1, -1):
+        for path in (ROOT.joinpath(*parts[:end]).with_suffix(".py"), ROOT.joinpath(*parts[:end], "__init__.py")):
+            if path.exists():
+                return path
+    return None
+
+
+def room(path: Path) -> str:
+    """The room that a module is in."""
+    if PACKAGE not in path.parents:
+        return "scripts"
+    inside = path.relative_to(PACKAGE).with_suffix("").as_posix()
+    known = [name for name in FLOORS if inside == name or inside.startswith(f"{name}/")]
+    return max(known, key=len) if known else inside.split("/")[0]
+
+
+def arrows(path: Path) -> set[str]:
+    """The rooms that a module imports from."""
+    return {room(found) for target in imports(path) if (found := file_of(target))} - {room(path)}
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name)
+def test_imports_point_down(path: Path) -> None:
+    here, used = room(path), arrows(path)
+    if here in FLOORS:
+        wrong = {each for each in used if each not in FLOORS[here] and each.split("/")[0] not in FLOORS[here]}
+        assert not wrong, f"{here} may not import {wrong}"
+    elif here in STAGES:
+        assert not used & {*STAGES, "pipeline", "scripts"} - {*BESIDE.get(here, ())}, "stages know of no other stage"
+    elif here == "pipeline":
+        assert used <= {"storage", "errors"}, "stages are imported by name when they are run"
+
+
+def test_floors_are_in_order() -> None:
+    """Whoever is named is above: no circle, however long."""
+    met: set[str] = set()
+    for here, allowed in FLOORS.items():
+        below = {each.split("/")[0] for each in met}
+        assert {each.split("/")[0] for each in allowed} <= below | {here.split("/")[0]}, here
+        met.add(here)
+
+
+def test_every_room_is_known() -> None:
+    rooms = {room(path) for path in MODULES} - {"scripts", "__init__", "executors", "pipeline", *STAGES}
+    assert rooms == set(FLOORS) - {"executors"}
+
+
+def test_the_top_level_is_small_and_no_module_is_long() -> None:
+    assert len(list(PACKAGE.glob("*.py"))) <= 20
+    lengths = sorted(len(path.read_text(encoding="utf-8").splitlines()) for path in MODULES)
+    assert lengths[-1] <= 400
+    assert lengths[len(lengths) // 2] < 130
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name)
+def test_libraries_stay_where_they_belong(path: Path) -> None:
+    used = {module.split(".")[0] for module in imports(path)}
+    if room(path) not in ("scripts", "commandline"):
+        assert not used & {"hydra", "omegaconf"}, "hydra is at the door"
+    if room(path) not in TRANSFORMERS:
+        assert "transformers" not in used
+
+
+LIGHT = (
+    "sparsefinder",
+    "sparsefinder.attention",
+    "sparsefinder.metrics",
+    "sparsefinder.score",
+    "sparsefinder.predictors.projections",
+    *(f"sparsefinder.patterns.{path.stem}" for path in sorted((PACKAGE / "patterns").glob("*.py"))),
+)
+
+
+def test_bare_tensors_load_neither_transformers_nor_hydra() -> None:
+    """Followed by running it: whatever these import, and whatever that imports."""
+    code = f"import sys\nfor name in {LIGHT}: __import__(name)\nprint([n for n in ('transformers', 'hydra') if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if path not in (INTERNALS, REMEMBERING)], ids=name)
+def test_internals_of_transformers_are_in_one_module(path: Path) -> None:
+    """Only what `transformers` itself exports is imported from it, and no private name of it is used."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            assert not [alias.name for alias in node.names if alias.name.startswith("transformers.")]
+        elif isinstance(node, ast.ImportFrom):
+            assert not (node.module or "").startswith("transformers.")
+        elif isinstance(node, ast.Attribute):
+            assert node.attr not in PRIVATE, f"line {node.lineno}: .{node.attr}"
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            assert not re.match(r"transformers\.\w", node.value), f"line {node.lineno}: {node.value}"
+
+
+def test_the_check_finds_what_it_looks_for() -> None:
+    assert "transformers.masking_utils" in REMEMBERING.read_text()
+    private = {node.attr for node in ast.walk(ast.parse(INTERNALS.read_text())) if isinstance(node, ast.Attribute)}
+    assert private & set(PRIVATE) >= {"_attn_implementation", "_auto_class"}
