@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "entmax.hpp"
+#include "exponential.hpp"
 #include "panels.hpp"
 
 namespace {
@@ -132,8 +133,7 @@ template <class T> void normalize(double alpha, Row<T> &row) {
     if (!count) return;
     const T peak = largest(row.scores.data(), count);
     if (alpha == 1.0) {
-        T total = 0;
-        for (int64_t n = 0; n < count; ++n) total += row.weights[n] = std::exp(row.scores[n] - peak);
+        const T total = exponentials(row.scores.data(), count, peak, row.weights.data());
         for (T &w : row.weights) w /= total;
         row.support = row.keys;
         return;
