@@ -16,17 +16,22 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import sparsefinder.executors.native.attention as native
+import sparsefinder.executors.native.dense as native_dense
 from sparsefinder.errors import UserError, one_of
+from sparsefinder.executors.blocks import dense_tiles
 from sparsefinder.executors.blocks.decompose import Pieces, cut
 from sparsefinder.executors.blocks.head_chunks import Shares, shares_of
-from sparsefinder.graphs import QK, HasLayout, Layout, Pattern
-from sparsefinder.numerics.normalizers import Normalizer
+from sparsefinder.executors.native.dense import Pairs
+from sparsefinder.graphs import QK, HasLayout, Layout, Pattern, band
+from sparsefinder.numerics.normalizers import Normalizer, PerHead
 from sparsefinder.numerics.padding import at_least_float32, without_padding
 
 EXECUTORS = ("auto", "native", "blocks")
+DENSE_EXECUTORS = ("auto", "native", "tiles")
 _ENTMAX15 = Normalizer(1.5)  # the normalizer of the gold graphs
 
 
@@ -145,3 +150,96 @@ class Bucketed:
         if layout.buckets is not None and layout.buckets.q_ids.numel():
             times = max((layout.buckets.q_ids >= 0).sum(-1).double().mean().item(), 1.0)
         return layout, shares_of(qk, max(int(self.queries_at_once / times), 1))
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Dense attention, exact, executed without a matrix of N × N: ``Masked(Full(), normalizer)`` to rounding.
+
+    Entmax gives most keys a probability of zero, and which ones can be told from their scores long before they are normalized;
+    only the others take part in the threshold, in the product with ``v`` and in the gradients. Memory is linear in N. Executors:
+
+    - ``native``, C++ on a CPU (`sparsefinder.executors.native.dense`): exact, and faster than softmax from some hundred tokens
+      on;
+    - ``tiles``, torch's products on any device (`sparsefinder.executors.blocks.dense_tiles`): some queries at a time, with the
+      work of dense attention.
+
+    ``auto`` is ``native`` wherever it works, which on a CPU needs a C++ compiler the first time. Softmax (α = 1) is torch's
+    ``scaled_dot_product_attention`` with either. ``native`` can be differentiated once, not twice.
+    """
+
+    normalizer: Normalizer | PerHead = _ENTMAX15  # how scores become probabilities; α may differ from head to head
+    causal: bool = False  # whether a query sees no later key
+    window: int = 0  # odd: a query sees itself and window // 2 keys on each side; 0 for all
+    dropout: float = 0.0  # share of the probabilities that are set to zero, the others divided by what is left
+    executor: str = "auto"  # auto, native or tiles
+
+    def __post_init__(self) -> None:
+        if self.executor not in DENSE_EXECUTORS:
+            raise UserError(f"executor={self.executor} is unknown; {one_of(DENSE_EXECUTORS, self.executor)}")
+        if self.window < 0 or (self.window and self.window % 2 == 0):
+            raise UserError(f"window must be odd, or 0 for none, got {self.window}; try {self.window + 1}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise UserError(f"dropout must be 0 or more and below 1, got {self.dropout}")
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, layer: int = 0) -> Tensor:
+        """``q, k, v (B, H, N, D)``, ``valid (B, N)`` bool → ``(B, H, N, D)`` in the dtype of ``v``."""
+        q, k, v = without_padding(q, valid), without_padding(k, valid), without_padding(v, valid)
+        return self._attend(q, k, v, self._pairs(valid, valid))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """``q (B, H, N_q, D)``, ``k``, ``v (B, H_k, N_k, D)`` → ``(B, H, N_q, D)`` in the dtype of ``v``.
+
+        ``H`` is a multiple of ``H_k``: as many heads of queries share one of keys. ``mask``: None, or bool, True where a query
+        may attend, ``(B, H, N_q, N_k)`` where each of the first three may be 1. A query without a key gets zeros.
+        """
+        queries, keys = (  # all real
+            torch.ones(x.shape[0], x.shape[2], dtype=torch.bool, device=x.device) for x in (q, k)
+        )
+        if mask is not None and mask.shape[1] == mask.shape[2] == 1:
+            keys, mask = mask[:, 0, 0].expand_as(keys), None  # nothing but padding
+        return self._attend(q, k, v, self._pairs(queries, keys, mask))
+
+    def _pairs(self, query_valid: Tensor, key_valid: Tensor, mask: Tensor | None = None) -> Pairs:
+        reach = self.window // 2 if self.window else None
+        return Pairs(query_valid, key_valid, reach, 0 if self.causal else reach, mask)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, pairs: Pairs) -> Tensor:
+        exact = (at_least_float32(q), at_least_float32(k), v.to(at_least_float32(q).dtype))
+        if isinstance(self.normalizer, Normalizer) and self.normalizer.alpha == 1.0:
+            return self._softmax(*exact, pairs).to(v.dtype)
+        if self._is_native(exact[0]):
+            alpha = self.normalizer.alpha
+            alpha = alpha if isinstance(alpha, Tensor) else torch.full((q.shape[1],), alpha, dtype=torch.float64)
+            seed = int(torch.randint(1 << 62, ())) if self.dropout else 0
+            return native_dense.attend(*exact, pairs, alpha, self.dropout, seed).to(v.dtype)
+        out = dense_tiles.attend(*exact, pairs.allowed, self.normalizer, self.dropout)
+        return out.masked_fill(~pairs.query_valid[:, None, :, None], 0.0).to(v.dtype)
+
+    @torch.no_grad()
+    def graph(self, qk: QK, layer: int) -> Tensor:
+        """Which pairs there are: ``(B, H, N, N)`` bool."""
+        pairs = qk.allowed.expand(-1, qk.q.shape[1], -1, -1)
+        return pairs & band(qk.q.shape[2], self.window, qk.q.device) if self.window else pairs
+
+    def computed_pairs(self, qk: QK, layer: int) -> Tensor:
+        """Pairs whose products are taken, exactly or not, ``(B, H)`` int64: all of them."""
+        return self.graph(qk, layer).sum((-2, -1))
+
+    def _softmax(self, q: Tensor, k: Tensor, v: Tensor, pairs: Pairs) -> Tensor:
+        plain = pairs.mask is None and not self.window and bool(pairs.key_valid.all())
+        mask = None if plain else pairs.allowed(0, q.shape[2])
+        out = F.scaled_dot_product_attention(
+            *(q, k, v, mask, self.dropout), is_causal=plain and self.causal, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        present = pairs.query_valid[:, None, :, None]
+        return out.masked_fill(~(present if mask is None else present & mask.any(-1, keepdim=True)), 0.0)
+
+    def _is_native(self, q: Tensor) -> bool:
+        if self.executor == "auto":
+            return native_dense.works_on(q)
+        if self.executor == "native" and not native_dense.works_on(q):
+            raise UserError(
+                f"executor=native needs a CPU and a C++ compiler, the queries are on {q.device}: choose executor=tiles"
+            )
+        return self.executor == "native"

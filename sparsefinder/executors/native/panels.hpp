@@ -35,19 +35,25 @@ template <class T> T largest(const T *x, int64_t count) {
 template <class T> struct Panels {
     int64_t count, size, panels;
     std::vector<T> laid;
-    Panels(const T *vectors, int64_t count, int64_t size)
+    // vector c is row `row(c)` of `vectors`
+    template <class F>
+    Panels(const T *vectors, int64_t count, int64_t size, const F &row)
         : count(count), size(size), panels((count + PANEL - 1) / PANEL), laid(panels * size * PANEL, T(0)) {
         for (int64_t c = 0; c < count; ++c)
-            for (int64_t r = 0; r < size; ++r) laid[((c / PANEL) * size + r) * PANEL + c % PANEL] = vectors[c * size + r];
+            for (int64_t r = 0; r < size; ++r) laid[((c / PANEL) * size + r) * PANEL + c % PANEL] = vectors[row(c) * size + r];
     }
+    Panels(const T *vectors, int64_t count, int64_t size) : Panels(vectors, count, size, [](int64_t c) { return c; }) {}
     int64_t width() const { return panels * PANEL; }
     // sums[i][c] += x_i·vector_c for every vector and a few rows; sums (rows, width)
     void multiply(const T *x, int64_t rows, T *sums) const {
-        for (int64_t panel = 0; panel < panels; ++panel)
-            for (int64_t i = 0; i < rows; i += 2) {
-                const int64_t j = std::min(i + 1, rows - 1);  // an odd one is its own neighbour: the same sum, written twice
-                two(x + i * size, x + j * size, panel, sums + i * width() + panel * PANEL, sums + j * width() + panel * PANEL);
-            }
+        for (int64_t panel = 0; panel < panels; ++panel) one(x, rows, panel, sums + panel * PANEL, width());
+    }
+    // the same for the vectors of one panel, sums of a row `apart` numbers behind those of the row before
+    void one(const T *x, int64_t rows, int64_t panel, T *sums, int64_t apart) const {
+        for (int64_t i = 0; i < rows; i += 2) {
+            const int64_t j = std::min(i + 1, rows - 1);  // an odd one is its own neighbour: the same sum, written twice
+            two(x + i * size, x + j * size, panel, sums + i * apart, sums + j * apart);
+        }
     }
 
    private:

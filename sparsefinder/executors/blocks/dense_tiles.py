@@ -1,0 +1,49 @@
+"""Exact dense attention with torch's products, some queries at a time: on any device, and where there is no C++ compiler.
+
+The scores of a tile of queries with all keys are in memory at one time, forward and backward: a tile is computed again for its
+gradients. So memory is linear in N, with any normalizer; work is that of dense attention.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+AT_ONCE = 1 << 22  # scores in memory at one time
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    allowed: Callable[[int, int], Tensor],
+    normalizer: Callable[[Tensor], Tensor],
+    dropout: float = 0.0,
+    at_once: int = AT_ONCE,
+) -> Tensor:
+    """``q (B, H, N_q, D)``, ``k``, ``v (B, H_k, N_k, D)`` → ``(B, H, N_q, D)``; float32 or float64 on any device.
+
+    ``allowed(start, end)``: which pairs there are for these queries, bool that broadcasts to ``(B, H, end − start, N_k)``.
+    ``normalizer``: ``(B, H, n, N_k)`` scores, ``-inf`` where absent, to probabilities of that shape; zeros for a row without
+    keys.
+    """
+    batch, heads, queries, size = q.shape
+    k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
+
+    def tile(part: Tensor, keys: Tensor, values: Tensor, start: int) -> Tensor:
+        scores = part / math.sqrt(size) @ keys.mT
+        scores = scores.masked_fill(~allowed(start, start + part.shape[2]), -math.inf)
+        return nn.functional.dropout(normalizer(scores), dropout) @ values
+
+    rows = max(1, at_once // max(1, batch * heads * k.shape[2]))
+    starts = range(0, queries, rows)
+    again = torch.is_grad_enabled() and len(starts) > 1
+    parts = []
+    for start, part in zip(starts, q.split(rows, dim=2), strict=True):
+        done = checkpoint(tile, part, k, v, start, use_reentrant=False) if again else tile(part, k, v, start)
+        parts.append(done)
+    return torch.cat(parts, dim=2) if parts else torch.zeros_like(q)

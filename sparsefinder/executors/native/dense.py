@@ -1,0 +1,152 @@
+"""Exact dense entmax attention in C++, without a matrix of N × N.
+
+With ``x_j = (α−1) q·k_j/√D`` the threshold of entmax lies at most 1 below the largest ``x``, so a key further below it has
+probability zero, whatever the others are; and the threshold of some of the keys is never above that of all. So one pass over the
+keys keeps, for each query, the few that can still be in the support. In that pass products are taken of vectors rounded to 8
+bits, with a bound of what the rounding can do (AVX-512 VNNI; in float32 or float64 elsewhere): it may let keys pass, it never
+loses one. What passes is multiplied exactly. The threshold is Newton's on those alone, the product with ``v`` and the
+gradients visit the support, and all that is kept for the backward pass is a peak and a threshold for each query: with them the
+same pass finds the support again.
+
+Work is ``N²·D`` operations on bytes and what the support costs; a row of equal scores costs what dense attention costs. Memory,
+beyond the result, is linear: the rounded keys, and the candidates of a few queries for each thread.
+
+The slow reference is `sparsefinder.attention.Masked` of ``Full()``. The formulas are those of
+`sparsefinder.numerics.normalizers`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sparsefinder.executors.native.build import DTYPES, LONG, POINTER, load, pointers, reads
+
+
+class _Problem(ctypes.Structure):
+    """``Problem`` of dense.cpp: the same fields in the same order."""
+
+    _fields_ = [
+        *((name, LONG) for name in ("batch", "heads", "key_heads", "queries", "keys", "size", "back", "ahead")),
+        *((name, LONG) for name in ("mask_batch", "mask_head", "mask_row", "threads", "seed", "plain")),
+        *((name, POINTER) for name in ("query_valid", "key_valid", "mask", "alpha")),
+        *((name, ctypes.c_double) for name in ("scale", "dropped")),
+    ]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Which pairs there are: ``query_valid (B, N_q)`` × ``key_valid (B, N_k)``, within a band, and where ``mask`` is True.
+
+    ``back``, ``ahead``: query ``i`` sees keys ``i − back … i + ahead``; None for all of that side. ``mask``: None, or bool
+    ``(B, H, N_q, N_k)`` where each of the first three may be 1.
+    """
+
+    query_valid: Tensor
+    key_valid: Tensor
+    back: int | None = None
+    ahead: int | None = None
+    mask: Tensor | None = None
+
+    def allowed(self, start: int, end: int) -> Tensor:
+        """The pairs of queries ``start`` to ``end``: bool that broadcasts to ``(B, H, end − start, N_k)``."""
+        pairs = self.key_valid[:, None, None, :]
+        if self.mask is not None:
+            pairs = pairs & (self.mask if self.mask.shape[2] == 1 else self.mask[:, :, start:end])
+        if self.back is None and self.ahead is None:
+            return pairs
+        distance = torch.arange(self.key_valid.shape[1], device=pairs.device)
+        distance = distance - torch.arange(start, end, device=pairs.device)[:, None]
+        if self.back is not None:
+            pairs = pairs & (distance >= -self.back)
+        return pairs if self.ahead is None else pairs & (distance <= self.ahead)
+
+
+def works_on(x: Tensor) -> bool:
+    """Whether ``x`` can be read here."""
+    return reads(x, "dense")
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pairs: Pairs,
+    alpha: Tensor,
+    dropout: float = 0.0,
+    seed: int = 0,
+    plain: bool = False,
+) -> Tensor:
+    """α-entmax attention on ``pairs``, differentiable once in ``q``, ``k``, ``v`` and ``alpha``: ``(B, H, N_q, D)``.
+
+    ``q``: ``(B, H, N_q, D)``; ``k`` and ``v``: ``(B, H_k, N_k, D)`` with ``H`` a multiple of ``H_k``; all float32, or all
+    float64, on a CPU. ``alpha``: ``(H,)``, each 1 < α ≤ 2. ``dropout``: share of the probabilities that are set to zero,
+    chosen by ``seed``, the others divided by what is left. ``plain``: without the rounding to 8 bits, as on any other
+    processor (for tests). A query that is padding or has no key gets zeros.
+    """
+    if k.shape != v.shape or k.shape[::3] != q.shape[::3] or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"q must be (B, H, N_q, D), k and v (B, H_k, N_k, D) with H a multiple of H_k, got {tuple(q.shape)}, "
+            f"{tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    run = _Run(pairs, dropout, seed, plain)
+    result: Tensor = _Attend.apply(q, k, v, alpha, run)
+    return result
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One call of a function of the library."""
+
+    pairs: Pairs
+    dropout: float
+    seed: int
+    plain: bool
+
+    def __call__(self, function: str, q: Tensor, k: Tensor, alpha: Tensor, *tensors: Tensor) -> None:
+        """``tensors``: contiguous, what the function reads behind ``q`` and ``k``, and then what it writes."""
+        (batch, heads, queries, size), (key_heads, keys) = q.shape, k.shape[1:3]
+        pairs, everything = self.pairs, max(queries, keys)
+        valid = pairs.query_valid.contiguous(), pairs.key_valid.contiguous()
+        alphas = alpha.detach().to("cpu", torch.float64).expand(heads).contiguous()
+        mask = pairs.mask
+        steps = [0, 0, 0]
+        if mask is not None:
+            mask = mask if mask.stride(-1) == 1 else mask.contiguous()
+            steps = [0 if side == 1 else mask.stride(place) for place, side in enumerate(mask.shape[:3])]
+        problem = _Problem(
+            *(batch, heads, key_heads, queries, keys, size),
+            *(everything if pairs.back is None else pairs.back, everything if pairs.ahead is None else pairs.ahead),
+            *(*steps, torch.get_num_threads(), self.seed, self.plain),
+            *(*(x.data_ptr() for x in valid), None if mask is None else mask.data_ptr(), alphas.data_ptr()),
+            *(1.0 / math.sqrt(size), self.dropout),
+        )
+        getattr(load("dense"), f"{function}_{DTYPES[q.dtype]}")(ctypes.byref(problem), *pointers(q, k, *tensors))
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, run: _Run) -> Tensor:
+        q, k, v = (x.contiguous() for x in (q, k, v))
+        out = torch.zeros_like(q)
+        peaks, thresholds = (q.new_empty(q.shape[:3], dtype=torch.float64) for _ in range(2))
+        run("forward", q, k, alpha, v, out, peaks, thresholds)
+        ctx.save_for_backward(q, k, v, alpha, peaks, thresholds)
+        ctx.run = run
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None]:
+        q, k, v, alpha, peaks, thresholds = ctx.saved_tensors
+        of_q, of_k, of_v = (torch.zeros_like(x) for x in (q, k, v))
+        of_alpha = torch.zeros(q.shape[:2], dtype=torch.float64)
+        gradient = gradient.to(q.dtype).contiguous()
+        ctx.run("backward", q, k, alpha, v, gradient, peaks, thresholds, of_q, of_k, of_v, of_alpha)
+        return of_q, of_k, of_v, of_alpha.sum(0).to(alpha) if ctx.needs_input_grad[3] else None, None
