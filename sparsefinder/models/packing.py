@@ -38,8 +38,9 @@ class Sentences:
 def read_mask(mask: Tensor | None, q: Tensor, k: Tensor, causal: bool) -> tuple[Tensor, Sentences | None]:
     """``valid (B, N)`` and, where a row holds several sentences, these.
 
-    ``mask``: ``(B, 1, N, N)`` as an attention of transformers gets it. ``causal``: whether the attention sees no later key by
-    itself. Raises a `UserError` for a mask that is neither padding nor packing, which nothing but dense attention can honour.
+    ``mask``: ``(B, 1, N, N)``, or ``(B, 1, 1, N)`` for padding alone, as an attention of transformers gets it. ``causal``:
+    whether the attention sees no later key by itself. Raises a `UserError` for a mask that is neither padding nor packing,
+    which nothing but dense attention can honour.
     """
     batch, _, tokens, _ = q.shape
     if k.shape[2] != tokens:
@@ -53,6 +54,8 @@ def read_mask(mask: Tensor | None, q: Tensor, k: Tensor, causal: bool) -> tuple[
         raise UserError(
             "a mask that differs from head to head is not honoured here; give one mask (B, 1, N, N) for all"
         )
+    if pairs.shape[-2] == 1:
+        return pairs[:, 0, 0].expand(batch, tokens), None
     pairs = pairs[:, 0].expand(batch, tokens, tokens)
     seen = pairs.any(-2)
     if bool((pairs == seen[:, None]).all()):  # all rows are one, as in whatever was made from a mask (B, N)

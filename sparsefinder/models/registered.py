@@ -16,8 +16,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from sparsefinder.attention import Dense
 from sparsefinder.errors import UserError
-from sparsefinder.numerics.normalizers import Normalizer
+from sparsefinder.models.transformers_internals import weights_are_collected
+from sparsefinder.numerics.normalizers import Normalizer, is_recorded
 
 PLUG = "_sparsefinder_plug"  # attribute of an attention module while something is plugged in
 
@@ -43,8 +45,9 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """What transformers calls: ``(B, H, N, D)`` → ``(B, N, H, D)``, and the probabilities where there are any.
 
-    ``attention_mask``: None, or ``(B, 1, N, N)``, bool with True where a query may attend, or numbers that are added to the
-    scores.
+    ``attention_mask``: None, or ``(B, 1, N, N)``, ``(B, 1, 1, N)`` where all queries see the same keys, bool with True where a
+    query may attend, or numbers that are added to the scores. Probabilities are a matrix ``N × N``, and made only where they
+    are asked for.
     """
     if unknown := [name for name in _UNKNOWN if others.get(name) is not None]:
         raise UserError(f"{type(module).__name__} attends with {unknown[0]}, which entmax attention does not know")
@@ -55,8 +58,16 @@ def attend(
     if plug is not None:
         output = plug(module, query, key, value, attention_mask)
         return output.transpose(1, 2).contiguous(), None
-    dropout = dropout if module.training else 0.0
-    return _dense(query, key, value, attention_mask, normalizer_of(module.config), dropout)
+    dense = Dense(normalizer_of(module.config), dropout=dropout if module.training else 0.0)
+    if others.get("output_attentions") or weights_are_collected() or is_recorded() or _adds(attention_mask):
+        return _with_probabilities(query, key, value, attention_mask, dense)
+    # float32 also under autocast: the support and the sum of a row do not survive half precision
+    with torch.autocast(query.device.type, enabled=False):
+        return dense.attend(query, key, value, attention_mask).transpose(1, 2).contiguous(), None
+
+
+def _adds(mask: Tensor | None) -> bool:
+    return mask is not None and mask.dtype != torch.bool
 
 
 def normalizer_of(config: Any) -> Normalizer:
@@ -76,10 +87,9 @@ def split_mask(mask: Tensor) -> tuple[Tensor, Tensor | None]:
     return mask > _ABSENT, mask
 
 
-def _dense(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, normalizer: Normalizer, dropout: float
+def _with_probabilities(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dense: Dense
 ) -> tuple[Tensor, Tensor]:
-    # float32 also under autocast: the support and the sum of a row do not survive half precision
     with torch.autocast(query.device.type, enabled=False):
         scores = query.float() @ key.float().transpose(-1, -2) / math.sqrt(query.shape[-1])
         if mask is not None:
@@ -87,5 +97,5 @@ def _dense(
             if bias is not None:
                 scores = scores + bias.float()
             scores = scores.masked_fill(~present, -math.inf)
-        probabilities = nn.functional.dropout(normalizer(scores), dropout).to(value.dtype)
+        probabilities = nn.functional.dropout(dense.normalizer(scores), dense.dropout).to(value.dtype)
         return (probabilities @ value).transpose(1, 2).contiguous(), probabilities

@@ -121,7 +121,7 @@ def _teach_models(module: ModuleType) -> None:
 
     masks = import_module("transformers.masking_utils")
     module.AttentionInterface.register(REGISTERED, attend)
-    masks.AttentionMaskInterface.register(REGISTERED, _explicit(masks.sdpa_mask))
+    masks.AttentionMaskInterface.register(REGISTERED, _explicit(masks))
     base = module.PreTrainedModel
     if hasattr(base, "_remembers_entmax"):
         return
@@ -140,12 +140,16 @@ def _teach_models(module: ModuleType) -> None:
     base.get_correct_attn_implementation = get_correct_attn_implementation
 
 
-def _explicit(mask: Callable[..., Any]) -> Callable[..., Any]:
-    """The boolean mask of transformers' own `sdpa` attention, but never left out where it is causal."""
+def _explicit(masks: ModuleType) -> Callable[..., Any]:
+    """The boolean mask of transformers' own `sdpa` attention, but never left out where it is causal, and one row for all
+    queries ``(B, 1, 1, N)`` where each of them sees the same keys: a matrix ``N × N`` would be the largest tensor of a long
+    text."""
 
-    @functools.wraps(mask)
+    @functools.wraps(masks.sdpa_mask)
     def explicit(*args: Any, **kwargs: Any) -> Any:
-        return mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+        if kwargs.get("mask_function") is masks.bidirectional_mask_function and "q_length" in kwargs:
+            kwargs["q_length"] = 1
+        return masks.sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
 
     return explicit
 

@@ -83,6 +83,15 @@ def copy_with_attention(config: Any, name: str) -> Any:
     return private
 
 
+def weights_are_collected() -> bool:
+    """Whether the model that is running was asked for its attention weights; True where that cannot be told."""
+    try:
+        collector = import_module("transformers.utils.output_capturing")._active_collector.get()
+    except (ImportError, AttributeError):
+        return True
+    return collector is not None and any("attentions" in key for key in collector)
+
+
 def is_remote_code(model: Any) -> bool:
     """Whether the class of ``model`` was loaded by `trust_remote_code`; transformers copies its code when it is saved."""
     return model._auto_class is not None

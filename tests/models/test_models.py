@@ -243,7 +243,7 @@ def test_half_precision_takes_probabilities_in_float32():
     expected = Normalizer(1.5)(q.float() @ k.float().transpose(-1, -2) / math.sqrt(8))
     for context in (torch.autocast("cpu", dtype=torch.bfloat16), torch.autocast("cpu", enabled=False)):
         with context:
-            output, probabilities = attend(module, q, k, torch.ones_like(k), None)
+            output, probabilities = attend(module, q, k, torch.ones_like(k), None, output_attentions=True)
         assert output.dtype == probabilities.dtype == torch.bfloat16
         torch.testing.assert_close(probabilities, expected.to(torch.bfloat16), rtol=0, atol=0)
 
