@@ -162,6 +162,14 @@ def test_bare_tensors_load_neither_transformers_nor_hydra() -> None:
     assert done.stdout.strip() == "[]"
 
 
+UNIX = ("fcntl", "resource", "pwd", "grp", "termios")  # of the standard library, not on Windows
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name)
+def test_nothing_that_windows_lacks_is_imported(path: Path) -> None:
+    assert not {module.split(".")[0] for module in imports(path)} & {*UNIX}
+
+
 @pytest.mark.parametrize("path", [path for path in MODULES if path not in (INTERNALS, REMEMBERING)], ids=name)
 def test_internals_of_transformers_are_in_one_module(path: Path) -> None:
     """Only what `transformers` itself exports is imported from it, and no private name of it is used."""

@@ -10,10 +10,8 @@ those of its manifest is never read: it was damaged, or replaced by hand.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import math
 import os
-import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -24,6 +22,7 @@ from tqdm import tqdm
 
 from sparsefinder.errors import UserError
 from sparsefinder.storage.files import files_of, make_folder, remove, sync, why_not_written, write_text
+from sparsefinder.storage.locking import locked
 from sparsefinder.storage.manifests import (
     Manifest,
     content_hash,
@@ -270,8 +269,7 @@ class Store:
         What a killed process left half written is removed. A full disk or a folder that turns read-only within the block is a
         `UserError`, whatever was being written.
         """
-        make_folder(self.run_dir)
-        with self._lock():
+        with locked(self.run_dir):
             try:
                 for rubbish in self.run_dir.glob(".*.tmp"):
                     remove(rubbish)
@@ -282,29 +280,6 @@ class Store:
                         f"cannot write in {self.run_dir}: {why}; free space or choose another run_dir=PATH"
                     ) from error
                 raise
-
-    @contextlib.contextmanager
-    def _lock(self) -> Iterator[None]:
-        try:  # not through a link: the name of the holder would be written into somebody's file
-            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-            handle = os.open(self.run_dir / ".lock", flags, 0o666)
-        except OSError as error:
-            raise UserError(f"cannot write in {self.run_dir}: {error.strerror}; choose another run_dir=PATH") from error
-        try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                found = os.pread(handle, 200, 0).decode(errors="replace")
-                holder = " ".join(found.split()) or "another process"
-                raise UserError(
-                    f"{self.run_dir} is in use by {holder}: wait for it, or choose another run_dir=PATH"
-                ) from None
-            with contextlib.suppress(OSError):  # a full disk must not keep anybody from reading what is done
-                os.ftruncate(handle, 0)
-                os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-            yield
-        finally:
-            os.close(handle)
 
 
 def _check_scale(scale: Any, given: Mapping[str, Path | str]) -> None:

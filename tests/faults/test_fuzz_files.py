@@ -351,19 +351,27 @@ def test_damaged_tables(whole: Path, tmp_path: Path) -> None:
 
 
 def test_odd_locks(tmp_path: Path) -> None:
-    """The lock file of a run directory can hold anything; what it points to is never written."""
-    lock, other = tmp_path / ".lock", tmp_path / "precious"
+    """The files of a lock can hold anything; what they point to is never written."""
+    lock, holder, other = tmp_path / ".lock", tmp_path / ".lock-holder", tmp_path / "precious"
     for data in (b"", b"\xff\xfe" * 1000, b"process\n1\n" * 100_000):
         lock.write_bytes(data)
-        with (
-            Store(tmp_path).held(),
-            pytest.raises(UserError, match="is in use by process") as error,
-            Store(tmp_path).held(),
-        ):
-            pass
+        with Store(tmp_path).held():
+            with pytest.raises(UserError, match=f"is in use by process {os.getpid()} on"), Store(tmp_path).held():
+                pass
+            holder.write_bytes(data)  # of a holder that was killed while it wrote, or of another program
+            with (
+                pytest.raises(UserError, match="is in use by") as error,
+                Store(tmp_path).held(),
+            ):
+                pass
         assert "\n" not in str(error.value)
-    lock.unlink()
+        assert len(str(error.value)) < 500
     other.write_text("precious")
+    holder.symlink_to(other)
+    with Store(tmp_path).held():
+        assert other.read_text() == "precious"
+    assert not holder.is_symlink()
+    lock.unlink()
     lock.symlink_to(other)
     with pytest.raises(UserError, match="cannot write in"), Store(tmp_path).held():
         pass
