@@ -28,6 +28,7 @@ from sparsefinder import models
 from sparsefinder.corpora import Corpus, block_length, masked_batches, token_blocks, train_tokenizer
 from sparsefinder.errors import UserError, one_of
 from sparsefinder.models.masked_lm import gold_sparsity, unigram_entropy, validation_loss
+from sparsefinder.models.position_tables import CONVENTIONS, reserved_rows
 from sparsefinder.models.statistical_init import from_statistics
 from sparsefinder.models.trackers import check_trackers
 from sparsefinder.models.trainer import TrainingSettings, train
@@ -89,13 +90,14 @@ class NewModel:
     def make(self, corpus: Corpus, cache: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model, from the random state of the moment, and its tokenizer."""
         tokenizer = train_tokenizer(corpus.documents("train", cache), self.vocabulary_size, self.max_length)
+        reserved = reserved_rows(CONVENTIONS[self.family], tokenizer.pad_token_id)
         settings = {
             "vocab_size": len(tokenizer),
             "hidden_size": self.hidden_size,
             "num_hidden_layers": self.layers,
             "num_attention_heads": self.heads,
             "intermediate_size": self.intermediate_size,
-            "max_position_embeddings": self.max_length + models.reserved_positions(self.family, tokenizer.pad_token_id),
+            "max_position_embeddings": self.max_length + reserved,
             "type_vocab_size": 1,
             "hidden_dropout_prob": self.dropout,
             "attention_probs_dropout_prob": self.dropout,

@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 
 from sparsefinder.conversions import bigbird, led, longformer, nystromformer
 from sparsefinder.conversions.bert_names import head_is_exact
-from sparsefinder.conversions.positions import reserved_rows
 from sparsefinder.conversions.roberta_source import base_of, read_roberta
 from sparsefinder.errors import UserError
+from sparsefinder.models.position_tables import reserved_rows
 
 EXACT = 1e-4
 """Largest difference of a hidden state or logit that counts as the same function."""

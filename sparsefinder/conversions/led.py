@@ -30,10 +30,11 @@ from transformers import (
 
 from sparsefinder.conversions.length_guard import guard_length
 from sparsefinder.conversions.longformer import read_longformer
-from sparsefinder.conversions.positions import reserved_rows, tile_rows
+from sparsefinder.conversions.positions import tile_rows
 from sparsefinder.conversions.roberta_source import base_of, build, lengthened_tokenizer
 from sparsefinder.conversions.weights import load_in_two_passes
 from sparsefinder.errors import UserError
+from sparsefinder.models.position_tables import reserved_rows
 
 HEADS: dict[str, type[PreTrainedModel]] = {
     "LongformerModel": LEDModel,

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from sparsefinder.errors import UserError
 
-Convention = Literal["absolute", "after_padding", "offset_two", "sinusoidal"]
 SinusoidLayout = Literal["halves", "interleaved"]
 
 POSITION_BUFFERS = ("position_ids", "token_type_ids")
@@ -44,25 +43,6 @@ class PositionAudit:
     def passed(self) -> bool:
         """True when every row holds what it must."""
         return not self.wrong_rows
-
-
-def reserved_rows(convention: Convention, padding_idx: int | None = None) -> int:
-    """How many leading rows of a position table belong to no token.
-
-    `absolute` (BERT, ALBERT, ELECTRA, DistilBERT) and `sinusoidal` (Pegasus): 0. `after_padding` (RoBERTa, XLM-R,
-    CamemBERT, Longformer): `padding_idx + 1`, since token positions count on from the padding id. `offset_two` (BART,
-    mBART, BARThez): 2, whatever the padding id. Raises `ValueError` for another convention, or if `after_padding` has
-    no padding id.
-    """
-    if convention in ("absolute", "sinusoidal"):
-        return 0
-    if convention == "offset_two":
-        return 2
-    if convention == "after_padding":
-        if padding_idx is None:
-            raise ValueError("after_padding needs the padding id: positions count on from it")
-        return padding_idx + 1
-    raise ValueError(f"{convention!r} is no convention; needed: absolute, after_padding, offset_two or sinusoidal")
 
 
 def check_target_length(source_length: int, target_length: int) -> None:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from sparsefinder.conversions.positions import check_target_length, reserved_rows
+from sparsefinder.conversions.positions import check_target_length
 from sparsefinder.errors import UserError
 from sparsefinder.models import get_normalizer
+from sparsefinder.models.position_tables import reserved_rows
 
 logger = logging.getLogger(__name__)
 

@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 from sparsefinder.errors import UserError
+from sparsefinder.models.position_tables import CONVENTIONS, Convention, reserved_rows
 from sparsefinder.models.transformers_internals import auto_classes
 
 
@@ -21,8 +22,6 @@ class Family:
     """`model_type` of its checkpoints."""
     stem: str
     """What its class names begin with."""
-    positions: str
-    """How its position table is laid out; a convention of `sparsefinder.conversions.positions`."""
     default: str
     """Architecture of a checkpoint that names none."""
     encoder_decoder: bool = False
@@ -40,6 +39,11 @@ class Family:
         return f"lsg-{self.name}"
 
     @property
+    def positions(self) -> Convention:
+        """How its position table is laid out."""
+        return CONVENTIONS[self.name]
+
+    @property
     def config_name(self) -> str:
         """Class of its LSG configuration."""
         return f"LSG{self.stem}Config"
@@ -51,10 +55,10 @@ class Family:
 
     def reserved(self, config: Any) -> int:
         """Leading rows of its position table that belong to no token."""
-        return {"after_padding": (config.pad_token_id or 0) + 1, "offset_two": 2}.get(self.positions, 0)
+        return reserved_rows(self.positions, config.pad_token_id or 0)
 
     def tokens(self, config: Any) -> int:
-        """Longest input, in tokens; only RoBERTa's kin counts reserved rows in `max_position_embeddings`."""
+        """Longest input, in tokens; only RoBERTa and its relatives count reserved rows in `max_position_embeddings`."""
         in_config = self.reserved(config) if self.positions == "after_padding" else 0
         return int(config.max_position_embeddings) - in_config
 
@@ -70,16 +74,16 @@ class Family:
 FAMILIES = {
     family.name: family
     for family in (
-        Family("albert", "Albert", "absolute", "AlbertForPreTraining", False, True, "Attention"),
-        Family("bart", "Bart", "offset_two", "BartForConditionalGeneration", True, attention="Attention"),
-        Family("bert", "Bert", "absolute", "BertForPreTraining", globals_have_type=True),
-        Family("camembert", "Camembert", "after_padding", "CamembertForMaskedLM"),
-        Family("distilbert", "DistilBert", "absolute", "DistilBertForMaskedLM", stack="transformer"),
-        Family("electra", "Electra", "absolute", "ElectraForPreTraining", globals_have_type=True),
-        Family("mbart", "MBart", "offset_two", "MBartForConditionalGeneration", True, attention="Attention"),
-        Family("pegasus", "Pegasus", "sinusoidal", "PegasusForConditionalGeneration", True, attention="Attention"),
-        Family("roberta", "Roberta", "after_padding", "RobertaForMaskedLM"),
-        Family("xlm-roberta", "XLMRoberta", "after_padding", "XLMRobertaForMaskedLM"),
+        Family("albert", "Albert", "AlbertForPreTraining", False, True, "Attention"),
+        Family("bart", "Bart", "BartForConditionalGeneration", True, attention="Attention"),
+        Family("bert", "Bert", "BertForPreTraining", globals_have_type=True),
+        Family("camembert", "Camembert", "CamembertForMaskedLM"),
+        Family("distilbert", "DistilBert", "DistilBertForMaskedLM", stack="transformer"),
+        Family("electra", "Electra", "ElectraForPreTraining", globals_have_type=True),
+        Family("mbart", "MBart", "MBartForConditionalGeneration", True, attention="Attention"),
+        Family("pegasus", "Pegasus", "PegasusForConditionalGeneration", True, attention="Attention"),
+        Family("roberta", "Roberta", "RobertaForMaskedLM"),
+        Family("xlm-roberta", "XLMRoberta", "XLMRobertaForMaskedLM"),
     )
 }
 

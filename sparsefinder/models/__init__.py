@@ -17,7 +17,6 @@ if TYPE_CHECKING:
         describe,
         get_normalizer,
         plugged,
-        reserved_positions,
         set_normalizer,
     )
     from sparsefinder.models.remembering import REGISTERED
@@ -32,7 +31,6 @@ __all__ = [
     "load_masked_lm",
     "load_with_head",
     "plugged",
-    "reserved_positions",
     "set_normalizer",
 ]
 

@@ -35,6 +35,7 @@ from transformers import logging as transformers_logging
 from sparsefinder.errors import UserError
 from sparsefinder.graphs import Attention
 from sparsefinder.models.packing import Sentences, read_mask
+from sparsefinder.models.position_tables import CONVENTIONS, reserved_rows_of
 from sparsefinder.models.registered import PLUG, Plugged, normalizer_of
 from sparsefinder.models.remembering import REGISTERED, follow_transformers
 from sparsefinder.models.transformers_internals import attention_name
@@ -44,9 +45,6 @@ log = logging.getLogger(__name__)
 
 FAMILIES = ("roberta", "bert", "xlm-roberta", "camembert", "electra", "albert", "distilbert", "modernbert")
 SOFTMAX = "sdpa"  # what transformers calls its own dense softmax attention
-
-_NO_POSITION_TABLE = ("modernbert",)  # positions are rotations
-_OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert")  # the first rows of their position tables are reserved
 
 
 @dataclass(frozen=True)
@@ -140,14 +138,9 @@ def describe(model: PreTrainedModel) -> ModelShape:
         layers=len(depths),
         heads=heads,
         head_size=config.hidden_size // heads,
-        max_length=config.max_position_embeddings - reserved_positions(config.model_type, config.pad_token_id),
+        max_length=config.max_position_embeddings - reserved_rows_of(config),
         depths=depths,
     )
-
-
-def reserved_positions(family: str, pad_token_id: int) -> int:
-    """Rows at the start of a family's position table that no token uses: up to the padding's, in RoBERTa's kin."""
-    return pad_token_id + 1 if family in _OFFSET_POSITIONS else 0
 
 
 @dataclass
@@ -230,9 +223,9 @@ def _installed(model: PreTrainedModel, modules: Iterable[nn.Module], plug: Plugg
 def _check_length(model: PreTrainedModel, ids: Tensor | None, named: dict[str, Any]) -> None:
     """A text beyond the table of positions would end in an index error of torch; families without a table read any length."""
     config = model.config
-    if config.model_type in _NO_POSITION_TABLE:
+    if CONVENTIONS[config.model_type] == "rotary":
         return
-    reserved = reserved_positions(config.model_type, config.pad_token_id)
+    reserved = reserved_rows_of(config)
     tokens = ids if ids is not None else named.get("inputs_embeds")
     places = named.get("position_ids")
     length = 0 if tokens is None else tokens.shape[1]

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 
 from sparsefinder.corpora import TokenBlocks
 from sparsefinder.errors import UserError
-from sparsefinder.models import reserved_positions
+from sparsefinder.models.position_tables import reserved_rows_of
 
 FAMILIES = ("roberta", "bert", "xlm-roberta", "camembert")  # where these things have the same names
 
@@ -66,7 +66,7 @@ def from_statistics(model: PreTrainedModel, blocks: TokenBlocks, special: list[i
     words[ranked] = word_vectors(blocks, ranked, words.shape[1]) * scale * math.sqrt(words.shape[1])
 
     table = embeddings.position_embeddings.weight
-    reserved = reserved_positions(config.model_type, config.pad_token_id)
+    reserved = reserved_rows_of(config)
     table[reserved:] = sinusoids(len(table) - reserved, table.shape[1]) * scale * math.sqrt(2.0)
 
     for layer in encoder.encoder.layer:

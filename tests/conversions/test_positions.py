@@ -9,7 +9,6 @@ from sparsefinder.conversions.positions import (
     audit,
     audit_sinusoidal,
     replace_embedding,
-    reserved_rows,
     resize_buffers,
     sinusoidal_rows,
     tile_rows,
@@ -20,16 +19,6 @@ from sparsefinder.errors import UserError
 def numbered(rows: int) -> torch.Tensor:
     """A table whose row r holds only the number r."""
     return torch.arange(rows, dtype=torch.float32)[:, None].expand(rows, 3).contiguous()
-
-
-def test_reserved_rows_of_each_convention() -> None:
-    assert reserved_rows("absolute") == 0
-    assert reserved_rows("sinusoidal") == 0
-    assert reserved_rows("offset_two", padding_idx=7) == 2
-    assert reserved_rows("after_padding", padding_idx=1) == 2
-    assert reserved_rows("after_padding", padding_idx=0) == 1
-    with pytest.raises(ValueError, match="padding id"):
-        reserved_rows("after_padding")
 
 
 @pytest.mark.parametrize("reserved", [0, 2, 5])
