@@ -17,7 +17,7 @@ _HOMES = {
     "runs_sparse": "bigbird",
     "stay_sparse": "bigbird",
     "convert_longformer_to_led": "led",
-    "guard_length": "lengths",
+    "guard_length": "length_guard",
     "certify": "proof",
     "save": "proof",
     "TARGETS": "command",
