@@ -208,7 +208,7 @@ def _page(
     parts = _tables(results, settings)
     for illustration in drawn:
         content = html.figure(vectors[illustration.name], illustration.caption)
-        sections.append((illustration.heading, content + parts.pop(illustration.name, "")))
+        sections.append((illustration.heading, content + parts.pop(illustration.name, html.Markup(""))))
     sections += [(_UNDRAWN[name], content) for name, content in parts.items()]
     if results.budget is not None and len(results.budget):
         budget = html.table(text_tables.budget_lines(results.budget), ["method", "step"])
@@ -217,7 +217,7 @@ def _page(
         sections.append(("Calibrated dials", html.table(text_tables.calibration_lines(results.dials), _DIALS)))
     sections.append(("Where it comes from", _provenance(results.manifests)))
     lead = "Which keys will a query need? Predicted graphs against the support of the dense entmax attention (gold)."
-    return html.page(title, lead, sections)
+    return html.document(title, lead, sections)
 
 
 _RECALL = "Recall of gold edges at equal density (± half the 95 % interval over documents; * compares every pair)"
@@ -236,7 +236,7 @@ _UNDRAWN = {
 }  # tables without their figure
 
 
-def _tables(results: Results, settings: ReportSettings) -> dict[str, str]:
+def _tables(results: Results, settings: ReportSettings) -> dict[str, html.Markup]:
     """Tables by the figure that they belong to."""
     parts = {}
     if results.points is not None:
@@ -264,7 +264,7 @@ def _tables(results: Results, settings: ReportSettings) -> dict[str, str]:
     return parts
 
 
-def _provenance(manifests: Mapping[str, Manifest]) -> str:
+def _provenance(manifests: Mapping[str, Manifest]) -> html.Markup:
     lines = text_tables.artefact_lines(manifests)
     versions: dict[str, str] = {}
     for manifest in manifests.values():
@@ -272,4 +272,8 @@ def _provenance(manifests: Mapping[str, Manifest]) -> str:
     words = ", ".join(f"{name} {version}" for name, version in versions.items())
     settings = [html.folded(f"Settings of {manifest.stage}", manifest.settings) for manifest in manifests.values()]
     settings = list(dict.fromkeys(settings))  # a stage that makes two artefacts has its settings once
-    return html.table(lines, ["artefact", "stage", "content", "made from"]) + html.note(words) + "\n".join(settings)
+    return (
+        html.table(lines, ["artefact", "stage", "content", "made from"])
+        + html.note(words)
+        + html.Markup("\n").join(settings)
+    )

@@ -74,7 +74,13 @@ def call(*arguments: str | Path, cwd: Path) -> str:
 
 def test_every_file_is_in_the_wheel(wheel: Path) -> None:
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info" not in name}
-    kinds = ("sparsefinder/**/*.py", "sparsefinder/**/*.[ch]pp", "scripts/*.py", "conf/**/*.yaml")
+    kinds = (
+        "sparsefinder/**/*.py",
+        "sparsefinder/**/*.[ch]pp",
+        "sparsefinder/**/*.html",
+        "scripts/*.py",
+        "conf/**/*.yaml",
+    )
     files = [path.relative_to(ROOT) for kind in kinds for path in ROOT.glob(kind)]
     there = {str(f) if f.parts[0] == "sparsefinder" else str(Path("sparsefinder") / f) for f in files}
     assert packed == there | {"sparsefinder/py.typed"}

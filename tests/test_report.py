@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ast
-import html.parser
 import re
+from html import unescape
+from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -82,7 +83,7 @@ def test_page_needs_nothing_else(run: Store) -> None:
 def test_page_is_well_formed(run: Store) -> None:
     open_tags: list[str] = []
 
-    class Checker(html.parser.HTMLParser):
+    class Checker(HTMLParser):
         def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
             if tag not in ("meta", "img"):
                 open_tags.append(tag)
@@ -105,6 +106,26 @@ def test_page_escapes_names(tmp_path: Path) -> None:
     report.run(FAST, store)
     assert "&lt;b&gt;bold" in _page(store)
     assert "<b>" not in _page(store)
+
+
+def test_every_part_escapes_what_comes_in() -> None:
+    """And is not escaped again when it becomes part of the document."""
+    odd = """<b a="'">&amp;"""
+    frame = pd.DataFrame({odd: [odd, "–"], "n": [1, 2.5]})
+    parts = {
+        "note": html.note(odd),
+        "figure": html.figure("<svg/>", odd),
+        "table": html.table(frame, [odd]),
+        "facts": html.facts([(odd, odd)]),
+        "warning": html.warning([odd]),
+        "folded": html.folded(odd, {"setting": odd}),
+    }
+    text = html.document(odd, odd, [(odd, part) for part in parts.values()])
+    assert "<b" not in text
+    for part in parts.values():
+        assert str(part) in text
+    assert '<td class="words none">–</td>' in parts["table"]
+    assert unescape(parts["note"]) == f'<p class="note">{odd}</p>'
 
 
 # ---- whatever was run ----

@@ -12,13 +12,13 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import pandas as pd
-
-from sparsefinder.storage import tables
 from sparsefinder.storage.manifests import versions
 from sparsefinder.storage.store import Store
+
+if TYPE_CHECKING:
+    import pandas as pd  # at run time only where a table is read: the pipeline itself stays light
 
 RECORD = "measured.json"
 
@@ -121,6 +121,8 @@ class Table:
 
     def grown(self, new: pd.DataFrame, name: str) -> pd.DataFrame:
         """The rows of the table ``name`` that stay, and below them the new ones, whose numbers began with zero."""
+        from sparsefinder.storage import tables
+
         if self.folder is None:
             return new
         return tables.join(
@@ -129,6 +131,8 @@ class Table:
 
     def staying(self, name: str, column: str) -> pd.DataFrame:
         """The rows of the table ``name`` that stay; ``column`` says which they are."""
+        import pandas as pd
+
         assert self.folder is not None
         old = pd.read_parquet(self.folder / f"{name}.parquet")
         return old[old[column].isin(self.rows)]
