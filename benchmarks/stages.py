@@ -48,7 +48,7 @@ LAYERS, HEADS, TOKENS, SIZE = 12, 12, 512, 64
 
 
 def frontier() -> tuple[Configuration, ...]:
-    """A hundred configurations: five predictors at the settings of their dials, without and with a window, and windows."""
+    """A hundred configurations: five predictors, their sparsity parameters swept, without and with a window, and windows."""
     dialled: list[tuple[str, Any, list[Any]]] = [
         ("distance", Distance(), [0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0]),
         ("quantize", Quantize(), [2, 4, 6, 8, 12, 16, 24, 32, 48, 64]),
@@ -57,7 +57,7 @@ def frontier() -> tuple[Configuration, ...]:
         ("lowrank", LowRank(), [-0.5, -0.25, 0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5]),
     ]
     found = [
-        Configuration(name, replace(pattern, **{pattern.dial: value}), window=window)
+        Configuration(name, replace(pattern, **{pattern.sparsity_parameter: value}), window=window)
         for name, pattern, values in dialled
         for value in values
         for window in (None, 11)

@@ -251,37 +251,38 @@ def path_of(cfg: DictConfig, key: str) -> Path:
 
 
 def all_configurations(cfg: DictConfig, sweep: bool) -> Iterable[Any]:
-    """The chosen pattern with its surroundings; with ``pattern=all`` every one, its dial swept where ``sweep``."""
+    """The chosen pattern with its surroundings; with ``pattern=all`` every one, its sparsity parameter swept where ``sweep``."""
     for name, settings, values, around in patterns(cfg):
         pattern, dials = pattern_of(settings)
         turned = values if sweep and cfg.pattern.get("every") else []
-        for changed in [build(settings, **{pattern.dial: value}) for value in turned] or [pattern]:
+        for changed in [build(settings, **{pattern.sparsity_parameter: value}) for value in turned] or [pattern]:
             yield from united(name, changed, around, dials)
 
 
 def dialled(cfg: DictConfig) -> Iterable[Any]:
-    """The patterns of `all_configurations` that have a dial, with the values of their sweep."""
+    """The patterns of `all_configurations` that have a sparsity parameter, with the values of their sweep."""
     from sparsefinder.calibrate import Dialled
 
     for name, settings, values, around in patterns(cfg):
         pattern, dials = pattern_of(settings)
         if dials is not None:
             raise UserError(
-                f"pattern.{pattern.dial} has a value for each head, and target={cfg.target} chooses them: leave out one of them"
+                f"pattern.{pattern.sparsity_parameter} has a value for each head, and target={cfg.target} "
+                "chooses them: leave out one of them"
             )
-        if getattr(pattern, "dial", None) is not None and values:
+        if getattr(pattern, "sparsity_parameter", None) is not None and values:
             yield from (Dialled(configuration, tuple(values)) for configuration in united(name, pattern, around))
 
 
 def pattern_of(settings: DictConfig) -> tuple[Any, Any]:
-    """The pattern that settings describe, and the values of its dial where they are a list with one for each head, or None."""
+    """The pattern that settings describe, and its sparsity parameter's values where they are a list with one for each head."""
     from sparsefinder.experiment.configuration import Dials
 
-    dial = getattr(class_named(settings.get("_target_"), "pattern"), "dial", None)
-    if dial is None or not OmegaConf.is_list(settings.get(dial)):
+    parameter = getattr(class_named(settings.get("_target_"), "pattern"), "sparsity_parameter", None)
+    if parameter is None or not OmegaConf.is_list(settings.get(parameter)):
         return build(settings), None
-    pattern = build(without(settings, dial))
-    return pattern, Dials.given(pattern, plain(settings[dial]))
+    pattern = build(without(settings, parameter))
+    return pattern, Dials.given(pattern, plain(settings[parameter]))
 
 
 def united(name: str, pattern: Any, around: list[dict[str, Any]], dials: Any = None) -> Iterable[Any]:

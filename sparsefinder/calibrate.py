@@ -1,14 +1,14 @@
-"""The stage ``calibrate``: from a target such as ``density=0.1`` to the dial of every layer and head.
+"""The stage ``calibrate``: from a target such as ``density=0.1`` to the sparsity parameter of every layer and head.
 
-A threshold that names a tenth of the pairs in one head names a third of them in another. For each pattern with a dial, the
-values of its sweep are measured on a few training samples, head by head; where the target lies between two of them, values
-between are tried too. A head takes
+A threshold that names a tenth of the pairs in one head names a third of them in another. For each pattern with a sparsity
+parameter, the values of its sweep are measured on a few training samples, head by head; where the target lies between two of
+them, values between are tried too. A head takes
 
 - for a density, the value whose density is nearest to it;
 - for a recall, the sparsest value that reaches it, or the one of largest recall where none does.
 
-The choice is then measured once more on held-out samples. A target that a dial cannot reach (a whole number of clusters moves
-the density in steps, a window cannot be sparser than itself) is said in the table and in the log.
+The choice is then measured once more on held-out samples. A target that a sparsity parameter cannot reach (a whole number of
+clusters moves the density in steps, a window cannot be sparser than itself) is said in the table and in the log.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from sparsefinder.storage.store import Store, progress
 log = logging.getLogger(__name__)
 
 MEASURES = ("density", "recall")
-Curve = Mapping[Any, tuple[float, float]]  # of one head: value of the dial → density and recall
+Curve = Mapping[Any, tuple[float, float]]  # of one head: value of the sparsity parameter → density and recall
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Target:
         return found
 
     def choose(self, curve: Curve) -> Any:
-        """The value of the dial that a head takes."""
+        """The value of the sparsity parameter that a head takes."""
         if self.measure == "density":
             return min(curve, key=lambda value: abs(curve[value][0] - self.value))
         enough = [value for value in curve if curve[value][1] >= self.value]
@@ -90,7 +90,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Dialled:
-    """A pattern with its surroundings, and the values of its dial to begin with."""
+    """A pattern with its surroundings, and the values of its sparsity parameter to begin with."""
 
     configuration: Configuration
     values: tuple[Any, ...]
@@ -130,7 +130,7 @@ class CalibrateSettings:
 
 
 def run(settings: CalibrateSettings, store: Store) -> None:
-    """Make ``calibration``: ``dials``, one row per pattern × surroundings × layer × head."""
+    """Make ``calibration``: the table ``dials``, one row per pattern × surroundings × layer × head."""
     assert settings.target is not None  # otherwise the pipeline leaves the stage out
     target = Target.parse(settings.target)
     training, held_out = training_samples(store), validation_samples(store)
@@ -141,7 +141,9 @@ def run(settings: CalibrateSettings, store: Store) -> None:
     possible = set(map(id, buildable(tuple(each.configuration for each in settings.dialled), learned)))
     dialled = [each for each in settings.dialled if id(each.configuration) in possible]
     if not dialled:
-        raise UserError(f"target={settings.target} turns the dials of patterns, and none of those chosen has one")
+        raise UserError(
+            f"target={settings.target} sets the sparsity parameter of patterns, and none of those chosen has one"
+        )
     curves = measured_curves(training, dialled, target, settings, learned)
     rows: list[dict[str, Any]] = []
     chosen = []
@@ -180,7 +182,7 @@ def run(settings: CalibrateSettings, store: Store) -> None:
 def measured_curves(
     samples: Samples, dialled: Sequence[Dialled], target: Target, settings: CalibrateSettings, learned: Learned
 ) -> dict[tuple[int, int, int], dict[Any, tuple[float, float]]]:
-    """Density and recall by the value of the dial, for each ``(place in dialled, layer, head)``."""
+    """Density and recall by the value of the sparsity parameter, for each ``(place in dialled, layer, head)``."""
     layers, heads, _ = samples.shape
     curves: dict[tuple[int, int, int], dict[Any, tuple[float, float]]] = {
         (place, layer, head): {} for place in range(len(dialled)) for layer in range(layers) for head in range(heads)
@@ -237,33 +239,33 @@ def _measure(
 
 
 def _turned(configuration: Configuration, value: Any, learned: Learned) -> Pattern | None:
-    """The pattern with that value of its dial; None where it cannot have it."""
+    """The pattern with that value of its sparsity parameter; None where it cannot have it."""
     try:
-        pattern = replace(configuration.pattern, **{configuration.pattern.dial: value})
+        pattern = replace(configuration.pattern, **{configuration.pattern.sparsity_parameter: value})
         return replace(configuration, pattern=pattern).build(learned)
     except UserError:
         return None
 
 
 def _next(dialled: Dialled, curve: Curve, target: Target) -> Any | None:
-    """The next value for a head to try. Where a dial takes odd numbers only, the one above an even number."""
+    """The next value for a head to try. Where a sparsity parameter takes odd numbers only, the one above an even number."""
     pattern = dialled.configuration.pattern
-    whole = whole_dial(pattern)
+    whole = whole_numbered(pattern)
     value = target.between(curve, whole)
     if value is None or not whole:
         return value
     for candidate in (value, value + 1, value - 1):
         try:
-            replace(pattern, **{pattern.dial: candidate})
+            replace(pattern, **{pattern.sparsity_parameter: candidate})
         except UserError:
             continue
         return None if candidate in curve else candidate
     return None
 
 
-def whole_dial(pattern: Any) -> bool:
-    """Whether the dial of a pattern is a whole number."""
-    return typing.get_type_hints(type(pattern))[pattern.dial] is int
+def whole_numbered(pattern: Any) -> bool:
+    """Whether the sparsity parameter of a pattern is a whole number."""
+    return typing.get_type_hints(type(pattern))[pattern.sparsity_parameter] is int
 
 
 def _row(
@@ -283,7 +285,7 @@ def _row(
         "target": settings.target,
         "layer": layer,
         "head": head,
-        "dial": configuration.pattern.dial,
+        "dial": configuration.pattern.sparsity_parameter,
         "value": value,
         "density": density,
         "recall": recall,
@@ -298,9 +300,9 @@ def _row(
 
 
 def calibrated(configurations: Iterable[Configuration], folder: Path | str, target: str) -> tuple[Configuration, ...]:
-    """Each pattern and surroundings of ``configurations`` once, at the dials that ``folder`` (``calibration/``) has for it.
+    """Each pattern and surroundings of ``configurations`` once, at the values that ``folder`` (``calibration/``) has for it.
 
-    Patterns without a dial are left out, and so are those that were not calibrated, which the log says.
+    Patterns without a sparsity parameter are left out, and so are those that were not calibrated, which the log says.
     """
     folder = Path(folder)
     path = folder / "dials.parquet"
@@ -319,12 +321,12 @@ def calibrated(configurations: Iterable[Configuration], folder: Path | str, targ
     }
     found: dict[Any, Configuration] = {}
     for configuration in configurations:
-        if configuration.pattern.dial is None or (key := _comparable(_key(configuration))) in found:
+        if configuration.pattern.sparsity_parameter is None or (key := _comparable(_key(configuration))) in found:
             continue
         if key not in groups:
             log.warning("%s has no calibration with these settings: run stage=calibrate", configuration.name)
             continue
-        kind = int if whole_dial(configuration.pattern) else float
+        kind = int if whole_numbered(configuration.pattern) else float
         grid = groups[key].pivot(index="layer", columns="head", values="value")
         values = tuple(tuple(kind(value) for value in row) for row in grid.to_numpy())
         found[key] = replace(configuration, dials=Dials(target, values))
@@ -335,12 +337,12 @@ _KEY = ("pattern", "settings", "window", "global_tokens", "last_token", "block_s
 
 
 def _key(configuration: Configuration) -> dict[str, Any]:
-    """What a calibration belongs to: the pattern with all settings but its dial, and its surroundings."""
+    """What a calibration belongs to: the pattern with all settings but its sparsity parameter, and its surroundings."""
     pattern = configuration.pattern
     own = {
         field.name: getattr(pattern, field.name)
         for field in dataclasses.fields(pattern)
-        if field.name != pattern.dial and field.name not in configuration.needs
+        if field.name != pattern.sparsity_parameter and field.name not in configuration.needs
     }
     values = (configuration.name, json.dumps(own, sort_keys=True), configuration.window or 0)
     around = (configuration.global_tokens, configuration.last_token, configuration.block_size)

@@ -56,7 +56,7 @@ class EvaluateSettings:
     configurations: tuple[Configuration, ...]
     attentions: tuple[AttentionChoice, ...]
     conversions: tuple[Conversion, ...] = ()
-    target: str | None = None  # patterns with a dial are run as the stage calibrate set them for it
+    target: str | None = None  # patterns with a sparsity parameter are run as the stage calibrate set them for it
     alpha: float | None = None  # of every variant's normalizer; None: the model's own
     split: str = "test"  # train, validation or test
     samples: int = 64  # text blocks
@@ -96,7 +96,7 @@ class EvaluateSettings:
         found = [self.item(Variant(each, None, Normalizer())) for each in self.attentions if not each.takes_pattern]
         for attention in self.attentions:
             for configuration in self.configurations if attention.takes_pattern else ():
-                target = self.target if configuration.pattern.dial is not None else None
+                target = self.target if configuration.pattern.sparsity_parameter is not None else None
                 found.append(self.item(Variant(attention, configuration, Normalizer()), target))
         found += [_item({"conversions": plain(each)}, ("model",)) for each in self.conversions]
         return tuple({item.key: item for item in found}.values())
@@ -108,11 +108,11 @@ class EvaluateSettings:
         return {own.name: plain(getattr(self, own.name)) for own in fields(self) if own.name not in apart}
 
     def item(self, variant: Variant, target: str | None = None) -> Item:
-        """A variant among the items; with a target without its dials, which the calibration knows."""
+        """A variant among the items; with a target without the values for each head, which the calibration knows."""
         configuration = variant.configuration
         what = plain(configuration if target is None or configuration is None else replace(configuration, dials=None))
         if target is not None and configuration is not None:
-            what["pattern"][configuration.pattern.dial] = None
+            what["pattern"][configuration.pattern.sparsity_parameter] = None
         needs = () if configuration is None else configuration.needs
         settings = {"attentions": plain(variant.attention), "configurations": what, "target": target}
         return _item(settings, ("model", *needs, *(("calibration",) if target else ())))
@@ -153,7 +153,7 @@ def run(settings: EvaluateSettings, store: Store) -> None:
 
     def item_of(variant: Variant) -> Item | None:
         found = as_typed.get(id(variant.configuration), variant.configuration)
-        target = settings.target if found is not None and found.pattern.dial is not None else None
+        target = settings.target if found is not None and found.pattern.sparsity_parameter is not None else None
         return wanted.get(settings.item(replace(variant, configuration=found), target).key)
 
     configurations = _at_target(settings, store, learned)
@@ -236,12 +236,12 @@ def _asked(settings: EvaluateSettings, store: Store, model: Any, tokenizer: Any,
 
 
 def _at_target(settings: EvaluateSettings, store: Store, learned: Learned) -> tuple[Configuration, ...]:
-    """The configurations that can be built; with a target, those with a dial as they are calibrated for it."""
+    """The configurations that can be built; with a target, those with a sparsity parameter as they are calibrated for it."""
     found = buildable(settings.configurations, learned)
     if settings.target is None:
         return found
     dialled = calibrated(found, store.path("calibration"), settings.target)
-    return (*(each for each in found if each.pattern.dial is None), *dialled)
+    return (*(each for each in found if each.pattern.sparsity_parameter is None), *dialled)
 
 
 @dataclass(frozen=True)

@@ -214,7 +214,9 @@ def _page(
         budget = html.table(text_tables.budget_lines(results.budget), ["method", "step"])
         sections.append(("Where recall is lost, and where it is gained", budget + html.note(_BUDGET)))
     if results.dials is not None:
-        sections.append(("Calibrated dials", html.table(text_tables.calibration_lines(results.dials), _DIALS)))
+        sections.append(
+            ("Calibrated sparsity parameters", html.table(text_tables.calibration_lines(results.dials), _DIALS))
+        )
     sections.append(("Where it comes from", _provenance(results.manifests)))
     lead = "Which keys will a query need? Predicted graphs against the support of the dense entmax attention (gold)."
     return html.document(title, lead, sections)

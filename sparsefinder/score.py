@@ -52,7 +52,7 @@ class ScoreSettings:
     """Settings of the stage ``score``."""
 
     configurations: tuple[Configuration, ...]
-    target: str | None = None  # patterns are scored also as the stage calibrate set their dials for it
+    target: str | None = None  # patterns are scored also as the stage calibrate set them for it
     alpha: float = 1.5  # of the entmax whose support is gold
     causal: bool = False
     samples: int | None = None  # held-out samples to measure on; None: all
@@ -79,7 +79,9 @@ class ScoreSettings:
     @property
     def items(self) -> tuple[Item, ...]:
         """What is to be scored: each configuration, and with a target also as it is calibrated for that."""
-        dialled = [each for each in self.configurations if each.pattern.dial is not None] if self.target else []
+        dialled = (
+            [each for each in self.configurations if each.pattern.sparsity_parameter is not None] if self.target else []
+        )
         found = [
             *(self.item(each, None) for each in self.configurations),
             *(self.item(e, self.target) for e in dialled),
@@ -95,10 +97,10 @@ class ScoreSettings:
         }
 
     def item(self, configuration: Configuration, target: str | None) -> Item:
-        """A configuration among the items; with a target without its dials, which the calibration knows."""
+        """A configuration among the items; with a target without the values for each head, which the calibration knows."""
         what = plain(configuration if target is None else replace(configuration, dials=None))
         if target is not None:
-            what["pattern"][configuration.pattern.dial] = None
+            what["pattern"][configuration.pattern.sparsity_parameter] = None
         seeds = self.seeds if hasattr(configuration.pattern, "seed") else 1
         needs = ("qk_validation", *configuration.needs, *(("calibration",) if target else ()))
         return Item(json.loads(json.dumps({"configurations": what, "target": target})), {"seeds": seeds}, needs)

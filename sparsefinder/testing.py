@@ -8,9 +8,9 @@
     def test_my_pattern(check):
         check(Subject(MyPattern(width=5), sweep=[1, 3, 5]))
 
-A pattern is a frozen dataclass with ``(QK, layer) → graph``, a class attribute ``dial`` (the name of the field that trades
-sparsity for recall, or None) and, where work can be skipped, ``layout(QK, layer)``. Each check runs on small random queries and
-keys of ragged sentences, bidirectional and causal, and takes milliseconds.
+A pattern is a frozen dataclass with ``(QK, layer) → graph``, a class attribute ``sparsity_parameter`` (the name of the field
+that trades sparsity for recall, or None) and, where work can be skipped, ``layout(QK, layer)``. Each check runs on small
+random queries and keys of ragged sentences, bidirectional and causal, and takes milliseconds.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Subject:
 
     pattern: Any  # a frozen dataclass: its settings
     build: Callable[[Any], Pattern] = _as_it_is  # attaches artefacts or surroundings; what it returns is what is run
-    sweep: Sequence[Any] = ()  # values of the dial by which the graph should grow, in this order
+    sweep: Sequence[Any] = ()  # values of the sparsity parameter by which the graph should grow, in this order
     dense: Any = None  # the same pattern with settings that name every allowed pair, if there are such
     random: bool | None = None  # whether these settings draw numbers; None: they do if there is a field `seed`
     heads: int = 2
@@ -255,20 +255,20 @@ def dtype(subject: Subject, causal: bool) -> None:
     assert differ < 0.01, f"float64 and float32 differ in {100 * differ:.1f} % of the pairs: more than ties"
 
 
-def dial(subject: Subject, causal: bool) -> None:
-    """turning the dial along the sweep never takes pairs away in total, and adds some"""
-    if subject.pattern.dial is None:
-        assert not subject.sweep, "there is no dial, but values for it"
+def sparsity_parameter(subject: Subject, causal: bool) -> None:
+    """turning the sparsity parameter along the sweep never takes pairs away in total, and adds some"""
+    if subject.pattern.sparsity_parameter is None:
+        assert not subject.sweep, "there is no sparsity parameter, but values for it"
         return
     assert len(subject.sweep) >= 2, (
-        f"give sweep=[…], values of its dial `{subject.pattern.dial}` by which the graph grows"
+        f"give sweep=[…], values of its sparsity parameter `{subject.pattern.sparsity_parameter}` by which the graph grows"
     )
     qk = subject.sentences([40, 33], causal)
-    turned = [replace(subject.pattern, **{subject.pattern.dial: value}) for value in subject.sweep]
+    turned = [replace(subject.pattern, **{subject.pattern.sparsity_parameter: value}) for value in subject.sweep]
     pairs = [int(subject.build(pattern)(qk, 0).sum()) for pattern in turned]
     counted = ", ".join(f"{value}: {count}" for value, count in zip(subject.sweep, pairs, strict=True))
-    assert pairs == sorted(pairs), f"pairs by `{subject.pattern.dial}` are not rising ({counted})"
-    assert pairs[0] < pairs[-1], f"`{subject.pattern.dial}` changes nothing ({counted})"
+    assert pairs == sorted(pairs), f"pairs by `{subject.pattern.sparsity_parameter}` are not rising ({counted})"
+    assert pairs[0] < pairs[-1], f"`{subject.pattern.sparsity_parameter}` changes nothing ({counted})"
 
 
 def dense(subject: Subject, causal: bool) -> None:
@@ -351,7 +351,7 @@ CHECKS = tuple(
     Check(test.__name__, str(test.__doc__), test)
     for test in (
         *(shape, allowed, padding, batch, left_padding, order, history, seed, dtype),
-        *(dial, dense, empty_rows, gradients, layout, bucketed),
+        *(sparsity_parameter, dense, empty_rows, gradients, layout, bucketed),
     )
 )
 

@@ -1,4 +1,4 @@
-"""One dial for each head: the combinator that runs it, and the stage that chooses it."""
+"""A sparsity parameter for each head: the combinator that runs it, and the stage that chooses it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def centroids(clusters: int = 6, size: int = SIZE) -> Centroids:
     return Centroids([torch.randn(HEADS, 1, clusters, size, generator=generator) / 2 for _ in range(2)])
 
 
-# a pattern, a step of its dial by which heads differ, values by which it grows
+# a pattern, a step of its sparsity parameter by which heads differ, values by which it grows
 KINDS: dict[str, tuple[Any, Any, list[Any]]] = {
     "window": (Window(3), 2, [1, 5, 9]),
     "random": (Distance("random", 0.1), 0.2, [0.0, 0.2, 0.6]),
@@ -53,8 +53,8 @@ KINDS: dict[str, tuple[Any, Any, list[Any]]] = {
 
 
 def apart(pattern: Any, step: Any) -> Pattern:
-    """The heads of the first layer at the dial and one step above it, those of the second the other way round."""
-    value = getattr(pattern, pattern.dial)
+    """The heads of the first layer at the sparsity parameter and one step above it, those of the second the other way round."""
+    value = getattr(pattern, pattern.sparsity_parameter)
     return PerHead(pattern, ((value, value + step), (value + step, value)))
 
 
@@ -76,10 +76,10 @@ def test_every_head_is_the_pattern_at_its_own_value(name: str, layer: int) -> No
     pattern, step, _ = KINDS[name]
     qk = random_qk([17, 9], HEADS, SIZE)
     mixed = apart(pattern, step)
-    value = getattr(pattern, pattern.dial)
+    value = getattr(pattern, pattern.sparsity_parameter)
     for head in range(HEADS):
         own = value + step * ((head + layer) % 2)
-        alone = replace(pattern, **{pattern.dial: own})
+        alone = replace(pattern, **{pattern.sparsity_parameter: own})
         assert torch.equal(mixed(qk, layer)[:, head], alone(qk, layer)[:, head])
 
 
@@ -92,12 +92,12 @@ def test_a_window_that_differs_has_no_layout_and_one_that_does_not_has() -> None
     assert layout_of(PerHead(Window(3), ((5, 5),)), qk, 0).window == 5
 
 
-def test_dials_of_another_model_are_refused() -> None:
+def test_values_of_another_model_are_refused() -> None:
     qk = random_qk([6], HEADS, SIZE)
     for values in (((3, 3),), ((3, 3, 3), (3, 3, 3))):
         with pytest.raises(UserError, match="run stage=calibrate"):
             PerHead(Window(3), values)(qk, 1)
-    with pytest.raises(UserError, match="no dial"):
+    with pytest.raises(UserError, match="no sparsity parameter"):
         PerHead(Oracle(), ((1, 1),))
 
 
@@ -108,7 +108,7 @@ def test_a_configuration_knows_whether_it_can_be_bucketed() -> None:
     for pattern, expected in ((Window(3), False), (Quantize(2), True), (KMeans(1), True), (Distance("l2"), False)):
         configuration = Configuration("tested", pattern, window=3, dials=dials)
         assert configuration.bucketed(learned, SIZE) == expected
-        assert configuration.columns[pattern.dial] is None
+        assert configuration.columns[pattern.sparsity_parameter] is None
         assert configuration.columns["target"] == "density=0.1"
     assert Configuration("tested", Window(3)).bucketed(learned, SIZE)
 
@@ -141,7 +141,7 @@ def test_a_value_for_each_head_may_be_written_down() -> None:
         ([[1, 0]], "top_clusters must be 1 or more, got 0"),
     ],
 )
-def test_values_that_cannot_be_dials(values: list[Any], message: str) -> None:
+def test_values_that_cannot_be_given(values: list[Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Dials.given(KMeans(1), values)
 
@@ -166,7 +166,7 @@ class TestTarget:
 
     @pytest.mark.parametrize("goal", [0.013, 0.1, 0.5, 0.77])
     def test_values_between_come_near_to_a_density(self, goal: float) -> None:
-        """A dial whose density is its cube: a few looks find the cube root."""
+        """A sparsity parameter whose density is its cube: a few looks find the cube root."""
         target, curve = Target("density", goal), {value: (value**3, value) for value in (0.1, 0.5, 1.0)}
         for _ in range(12):
             value = target.between(curve, whole=False)
@@ -210,7 +210,9 @@ def calibrated_run(store: Store, target: str, **more: Any) -> pd.DataFrame:
 class TestStage:
     def test_what_cannot_be_calibrated_is_refused(self, store: Store) -> None:
         settings = CalibrateSettings((), "density=0.2", samples=6)
-        with pytest.raises(UserError, match="turns the dials of patterns, and none of those chosen has one"):
+        with pytest.raises(
+            UserError, match="sets the sparsity parameter of patterns, and none of those chosen has one"
+        ):
             run_stages([STAGES["calibrate"]], {"calibrate": settings}, store, seed=0)
         even = replace(DIALLED[0], configuration=Configuration("window", Window(3)), values=(2, 4))
         settings = CalibrateSettings((even,), "density=0.2", samples=6)

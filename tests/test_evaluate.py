@@ -192,7 +192,7 @@ class TestEvaluate:
         assert (results.loss_minus_entmax <= results.loss_minus_entmax_high + 1e-9).all()
         assert results.loc["dense full", ["loss_minus_entmax_low", "loss_minus_entmax_high"]].tolist() == [0, 0]
 
-    def test_calibrated_patterns_are_run_at_their_dials(self, store: Store, corpus: TextFiles, tmp_path: Path) -> None:
+    def test_calibrated_patterns_are_run_at_their_values(self, store: Store, corpus: TextFiles, tmp_path: Path) -> None:
         names = ("model", "qk", "qk_validation", "projections", "centroids")
         given = Store(tmp_path, {name: store.path(name) for name in names})
         kinds = (Configuration("kmeans", KMeans(1)), Configuration("window", Window(3)))

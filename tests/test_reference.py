@@ -30,7 +30,7 @@ METRICS = ("sparsity", "recall", "exact")
 class Nothing:
     """No edge at all: what the published ``window`` unites its window with."""
 
-    dial: ClassVar[None] = None
+    sparsity_parameter: ClassVar[None] = None
     needs: ClassVar[tuple[str, ...]] = ()
 
     def __call__(self, qk: QK, layer: int) -> Tensor:

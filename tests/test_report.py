@@ -257,7 +257,7 @@ def test_points_are_means_over_layers_and_heads(metrics: pd.DataFrame) -> None:
     assert len(labels) == len(points)
 
 
-def test_seeds_are_one_point_and_no_dial(metrics: pd.DataFrame) -> None:
+def test_seeds_are_one_point_and_no_sweep(metrics: pd.DataFrame) -> None:
     random = metrics[metrics["pattern"] == "random"]
     again = random.assign(configuration=random["configuration"] + 1000, seed=1, recall=random["recall"] + 0.1)
     points = frontiers.points(pd.concat([metrics, again]))

@@ -188,7 +188,7 @@ def references(table: pd.DataFrame, density: float) -> pd.DataFrame:
 def broken_curves(table: pd.DataFrame, tolerance: float = 0.01) -> list[str]:
     """Sweeps of one setting along which recall *rises* with sparsity by more than ``tolerance``, in words.
 
-    A sweep is three points or more that differ in one numeric setting alone; seeds are no dial.
+    A sweep is three points or more that differ in one numeric setting alone; seeds are no sparsity parameter.
     """
     found = []
     for (pattern, surroundings), group in table.groupby(["pattern", "surroundings"], sort=False):
@@ -205,7 +205,7 @@ def broken_curves(table: pd.DataFrame, tolerance: float = 0.01) -> list[str]:
                     where = f" with {surroundings}" if surroundings else ""
                     found.append(
                         f"{pattern}{where}, along {name}: a sparser graph recalls {rise.max():.3f} more than the one of "
-                        f"sparsity {at:.3f}; a dial should trade one for the other"
+                        f"sparsity {at:.3f}; a sparsity parameter should trade one for the other"
                     )
     return found
 

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Dials:
-    """A dial setting for every layer and head, and what it was chosen for."""
+    """The value of the sparsity parameter for every layer and head, and what it was chosen for."""
 
     target: str  # such as density=0.1
     values: tuple[tuple[Any, ...], ...]  # (L, H)
@@ -39,17 +39,17 @@ class Dials:
 
         ``values``: a list over heads for all layers, or over layers of lists over heads.
         """
-        dial = pattern.dial
+        parameter = pattern.sparsity_parameter
         if repeated := bool(values) and not any(isinstance(value, (list, tuple)) for value in values):
             values = [values]
         widths = {len(row) if isinstance(row, (list, tuple)) else 0 for row in values}
         if len(widths) != 1 or widths == {0}:
             raise UserError(
-                f"pattern.{dial}={list(values)}: a value for each head is a list over heads, such as [1.0,2.0], or over layers "
-                "of equally long ones, such as [[1.0,2.0],[0.5,1.5]]"
+                f"pattern.{parameter}={list(values)}: a value for each head is a list over heads, such as [1.0,2.0], or over "
+                "layers of equally long ones, such as [[1.0,2.0],[0.5,1.5]]"
             )
         for value in (value for row in values for value in row):
-            construct(type(pattern), {dial: value}, "pattern")  # checks the value
+            construct(type(pattern), {parameter: value}, "pattern")  # checks the value
         return cls("given dials", tuple(tuple(row) for row in values), repeated)
 
 
@@ -90,7 +90,7 @@ class Configuration:
             if own.name not in self.needs
         }
         if self.dials is not None:
-            own[self.pattern.dial] = None  # it differs from head to head: see the settings, or calibration/dials
+            own[self.pattern.sparsity_parameter] = None  # differs by head: see the settings, or calibration/dials
         return {
             "pattern": self.name,
             **own,
@@ -104,8 +104,8 @@ class Configuration:
     @property
     def label(self) -> str:
         """One short line for logs and legends, such as ``kmeans top_clusters=2 + window 11``."""
-        dial = self.pattern.dial
-        at = [f"{dial}={getattr(self.pattern, dial)}"] if dial else []
+        parameter = self.pattern.sparsity_parameter
+        at = [f"{parameter}={getattr(self.pattern, parameter)}"] if parameter else []
         parts = [self.name, *(at if self.dials is None else [f"at {self.dials.target}"])]
         if self.window:
             parts.append(f"+ window {self.window}")
@@ -145,20 +145,20 @@ class Configuration:
         return not isinstance(self.pattern, HasLayout)
 
     def fitted(self, layers: int, heads: int) -> Configuration:
-        """With dials for each of so many layers; a `UserError` where they are those of another number of layers or heads."""
+        """With a value for each of so many layers; a `UserError` where those of another number of layers or heads are given."""
         if self.dials is None:
             return self
         repeated, values = self.dials.repeated, self.dials.values
         if len(values[0]) != heads or not (repeated or len(values) == layers):
             given = f"{len(values[0])} heads" if repeated else f"{len(values)} layers of {len(values[0])} heads"
             raise UserError(
-                f"pattern.{self.pattern.dial} has values for {given}, the model has {layers} layers of {heads}: give a list of "
-                f"{heads} values, or of {layers} such lists"
+                f"pattern.{self.pattern.sparsity_parameter} has values for {given}, the model has {layers} layers of "
+                f"{heads}: give a list of {heads} values, or of {layers} such lists"
             )
         return replace(self, dials=Dials(self.dials.target, values * layers if repeated else values))
 
     def bucketed(self, learned: Learned, head_size: int) -> bool:
-        """Whether it has a bucketed form; one dial for each head can take it away (`PerHead`)."""
+        """Whether it has a bucketed form; a value for each head can take it away (`PerHead`)."""
         if self.quadratic or self.dials is None:
             return not self.quadratic
         vectors = torch.zeros(1, len(self.dials.values[0]), 64, head_size)

@@ -1,6 +1,7 @@
 """Patterns: one idea a file, each ``(QK, layer) → graph``. A predictor and a fixed baseline are the same thing.
 
 A pattern is a frozen dataclass whose fields are its settings. Two class attributes tell the rest of the package about it:
-``dial`` names the one field that trades sparsity for recall (None: there is none), and ``needs`` names the artefacts that it
-works with (``projections``, ``centroids``), which a `sparsefinder.experiment.configuration.Configuration` attaches.
+``sparsity_parameter`` names the one field that trades sparsity for recall (None: there is none), and ``needs`` names the
+artefacts that it works with (``projections``, ``centroids``), which a `sparsefinder.experiment.configuration.Configuration`
+attaches.
 """

@@ -26,7 +26,7 @@ class BigBird:
     2. Blocks are counted over the real tokens of a sentence, and its last one may be shorter; the paper asks for whole ones.
     3. In causal attention later keys are taken out; the paper is bidirectional.
 
-    The dial is the size of a block, all counts fixed: doubling it never takes pairs away.
+    The sparsity parameter is the size of a block, all counts fixed: doubling it never takes pairs away.
     """
 
     block: int = 4  # b, tokens in a block
@@ -35,7 +35,7 @@ class BigBird:
     global_blocks: int = 1  # g at each end
     seed: int = 0
 
-    dial: ClassVar[str | None] = "block"
+    sparsity_parameter: ClassVar[str | None] = "block"
     needs: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:

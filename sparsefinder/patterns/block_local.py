@@ -21,7 +21,7 @@ class BlockLocal:
 
     block: int = 16  # b, tokens in a block
 
-    dial: ClassVar[str | None] = "block"
+    sparsity_parameter: ClassVar[str | None] = "block"
     needs: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:

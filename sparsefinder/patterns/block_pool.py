@@ -32,7 +32,7 @@ class BlockPool:
     size: int = 4  # tokens in a block
     pool_queries: bool = True  # one choice for the queries of a block
 
-    dial: ClassVar[str | None] = "share"
+    sparsity_parameter: ClassVar[str | None] = "share"
     needs: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:

@@ -39,7 +39,7 @@ class Clustered:
     iterations: int = 10  # of Lloyd's algorithm
     seed: int = 0
 
-    dial: ClassVar[str | None] = "share"
+    sparsity_parameter: ClassVar[str | None] = "share"
     needs: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:

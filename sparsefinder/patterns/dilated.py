@@ -23,7 +23,7 @@ class Dilated:
     width: int = 11  # W, odd: the query's own position and W // 2 keys on each side
     dilation: int = 2  # d, tokens from one key to the next; 1 is a window without gaps
 
-    dial: ClassVar[str | None] = "width"
+    sparsity_parameter: ClassVar[str | None] = "width"
     needs: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:

@@ -38,7 +38,7 @@ class Distance:
     p: Annotated[float, "or infinite"] = 2.0  # of the norm in direction, minkowski and min_norm
     seed: int = 0  # of the random distance
 
-    dial: ClassVar[str | None] = "threshold"
+    sparsity_parameter: ClassVar[str | None] = "threshold"
 
     def __post_init__(self) -> None:
         if self.distance not in (*PAIRWISE, "random"):

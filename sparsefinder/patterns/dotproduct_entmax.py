@@ -22,7 +22,7 @@ class DotProductEntmax:
 
     entmax_alpha: float = 1.5  # from 1 (softmax, all pairs) to 2 (sparsemax)
 
-    dial: ClassVar[str | None] = "entmax_alpha"
+    sparsity_parameter: ClassVar[str | None] = "entmax_alpha"
     needs: ClassVar[tuple[str, ...]] = ("projections",)
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ from sparsefinder.graphs import QK
 class Full:
     """Edge iff the pair is allowed."""
 
-    dial: ClassVar[str | None] = None
+    sparsity_parameter: ClassVar[str | None] = None
     needs: ClassVar[tuple[str, ...]] = ()
 
     def __call__(self, qk: QK, layer: int) -> Tensor:

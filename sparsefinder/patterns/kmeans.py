@@ -20,7 +20,7 @@ class KMeans:
     top_clusters: int = 1  # centroids that a token belongs to
     centroids: Centroids | None = None  # attached by a `Configuration`
 
-    dial: ClassVar[str | None] = "top_clusters"
+    sparsity_parameter: ClassVar[str | None] = "top_clusters"
     needs: ClassVar[tuple[str, ...]] = ("projections", "centroids")
 
     def __post_init__(self) -> None:

@@ -39,7 +39,7 @@ class Longformer:
     placement: str = "first"  # first or random
     seed: int = 0  # of the random placement
 
-    dial: ClassVar[str | None] = "width"
+    sparsity_parameter: ClassVar[str | None] = "width"
     needs: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:

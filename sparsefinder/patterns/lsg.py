@@ -34,7 +34,7 @@ class LSG:
     sparsity_factor: int = 2  # f, tokens that a sparse key stands for
     num_global_tokens: int = 1  # g
 
-    dial: ClassVar[str | None] = "block"
+    sparsity_parameter: ClassVar[str | None] = "block"
     needs: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:

@@ -36,7 +36,7 @@ class MagicPIG:
     collisions: int = 2  # tables in which a query and a key must have the same code
     seed: int = 0
 
-    dial: ClassVar[str | None] = "n_tables"
+    sparsity_parameter: ClassVar[str | None] = "n_tables"
     needs: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:

@@ -29,7 +29,7 @@ class OpenAIFixed:
     block: int = 8  # l, tokens in a block
     columns: int = 1  # c, from 0 (blocks alone) to l (every pair)
 
-    dial: ClassVar[str | None] = "columns"
+    sparsity_parameter: ClassVar[str | None] = "columns"
     needs: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:

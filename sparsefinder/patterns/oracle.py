@@ -17,7 +17,7 @@ class Oracle:
 
     alpha: float = 1.5  # of the entmax whose support is meant; 1 (softmax) gives every allowed pair
 
-    dial: ClassVar[str | None] = None
+    sparsity_parameter: ClassVar[str | None] = None
     needs: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:

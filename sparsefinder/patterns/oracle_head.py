@@ -35,7 +35,7 @@ class OracleHead:
     by: str = "score"  # score or margin
     alpha: float = 1.5  # of the entmax in margin; 1 is softmax
 
-    dial: ClassVar[str | None] = "share"
+    sparsity_parameter: ClassVar[str | None] = "share"
     needs: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:

@@ -22,7 +22,7 @@ class OracleTopK:
 
     share: float = 0.2  # of the allowed keys
 
-    dial: ClassVar[str | None] = "share"
+    sparsity_parameter: ClassVar[str | None] = "share"
     needs: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:

@@ -26,7 +26,7 @@ class OracleTopP:
     p: float = 0.9  # share of each query's probability
     alpha: float = 1.0  # of the entmax that gives the probabilities; 1 is softmax
 
-    dial: ClassVar[str | None] = "p"
+    sparsity_parameter: ClassVar[str | None] = "p"
     needs: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""A pattern whose dial is set for each layer and head by itself, as calibration does."""
+"""A pattern whose sparsity parameter is set for each layer and head by itself, as calibration does."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ NO_BUCKET = -1
 
 @dataclass(frozen=True)
 class PerHead:
-    """Edge of head ``h`` iff the pattern has it with its dial at ``values[layer][h]``.
+    """Edge of head ``h`` iff the pattern has it with its sparsity parameter at ``values[layer][h]``.
 
     The pattern is asked once for each distinct value of the layer, about all heads, since what it knows (random numbers,
     centroids) belongs to a head's place: predicting costs as many times more as there are distinct values.
     """
 
-    pattern: Any  # a pattern dataclass with a dial
-    values: tuple[tuple[Any, ...], ...]  # of the dial, for each layer and head
+    pattern: Any  # a pattern dataclass with a sparsity parameter
+    values: tuple[tuple[Any, ...], ...]  # of the sparsity parameter, for each layer and head
 
     def __post_init__(self) -> None:
-        if self.pattern.dial is None:
-            raise UserError(f"{type(self.pattern).__name__} has no dial that could be set for each head")
+        if self.pattern.sparsity_parameter is None:
+            raise UserError(f"{type(self.pattern).__name__} has no sparsity parameter that could be set for each head")
 
     def layout(self, qk: QK, layer: int) -> Layout:
         """The buckets of every head at its own value, -1 where another head has more slots.
@@ -57,11 +57,11 @@ class PerHead:
         heads = qk.q.shape[1]
         if not 0 <= layer < len(self.values) or len(self.values[layer]) != heads:
             raise UserError(
-                f"the dials are those of {len(self.values)} layers with {len(self.values[0])} heads, asked for was layer "
+                f"the values are those of {len(self.values)} layers with {len(self.values[0])} heads, asked for was layer "
                 f"{layer} with {heads} heads: run stage=calibrate on these queries and keys"
             )
         distinct = sorted(set(self.values[layer]))
-        kinds: list[Pattern] = [replace(self.pattern, **{self.pattern.dial: value}) for value in distinct]
+        kinds: list[Pattern] = [replace(self.pattern, **{self.pattern.sparsity_parameter: value}) for value in distinct]
         return kinds, [distinct.index(value) for value in self.values[layer]]
 
 

@@ -25,7 +25,7 @@ class Quantize:
     same_size: bool = True
     temperature: float = 1.0  # of equal width: larger pushes values to the outer bins
 
-    dial: ClassVar[str | None] = "bucket_size"
+    sparsity_parameter: ClassVar[str | None] = "bucket_size"
     needs: ClassVar[tuple[str, ...]] = ("projections",)
 
     def __post_init__(self) -> None:

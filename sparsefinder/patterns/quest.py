@@ -30,7 +30,7 @@ class Quest:
     share: float = 0.2  # of the blocks that there are (causal: up to the query's own)
     size: int = 4  # keys in a block
 
-    dial: ClassVar[str | None] = "share"
+    sparsity_parameter: ClassVar[str | None] = "share"
     needs: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:

@@ -33,7 +33,7 @@ class Reformer:
     n_buckets: int = 64  # of each round; even
     seed: int = 0
 
-    dial: ClassVar[str | None] = "n_rounds"
+    sparsity_parameter: ClassVar[str | None] = "n_rounds"
     needs: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:

@@ -46,7 +46,7 @@ class ToClusters:
     level: float = 0.2  # how far below the estimated threshold (margin), or which share of the keys (budget)
     alpha: float = 1.5  # of the entmax whose threshold is estimated
 
-    dial: ClassVar[str | None] = "level"
+    sparsity_parameter: ClassVar[str | None] = "level"
     needs: ClassVar[tuple[str, ...]]
 
     def __post_init__(self) -> None:

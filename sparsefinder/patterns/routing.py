@@ -44,7 +44,7 @@ class Routing:
     iterations: int = 5  # of spherical k-means within the sentence; 0: centroids stay at random
     seed: int = 0
 
-    dial: ClassVar[str | None] = "share"
+    sparsity_parameter: ClassVar[str | None] = "share"
     needs: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
@@ -83,7 +83,7 @@ class LearnedRouting:
     share: float = 0.1  # of the queries and of the keys, for each centroid
     centroids: Centroids | None = None  # attached by a `Configuration`
 
-    dial: ClassVar[str | None] = "share"
+    sparsity_parameter: ClassVar[str | None] = "share"
     needs: ClassVar[tuple[str, ...]] = ("projections", "centroids")
 
     def __post_init__(self) -> None:

@@ -24,7 +24,7 @@ class NearestRouting:
     share: float = 0.1  # of the queries and of the keys, for each centroid
     centroids: Centroids | None = None  # attached by a `Configuration`
 
-    dial: ClassVar[str | None] = "share"
+    sparsity_parameter: ClassVar[str | None] = "share"
     needs: ClassVar[tuple[str, ...]] = ("projections", "centroids")
 
     def __post_init__(self) -> None:

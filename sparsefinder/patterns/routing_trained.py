@@ -26,7 +26,7 @@ class TrainedRouting:
     share: float = 0.1  # of the queries and of the keys, for each centroid
     online_centroids: Centroids | None = None  # attached by a `Configuration`
 
-    dial: ClassVar[str | None] = "share"
+    sparsity_parameter: ClassVar[str | None] = "share"
     needs: ClassVar[tuple[str, ...]] = ("projections", "online_centroids")
 
     def __post_init__(self) -> None:

@@ -26,7 +26,7 @@ class Sinks:
     width: int = 11  # W, odd: the query's own position and W // 2 keys on each side
     sinks: int = 4  # s, the first so many real tokens
 
-    dial: ClassVar[str | None] = "width"
+    sparsity_parameter: ClassVar[str | None] = "width"
     needs: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:

@@ -26,7 +26,7 @@ class TopKNorm:
 
     share: float = 0.1  # of the keys
 
-    dial: ClassVar[str | None] = "share"
+    sparsity_parameter: ClassVar[str | None] = "share"
     needs: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:

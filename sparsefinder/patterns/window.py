@@ -18,7 +18,7 @@ class Window:
 
     width: int = 11  # W, odd: the query's own position and W // 2 keys on each side
 
-    dial: ClassVar[str | None] = "width"
+    sparsity_parameter: ClassVar[str | None] = "width"
     needs: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
@@ -46,7 +46,7 @@ class GlobalTokens:
     first: int = 1
     last: bool = False
 
-    dial: ClassVar[str | None] = "first"
+    sparsity_parameter: ClassVar[str | None] = "first"
     needs: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:

@@ -34,7 +34,8 @@ def test_there_is_a_page(path: Path) -> None:
     pattern = settings(path)[0]
     module = type(pattern).__module__.replace(".", "/")
     assert f"`{module}.py`" in text
-    assert (f"**Dial:** `{pattern.dial}`" if pattern.dial else "**Dial:** none") in text
+    parameter = f"`{pattern.sparsity_parameter}`" if pattern.sparsity_parameter else "none"
+    assert f"**Sparsity parameter:** {parameter}" in text
 
 
 @each_file

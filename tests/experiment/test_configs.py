@@ -161,7 +161,7 @@ def test_the_published_recipe() -> None:
     assert compose("experiment=wikitext103", "finetune.length=512").finetune.length == 512
 
 
-def test_all_sweeps_every_dial_and_adds_surroundings(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_sweeps_every_pattern_and_adds_surroundings(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = compose("window=3")
     monkeypatch.setattr(script, "chosen", lambda g: cfg.hydra.runtime.choices[g])
     swept = list(script.all_configurations(cfg, sweep=True))

@@ -24,7 +24,7 @@ class Mine:
     chance: float = 0.1
     seed: int = 0
 
-    dial: ClassVar[str | None] = "chance"
+    sparsity_parameter: ClassVar[str | None] = "chance"
     needs: ClassVar[tuple[str, ...]] = ()
 
     def __call__(self, qk: QK, layer: int) -> Tensor:
@@ -52,7 +52,7 @@ class Changed:
     """A good pattern with its graph changed on the way out."""
 
     change: Callable[[Tensor, QK], Any]
-    dial: ClassVar[str | None] = None
+    sparsity_parameter: ClassVar[str | None] = None
 
     def __call__(self, qk: QK, layer: int) -> Tensor:
         changed: Tensor = self.change(Mine()(qk, layer), qk)
@@ -62,7 +62,7 @@ class Changed:
 @dataclass(frozen=True)
 class Remembering:
     seen: list[int] = field(default_factory=list)
-    dial: ClassVar[str | None] = None
+    sparsity_parameter: ClassVar[str | None] = None
 
     def __call__(self, qk: QK, layer: int) -> Tensor:
         self.seen.append(0)
@@ -120,7 +120,7 @@ BROKEN = {
     "history": [Remembering(), Drawing()],
     "seed": [Deaf(to="heads"), Deaf(to="layer"), Deaf(to="seed")],
     "dtype": [Changed(lambda graph, qk: graph & (qk.q @ torch.ones(8) < 9)[..., None])],
-    "dial": [Mine(seed=1), Window(3)],
+    "sparsity_parameter": [Mine(seed=1), Window(3)],
     "layout": [WrongLayout(), WrongLayout(kind="twice"), WrongLayout(kind="range")],
     "bucketed": [WrongLayout()],
 }
@@ -134,8 +134,8 @@ def test_a_broken_promise_is_named(name: str, pattern: Any) -> None:
         check(Subject(pattern, sweep=sweep))
 
 
-def test_a_dial_that_does_nothing() -> None:
-    check = {each.name: each for each in CHECKS}["dial"]
+def test_a_sparsity_parameter_that_does_nothing() -> None:
+    check = {each.name: each for each in CHECKS}["sparsity_parameter"]
     with pytest.raises(AssertionError, match=r"changes nothing \(0.1: \d+, 0.1: \d+\)"):
         check(Subject(Mine(), sweep=[0.1, 0.1]))
 

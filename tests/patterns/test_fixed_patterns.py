@@ -219,7 +219,9 @@ BUDGETS = ("random", "oracle_topk", "oracle_head")
 def test_sweeps_reach_from_few_pairs_to_half_of_them(name: str, tokens: int) -> None:
     pattern, sweep = settings(BY_NAME[name])
     qk = random_qk([tokens], heads=2)
-    ends = [replace(pattern, **{pattern.dial: value})(qk, 0).float().mean() for value in (sweep[0], sweep[-1])]
+    ends = [
+        replace(pattern, **{pattern.sparsity_parameter: value})(qk, 0).float().mean() for value in (sweep[0], sweep[-1])
+    ]
     assert ends[0] < LEAST.get(name, 0.04)
     assert ends[1] >= 0.5 * (1 - 1 / tokens)
 

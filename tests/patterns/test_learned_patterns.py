@@ -291,14 +291,16 @@ TURNED = [
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize(("pattern", "values"), TURNED, ids=lambda x: type(x).__name__ if hasattr(x, "dial") else "")
-def test_the_dial_only_adds_edges(pattern: Any, values: list[float], causal: bool) -> None:
+@pytest.mark.parametrize(
+    ("pattern", "values"), TURNED, ids=lambda x: type(x).__name__ if hasattr(x, "sparsity_parameter") else ""
+)
+def test_the_sparsity_parameter_only_adds_edges(pattern: Any, values: list[float], causal: bool) -> None:
     qk = sentences(causal, lengths=[40, 23])
-    graphs = [replace(pattern, **{pattern.dial: value})(qk, LAYER) for value in values]
+    graphs = [replace(pattern, **{pattern.sparsity_parameter: value})(qk, LAYER) for value in values]
     for smaller, larger in pairwise(graphs):
         assert not (smaller & ~larger).any()
         assert smaller.sum() < larger.sum()
-    if pattern.dial == "share":
+    if pattern.sparsity_parameter == "share":
         assert torch.equal(graphs[-1], qk.allowed.expand_as(graphs[-1])), "a share of 1 is dense"
 
 

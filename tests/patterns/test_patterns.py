@@ -65,7 +65,7 @@ def learned() -> dict[int, Learned]:
 
 @cache
 def settings(path: Path) -> tuple[Any, list[Any]]:
-    """The pattern of a file, and the values of its dial."""
+    """The pattern of a file, and the values of its sparsity parameter."""
     node = OmegaConf.load(path)
     sweep = OmegaConf.to_container(node.pop("sweep")) if "sweep" in node else []
     whole = OmegaConf.create({"alpha": 1.5, "seed": 0, "pattern": node})
@@ -156,9 +156,10 @@ def test_conformance(path: Path, check: Check) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_a_file_has_a_dial_to_turn(path: Path) -> None:
+def test_a_file_has_values_of_its_sparsity_parameter(path: Path) -> None:
     pattern, sweep = settings(path)
-    assert (len(sweep) >= 3) == (pattern.dial is not None), "pattern=all draws a frontier from the values of `sweep`"
+    has_one = pattern.sparsity_parameter is not None
+    assert (len(sweep) >= 3) == has_one, "pattern=all draws a frontier from the values of `sweep`"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
