@@ -12,7 +12,7 @@ have biases.
 - Outside training the random blocks are all block 0, and a block that is met twice counts twice: sparse BigBird in
   evaluation has a window and global blocks only, the first of them weighted up. So it is in transformers; nothing here
   changes it.
-- Sparse mode ignores causality: a decoder is converted in full-attention mode.
+- Sparse mode ignores causality: a decoder is converted in full-attention mode; before 5.18 that ignores it, too.
 """
 
 import logging
@@ -22,6 +22,8 @@ from types import TracebackType
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import (
     BigBirdConfig,
@@ -70,6 +72,9 @@ question answering another layer: their weights come along and their logits diff
 
 SPARSE, FULL = "block_sparse", "original_full"
 
+CAUSAL_SINCE = Version("5.18")
+"""The first transformers whose BigBird hides the future from a decoder."""
+
 
 def convert_roberta_to_bigbird(
     roberta_model: PreTrainedModel,
@@ -88,10 +93,15 @@ def convert_roberta_to_bigbird(
     told. Some of BigBird's heads carry a pooler that they never use and RoBERTa's lack: it is new, and frozen. A
     decoder becomes `attention_type="original_full"`.
 
-    Raises `UserError` for another family, a tokenizer of another vocabulary, a length below the source's, and an
-    attention type, block size or number of random blocks that BigBird does not know.
+    Raises `UserError` for another family, a tokenizer of another vocabulary, a length below the source's, an
+    attention type, block size or number of random blocks that BigBird does not know, and a decoder where transformers
+    is older than `CAUSAL_SINCE`.
     """
     source = read_roberta(roberta_model, roberta_tokenizer, HEADS, "bigbird")
+    if source.config.is_decoder and Version(transformers.__version__) < CAUSAL_SINCE:
+        raise UserError(
+            f"BigBird decoders of transformers {transformers.__version__} see the future: install {CAUSAL_SINCE} or later"
+        )
     length = check_length(source.length, bigbird_max_length, "bigbird_max_length")
     _check_blocks(attention_type, block_size, num_random_blocks)
     settings = {

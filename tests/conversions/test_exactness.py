@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from tiny_sources import FAMILIES, LENGTH, gap, hidden, make_source, make_tokenizer, padded_batch
 
 from sparsefinder.conversions import (
@@ -15,11 +17,13 @@ from sparsefinder.conversions import (
     landmarks,
     resize_longformer,
 )
+from sparsefinder.conversions.bigbird import CAUSAL_SINCE
 from sparsefinder.conversions.bigbird import EXACT_HEADS as BIGBIRD_EXACT
 from sparsefinder.conversions.bigbird import HEADS as BIGBIRD_HEADS
 from sparsefinder.conversions.longformer import HEADS as LONGFORMER_HEADS
 from sparsefinder.conversions.nystromformer import EXACT_HEADS as NYSTROMFORMER_EXACT
 from sparsefinder.conversions.nystromformer import HEADS as NYSTROMFORMER_HEADS
+from sparsefinder.errors import UserError
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -147,8 +151,18 @@ def test_nystromformer_heads_come_along(head: str) -> None:
         torch.testing.assert_close(model.classifier.out_proj.weight, source.classifier.out_proj.weight)
 
 
+def test_a_decoder_is_refused_where_bigbird_is_not_causal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparsefinder.conversions.bigbird.CAUSAL_SINCE", Version("99"))
+    with pytest.raises(UserError, match=r"see the future: install 99 or later"):
+        convert_roberta_to_bigbird(make_source("ForCausalLM", is_decoder=True), make_tokenizer(), 40)
+
+
 def test_a_decoder_becomes_a_causal_bigbird() -> None:
     source = make_source("ForCausalLM", is_decoder=True)
+    if Version(transformers.__version__) < CAUSAL_SINCE:
+        with pytest.raises(UserError, match="see the future"):
+            convert_roberta_to_bigbird(source, make_tokenizer(), 40)
+        return
     model, _ = convert_roberta_to_bigbird(source, make_tokenizer(), 40)
     assert model.config.attention_type == "original_full"
     ids = torch.randint(5, 50, (2, 12))
