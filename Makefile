@@ -39,7 +39,7 @@ $(READY): requirements.lock pyproject.toml
 # the newest versions that pyproject.toml allows, for Python 3.10 and later; needs uv
 lock:
 	printf 'torch==2.13.0\n' > .torch-constraint
-	( head -n 2 requirements.lock; uv pip compile --universal --python-version 3.10 --group dev pyproject.toml \
+	( head -n 2 requirements.lock; uv pip compile --universal --python-version 3.10 --extra pipeline --group dev pyproject.toml \
 	    --constraint .torch-constraint --quiet --no-annotate --no-header | grep -vE '^(nvidia-|cuda-)' ) > requirements.new
 	mv requirements.new requirements.lock
 	rm .torch-constraint
@@ -50,7 +50,7 @@ test-lowest:
 	$(PYTHON) -m venv $(LOWEST)
 	uv pip compile --quiet --resolution lowest-direct --extra launchers --python $(LOWEST)/bin/python \
 	    --no-annotate --no-header pyproject.toml --output-file $(LOWEST)/lowest.txt
-	uv pip compile --quiet --group dev --constraint $(LOWEST)/lowest.txt --python $(LOWEST)/bin/python \
+	uv pip compile --quiet --extra pipeline --group dev --constraint $(LOWEST)/lowest.txt --python $(LOWEST)/bin/python \
 	    --no-annotate --no-header pyproject.toml --output-file $(LOWEST)/all.txt
 	grep -vE '^(nvidia-|cuda-)' $(LOWEST)/all.txt > $(LOWEST)/requirements.txt
 	$(LOWEST)/bin/python -m pip install --quiet --requirement $(LOWEST)/requirements.txt
