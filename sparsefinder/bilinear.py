@@ -12,7 +12,8 @@ far below the threshold, where errors do no harm. Training starts from there and
 
 Every step draws some queries of some samples and takes whole rows of them, in all layers and heads at once. In the end the
 projections are brought into the normal form of the closed form (white queries; the inner products stay), where keys are
-clustered for `sparsefinder.patterns.routed`. Which loss recalls how much, and what else was tried: ``docs/predictors.md``.
+clustered for `sparsefinder.patterns.routed`. Which loss recalls how much, and what else was tried:
+``docs/explanation/predictors.md``.
 """
 
 from __future__ import annotations

@@ -174,7 +174,8 @@ class Layout:
 class HasLayout(Protocol):
     """A pattern that can also say its graph without building it, so that work can be skipped for real."""
 
-    def layout(self, qk: QK, layer: int) -> Layout: ...
+    def layout(self, qk: QK, layer: int) -> Layout:
+        """Buckets, window and global tokens that give the graph of these queries and keys."""
 
 
 def band(tokens: int, window: int, device: torch.device | None = None) -> Tensor:

@@ -31,7 +31,8 @@ class Settings(Protocol):
     """
 
     @property
-    def needs(self) -> tuple[str, ...]: ...
+    def needs(self) -> tuple[str, ...]:
+        """Names of the artefacts that the stage reads."""
 
 
 @dataclass(frozen=True)

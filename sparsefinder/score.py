@@ -252,6 +252,7 @@ class Prediction:
 
     @classmethod
     def of(cls, alone: Configuration, places: Sequence[int], learned: Learned) -> Prediction:
+        """What `alone` builds from what was learned; it fills the columns `places` of the counts."""
         return cls(alone.build(learned), alone.quadratic or alone.dials is not None, places)
 
     def __call__(self, qk: QK, layer: int) -> tuple[Tensor, Buckets | None]:

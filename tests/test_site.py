@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import runpy
 from collections.abc import Iterator
@@ -61,3 +62,24 @@ def test_every_link_leads_somewhere(path: Path) -> None:
         assert page.exists(), f"{path.name}: {link}"
         assert DOCS not in path.parents or DOCS in page.parents, f"{path.name}: {link} is no part of the site"
         assert not anchor or anchor in anchors(page), f"{path.name}: {link}"
+
+
+def public(
+    node: ast.Module | ast.ClassDef, name: str
+) -> Iterator[tuple[str, ast.Module | ast.ClassDef | ast.FunctionDef]]:
+    """A module or class and what it shows: classes, functions and methods whose names have no leading underscore."""
+    yield name, node
+    for inner in node.body:
+        if isinstance(inner, ast.ClassDef | ast.FunctionDef) and not inner.name.startswith("_"):
+            if isinstance(inner, ast.ClassDef):
+                yield from public(inner, f"{name}.{inner.name}")
+            else:
+                yield f"{name}.{inner.name}", inner
+
+
+def test_every_public_name_is_documented() -> None:
+    silent = []
+    for path in [*(ROOT / "sparsefinder").rglob("*.py"), *(ROOT / "scripts").glob("*.py")]:
+        names = public(ast.parse(path.read_text(encoding="utf-8")), path.relative_to(ROOT).as_posix())
+        silent += [name for name, node in names if not (ast.get_docstring(node) or "").strip()]
+    assert not silent, "the page of a module would say nothing about these"

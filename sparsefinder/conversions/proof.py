@@ -59,7 +59,7 @@ def save(model: PreTrainedModel, tokenizer: Any, source: PreTrainedModel, out: s
 
 
 def certify(model: PreTrainedModel, tokenizer: Any, source: PreTrainedModel) -> Certificate:
-    """Every check of a conversion that needs no saving, as a certificate; see `docs/conversions.md` for what they are.
+    """Every check of a conversion that needs no saving, as a certificate; see `docs/reference/conversions.md` for what they are.
 
     Raises `UserError` for a target that this package does not make, or a source that the target is not made from.
     """

@@ -34,9 +34,11 @@ _MOSTLY_EMPTY = 0.5  # share of a block's tokens below which blocks are worth a 
 class Corpus(Protocol):
     """Text in three parts. Where it has an attribute ``pack`` that is true, a block may hold several documents."""
 
-    def documents(self, split: str, cache: Path | str | None = None) -> Iterator[str]: ...
+    def documents(self, split: str, cache: Path | str | None = None) -> Iterator[str]:
+        """The documents of a split (train, validation or test), in an order of their own; `cache`: a folder for slow work."""
 
-    def fingerprint(self) -> str: ...
+    def fingerprint(self) -> str:
+        """Changes whenever the documents may have changed."""
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,7 @@ class Observer:
 
 @torch.inference_mode()
 def measure_graphs(model: Any, observer: Observer, batches: Sequence[Batch], most: int) -> None:
+    """Run the first `most` examples of `batches` through the model while `observer` counts the pairs of its graphs."""
     some: list[Batch] = []
     for batch in batches:
         wanted = most - sum(len(part["input_ids"]) for part in some)

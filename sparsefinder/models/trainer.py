@@ -151,6 +151,7 @@ class OneDevice(TrainingArguments):
     # with more, the Trainer wraps the model in nn.DataParallel, whose threads would share the hook of `masked_logits`
     @property
     def n_gpu(self) -> int:
+        """One GPU at most, however many there are: a process uses one."""
         return min(1, super().n_gpu)
 
 
@@ -205,6 +206,7 @@ class MaskedLMTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        """Cross-entropy in nats, averaged over the masked positions of the whole step, in float32."""
         logits, labels = masked_logits(model, inputs)
         total = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
         processes_ = self.accelerator.num_processes  # the tokens are those of all, and the gradient is their mean
@@ -241,6 +243,7 @@ class Reporting(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
+        """Called by the Trainer with numbers: a line of the losses among them."""
         names = {"loss": "training loss", "eval_loss": "validation loss"}
         found = [f"{title} {logs[name]:.3f}" for name, title in names.items() if name in (logs or {})]
         if found:

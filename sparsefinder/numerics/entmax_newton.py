@@ -28,7 +28,8 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-# Newton steps between two looks at convergence: enough for ordinary rows, so that one look is the rule (docs/performance.md)
+# Newton steps between two looks at convergence: enough for ordinary rows, so that one look is the rule:
+# docs/explanation/performance.md
 STEPS, STEPS_OF_SPARSEMAX = 5, 8
 # of `unrolled`: after 20 halvings τ is known to 1e-6, after four more steps to rounding; two of these are differentiated
 HALVINGS, STEPS_AFTER_HALVING = 20, 4

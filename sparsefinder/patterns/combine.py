@@ -37,6 +37,7 @@ class Projected:
     projections: Projections
 
     def layout(self, qk: QK, layer: int) -> Layout:
+        """That of the pattern in the projected space."""
         return layout_of(self.pattern, self.projections(qk, layer), layer)
 
     def __call__(self, qk: QK, layer: int) -> Tensor:
@@ -60,6 +61,7 @@ class Blocked:
             raise UserError(f"block_size must be 1 token or more, got {self.size}")
 
     def layout(self, qk: QK, layer: int) -> Layout:
+        """Buckets of blocks, for the tokens in them; a `UserError` for a window or global tokens."""
         layout = layout_of(self.pattern, self._chunks(qk), layer)
         if layout.window or layout.is_global is not None:
             raise UserError("a window or global tokens of blocks have no bucketed form: unite them outside the blocks")

@@ -13,7 +13,7 @@ from sparsefinder.predictors.centroids import Centroids
 class RoutedBilinear(ToClusters):
     """Routing to clusters of keys in the space that the stage ``bilinear`` trained; see `ToClusters` for the formula.
 
-    At the same rank and density it recalls more than `Routed`: ``docs/predictors.md``.
+    At the same rank and density it recalls more than `Routed`: ``docs/explanation/predictors.md``.
     """
 
     bilinear_centroids: Centroids | None = None  # attached by a `Configuration`

@@ -45,10 +45,12 @@ class Linear(nn.Module):
 
     @property
     def in_size(self) -> int:
+        """Head size ``D``."""
         return self.w.shape[1]
 
     @property
     def out_size(self) -> int:
+        """Projected size ``R``."""
         return self.w.shape[2]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -74,10 +76,12 @@ class Hidden(nn.Module):
 
     @property
     def in_size(self) -> int:
+        """Head size ``D``."""
         return self.w1.shape[1]
 
     @property
     def out_size(self) -> int:
+        """Projected size ``R``."""
         return self.w2.shape[2]
 
     def forward(self, x: Tensor) -> Tensor:

@@ -36,7 +36,8 @@ class Layers(Protocol):
     """A tensor ``(L, H, n, D)`` of which single layers are taken: one in memory, or a `StoredTensor`."""
 
     @property
-    def shape(self) -> Sequence[int]: ...
+    def shape(self) -> Sequence[int]:
+        """``(L, H, n, D)``."""
 
     def __getitem__(self, layer: int, /) -> Tensor: ...
 

@@ -23,20 +23,19 @@ INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # what a model reads
 
 
 class Judge(Protocol):
-    """What `evaluate` needs to know about a task.
-
-    ``unit``: the column of ``evaluate/blocks`` that says how much was asked; ``asked``: that of ``evaluate/results``;
-    ``measures``: the columns that `scores` gives.
-    """
+    """What `evaluate` needs to know about a task."""
 
     @property
-    def unit(self) -> str: ...
+    def unit(self) -> str:
+        """The column of ``evaluate/blocks`` that says how much was asked."""
 
     @property
-    def asked(self) -> str: ...
+    def asked(self) -> str:
+        """The column of ``evaluate/results`` that says the same."""
 
     @property
-    def measures(self) -> tuple[str, ...]: ...
+    def measures(self) -> tuple[str, ...]:
+        """The columns that `scores` gives."""
 
     def judge(self, output: Any, batch: Batch) -> tuple[Tensor, list[Any]]:
         """Of each example asked, loss (nats, summed) and right, ``(B, 3)`` float64; and what was answered, one value each."""

@@ -58,23 +58,23 @@ class Reader:
 
 
 class LabelledTask(Protocol):
-    """What is special about a task; see `sequence_classification` for the shortest one.
-
-    ``head``: the class of transformers, AutoModelFor…; ``roles``: the settings of `LabelledData` that name the columns it reads;
-    ``made_split``: what held-out rows that are `made` are of, None where that is the split that was asked for.
-    """
+    """What is special about a task; see `sequence_classification` for the shortest one."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The value of ``evaluate.task`` that chooses it."""
 
     @property
-    def head(self) -> str: ...
+    def head(self) -> str:
+        """The class of transformers, AutoModelFor…."""
 
     @property
-    def roles(self) -> tuple[str, ...]: ...
+    def roles(self) -> tuple[str, ...]:
+        """The settings of `LabelledData` that name the columns it reads."""
 
     @property
-    def made_split(self) -> str | None: ...
+    def made_split(self) -> str | None:
+        """What held-out rows that are `made` are of; None where that is the split that was asked for."""
 
     def made(self, corpus: Corpus, split: str, cache: Path) -> tuple[list[Row], list[Row]]:
         """Rows made of a corpus without labels: to learn from, and held out."""

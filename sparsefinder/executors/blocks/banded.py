@@ -28,6 +28,7 @@ class Band:
 
     @property
     def width(self) -> int:
+        """Number of keys that a query of the band sees at most."""
         return self.last - self.first + 1
 
     @property

@@ -36,6 +36,7 @@ class Globals:
 
     @property
     def width(self) -> int:
+        """Number ``G`` of slots for global tokens."""
         return self.tokens.shape[1]
 
     def key_scores(self, q: Tensor, k: Tensor) -> Tensor:

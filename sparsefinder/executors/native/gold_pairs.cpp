@@ -1,4 +1,4 @@
-// The support of entmax as a list of pairs, and the hinge that projections learn from it: see gold_pairs.py.
+// The support of entmax as a list of pairs, and the hinge that projections learn from it: see pairs.py.
 
 #include <algorithm>
 #include <cmath>

@@ -43,6 +43,7 @@ class TokenBlocks:
 
     @property
     def count(self) -> int:
+        """Number of blocks."""
         return self.tokens.shape[1]
 
     def pack(self, x: Tensor, missing: float) -> Tensor:
