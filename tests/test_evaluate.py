@@ -63,7 +63,7 @@ def store(corpus: TextFiles, tmp_path_factory: pytest.TempPathFactory) -> Store:
     stages: dict[str, Any] = {
         "finetune": (
             finetune,
-            FinetuneSettings(corpus, tiny, steps=4, batch_size=4, eval_blocks=4, learning_rate=1e-2),
+            FinetuneSettings(corpus=corpus, model=tiny, steps=4, batch_size=4, eval_blocks=4, learning_rate=1e-2),
         ),
         "extract": (extract.run, ExtractSettings(corpus, nsamples=10)),
         "project": (quantization.run, quantization.ProjectSettings(rounds=3)),

@@ -43,7 +43,7 @@ def corpus(tmp_path):
 
 def settings_for(corpus, **changes):
     values = {"steps": 6, "batch_size": 4, "learning_rate": 1e-2, "warmup": 2, "eval_steps": 2, "eval_blocks": 8}
-    return FinetuneSettings(corpus, **{"model": TINY, **values, **changes})
+    return FinetuneSettings(corpus=corpus, **{"model": TINY, **values, **changes})
 
 
 def run(settings, folder):
