@@ -4,7 +4,6 @@
 were.
 """
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,27 +11,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from sparsefinder.conversions import nystromformer
-from sparsefinder.conversions.certificate import (
-    Certificate,
-    Check,
-    at_most,
-    check_finite,
-    check_ids,
-    check_lengths,
-    check_positions,
-    equals,
-    max_difference,
-    refuse_existing,
-    staged_folder,
-    states,
-    write,
-)
+from sparsefinder.conversions.certificate import Certificate, Check, at_most, equals, states
+from sparsefinder.conversions.checks import check_finite, check_ids, check_lengths, check_positions, max_difference
 from sparsefinder.conversions.expectations import EXACT, Comparison, compare
+from sparsefinder.conversions.measuring import (
+    compare_reloaded,
+    in_float32,
+    load_again,
+    load_tokenizer_again,
+    measuring,
+    save_certified,
+)
 from sparsefinder.conversions.positions import POSITION_BUFFERS, audit
 from sparsefinder.conversions.roberta_source import base_of, word_rows
+from sparsefinder.conversions.staging import refuse_existing
 from sparsefinder.errors import UserError
 from sparsefinder.models import get_normalizer, set_normalizer
 from sparsefinder.numerics.normalizers import Normalizer
@@ -48,14 +43,7 @@ def save(model: PreTrainedModel, tokenizer: Any, source: PreTrainedModel, out: s
     """
     refuse_existing(out)
     certificate = certify(model, tokenizer, source)
-    certificate.require()
-    with staged_folder(out) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        certificate = certificate.with_checks(*_reload_checks(model, tokenizer, folder))
-        certificate.require()
-        write(certificate, folder)
-    return certificate
+    return save_certified(model, tokenizer, certificate, out, lambda folder: _reload_checks(model, tokenizer, folder))
 
 
 def certify(model: PreTrainedModel, tokenizer: Any, source: PreTrainedModel) -> Certificate:
@@ -67,7 +55,7 @@ def certify(model: PreTrainedModel, tokenizer: Any, source: PreTrainedModel) -> 
         if not isinstance(given, PreTrainedModel):
             raise UserError(f"a {type(given).__name__} came; needed: {what}, loaded by transformers")
     alpha = get_normalizer(source).alpha
-    with _measuring(model) as target, _measuring(source) as original, _softmax(original):
+    with measuring(in_float32(model)) as target, measuring(in_float32(source)) as original, _softmax(original):
         comparison = compare(target, tokenizer, original)
         name = source.name_or_path or type(source).__name__
         certificate = Certificate(
@@ -172,36 +160,22 @@ def _table_checks(
 
 
 def _reload_checks(model: PreTrainedModel, tokenizer: Any, folder: Path) -> Iterator[Check]:
-    loaded: Any = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
-    again, report = loaded
-    yield equals("weights missing after reload", len(report["missing_keys"]), 0, ", ".join(report["missing_keys"]))
+    again, complete = load_again(model, folder)
+    yield complete
     saved, loaded_weights = model.state_dict(), again.state_dict()
-    changed = [name for name, tensor in saved.items() if not torch.equal(tensor.cpu(), loaded_weights[name])]
+    changed = [name for name, tensor in saved.items() if not torch.equal(tensor, loaded_weights[name])]
     yield equals("weights that differ after reload", len(changed), 0, ", ".join(changed[:5]))
-    tokenizer_again = AutoTokenizer.from_pretrained(folder)
+    length = int(tokenizer.model_max_length)
+    tokenizer_again, cuts_there = load_tokenizer_again(folder, length)
     text = " ".join(list(tokenizer.get_vocab())[:200])
     same = tokenizer(text, truncation=True)["input_ids"] == tokenizer_again(text, truncation=True)["input_ids"]
     yield equals("tokenizer gives the same ids after reload", same, True)
-    length = int(tokenizer.model_max_length)
-    yield equals("tokenizer's model_max_length after reload", int(tokenizer_again.model_max_length), length)
-    with _measuring(model) as before, _measuring(again.to(model.device)) as after:
+    yield cuts_there
+    with measuring(in_float32(model)) as before, measuring(in_float32(again)) as after:
         # Weights were compared one by one; an input of moderate length shows that the configuration agrees as well.
         tried = min(length, nystromformer.needed_length(model) or _RELOAD_LENGTH)
         ids, valid = _tokens(model, tokenizer, tried)
-        difference = max_difference(_states(before, ids, valid), _states(after, ids, valid))
-        yield at_most("difference after save and reload", difference, 0.0, f"one input of {tried} tokens")
-
-
-@contextmanager
-def _measuring(model: PreTrainedModel) -> Iterator[Any]:
-    """The model, or a copy of it, in float32, evaluation mode and without gradients."""
-    training = model.training
-    measured: Any = model if model.dtype == torch.float32 else copy.deepcopy(model).float()
-    try:
-        with torch.no_grad():
-            yield measured.eval()
-    finally:
-        model.train(training)
+        yield compare_reloaded(before, after, lambda loaded: _states(loaded, ids, valid), tried)
 
 
 @contextmanager

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from sparsefinder.conversions.certificate import Certificate, refuse_existing
+from sparsefinder.conversions.certificate import Certificate
 from sparsefinder.conversions.positions import check_target_length
 from sparsefinder.conversions.roberta_source import lengthened_tokenizer
+from sparsefinder.conversions.staging import refuse_existing
 from sparsefinder.errors import UserError
 from sparsefinder.executors.lsg.attention import SOFTMAX
 from sparsefinder.lsg.configuration import config_class

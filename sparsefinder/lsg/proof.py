@@ -10,21 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
-from sparsefinder.conversions.certificate import (
-    Certificate,
-    Check,
-    at_most,
-    check_finite,
-    check_ids,
-    check_lengths,
-    check_positions,
-    equals,
-    max_difference,
-    staged_folder,
-    states,
-    write,
+from sparsefinder.conversions.certificate import Certificate, Check, at_most, states
+from sparsefinder.conversions.checks import check_finite, check_ids, check_lengths, check_positions, max_difference
+from sparsefinder.conversions.measuring import (
+    compare_reloaded,
+    load_again,
+    load_tokenizer_again,
+    measuring,
+    save_certified,
 )
 from sparsefinder.conversions.positions import audit, audit_sinusoidal
 from sparsefinder.executors.lsg.attention import LSGAttention
@@ -36,7 +30,7 @@ from sparsefinder.numerics.normalizers import Normalizer
 
 def certify(model: Any, tokenizer: Any, source: Any, family: Family, certificate: Certificate) -> Certificate:
     """Every check that needs no saved files: `source` is the plain model, or the LSG model, that was converted."""
-    with _measuring(model), _measuring(source):
+    with measuring(model), measuring(source):
         return certificate.with_checks(
             *_short_inputs(model, source, family),
             *_positions(model, source, family),
@@ -52,14 +46,7 @@ def certify(model: Any, tokenizer: Any, source: Any, family: Family, certificate
 
 def save(model: Any, tokenizer: Any, certificate: Certificate, folder: str | Path) -> Certificate:
     """Save a converted model with its certificate; nothing is left behind when a check fails (`UserError`)."""
-    certificate.require()
-    with staged_folder(folder) as staged:
-        model.save_pretrained(staged)
-        tokenizer.save_pretrained(staged)
-        certificate = certificate.with_checks(*_reloaded(model, tokenizer, staged))
-        certificate.require()
-        write(certificate, staged)
-    return certificate
+    return save_certified(model, tokenizer, certificate, folder, lambda staged: _reloaded(model, staged))
 
 
 def sample(model: Any, length: int, rows: int = 1) -> tuple[Tensor, Tensor]:
@@ -186,25 +173,12 @@ def _lengths(model: Any, tokenizer: Any, family: Family) -> Iterator[Check]:
     yield from check_lengths(tokenizer, length, min(len(table.weight) for table in tables), reserved)
 
 
-def _reloaded(model: Any, tokenizer: Any, folder: Path) -> Iterator[Check]:
-    again, report = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
-    missing = sorted(report["missing_keys"])
-    yield equals("weights missing after reload", len(missing), 0, ", ".join(missing))
+def _reloaded(model: Any, folder: Path) -> Iterator[Check]:
+    again, complete = load_again(model, folder)
+    yield complete
     length = model.lsg_family.tokens(model.config)
-    cut = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).model_max_length
-    yield equals("tokenizer's model_max_length after reload", int(cut), length)
-    with _measuring(model), _measuring(again.to(model.device)):
+    _, cuts_there = load_tokenizer_again(folder, length)
+    yield cuts_there
+    with measuring(model), measuring(again):
         ids, mask = sample(model, length)
-        difference = max_difference(output_states(model, ids, mask), output_states(again, ids, mask))
-    yield at_most("difference after save and reload", difference, 0.0, f"one input of {length} tokens")
-
-
-@contextmanager
-def _measuring(model: Any) -> Iterator[None]:
-    training = model.training
-    try:
-        with torch.no_grad():
-            model.eval()
-            yield
-    finally:
-        model.train(training)
+        yield compare_reloaded(model, again, lambda loaded: output_states(loaded, ids, mask), length)
