@@ -20,7 +20,7 @@ from bucketed import HEADS, SIZE, patterns
 from measuring import Measured, measure
 from torch import Tensor
 
-from sparsefinder.executors.triton.executor import BlockSparse
+from sparsefinder.attention import Bucketed
 from sparsefinder.graphs import QK, HasLayout, Layout
 
 BASELINE = "SDPA softmax"
@@ -78,7 +78,7 @@ def compare(tokens: int, block: int, rounds: int, backward: bool) -> None:
     if dense is not None:
         attentions["AdaSplash, dense entmax"] = dense
     for name, pattern in patterns(q.float(), k.float(), valid).items():
-        sparse, qk = BlockSparse(pattern, block=block), QK(q, k, valid)
+        sparse, qk = Bucketed(pattern, executor="triton", block=block), QK(q, k, valid)
         assert isinstance(pattern, HasLayout)
         on_graph = flex(pattern.layout(qk, 0), tokens)
         attentions[f"FlexAttention softmax, {name}"] = lambda on_graph=on_graph: on_graph(q, k, v)  # type: ignore[misc]

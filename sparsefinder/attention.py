@@ -14,25 +14,47 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import sparsefinder.executors.native.attention as native
-import sparsefinder.executors.native.dense as native_dense
-from sparsefinder.errors import UserError, one_of
-from sparsefinder.executors.blocks import dense_tiles
-from sparsefinder.executors.blocks.decompose import Pieces, cut
-from sparsefinder.executors.blocks.head_chunks import Shares, shares_of
-from sparsefinder.executors.native.dense import Pairs
+from sparsefinder.errors import UserError
+from sparsefinder.executors.blocks.dense_tiles import TilesExecutor
+from sparsefinder.executors.blocks.executor import BlocksExecutor
+from sparsefinder.executors.choose import AUTO, Executor, check, choose, explain
+from sparsefinder.executors.native.attention import NativeExecutor
+from sparsefinder.executors.native.dense import NativeDenseExecutor
+from sparsefinder.executors.triton.executor import TritonExecutor
+from sparsefinder.executors.work import Pairs, Work
 from sparsefinder.graphs import QK, HasLayout, Layout, Pattern, band
 from sparsefinder.numerics.normalizers import Normalizer, PerHead
 from sparsefinder.numerics.padding import at_least_float32, without_padding
 
-EXECUTORS = ("auto", "native", "blocks")
-DENSE_EXECUTORS = ("auto", "native", "tiles")
 _ENTMAX15 = Normalizer(1.5)  # the normalizer of the gold graphs
+
+
+class LayoutExecutor(Executor, Protocol):
+    """What multiplies a layout."""
+
+    def attend(self, qk: QK, v: Tensor, layout: Layout, normalizer: Normalizer) -> Tensor:
+        """Queries and keys without what padding contained, values ``(B, H, N, D)`` → ``(B, H, N, D)`` in their dtype."""
+
+    def computed_pairs(self, qk: QK, layout: Layout) -> Tensor:
+        """Pairs that are multiplied, ``(B, H)`` int64."""
+
+
+class DenseExecutor(Executor, Protocol):
+    """What multiplies all pairs that there are."""
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, pairs: Pairs, normalizer: Normalizer | PerHead, dropout: float
+    ) -> Tensor:
+        """``q (B, H, N_q, D)``, ``k``, ``v (B, H_k, N_k, D)``, float32 or float64 → ``(B, H, N_q, D)``."""
+
+
+_DENSE_EXECUTORS: tuple[DenseExecutor, ...] = (NativeDenseExecutor(), TilesExecutor())
 
 
 @dataclass(frozen=True)
@@ -68,22 +90,24 @@ class Bucketed:
 
     The same output and gradients as ``Masked`` of the same pattern, to rounding. The pattern must have a ``layout``: buckets,
     a window, global tokens and unions of these. Work and memory are linear in N where buckets keep their size; a bucket with
-    all tokens costs what dense attention costs. Two executors multiply it:
+    all tokens costs what dense attention costs. Three executors multiply it:
 
     - ``native``, C++ on a CPU (`sparsefinder.executors.native.attention`): a query at a time, the pairs of the graph and no
       others;
     - ``blocks``, torch's products on any device (`sparsefinder.executors.blocks.decompose`): buckets are filled up to a few
       sizes, so that those of like size are one product (never up to the fullest one), and ``computed_pairs`` counts the
-      filling.
+      filling;
+    - ``triton``, kernels on a GPU (`sparsefinder.executors.triton`), float32 or half precision: only where it is asked for.
 
-    ``auto`` is ``native`` wherever it works, which on a CPU needs a C++ compiler the first time.
+    ``auto`` is ``native`` wherever it works, which on a CPU needs a C++ compiler the first time; ``explain`` says what it took.
     """
 
     pattern: Pattern  # who may attend to whom; must have a layout
     normalizer: Normalizer = _ENTMAX15  # how the scores on the graph become probabilities
     causal: bool = False  # whether a query sees no later key
-    executor: str = "auto"  # auto, native or blocks
+    executor: str = AUTO  # auto, native, blocks or triton
     queries_at_once: int = 1 << 15  # of blocks: queries (once for each bucket) whose scores are in memory at one time
+    block: int = 64  # of triton: queries and keys of a block, a power of two from 16
 
     def __post_init__(self) -> None:
         if not isinstance(self.pattern, HasLayout):
@@ -91,24 +115,14 @@ class Bucketed:
                 f"attention=bucketed got the pattern {type(self.pattern).__name__}, which has no layout (buckets, window, "
                 "global tokens): choose a pattern with buckets such as kmeans or quantize, or use attention=masked"
             )
-        if self.executor not in EXECUTORS:
-            raise UserError(f"executor={self.executor} is unknown; {one_of(EXECUTORS, self.executor)}")
-        if self.executor == "native":
-            native.require()
-        if self.queries_at_once < 1:
-            raise UserError(f"queries_at_once must be 1 query or more, got {self.queries_at_once}")
+        check(self._executors(), self.executor)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, layer: int) -> Tensor:
         """``q, k, v (B, H, N, D)``, ``valid (B, N)`` bool → ``(B, H, N, D)`` in the dtype of ``v``."""
         q, k, v = without_padding(q, valid), without_padding(k, valid), without_padding(v, valid)
         qk = QK(q, k, valid, self.causal)
-        if self._is_native(q):
-            exact = qk.with_vectors(at_least_float32(q), at_least_float32(k))
-            return native.attend(exact, v, self._layout(qk, layer), self.normalizer.alpha)
-        layout, shares = self._layout_and_shares(qk, layer)
-        vectors = (shares.split(x) for x in (at_least_float32(q), at_least_float32(k), v))
-        parts = zip(shares.split_layout(layout, qk), *vectors, strict=True)
-        return shares.join([self._attend(cut(*part), *vectors) for part, *vectors in parts])
+        executor = choose(self._executors(), self.executor, Work.of(q, k, v))
+        return executor.attend(qk, v, self._layout(qk, layer), self.normalizer)
 
     @torch.no_grad()
     def graph(self, qk: QK, layer: int) -> Tensor:
@@ -116,40 +130,21 @@ class Bucketed:
         return self._layout(qk, layer).graph(qk)
 
     def computed_pairs(self, qk: QK, layer: int) -> Tensor:
-        """Pairs that are multiplied, ``(B, H)`` int64: those of the graph, and with ``blocks`` the filling too."""
-        if self._is_native(qk.q):
-            return native.pairs(qk, self._layout(qk, layer))
-        layout, shares = self._layout_and_shares(qk, layer)
-        return shares.join([cut(*part).computed_pairs() for part in shares.split_layout(layout, qk)])
+        """Pairs that are multiplied, ``(B, H)`` int64: those of the graph, and but for ``native`` the filling too."""
+        executor = choose(self._executors(), self.executor, Work.of(qk.q, qk.k))
+        return executor.computed_pairs(qk, self._layout(qk, layer))
 
-    def _attend(self, pieces: Pieces, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q = q / math.sqrt(q.shape[-1])
-        rows = pieces.rows()
-        probabilities = self.normalizer.each(rows.pack(pieces.scores(q, k)))
-        out = pieces.apply(rows.unpack(probabilities).to(v.dtype), v)
-        if pieces.globals is None:
-            return out
-        probabilities_of_globals = self.normalizer(pieces.globals.query_scores(q, k))
-        return pieces.globals.add(out, probabilities_of_globals.to(v.dtype) @ v)
+    def explain(self, q: Tensor, *others: Tensor) -> str:
+        """Which executor multiplies these queries (and keys and values) and why no other one does: a line for each."""
+        return explain(self._executors(), self.executor, Work.of(q, *others))
 
-    def _is_native(self, q: Tensor) -> bool:
-        if self.executor == "auto":
-            return native.works_on(q.device)
-        if self.executor == "native" and q.device.type != "cpu":
-            raise UserError(f"executor=native runs on a CPU, the queries are on {q.device}: choose executor=blocks")
-        return self.executor == "native"
+    def _executors(self) -> tuple[LayoutExecutor, ...]:
+        return NativeExecutor(), BlocksExecutor(self.queries_at_once), TritonExecutor(self.block)
 
     @torch.no_grad()
     def _layout(self, qk: QK, layer: int) -> Layout:
         assert isinstance(self.pattern, HasLayout)  # checked when made
         return self.pattern.layout(qk, layer)
-
-    def _layout_and_shares(self, qk: QK, layer: int) -> tuple[Layout, Shares]:
-        layout = self._layout(qk, layer)
-        times = 1.0  # that a query is multiplied, once for each of its buckets
-        if layout.buckets is not None and layout.buckets.q_ids.numel():
-            times = max((layout.buckets.q_ids >= 0).sum(-1).double().mean().item(), 1.0)
-        return layout, shares_of(qk, max(int(self.queries_at_once / times), 1))
 
 
 @dataclass(frozen=True)
@@ -172,11 +167,10 @@ class Dense:
     causal: bool = False  # whether a query sees no later key
     window: int = 0  # odd: a query sees itself and window // 2 keys on each side; 0 for all
     dropout: float = 0.0  # share of the probabilities that are set to zero, the others divided by what is left
-    executor: str = "auto"  # auto, native or tiles
+    executor: str = AUTO  # auto, native or tiles
 
     def __post_init__(self) -> None:
-        if self.executor not in DENSE_EXECUTORS:
-            raise UserError(f"executor={self.executor} is unknown; {one_of(DENSE_EXECUTORS, self.executor)}")
+        check(_DENSE_EXECUTORS, self.executor)
         if self.window < 0 or (self.window and self.window % 2 == 0):
             raise UserError(f"window must be odd, or 0 for none, got {self.window}; try {self.window + 1}")
         if not 0.0 <= self.dropout < 1.0:
@@ -206,15 +200,16 @@ class Dense:
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, pairs: Pairs) -> Tensor:
         exact = (at_least_float32(q), at_least_float32(k), v.to(at_least_float32(q).dtype))
-        if isinstance(self.normalizer, Normalizer) and self.normalizer.alpha == 1.0:
+        if self._is_softmax:
             return self._softmax(*exact, pairs).to(v.dtype)
-        if self._is_native(exact[0]):
-            alpha = self.normalizer.alpha
-            alpha = alpha if isinstance(alpha, Tensor) else torch.full((q.shape[1],), alpha, dtype=torch.float64)
-            seed = int(torch.randint(1 << 62, ())) if self.dropout else 0
-            return native_dense.attend(*exact, pairs, alpha, self.dropout, seed).to(v.dtype)
-        out = dense_tiles.attend(*exact, pairs.allowed, self.normalizer, self.dropout)
-        return out.masked_fill(~pairs.query_valid[:, None, :, None], 0.0).to(v.dtype)
+        executor = choose(_DENSE_EXECUTORS, self.executor, Work.of(q, k, v))
+        return executor.attend(*exact, pairs, self.normalizer, self.dropout).to(v.dtype)
+
+    def explain(self, q: Tensor, *others: Tensor) -> str:
+        """Which executor multiplies these queries (and keys and values) and why no other one does: a line for each."""
+        if self._is_softmax:
+            return "softmax: torch's scaled_dot_product_attention, with any executor"
+        return explain(_DENSE_EXECUTORS, self.executor, Work.of(q, *others))
 
     @torch.no_grad()
     def graph(self, qk: QK, layer: int) -> Tensor:
@@ -235,11 +230,6 @@ class Dense:
         present = pairs.query_valid[:, None, :, None]
         return out.masked_fill(~(present if mask is None else present & mask.any(-1, keepdim=True)), 0.0)
 
-    def _is_native(self, q: Tensor) -> bool:
-        if self.executor == "auto":
-            return native_dense.works_on(q)
-        if self.executor == "native" and not native_dense.works_on(q):
-            raise UserError(
-                f"executor=native needs a CPU and a C++ compiler, the queries are on {q.device}: choose executor=tiles"
-            )
-        return self.executor == "native"
+    @property
+    def _is_softmax(self) -> bool:
+        return isinstance(self.normalizer, Normalizer) and self.normalizer.alpha == 1.0

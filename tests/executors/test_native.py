@@ -283,10 +283,10 @@ def test_whoever_meets_nan_is_nan(alpha: float) -> None:
 def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Nothing has been built yet, and what is built is forgotten again."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for function in (build.load, build.available):
+    for function in (build.load, build.missing, build.available):
         function.cache_clear()
     yield tmp_path
-    for function in (build.load, build.available):
+    for function in (build.load, build.missing, build.available):
         function.cache_clear()
 
 
@@ -313,7 +313,8 @@ def test_without_a_compiler(fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog
     with pytest.raises(UserError, match=r"executor=native: no C\+\+ compiler was found .* or choose executor=blocks"):
         Bucketed(Window(5), executor="native")
     monkeypatch.undo()
-    build.available.cache_clear()
+    for function in (build.missing, build.available):
+        function.cache_clear()
     torch.testing.assert_close(Bucketed(Window(5), executor="native")(x, x, x, valid, 0), slow)
 
 
@@ -349,10 +350,12 @@ def test_a_folder_that_others_can_write_is_not_loaded_from(fresh: Path, monkeypa
 
 
 def test_executors_that_do_not_exist_or_cannot_be() -> None:
-    with pytest.raises(UserError, match="executor=gpu is unknown; choose one of auto, native, blocks"):
+    with pytest.raises(UserError, match="executor=gpu is unknown; choose one of auto, native, blocks, triton"):
         Bucketed(Window(3), executor="gpu")
     with pytest.raises(UserError, match="executor=gpu is unknown"):  # before a pattern is at hand, and any work is done
         AttentionChoice("bucketed", Bucketed, {"executor": "gpu"})
     x = torch.zeros(1, 1, 4, 2, device="meta")
-    with pytest.raises(UserError, match="executor=native runs on a CPU"):
+    with pytest.raises(
+        UserError, match="executor=native: runs on a CPU, the queries are on meta, or choose executor=blocks"
+    ):
         Bucketed(Window(3), executor="native")(x, x, x, torch.ones(1, 4) > 0, 0)

@@ -6,15 +6,15 @@ import importlib.util
 import os
 import subprocess
 import sys
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from sparsefinder.attention import Masked
+from sparsefinder.attention import Bucketed, Masked
 from sparsefinder.errors import UserError
-from sparsefinder.executors.triton.executor import BlockSparse, check_device
 from sparsefinder.executors.triton.plan import Plan, Side, plan
 from sparsefinder.graphs import QK, Buckets
 from sparsefinder.numerics.normalizers import Normalizer
@@ -36,6 +36,7 @@ from tests.test_attention import (
     with_gradients,
 )
 
+Triton = partial(Bucketed, executor="triton")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 kernels = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed: pip install 'sparsefinder[gpu]'")
 
@@ -110,11 +111,28 @@ def test_blocks_are_linear_in_tokens() -> None:
 
 def test_a_cpu_without_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(UserError, match=r"needs CUDA and triton.*attention=bucketed"):
-        check_device(torch.zeros(1))
+    wanted = (
+        r"executor=triton: needs a GPU with CUDA, the queries are on cpu, or choose executor=native or executor=blocks"
+    )
+    with pytest.raises(UserError, match=wanted):
+        Triton(Fixed())(*vectors(1, 1, 5), torch.ones(1, 5) > 0, 0)
 
 
-@pytest.mark.parametrize("make", [lambda: BlockSparse(Full()), lambda: BlockSparse(Fixed(), block=48)])
+@kernels
+def test_precisions_that_the_kernels_do_not_multiply_are_refused() -> None:
+    q, k, v = vectors(1, 1, 5)
+    for wrong in ((q.double(), k.double(), v.double()), (q, k, v.half())):
+        with pytest.raises(UserError, match="executor=triton: needs queries, keys and values of one precision"):
+            Triton(Fixed())(*wrong, torch.ones(1, 5) > 0, 0)
+
+
+def test_without_triton_it_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(UserError, match=r"executor=triton: needs triton, which is not installed: pip install"):
+        Triton(Fixed())
+
+
+@pytest.mark.parametrize("make", [lambda: Triton(Full()), lambda: Triton(Fixed(), block=48)])
 def test_what_cannot_run_is_refused_at_once(make: Any) -> None:
     with pytest.raises(UserError):
         make()
@@ -145,7 +163,7 @@ def run(attention: Any, inputs: list[Tensor], valid: Tensor) -> list[Tensor]:
 def test_block_sparse_is_masked(name: str) -> None:
     inputs, valid = vectors(2, 1, SMALL), right_padded([37, 21], SMALL)
     expected = with_gradients(Masked(CASES[name]), inputs, valid)
-    assert_same(run(BlockSparse(CASES[name], block=16), inputs, valid), expected, 2e-5)
+    assert_same(run(Triton(CASES[name], block=16), inputs, valid), expected, 2e-5)
 
 
 @kernels
@@ -154,7 +172,7 @@ def test_every_alpha_causal(alpha: float) -> None:
     inputs, valid = vectors(1, 1, SMALL, size=20), right_padded([33], SMALL)
     pattern = Fixed(nearest(1, 1, SMALL, 2, 5), 5, GLOBALS[:1])
     expected = with_gradients(Masked(pattern, Normalizer(alpha), causal=True), inputs, valid)
-    found = run(BlockSparse(pattern, Normalizer(alpha), causal=True, block=16), inputs, valid)
+    found = run(Triton(pattern, Normalizer(alpha), causal=True, block=16), inputs, valid)
     assert_same(found, expected, 2e-5)
 
 
@@ -164,7 +182,7 @@ def test_no_key_gives_zeros_and_padding_never_matters() -> None:
     for x in inputs:
         x[:, :, 4:] = float("nan")
     alone = Fixed(same_buckets([0, 0, 0, 1, 0, 0], [0] * 6, 2))
-    out, *gradients = run(BlockSparse(alone, block=16), inputs, valid)
+    out, *gradients = run(Triton(alone, block=16), inputs, valid)
     assert not out[0, 0, 3:].any()
     assert out[0, 0, :3].all()
     assert all(gradient.isfinite().all() and not gradient[:, :, 4:].any() for gradient in gradients)
@@ -174,7 +192,7 @@ def test_no_key_gives_zeros_and_padding_never_matters() -> None:
 def test_half_precision() -> None:
     inputs, valid = [x.half() for x in vectors(1, 1, SMALL)], right_padded([37], SMALL)
     pattern = Fixed(rounds(1, 1, SMALL, 1, 2), 3)
-    found = run(BlockSparse(pattern, block=16), inputs, valid)
+    found = run(Triton(pattern, block=16), inputs, valid)
     assert {x.dtype for x in found} == {torch.float16}
     expected = with_gradients(Masked(pattern), [x.float() for x in inputs], valid)
     for ours, reference in zip(found, expected, strict=True):

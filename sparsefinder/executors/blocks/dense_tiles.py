@@ -13,7 +13,26 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sparsefinder.executors.work import Pairs, Work
+from sparsefinder.numerics.normalizers import Normalizer, PerHead
+
 AT_ONCE = 1 << 22  # scores in memory at one time
+
+
+class TilesExecutor:
+    """Dense attention by torch's products, on any device."""
+
+    name = "tiles"
+    never_automatic = ""
+
+    def why_not(self, work: Work | None) -> str:
+        return ""
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, pairs: Pairs, normalizer: Normalizer | PerHead, dropout: float
+    ) -> Tensor:
+        out = attend(q, k, v, pairs.allowed, normalizer, dropout)
+        return out.masked_fill(~pairs.query_valid[:, None, :, None], 0.0)
 
 
 def attend(

@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sparsefinder.errors import UserError
-from sparsefinder.executors.native.build import DTYPES, LONG, POINTER, available, load, pointers
+from sparsefinder.executors.native.build import DTYPES, LONG, POINTER, load, pointers, why_not
+from sparsefinder.executors.work import Work
 from sparsefinder.graphs import QK, Layout
+from sparsefinder.numerics.normalizers import Normalizer
+from sparsefinder.numerics.padding import at_least_float32
 
 
 class _Graph(ctypes.Structure):
@@ -36,17 +38,21 @@ class _Graph(ctypes.Structure):
     ]
 
 
-def works_on(device: torch.device) -> bool:
-    """Whether tensors there can be attended to: on a CPU, where a C++ compiler is or was at hand."""
-    return device.type == "cpu" and available("attention")
+class NativeExecutor:
+    """A layout on a CPU: the pairs of the graph and no others."""
 
+    name = "native"
+    never_automatic = ""
 
-def require() -> None:
-    """A `UserError` where there is no compiler, or it fails."""
-    try:
-        load("attention")
-    except UserError as error:
-        raise UserError(f"executor=native: {error}, or choose executor=blocks") from error
+    def why_not(self, work: Work | None) -> str:
+        return why_not("attention", work)
+
+    def attend(self, qk: QK, v: Tensor, layout: Layout, normalizer: Normalizer) -> Tensor:
+        exact = qk.with_vectors(at_least_float32(qk.q), at_least_float32(qk.k))
+        return attend(exact, v, layout, normalizer.alpha)
+
+    def computed_pairs(self, qk: QK, layout: Layout) -> Tensor:
+        return pairs(qk, layout)
 
 
 def attend(qk: QK, v: Tensor, layout: Layout, alpha: float) -> Tensor:

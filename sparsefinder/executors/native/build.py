@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from sparsefinder.errors import UserError
+from sparsefinder.executors.work import Work
 
 log = logging.getLogger(__name__)
 
@@ -36,14 +37,30 @@ LONG, POINTER = ctypes.c_int64, ctypes.c_void_p  # of arguments and fields
 
 
 @functools.cache
-def available(name: str) -> bool:
-    """Whether the compiled ``<name>.cpp`` of this folder can be had; one warning in the log where it cannot."""
+def missing(name: str) -> str:
+    """Why the compiled ``<name>.cpp`` of this folder cannot be had; empty where it can."""
     try:
         load(name)
     except UserError as error:
-        log.warning("%s; torch's own operations are used instead, slower", error)
-        return False
-    return True
+        return str(error)
+    return ""
+
+
+@functools.cache
+def available(name: str) -> bool:
+    """Whether the compiled ``<name>.cpp`` of this folder can be had; one warning in the log where it cannot."""
+    if reason := missing(name):
+        log.warning("%s; torch's own operations are used instead, slower", reason)
+    return not reason
+
+
+def why_not(name: str, work: Work | None) -> str:
+    """Why the compiled ``<name>.cpp`` of this folder cannot do this work; empty where it can."""
+    if work is None:
+        return missing(name)
+    if work.device.type != "cpu":
+        return f"runs on a CPU, the queries are on {work.device}"
+    return "" if available(name) else missing(name)
 
 
 @functools.cache

@@ -26,7 +26,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sparsefinder.executors.native.build import DTYPES, LONG, POINTER, load, pointers, reads
+from sparsefinder.executors.native.build import DTYPES, LONG, POINTER, load, pointers, why_not
+from sparsefinder.executors.work import Pairs, Work
+from sparsefinder.numerics.normalizers import Normalizer, PerHead
 
 
 class _Problem(ctypes.Structure):
@@ -40,37 +42,22 @@ class _Problem(ctypes.Structure):
     ]
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """Which pairs there are: ``query_valid (B, N_q)`` × ``key_valid (B, N_k)``, within a band, and where ``mask`` is True.
+class NativeDenseExecutor:
+    """Dense attention on a CPU: exact products with the keys that can be in the support."""
 
-    ``back``, ``ahead``: query ``i`` sees keys ``i − back … i + ahead``; None for all of that side. ``mask``: None, or bool
-    ``(B, H, N_q, N_k)`` where each of the first three may be 1.
-    """
+    name = "native"
+    never_automatic = ""
 
-    query_valid: Tensor
-    key_valid: Tensor
-    back: int | None = None
-    ahead: int | None = None
-    mask: Tensor | None = None
+    def why_not(self, work: Work | None) -> str:
+        return why_not("dense", work)
 
-    def allowed(self, start: int, end: int) -> Tensor:
-        """The pairs of queries ``start`` to ``end``: bool that broadcasts to ``(B, H, end − start, N_k)``."""
-        pairs = self.key_valid[:, None, None, :]
-        if self.mask is not None:
-            pairs = pairs & (self.mask if self.mask.shape[2] == 1 else self.mask[:, :, start:end])
-        if self.back is None and self.ahead is None:
-            return pairs
-        distance = torch.arange(self.key_valid.shape[1], device=pairs.device)
-        distance = distance - torch.arange(start, end, device=pairs.device)[:, None]
-        if self.back is not None:
-            pairs = pairs & (distance >= -self.back)
-        return pairs if self.ahead is None else pairs & (distance <= self.ahead)
-
-
-def works_on(x: Tensor) -> bool:
-    """Whether ``x`` can be read here."""
-    return reads(x, "dense")
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, pairs: Pairs, normalizer: Normalizer | PerHead, dropout: float
+    ) -> Tensor:
+        alpha = normalizer.alpha
+        alpha = alpha if isinstance(alpha, Tensor) else torch.full((q.shape[1],), alpha, dtype=torch.float64)
+        seed = int(torch.randint(1 << 62, ())) if dropout else 0
+        return attend(q, k, v, pairs, alpha, dropout, seed)
 
 
 def attend(

@@ -1,0 +1,61 @@
+"""A layout by torch's products on any device: cut into blocks, a few heads at a time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparsefinder.errors import UserError
+from sparsefinder.executors.blocks.decompose import Pieces, cut
+from sparsefinder.executors.blocks.head_chunks import Shares, shares_of
+from sparsefinder.executors.work import Work
+from sparsefinder.graphs import QK, Layout
+from sparsefinder.numerics.normalizers import Normalizer
+from sparsefinder.numerics.padding import at_least_float32
+
+
+@dataclass(frozen=True)
+class BlocksExecutor:
+    """A layout in blocks: buckets of like size are one product, filled up to that size."""
+
+    queries_at_once: int = 1 << 15  # queries (once for each bucket) whose scores are in memory at one time
+    name = "blocks"
+    never_automatic = ""
+
+    def __post_init__(self) -> None:
+        if self.queries_at_once < 1:
+            raise UserError(f"queries_at_once must be 1 query or more, got {self.queries_at_once}")
+
+    def why_not(self, work: Work | None) -> str:
+        return ""
+
+    def attend(self, qk: QK, v: Tensor, layout: Layout, normalizer: Normalizer) -> Tensor:
+        shares = self._shares(qk, layout)
+        vectors = (shares.split(x) for x in (at_least_float32(qk.q), at_least_float32(qk.k), v))
+        parts = zip(shares.split_layout(layout, qk), *vectors, strict=True)
+        return shares.join([_attend(cut(*part), q, k, v, normalizer) for part, q, k, v in parts])
+
+    def computed_pairs(self, qk: QK, layout: Layout) -> Tensor:
+        shares = self._shares(qk, layout)
+        return shares.join([cut(*part).computed_pairs() for part in shares.split_layout(layout, qk)])
+
+    @torch.no_grad()
+    def _shares(self, qk: QK, layout: Layout) -> Shares:
+        times = 1.0  # that a query is multiplied, once for each of its buckets
+        if layout.buckets is not None and layout.buckets.q_ids.numel():
+            times = max((layout.buckets.q_ids >= 0).sum(-1).double().mean().item(), 1.0)
+        return shares_of(qk, max(int(self.queries_at_once / times), 1))
+
+
+def _attend(pieces: Pieces, q: Tensor, k: Tensor, v: Tensor, normalizer: Normalizer) -> Tensor:
+    q = q / math.sqrt(q.shape[-1])
+    rows = pieces.rows()
+    probabilities = normalizer.each(rows.pack(pieces.scores(q, k)))
+    out = pieces.apply(rows.unpack(probabilities).to(v.dtype), v)
+    if pieces.globals is None:
+        return out
+    probabilities_of_globals = normalizer(pieces.globals.query_scores(q, k))
+    return pieces.globals.add(out, probabilities_of_globals.to(v.dtype) @ v)

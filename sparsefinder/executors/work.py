@@ -1,0 +1,49 @@
+"""What executors are given: vectors on some device, and which pairs of them there are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Work:
+    """What decides who can do it: where the vectors are, and of what precision."""
+
+    device: torch.device  # of the queries
+    dtypes: tuple[torch.dtype, ...]  # of queries, keys and, where they are at hand, values
+
+    @classmethod
+    def of(cls, q: Tensor, *others: Tensor) -> Work:
+        """The work on these queries, keys and values."""
+        return cls(q.device, tuple(x.dtype for x in (q, *others)))
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Which pairs there are: ``query_valid (B, N_q)`` × ``key_valid (B, N_k)``, within a band, and where ``mask`` is True.
+
+    ``back``, ``ahead``: query ``i`` sees keys ``i − back … i + ahead``; None for all of that side. ``mask``: None, or bool
+    ``(B, H, N_q, N_k)`` where each of the first three may be 1.
+    """
+
+    query_valid: Tensor
+    key_valid: Tensor
+    back: int | None = None
+    ahead: int | None = None
+    mask: Tensor | None = None
+
+    def allowed(self, start: int, end: int) -> Tensor:
+        """The pairs of queries ``start`` to ``end``: bool that broadcasts to ``(B, H, end − start, N_k)``."""
+        pairs = self.key_valid[:, None, None, :]
+        if self.mask is not None:
+            pairs = pairs & (self.mask if self.mask.shape[2] == 1 else self.mask[:, :, start:end])
+        if self.back is None and self.ahead is None:
+            return pairs
+        distance = torch.arange(self.key_valid.shape[1], device=pairs.device)
+        distance = distance - torch.arange(start, end, device=pairs.device)[:, None]
+        if self.back is not None:
+            pairs = pairs & (distance >= -self.back)
+        return pairs if self.ahead is None else pairs & (distance <= self.ahead)
