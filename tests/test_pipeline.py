@@ -55,9 +55,9 @@ def run(
     def command(*arguments: str) -> str:
         caplog.clear()
         caplog.set_level(logging.INFO)
-        told = [each for given in arguments for each in script.path_of_model(script.quoted(given))]
+        typed = script.understood(arguments, script.Known(script.FILES, script.settings_with)).settings
         with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            everything = [*LITTLE, *text, f"run_dir={tmp_path / 'run'}", *told]
+            everything = [*LITTLE, *text, f"run_dir={tmp_path / 'run'}", *typed]
             cfg = hydra.compose("config", overrides=everything, return_hydra_config=True)
             monkeypatch.setattr(script, "chosen", lambda group: cfg.hydra.runtime.choices[group])
             script.run(cfg)

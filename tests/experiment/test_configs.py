@@ -115,7 +115,8 @@ def test_a_wrong_setting_is_one_line_before_any_work(
 
 @pytest.mark.parametrize("name", ["2024", "2024_01", "1e3", "007"])
 def test_a_path_may_look_like_a_number(name: str, script: ModuleType) -> None:
-    cfg = compose(*(script.quoted(f"{key}={name}") for key in ("run_dir", "qk")))
+    typed = [f"{key}={name}" for key in ("run_dir", "qk")]
+    cfg = compose(*script.understood(typed, script.Known(script.FILES, script.settings_with)).settings)
     store = script.store_of(cfg, [], None)
     assert (store.run_dir, store.given["qk"]) == (Path(name), Path(name))
     cfg.run_dir = 2024  # in a file, where nothing puts quotes
@@ -182,6 +183,7 @@ def test_every_yaml_of_a_choice_says_what_it_is() -> None:
 
 @pytest.mark.parametrize("experiment", ["smoke", "tiny", "frontier", "wikitext103"])
 def test_every_experiment_takes_a_model_by_path(experiment: str, script: ModuleType) -> None:
-    settings = [f"experiment={experiment}", *script.path_of_model("model=./a/folder")]
+    typed = [f"experiment={experiment}", "model=./a/folder"]
+    settings = script.understood(typed, script.Known(script.FILES, script.settings_with)).settings
     cfg = hydra.compose("config", overrides=settings)
     assert script.build(cfg.model).name_or_path == "./a/folder"
