@@ -189,8 +189,7 @@ def _measure(projections: Projections, held_out: Samples, settings: BilinearSett
     pattern = LowRank("budget", settings.eval_density, settings.alpha)
 
     def counted(qk: QK, layer: int) -> Counts:
-        probabilities = Normalizer(settings.alpha)(qk.scores())
-        return count(pattern(projections(qk, layer), layer), Gold(probabilities, probabilities > 0), qk)
+        return count(pattern(projections(qk, layer), layer), Gold.of(qk, settings.alpha), qk)
 
     return mean_recall(held_out, settings.causal, counted)
 

@@ -223,11 +223,9 @@ def _measure(
 ) -> dict[tuple[int, Any, int], list[tuple[float, float]]]:
     """Density and recall of every head for each ``(place, value, layer)``; ``only`` those values of a place and layer."""
     counts: dict[tuple[int, Any, int], list[Counts]] = {}
-    normalizer = Normalizer(settings.alpha)
     for index in progress(range(len(samples)), "calibrate"):
         for layer, qk in enumerate(samples.layers(index, settings.causal)):
-            probabilities = normalizer(qk.scores())
-            gold = Gold(probabilities, probabilities > 0)
+            gold = Gold.of(qk, settings.alpha)
             for (place, value), pattern in patterns.items():
                 if only is None or value in only.get((place, layer), ()):
                     counts.setdefault((place, value, layer), []).append(count(pattern(qk, layer), gold, qk))

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from sparsefinder.graphs import QK, Buckets
+from sparsefinder.numerics.normalizers import Normalizer
 
 RATIOS = ("sparsity", "recall", "precision", "exact", "f1", "kept_mass", "recall_far", "gold_sparsity")
 BALANCE = ("bucket_entropy", "bucket_largest", "bucket_empty")
@@ -85,6 +86,12 @@ class Gold:
 
     probabilities: Tensor
     graph: Tensor
+
+    @classmethod
+    def of(cls, qk: QK, alpha: float) -> Gold:
+        """The gold graph of queries and keys under α-entmax."""
+        probabilities = Normalizer(alpha)(qk.scores())
+        return cls(probabilities, probabilities > 0)
 
     @cached_property
     def places(self) -> Tensor:

@@ -30,7 +30,6 @@ from sparsefinder.errors import UserError, one_of
 from sparsefinder.graphs import QK
 from sparsefinder.metrics import Counts, Gold, count
 from sparsefinder.numerics.distances import PAIRWISE
-from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.predictors.all_layers import (
     Trained,
     check_one_model,
@@ -185,15 +184,14 @@ def recall_of_nearest(projections: Projections, held_out: Samples, settings: Pro
 
 
 def _count_nearest(projected: QK, qk: QK, settings: ProjectSettings) -> Counts:
-    probabilities = Normalizer(settings.alpha)(qk.scores())
-    graph = probabilities > 0
+    gold = Gold.of(qk, settings.alpha)
     if settings.block_size > 1:
         pairs = gold_pairs(qk, settings.alpha, settings.block_size)
         qk = projected = projected.in_blocks(settings.block_size)
         graph = torch.zeros(1, qk.q.shape[1], pairs.tokens, pairs.tokens, dtype=torch.bool)
         graph.view(-1, pairs.tokens)[pairs.rows, pairs.columns] = True
-        probabilities = graph.float()
+        gold = Gold(graph.float(), graph)
     distance = PAIRWISE[settings.distance](projected.q, projected.k, 2.0).masked_fill(~qk.allowed, math.inf)
     wanted = max(1, round(settings.eval_density * int(qk.allowed.sum())))
     threshold = distance.flatten(2).kthvalue(wanted, dim=-1).values[..., None, None]
-    return count((distance <= threshold) & qk.allowed, Gold(probabilities, graph), qk)
+    return count((distance <= threshold) & qk.allowed, gold, qk)

@@ -274,11 +274,9 @@ def _score(
     kept = {f.name: torch.zeros(room, dtype=torch.float64 if f.name == "mass" else torch.int64) for f in fields(Counts)}
     balances = {name: torch.zeros(room, dtype=torch.float64) for name in BALANCE}
     balanced: set[tuple[int, int]] = set()
-    normalizer = Normalizer(settings.alpha)
     for at, index in enumerate(indices):
         for layer, qk in enumerate(samples.layers(index, settings.causal)):
-            probabilities = normalizer(qk.scores())
-            gold = Gold(probabilities, probabilities > 0)
+            gold = Gold.of(qk, settings.alpha)
             near = {around: any_with_it.near(qk) for around, any_with_it in surroundings.items()}
             for predict in predictions:
                 graph, buckets = predict(qk, layer)

@@ -41,8 +41,7 @@ def by_hand(predicted, gold, probabilities, allowed, near, real) -> dict[str, fl
 @pytest.mark.parametrize("causal", [False, True])
 def test_counts_and_means_by_hand(causal: bool) -> None:
     qk = random_qk([5, 9, 7], heads=2, causal=causal)
-    probabilities = entmax15(qk.scores())
-    gold = Gold(probabilities, probabilities > 0)
+    gold, probabilities = Gold.of(qk, 1.5), entmax15(qk.scores())
     predicted = (torch.rand(gold.graph.shape, generator=torch.Generator().manual_seed(0)) < 0.4) & qk.allowed
     predicted[0, 1] = False  # an empty prediction has no precision
     near = band(9, 3)
