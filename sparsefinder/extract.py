@@ -11,19 +11,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from torch import Tensor
 
 from sparsefinder import models
 from sparsefinder.attention import Masked
 from sparsefinder.corpora import Corpus, TokenBlocks, block_length, token_blocks
 from sparsefinder.corpora.blocks import draw
 from sparsefinder.errors import UserError, one_of
-from sparsefinder.graphs import Attention
+from sparsefinder.models.watching import Recorder, Watched
 from sparsefinder.patterns.full import Full
 from sparsefinder.storage import distributed
 from sparsefinder.storage.files import make_folder, remove
@@ -123,35 +122,21 @@ def record(
 
     A batch holds the same blocks however many processes there are, because what is beside a block may change its last digits.
     """
-    recorder = Recorder(Masked(Full(), models.get_normalizer(model)))
+    recorder = Recorder()
+    dense = Masked(Full(), models.get_normalizer(model))
     batches = [chosen[start : start + settings.batch_size] for start in range(0, len(chosen), settings.batch_size)]
     writer = ShardWriter(folder, f"{distributed.rank():04d}-", int(settings.shard_size * (1 << 20)))
-    with models.plugged(model, recorder), torch.inference_mode():
+    with models.plugged(model, Watched(dense, recorder)), torch.inference_mode():
         for batch in progress(distributed.share(batches), "extract"):
             ids, valid = blocks.batch(batch, pad_token_id)
             recorder.layers.clear()
             model.base_model(input_ids=ids.to(model.device), attention_mask=valid.to(model.device))
-            for place, length in enumerate(valid.sum(-1).tolist()):
-                q, k = (
-                    torch.stack(
-                        [recorder.layers[layer][side][place, :, :length].cpu() for layer in sorted(recorder.layers)]
-                    )
-                    for side in (0, 1)
-                )
+            recorded = [recorder.layers[layer] for layer in sorted(recorder.layers)]
+            for row, length in enumerate(valid.sum(-1).tolist()):
+                q = torch.stack([qk.q[row, :, :length].cpu() for qk in recorded])
+                k = torch.stack([qk.k[row, :, :length].cpu() for qk in recorded])
                 writer.add(q.to(DTYPES[settings.dtype]), k.to(DTYPES[settings.dtype]))
     writer.close()
-
-
-@dataclass
-class Recorder:
-    """An attention that lets another one work and keeps the queries and keys it was given, by layer."""
-
-    attention: Attention
-    layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, layer: int) -> Tensor:
-        self.layers[layer] = (q, k)
-        return self.attention(q, k, v, valid, layer)
 
 
 def estimated_size(model: Any, lengths: Sequence[int], settings: ExtractSettings) -> float:

@@ -26,6 +26,7 @@ from sparsefinder.experiment.configuration import Configuration, Learned
 from sparsefinder.extract import ExtractSettings
 from sparsefinder.finetune import FinetuneSettings, NewModel
 from sparsefinder.finetune import run as finetune
+from sparsefinder.graphs import QK
 from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.patterns.distance import Distance
 from sparsefinder.patterns.kmeans import KMeans
@@ -317,7 +318,7 @@ def test_computed_pairs_are_a_share_of_all_examples_together() -> None:
     """Two tokens beside ten: 200 pairs are multiplied and 104 are allowed, whatever each example's own share is."""
     observer = evaluate.Observer(Masked(Window(3)), None, Normalizer(1.5))
     x = torch.randn(2, 1, 10, 4, generator=torch.Generator().manual_seed(0))
-    observer(x, x, x, torch.arange(10) < torch.tensor([[10], [2]]), 0)
+    observer(0, QK(x, x, torch.arange(10) < torch.tensor([[10], [2]])), x, x)
     assert observer.rows()[0]["computed_density"] == pytest.approx(200 / 104)
 
 

@@ -6,7 +6,7 @@ import contextlib
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sparsefinder import models
 from sparsefinder.errors import UserError, one_of
 from sparsefinder.graphs import QK, Attention
+from sparsefinder.models.watching import Recorder, Watched
 from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.predictors.contrastive import Contrast, contrastive_loss
 from sparsefinder.predictors.gold_pairs import gold_pairs
@@ -80,7 +81,8 @@ def adapt(
     frozen = [p for p in model.parameters() if not any(p is q for q in trained)]
     groups: list[dict[str, Any]] = [{"params": trained}]
     learning = projections if settings.part == "all" else None
-    listener = None if learning is None or attention is None else _Listener(attention)
+    recorder = Recorder()
+    watched = None if attention is None else Watched(attention, recorder)
     if learning is not None:
         parameters = [p for layer in learning.layers for p in layer.requires_grad_(True).parameters()]
         groups.append({"params": parameters, "lr": settings.projection_learning_rate, "weight_decay": 0.0})
@@ -90,13 +92,13 @@ def adapt(
     for parameter in frozen:
         parameter.requires_grad_(False)
     try:
-        with attending(model, listener or attention), torch.random.fork_rng(devices=[]):
+        with attending(model, attention if learning is None else watched), torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             for step in progress(range(settings.steps), "adapt"):
                 loss = model(**batches[step % len(batches)]).loss
-                if learning is not None and listener is not None:
+                if learning is not None and watched is not None:
                     contrast = settings.contrast(models.get_normalizer(model))
-                    loss = loss + _projection_loss(listener.met, learning, contrast, generator)
+                    loss = loss + _projection_loss(recorder.layers, learning, contrast, generator)
                 loss.backward()
                 nn.utils.clip_grad_norm_(trained, settings.clip)
                 optimizer.step()
@@ -115,27 +117,15 @@ def attending(model: Any, attention: Attention | None) -> AbstractContextManager
     return contextlib.nullcontext() if attention is None else models.plugged(model, attention)
 
 
-@dataclass
-class _Listener:
-    """An attention that lets another one work and keeps what it was asked, detached from the model's graph."""
-
-    attention: Attention
-    met: dict[int, QK] = field(default_factory=dict)
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, layer: int) -> Tensor:
-        self.met[layer] = QK(q.detach().float(), k.detach().float(), valid)
-        return self.attention(q, k, v, valid, layer)
-
-
 def _projection_loss(
-    met: dict[int, QK], projections: Projections, settings: Contrast, generator: torch.Generator
+    recorded: dict[int, QK], projections: Projections, settings: Contrast, generator: torch.Generator
 ) -> Tensor:
     losses = []
-    for layer, qk in met.items():
+    for layer, qk in recorded.items():
         for example, length in enumerate(qk.lengths.tolist()):
             one = QK(
-                qk.q[example : example + 1, :, :length],
-                qk.k[example : example + 1, :, :length],
+                qk.q[example : example + 1, :, :length].float(),
+                qk.k[example : example + 1, :, :length].float(),
                 qk.valid[example : example + 1, :length],
             )
             gold = gold_pairs(one, settings.alpha, settings.block_size)

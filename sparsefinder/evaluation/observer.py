@@ -16,6 +16,7 @@ from sparsefinder.evaluation import tasks
 from sparsefinder.experiment.configuration import Configuration
 from sparsefinder.graphs import QK
 from sparsefinder.metrics import Counts, Gold, count
+from sparsefinder.models.watching import Watched
 from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.patterns.full import Full
 from sparsefinder.storage import distributed
@@ -26,7 +27,7 @@ T = TypeVar("T")
 
 @dataclass
 class Observer:
-    """An attention that lets another one work and measures what it did: the executed graph, its cost, its output's error.
+    """Looks at what an attention does (`Watched`): the graph that it executes, what that costs, its output's error.
 
     The output is compared with that of dense attention with the model's own normalizer on the same queries, keys and values:
     ``‖o − o_dense‖ / ‖o_dense‖`` over the real tokens of each example and head.
@@ -39,21 +40,18 @@ class Observer:
     errors: dict[int, list[Tensor]] = field(default_factory=dict)
     pairs: dict[int, list[Tensor]] = field(default_factory=dict)  # computed and allowed, each ``(B, H)``
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, layer: int) -> Tensor:
-        """As the attention."""
-        output: Tensor = self.attention(q, k, v, valid, layer)
-        dense = Masked(Full(), self.own)(q, k, v, valid, layer)
+    def __call__(self, layer: int, qk: QK, v: Tensor, output: Tensor) -> None:
+        """Measure a call of the attention: its queries and keys, values and output, the last two ``(B, H, N, D)``."""
+        dense = Masked(Full(), self.own)(qk.q, qk.k, v, qk.valid, layer)
         difference = (output.float() - dense.float()).flatten(2).norm(dim=-1)
         self.errors.setdefault(layer, []).append(difference / dense.float().flatten(2).norm(dim=-1).clamp_min(1e-30))
-        qk = QK(q.float(), k.float(), valid)
+        qk = qk.with_vectors(qk.q.float(), qk.k.float())
         computed = self.attention.computed_pairs(qk, layer)
         self.pairs.setdefault(layer, []).append(torch.stack([computed, qk.allowed.sum((-2, -1)).expand_as(computed)]))
         graph = self.attention.graph(qk, layer)
         if graph is not None:  # pooled keys have no token graph
-            probabilities = self.own(qk.scores())
             near = None if self.configuration is None else self.configuration.near(qk)
-            self.counts.setdefault(layer, []).append(count(graph, Gold(probabilities, probabilities > 0), qk, near))
-        return output
+            self.counts.setdefault(layer, []).append(count(graph, Gold.of(qk, self.own.alpha), qk, near))
 
     def gather(self) -> None:
         """Take in what the observers of the other processes measured."""
@@ -91,7 +89,7 @@ def measure_graphs(model: Any, observer: Observer, batches: Sequence[Batch], mos
         wanted = most - sum(len(part["input_ids"]) for part in some)
         if wanted > 0:
             some.append({name: tensor[:wanted] for name, tensor in batch.items()})
-    with models.plugged(model, observer):
+    with models.plugged(model, Watched(observer.attention, observer)):
         for batch in distributed.share(some):
             model(**tasks.inputs_of(on(batch, model.device)))
     observer.gather()

@@ -1,0 +1,37 @@
+"""An attention that lets another one work and looks at it: at what it was given, and at what it gave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from sparsefinder.graphs import QK, Attention
+
+Look = Callable[[int, QK, Tensor, Tensor], None]
+"""``(layer, queries and keys, values (B, H, N, D), output (B, H, N, D))``."""
+
+
+@dataclass(frozen=True)
+class Watched:
+    """``attention``, whose every call is shown to ``look`` once it is done; the output stays what it is."""
+
+    attention: Attention
+    look: Look
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, layer: int) -> Tensor:
+        """As the attention."""
+        output = self.attention(q, k, v, valid, layer)
+        self.look(layer, QK(q, k, valid), v, output)
+        return output
+
+
+@dataclass(frozen=True)
+class Recorder:
+    """A look that keeps the queries and keys that each layer was given last, without their gradients."""
+
+    layers: dict[int, QK] = field(default_factory=dict)
+
+    def __call__(self, layer: int, qk: QK, v: Tensor, output: Tensor) -> None:
+        self.layers[layer] = qk.with_vectors(qk.q.detach(), qk.k.detach())
