@@ -19,7 +19,7 @@ from sparsefinder.executors.native.build import DTYPES, LONG, POINTER, load, poi
 
 
 class _Rows(ctypes.Structure):
-    """``Rows`` of pairs.cpp: the same fields in the same order."""
+    """``Rows`` of gold_pairs.cpp: the same fields in the same order."""
 
     _fields_ = [
         *((name, LONG) for name in ("heads", "tokens", "size", "causal", "threads")),
@@ -28,10 +28,10 @@ class _Rows(ctypes.Structure):
 
 
 class _Hinge(ctypes.Structure):
-    """``Hinge`` of pairs.cpp: the same fields in the same order."""
+    """``Hinge`` of gold_pairs.cpp: the same fields in the same order."""
 
     _fields_ = [
-        *((name, LONG) for name in ("heads", "tokens", "size", "pairs", "by_row", "threads")),
+        *((name, LONG) for name in ("heads", "tokens", "size", "gold_pairs", "by_row", "threads")),
         ("margin", ctypes.c_double),
         *((name, POINTER) for name in ("rows", "columns", "zeros", "chance")),
     ]
@@ -39,7 +39,7 @@ class _Hinge(ctypes.Structure):
 
 def works_on(x: Tensor) -> bool:
     """Whether ``x`` can be read here."""
-    return reads(x, "pairs")
+    return reads(x, "gold_pairs")
 
 
 def support(q: Tensor, k: Tensor, causal: bool, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -50,7 +50,7 @@ def support(q: Tensor, k: Tensor, causal: bool, alpha: float) -> tuple[Tensor, T
     """
     q, k = q.contiguous(), k.to(q.dtype).contiguous()
     heads, tokens, size = q.shape
-    library, counts = load("pairs"), torch.zeros(heads * tokens, dtype=torch.int64)
+    library, counts = load("gold_pairs"), torch.zeros(heads * tokens, dtype=torch.int64)
     shape = _Rows(heads, tokens, size, causal, torch.get_num_threads(), alpha=alpha)
     call = getattr(library, f"support_{DTYPES[q.dtype]}")
     call.restype = POINTER
@@ -88,7 +88,7 @@ class _Contrast(torch.autograd.Function):
         numbers = (*q.shape, len(pairs.rows), by_row, torch.get_num_threads())
         told = _Hinge(*numbers, margin, *(x.data_ptr() for x in of_pairs))
         gradients = torch.zeros_like(q), torch.zeros_like(k)
-        call = getattr(load("pairs"), f"hinge_{DTYPES[q.dtype]}")
+        call = getattr(load("gold_pairs"), f"hinge_{DTYPES[q.dtype]}")
         call.restype = ctypes.c_double
         loss = call(ctypes.byref(told), *pointers(q, k, *gradients))
         ctx.save_for_backward(*gradients)
