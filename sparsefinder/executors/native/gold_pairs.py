@@ -31,7 +31,7 @@ class _Hinge(ctypes.Structure):
     """``Hinge`` of gold_pairs.cpp: the same fields in the same order."""
 
     _fields_ = [
-        *((name, LONG) for name in ("heads", "tokens", "size", "gold_pairs", "by_row", "threads")),
+        *((name, LONG) for name in ("heads", "tokens", "size", "pairs", "by_row", "threads")),
         ("margin", ctypes.c_double),
         *((name, POINTER) for name in ("rows", "columns", "zeros", "chance")),
     ]
