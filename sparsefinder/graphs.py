@@ -48,8 +48,8 @@ class QK:
         return self.valid.sum(-1)
 
     @property
-    def places(self) -> Tensor:
-        """Where each token stands among the real ones of its example, ``(B, N)`` int64 from 0; on padding any place there is."""
+    def positions(self) -> Tensor:
+        """Position of each token among the real ones of its example, ``(B, N)`` int64 from 0; on padding any that there is."""
         return (self.valid.long().cumsum(-1) - 1).clamp_min(0)
 
     @property

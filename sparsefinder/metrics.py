@@ -59,16 +59,16 @@ class Counts:
     def ratios(self) -> dict[str, Tensor]:
         """Each metric of ``RATIOS`` for each example and head, ``(B, H)`` float64; NaN where it is undefined."""
         # a quotient of whole numbers is float32 in torch, too coarse for a share of exactly 10 %
-        own = Counts(**{f.name: getattr(self, f.name).double() for f in fields(self)})
+        as_float64 = Counts(**{f.name: getattr(self, f.name).double() for f in fields(self)})
         return {
-            "sparsity": 1 - own.predicted / own.allowed,
-            "recall": own.hits / own.gold,
-            "precision": own.hits / own.predicted,
-            "exact": own.exact / own.queries,
-            "f1": 2 * own.hits / (own.predicted + own.gold),
-            "kept_mass": own.mass / own.queries,
-            "recall_far": own.far_hits / own.far_gold,
-            "gold_sparsity": 1 - own.gold / own.allowed,
+            "sparsity": 1 - as_float64.predicted / as_float64.allowed,
+            "recall": as_float64.hits / as_float64.gold,
+            "precision": as_float64.hits / as_float64.predicted,
+            "exact": as_float64.exact / as_float64.queries,
+            "f1": 2 * as_float64.hits / (as_float64.predicted + as_float64.gold),
+            "kept_mass": as_float64.mass / as_float64.queries,
+            "recall_far": as_float64.far_hits / as_float64.far_gold,
+            "gold_sparsity": 1 - as_float64.gold / as_float64.allowed,
         }
 
     def macro(self) -> dict[str, Tensor]:
@@ -94,14 +94,14 @@ class Gold:
         return cls(probabilities, probabilities > 0)
 
     @cached_property
-    def places(self) -> Tensor:
+    def indices(self) -> Tensor:
         """Where the gold pairs lie in the flattened graph, ``(P,)`` int64: they are few, so predictions are compared there."""
         return self.graph.flatten().nonzero().squeeze(-1)
 
     @cached_property
     def rows(self) -> Tensor:
         """The query of each gold pair, counted over examples and heads: ``(P,)`` int64."""
-        return self.places // self.graph.shape[-1]
+        return self.indices // self.graph.shape[-1]
 
     @cached_property
     def heads(self) -> Tensor:
@@ -111,7 +111,7 @@ class Gold:
     @cached_property
     def mass(self) -> Tensor:
         """The probability of each gold pair, ``(P,)`` float64."""
-        return self.probabilities.flatten()[self.places].double()
+        return self.probabilities.flatten()[self.indices].double()
 
     def sums(self, weights: Tensor | None = None) -> Tensor:
         """Gold pairs of each example and head, or the sum of their ``weights (P,)``: ``(B, H)``."""
@@ -125,13 +125,13 @@ def count(predicted: Tensor, gold: Gold, qk: QK, near: Tensor | None = None) -> 
     The whole graph is read once, to count what it predicts; all else is looked up at the gold pairs, a few in a hundred.
     """
     real = qk.valid[:, None, :].expand(predicted.shape[:3])
-    hit = predicted.flatten()[gold.places]
+    hit = predicted.flatten()[gold.indices]
     missing = torch.zeros(real.numel(), dtype=torch.bool, device=hit.device).index_fill_(0, gold.rows[~hit], True)
     hits = gold.sums(hit.double())
     all_gold = gold.sums()
     far_gold, far_hits = all_gold, hits
     if near is not None:
-        far = ~near.expand(predicted.shape).flatten()[gold.places]
+        far = ~near.expand(predicted.shape).flatten()[gold.indices]
         far_gold, far_hits = gold.sums(far.double()), gold.sums((hit & far).double())
     return Counts(
         allowed=pairs(qk.allowed).expand(predicted.shape[:2]),
@@ -156,11 +156,11 @@ def balance(buckets: Buckets, valid: Tensor) -> dict[str, Tensor]:
     ones = (valid[:, None, :, None] & (buckets.k_ids >= 0)).double()
     sizes = torch.zeros(batch, heads, buckets.count, dtype=torch.float64, device=ones.device)
     sizes.scatter_add_(-1, buckets.k_ids.clamp_min(0).flatten(2), ones.flatten(2))
-    shares = sizes / sizes.sum(-1, keepdim=True)
-    entropy = -torch.special.xlogy(shares, shares).sum(-1)
+    fractions = sizes / sizes.sum(-1, keepdim=True)
+    entropy = -torch.special.xlogy(fractions, fractions).sum(-1)
     return {
         "bucket_entropy": entropy / math.log(buckets.count) if buckets.count > 1 else torch.ones_like(entropy),
-        "bucket_largest": shares.amax(-1),
+        "bucket_largest": fractions.amax(-1),
         "bucket_empty": (sizes == 0).double().mean(-1),
     }
 

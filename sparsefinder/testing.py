@@ -35,8 +35,8 @@ NORMALIZERS = tuple(Normalizer(alpha) for alpha in (1.0, 1.25, 1.5, 2.0))
 
 
 def _as_it_is(pattern: Any) -> Pattern:
-    found: Pattern = pattern
-    return found
+    same: Pattern = pattern
+    return same
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class Subject:
     """A pattern under test, and what the checks need to know about it."""
 
     pattern: Any  # a frozen dataclass: its settings
-    build: Callable[[Any], Pattern] = _as_it_is  # attaches artefacts or surroundings; what it returns is what is run
+    # attaches artefacts, or unites with a local window and global tokens; what it returns is what is run
+    build: Callable[[Any], Pattern] = _as_it_is
     sweep: Sequence[Any] = ()  # values of the sparsity parameter by which the graph should grow, in this order
     dense: Any = None  # the same pattern with settings that name every allowed pair, if there are such
     random: bool | None = None  # whether these settings draw numbers; None: they do if there is a field `seed`
@@ -73,7 +74,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Check:
-    """One promise. Calling it raises an AssertionError that names the pattern, the promise and what was found instead."""
+    """One promise. Calling it raises an AssertionError that names the pattern, the promise and what happened instead."""
 
     name: str
     promise: str  # in one line
@@ -87,11 +88,11 @@ class Check:
             try:
                 self.test(subject, causal)
             except Exception as error:
-                found = str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
+                what = str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
                 name = subject.name or type(subject.pattern).__name__
                 way = "causal" if causal else "bidirectional"
                 raise AssertionError(
-                    f"{name} breaks the promise “{self.name}: {self.promise}” ({way}): {found}"
+                    f"{name} breaks the promise “{self.name}: {self.promise}” ({way}): {what}"
                 ) from error
 
 
@@ -129,7 +130,7 @@ def random_qk(
     padding: float = 7.0,
     left: bool = False,
 ) -> QK:
-    """Normal queries and keys of sentences padded on the right, or on the ``left``; padded places hold ``padding``.
+    """Normal queries and keys of sentences padded on the right, or on the ``left``; padded positions hold ``padding``.
 
     The vectors of a sentence are the same whichever side it is padded on.
     """
@@ -143,13 +144,13 @@ def random_qk(
         return qk
     order = (
         torch.arange(longest) + torch.tensor(lengths)[:, None]
-    ) % longest  # the last place becomes the last token's
+    ) % longest  # the last position becomes the last token's
     rows = torch.arange(len(lengths))[:, None]
     q, k = (x.transpose(1, 2)[rows, order].transpose(1, 2) for x in (qk.q, qk.k))
     return QK(q, k, valid[rows, order], causal)
 
 
-def alone(qk: QK, index: int) -> QK:
+def single_sentence(qk: QK, index: int) -> QK:
     """One sentence of a batch padded on the right, without its padding."""
     tokens = int(qk.lengths[index])
     part = slice(index, index + 1)
@@ -179,18 +180,18 @@ def allowed(subject: Subject, causal: bool) -> None:
 
 
 def padding(subject: Subject, causal: bool) -> None:
-    """what padded places hold never matters"""
+    """what padded positions hold never matters"""
     graphs = [subject.whole(subject.sentences(causal=causal, padding=x), 0) for x in (0.0, -3.0, 1e6, math.nan)]
     for value, graph in zip((-3.0, 1e6, math.nan), graphs[1:], strict=True):
         _equal(graphs[0], graph, f"with {value} instead of 0 on padding")
 
 
 def batch(subject: Subject, causal: bool) -> None:
-    """a sentence has the same graph alone and padded in a batch"""
+    """a sentence has the same graph by itself and padded in a batch"""
     qk = subject.sentences(causal=causal)
     together = subject.whole(qk, 1)
     for index, length in enumerate(LENGTHS):
-        single = subject.whole(alone(qk, index), 1)
+        single = subject.whole(single_sentence(qk, index), 1)
         _equal(single, together[index : index + 1, :, :length, :length], f"a sentence of {length} tokens in a batch")
 
 
@@ -317,15 +318,15 @@ def layout(subject: Subject, causal: bool) -> None:
     """its layout, where it has one, is its graph; a token names a bucket at most once"""
     for left in (False, True):
         qk = subject.sentences(causal=causal, left=left)
-        found = subject.layout(qk, 1)
-        if found is None:
+        layout = subject.layout(qk, 1)
+        if layout is None:
             return
-        _equal(subject.whole(qk, 1), found.graph(qk), "as a layout")
-        if found.buckets is None:
+        _equal(subject.whole(qk, 1), layout.graph(qk), "as a layout")
+        if layout.buckets is None:
             continue
-        for ids, name in ((found.buckets.q_ids, "query"), (found.buckets.k_ids, "key")):
+        for ids, name in ((layout.buckets.q_ids, "query"), (layout.buckets.k_ids, "key")):
             real = ids.transpose(1, 2)[qk.valid]
-            count = found.buckets.count
+            count = layout.buckets.count
             assert not ((real < -1) | (real >= count)).any(), f"a {name} has a bucket id outside [-1, {count})"
             rising = real.sort(-1).values
             twice = (rising[..., 1:] == rising[..., :-1]) & (rising[..., 1:] >= 0)
@@ -337,13 +338,13 @@ def bucketed(subject: Subject, causal: bool) -> None:
     qk = subject.sentences(causal=causal)
     if subject.layout(qk) is None:
         return
-    found = []
+    runs = []
     for kind in (Masked, Bucketed):
         inputs, output = _attend(kind(subject.whole, causal=causal), qk)
         output.square().sum().backward()
         gradient = [torch.zeros_like(x) if x.grad is None else x.grad for x in inputs]
-        found.append([output.detach(), *gradient])
-    for name, masked, run in zip(("output", "gradient of q", "gradient of k", "gradient of v"), *found, strict=True):
+        runs.append([output.detach(), *gradient])
+    for name, masked, run in zip(("output", "gradient of q", "gradient of k", "gradient of v"), *runs, strict=True):
         _close(run, masked, f"the {name}")
 
 
@@ -379,15 +380,15 @@ def _attend(attention: Any, qk: QK) -> tuple[list[Tensor], Tensor]:
     return inputs, attention(*inputs, qk.valid, 0)
 
 
-def _equal(expected: Tensor, found: Tensor, where: str) -> None:
-    differ = expected != found
+def _equal(expected: Tensor, actual: Tensor, where: str) -> None:
+    differ = expected != actual
     assert not differ.any(), (
         f"{where} {int(differ.sum())} of {differ.numel()} pairs differ, the first at {_first(differ)}"
     )
 
 
-def _close(found: Tensor, expected: Tensor, what: str) -> None:
-    error = float((found - expected).abs().max())
+def _close(actual: Tensor, expected: Tensor, what: str) -> None:
+    error = float((actual - expected).abs().max())
     assert error < 1e-4, f"{what} is off by up to {error:.2g}"
 
 

@@ -18,9 +18,9 @@ if (
 import pytest
 import torch
 
-from sparsefinder.testing import alone, random_qk
+from sparsefinder.testing import random_qk, single_sentence
 
-__all__ = ["GRAPH", "ROOT", "alone", "graph_files", "random_qk"]
+__all__ = ["GRAPH", "ROOT", "graph_files", "random_qk", "single_sentence"]
 
 if not torch.cuda.is_available():
     # before any import of triton, where that is installed: its kernels run interpreted, on the CPU

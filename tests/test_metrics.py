@@ -15,7 +15,7 @@ from sparsefinder.patterns.clustered import Clustered
 from sparsefinder.patterns.oracle_topp import OracleTopP
 from sparsefinder.score import ScoreSettings, metrics_table, score
 from sparsefinder.storage.samples import Samples
-from tests.conftest import alone, random_qk
+from tests.conftest import random_qk, single_sentence
 
 
 def by_hand(predicted, gold, probabilities, allowed, near, real) -> dict[str, float]:
@@ -65,7 +65,7 @@ def test_a_batch_counts_as_its_sentences_alone() -> None:
     probabilities = entmax15(qk.scores())
     together = count(probabilities > 0, Gold(probabilities, probabilities > 0), qk)
     for b in range(2):
-        one = alone(qk, b)
+        one = single_sentence(qk, b)
         p = entmax15(one.scores())
         single = count(p > 0, Gold(p, p > 0), one)
         for name in ("allowed", "predicted", "gold", "hits", "queries", "exact"):

@@ -17,7 +17,7 @@ from sparsefinder.experiment.instantiate import construct
 from sparsefinder.graphs import QK, HasLayout, Pattern
 from sparsefinder.patterns.combine import Blocked, Projected, Union, layout_of
 from sparsefinder.patterns.per_head import PerHead
-from sparsefinder.patterns.window import near_pairs, surroundings
+from sparsefinder.patterns.window import local_and_global, near_pairs
 from sparsefinder.predictors.centroids import Centroids, load_centroids
 from sparsefinder.predictors.projections import Projections, load_projections
 from sparsefinder.storage.store import Store, missing
@@ -66,7 +66,7 @@ class Configuration:
     dials: Dials | None = None  # of each layer and head, instead of the pattern's own
 
     def __post_init__(self) -> None:
-        surroundings(self.window, self.global_tokens, self.last_token)  # checks the three
+        local_and_global(self.window, self.global_tokens, self.last_token)  # checks the three
         if self.block_size < 1:
             raise UserError(f"block_size must be 1 token or more, got {self.block_size}")
 
@@ -125,7 +125,7 @@ class Configuration:
 
     def near(self, qk: QK) -> Tensor | None:
         """Pairs that the window and the global tokens name, ``(B, H, N, N)`` bool; None without them."""
-        return near_pairs(qk, surroundings(self.window, self.global_tokens, self.last_token))
+        return near_pairs(qk, local_and_global(self.window, self.global_tokens, self.last_token))
 
     def build(self, learned: Learned | None = None) -> Pattern:
         """The pattern as it is run: its artefacts attached, in its space, on its blocks, united with its surroundings."""
@@ -136,7 +136,7 @@ class Configuration:
             whole = PerHead(whole, self.dials.values)
         for space in (value for value in found.values() if isinstance(value, Projections)):
             whole = Projected(Blocked(whole, self.chunk) if self.chunk > 1 else whole, space)
-        fixed = surroundings(self.window, self.global_tokens, self.last_token)
+        fixed = local_and_global(self.window, self.global_tokens, self.last_token)
         return Union((whole, *fixed)) if fixed else whole
 
     @property

@@ -1,7 +1,7 @@
-"""Random numbers that belong to a place, not to a moment.
+"""Random numbers that belong to an index, not to a moment.
 
 A random pattern is part of its method: for a seed, layer and head it is the same on every pass over the data, in every
-batch, and for a sentence alone or padded. So the number of a pair is a hash of ``(seed, layer, head, query, key)`` and no
+batch, and for a sentence by itself or padded. So the number of a pair is a hash of ``(seed, layer, head, query, key)`` and no
 generator is advanced (cf. counter-based generators, Salmon et al. 2011).
 """
 

@@ -38,10 +38,10 @@ def minkowski(q: Tensor, k: Tensor, p: float = 2.0) -> Tensor:
 
 def smallest(q: Tensor, k: Tensor, p: float = 2.0) -> Tensor:
     """``min_r (q_ir − k_jr)²``, one coordinate at a time to stay at the memory of two graphs."""
-    found = torch.full((*q.shape[:-1], k.shape[-2]), torch.inf, dtype=q.dtype, device=q.device)
+    smallest = torch.full((*q.shape[:-1], k.shape[-2]), torch.inf, dtype=q.dtype, device=q.device)
     for q_r, k_r in zip(q.unbind(-1), k.unbind(-1), strict=True):
-        found = torch.minimum(found, (q_r[..., :, None] - k_r[..., None, :]).square())
-    return found
+        smallest = torch.minimum(smallest, (q_r[..., :, None] - k_r[..., None, :]).square())
+    return smallest
 
 
 def smallest_of_unit(q: Tensor, k: Tensor, p: float = 2.0) -> Tensor:

@@ -46,15 +46,15 @@ class BigBird:
     def layout(self, qk: QK, layer: int) -> Layout:
         """Blocks of keys as buckets: a query is in those that it sees, a key in its own; and the global blocks' tokens."""
         heads = qk.q.shape[1]
-        own = qk.places // self.block
+        block_of_token = qk.positions // self.block
         blocks = -(-qk.lengths // self.block)  # (B,), of each sentence
         count = max(int(blocks.max()), 1)
-        is_global = (own < self.global_blocks) | (own >= blocks[:, None] - self.global_blocks)
-        steps = torch.arange(self.window_blocks, device=own.device) - self.window_blocks // 2
-        near = torch.arange(count, device=own.device)[:, None] + steps
-        near = near.masked_fill((near < 0) | (near >= count), -1).expand(len(own), heads, -1, -1)
+        is_global = (block_of_token < self.global_blocks) | (block_of_token >= blocks[:, None] - self.global_blocks)
+        steps = torch.arange(self.window_blocks, device=block_of_token.device) - self.window_blocks // 2
+        near = torch.arange(count, device=block_of_token.device)[:, None] + steps
+        near = near.masked_fill((near < 0) | (near >= count), -1).expand(len(block_of_token), heads, -1, -1)
         seen = torch.cat([near, self._drawn(blocks, count, heads, layer)], dim=-1)  # (B, H, blocks, slots)
-        of_token = own[:, None, :, None].expand(-1, heads, -1, seen.shape[-1])
+        of_token = block_of_token[:, None, :, None].expand(-1, heads, -1, seen.shape[-1])
         return Layout(
             Buckets(seen.gather(2, of_token), of_token[..., :1], count),
             is_global=is_global & qk.valid if self.global_blocks else None,
@@ -84,8 +84,8 @@ class BigBird:
             for earlier in torch.stack(drawn, -1).sort(-1).values.unbind(-1) if drawn else ():
                 pick = pick + (pick >= earlier)
             drawn.append(pick)
-        places = [
+        blocks_of_draws = [
             torch.where(pick < before, pick + self.global_blocks, after + pick - before).masked_fill(turn >= left, -1)
             for turn, pick in enumerate(drawn)
         ]
-        return torch.stack(places, -1) if places else left.new_zeros(len(blocks), heads, count, 0)
+        return torch.stack(blocks_of_draws, -1) if blocks_of_draws else left.new_zeros(len(blocks), heads, count, 0)

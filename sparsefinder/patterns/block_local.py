@@ -29,8 +29,8 @@ class BlockLocal:
 
     def layout(self, qk: QK, layer: int) -> Layout:
         """Blocks as buckets."""
-        own = memberships(qk.q.shape[1], qk.places // self.block)
-        return Layout(Buckets(own, own, qk.valid.shape[1] // self.block + 1))
+        ids = memberships(qk.q.shape[1], qk.positions // self.block)
+        return Layout(Buckets(ids, ids, qk.valid.shape[1] // self.block + 1))
 
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool."""

@@ -46,8 +46,8 @@ class BlockPool:
         means = blocks.means(k).transpose(-1, -2)
         if qk.causal:
             q = blocks.running_means(q) if self.pool_queries else q
-            own = (q * blocks.running_means(k)).sum(-1)
-            return blocks.layout(blocks.best(blocks.visible(q @ means, own), self.share))
+            of_own_block = (q * blocks.running_means(k)).sum(-1)
+            return blocks.layout(blocks.best(blocks.visible(q @ means, of_own_block), self.share))
         rows = blocks.means(q) if self.pool_queries else q
         chosen = blocks.best(blocks.visible(rows @ means, None), self.share)
         return blocks.layout(blocks.spread(chosen) if self.pool_queries else chosen)

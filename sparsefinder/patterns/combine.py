@@ -77,12 +77,12 @@ class Blocked:
 
     def _chunks(self, qk: QK) -> QK:
         back = -_first_real(qk)
-        q, k = (_turned(x, back, 2) for x in (qk.q, qk.k))
-        return QK(q, k, _turned(qk.valid, back, 1), qk.causal).in_blocks(self.size)
+        q, k = (_rolled(x, back, 2) for x in (qk.q, qk.k))
+        return QK(q, k, _rolled(qk.valid, back, 1), qk.causal).in_blocks(self.size)
 
     def _to_tokens(self, x: Tensor, dim: int, qk: QK) -> Tensor:
         tokens = x.repeat_interleave(self.size, dim=dim).narrow(dim, 0, qk.q.shape[2])
-        return _turned(tokens, _first_real(qk), dim)
+        return _rolled(tokens, _first_real(qk), dim)
 
 
 @dataclass(frozen=True)
@@ -122,10 +122,10 @@ def _first_real(qk: QK) -> Tensor:
     return qk.valid.long().argmax(-1)
 
 
-def _turned(x: Tensor, by: Tensor, dim: int) -> Tensor:
-    """``x (B, …)`` with each example moved ``by (B,)`` places along ``dim``, around the end."""
+def _rolled(x: Tensor, by: Tensor, dim: int) -> Tensor:
+    """``x (B, …)`` with each example moved ``by (B,)`` positions along ``dim``, around the end."""
     if not bool(by.any()):
         return x
-    places = (torch.arange(x.shape[dim], device=x.device) - by[:, None]) % x.shape[dim]
+    positions = (torch.arange(x.shape[dim], device=x.device) - by[:, None]) % x.shape[dim]
     shape = [size if d in (0, dim) else 1 for d, size in enumerate(x.shape)]
-    return x.gather(dim, places.view(shape).expand(x.shape))
+    return x.gather(dim, positions.view(shape).expand(x.shape))

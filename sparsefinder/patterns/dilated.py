@@ -50,7 +50,7 @@ def dilated(qk: QK, width: int, dilations: list[int]) -> Layout:
     longest = max(int(qk.lengths.max()), 1)
     reach = min(width // 2, (longest - 1) // min(dilations))
     steps = torch.arange(-reach, reach + 1, device=qk.valid.device)
-    own = qk.places[:, None, :, None].expand(-1, len(dilations), -1, -1)
-    seen_by = own + torch.tensor(dilations, device=steps.device)[:, None, None] * steps
+    positions = qk.positions[:, None, :, None].expand(-1, len(dilations), -1, -1)
+    seen_by = positions + torch.tensor(dilations, device=steps.device)[:, None, None] * steps
     outside = (seen_by < 0) | (seen_by >= longest)
-    return Layout(Buckets(own, seen_by.masked_fill(outside, -1), longest))
+    return Layout(Buckets(positions, seen_by.masked_fill(outside, -1), longest))

@@ -59,5 +59,5 @@ class Distance:
 
     def _random(self, qk: QK, layer: int) -> Tensor:
         heads = torch.arange(qk.q.shape[1], device=qk.q.device)
-        place = qk.places  # counted over real tokens, so that padding changes nothing
-        return uniform(self.seed, layer, heads[:, None, None], place[:, None, :, None], place[:, None, None, :])
+        position = qk.positions  # counted over real tokens, so that padding changes nothing
+        return uniform(self.seed, layer, heads[:, None, None], position[:, None, :, None], position[:, None, None, :])

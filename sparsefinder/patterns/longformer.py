@@ -64,7 +64,7 @@ class Longformer:
     def _random_globals(self, qk: QK, layer: int) -> Layout:
         """Bucket 0: all queries and the global keys. Bucket 1: the global queries and all keys."""
         heads = torch.arange(qk.q.shape[1], device=qk.valid.device)
-        drawn = uniform(self.seed, layer, heads[:, None], qk.places[:, None])  # (B, H, N)
+        drawn = uniform(self.seed, layer, heads[:, None], qk.positions[:, None])  # (B, H, N)
         lowest = drawn.masked_fill(~qk.valid[:, None], torch.inf).argsort(dim=-1, stable=True)
         is_global = lowest.argsort(-1) < self.num_global_tokens
         everyone, absent = torch.zeros_like(lowest), torch.full_like(lowest, -1)

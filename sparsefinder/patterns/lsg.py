@@ -55,17 +55,17 @@ class LSG:
         """A bucket for each block of queries, with the keys that it sees, and the global tokens."""
         is_global = GlobalTokens(self.num_global_tokens).layout(qk, layer)
         packed = pack(qk.valid)
-        front = self.num_global_tokens
+        prefix = self.num_global_tokens
         tokens = packed.valid.shape[1]
-        if tokens <= front:
+        if tokens <= prefix:
             return is_global
         view = self.attention(qk.causal).view(packed.bring(qk.k), packed.valid)  # (B, H, blocks, text)
         block = torch.arange(view.shape[2], device=view.device)[:, None]
         seen_by = torch.where(view, block, -1).topk(int(view.sum(2).max()), dim=2).values.transpose(2, 3)
-        k_ids = F.pad(seen_by, (0, 0, front, 0), value=-1)
-        place = qk.places[:, None, :, None].expand(-1, k_ids.shape[1], -1, k_ids.shape[3])
-        q_ids = torch.where(place[..., :1] < front, -1, (place[..., :1] - front) // self.block)
-        return Layout(Buckets(q_ids, k_ids.gather(2, place), view.shape[2])).union(is_global)
+        k_ids = F.pad(seen_by, (0, 0, prefix, 0), value=-1)
+        position = qk.positions[:, None, :, None].expand(-1, k_ids.shape[1], -1, k_ids.shape[3])
+        q_ids = torch.where(position[..., :1] < prefix, -1, (position[..., :1] - prefix) // self.block)
+        return Layout(Buckets(q_ids, k_ids.gather(2, position), view.shape[2])).union(is_global)
 
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool."""

@@ -70,5 +70,5 @@ class MagicPIG:
 def _mean_keys(k: Tensor, qk: QK) -> Tensor:
     """Means of keys ``(B, H, N, D)`` that are zero on padding: of the sentence ``(B, H, 1, D)``, or causal up to each key."""
     if qk.causal:
-        return k.cumsum(2) / (qk.places + 1)[:, None, :, None]
+        return k.cumsum(2) / (qk.positions + 1)[:, None, :, None]
     return k.sum(2, keepdim=True) / qk.lengths.clamp_min(1)[:, None, None, None]

@@ -39,7 +39,7 @@ class OpenAIFixed:
 
     def layout(self, qk: QK, layer: int) -> Layout:
         """Blocks as buckets, and one bucket more that all queries and the keys in the columns are in."""
-        block, within = qk.places // self.block, qk.places % self.block
+        block, within = qk.positions // self.block, qk.positions % self.block
         shared = qk.valid.shape[1] // self.block + 1
         is_column = within >= self.block - self.columns
         q_ids = memberships(qk.q.shape[1], block, torch.full_like(block, shared))

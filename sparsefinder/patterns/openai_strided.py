@@ -36,8 +36,8 @@ class OpenAIStrided:
 
     def layout(self, qk: QK, layer: int) -> Layout:
         """What is left of a position modulo the stride as buckets, and a window."""
-        own = memberships(qk.q.shape[1], qk.places % self.stride)
-        return Layout(Buckets(own, own, self.stride), window=2 * self.near - 1)
+        ids = memberships(qk.q.shape[1], qk.positions % self.stride)
+        return Layout(Buckets(ids, ids, self.stride), window=2 * self.near - 1)
 
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool."""

@@ -22,7 +22,7 @@ class PerHead:
     """Edge of head ``h`` iff the pattern has it with its sparsity parameter at ``values[layer][h]``.
 
     The pattern is asked once for each distinct value of the layer, about all heads, since what it knows (random numbers,
-    centroids) belongs to a head's place: predicting costs as many times more as there are distinct values.
+    centroids) belongs to the index of a head: predicting costs as many times more as there are distinct values.
     """
 
     pattern: Any  # a pattern dataclass with a sparsity parameter
@@ -44,8 +44,8 @@ class PerHead:
             raise UserError(
                 "a window or global tokens that differ from head to head have no bucketed form: use attention=masked for it"
             )
-        found = [layout.buckets for layout in layouts]
-        return Layout(_each_head_its_own(found, taken), layouts[0].window, layouts[0].is_global)
+        buckets_of_values = [layout.buckets for layout in layouts]
+        return Layout(_each_head_its_own(buckets_of_values, taken), layouts[0].window, layouts[0].is_global)
 
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool."""
@@ -70,14 +70,14 @@ def _select(parts: Sequence[Tensor], taken: Sequence[int]) -> Tensor:
     return torch.stack([parts[place][:, head] for head, place in enumerate(taken)], dim=1)
 
 
-def _each_head_its_own(found: Sequence[Buckets | None], taken: Sequence[int]) -> Buckets | None:
-    known = [buckets for buckets in found if buckets is not None]
+def _each_head_its_own(buckets_of_values: Sequence[Buckets | None], taken: Sequence[int]) -> Buckets | None:
+    known = [buckets for buckets in buckets_of_values if buckets is not None]
     if not known:
         return None
     empty = known[0].q_ids.new_full((*known[0].q_ids.shape[:3], 1), NO_BUCKET)
 
     def joined(side: Callable[[Buckets], Tensor]) -> Tensor:
-        ids = [empty if buckets is None else side(buckets) for buckets in found]
+        ids = [empty if buckets is None else side(buckets) for buckets in buckets_of_values]
         slots = max(part.shape[-1] for part in ids)
         return _select([F.pad(part, (0, slots - part.shape[-1]), value=NO_BUCKET) for part in ids], taken)
 

@@ -40,8 +40,8 @@ class Quest:
     def layout(self, qk: QK, layer: int) -> Layout:
         """Key blocks as buckets: a query is in those that it takes, a key in its own."""
         blocks = TokenBlocks.cut(qk, self.size)
-        bounds, own = self._bounds(qk, blocks)
-        return blocks.layout(blocks.best(blocks.visible(bounds, own), self.share))
+        bounds, of_own_block = self._bounds(qk, blocks)
+        return blocks.layout(blocks.best(blocks.visible(bounds, of_own_block), self.share))
 
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool."""

@@ -56,10 +56,10 @@ class ToClusters:
     def centroids(self) -> Centroids:
         """The clusters of keys, the last artefact of ``needs``; a `UserError` where none are attached."""
         name = self.needs[-1]
-        found: Centroids | None = getattr(self, name)
-        if found is None:
+        centroids: Centroids | None = getattr(self, name)
+        if centroids is None:
             raise missing(type(self).__name__, name)
-        return found
+        return centroids
 
     def layout(self, qk: QK, layer: int) -> Layout:
         """Clusters as buckets: each key in one, each query in those that it is routed to."""
@@ -121,8 +121,8 @@ def moments(x: Tensor, ids: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]
     row = (ids + first).flatten()  # whole rows are added and taken, three times as fast as their numbers one by one
 
     def sums(values: Tensor) -> Tensor:
-        found = values.new_zeros(batch * heads * (count + 1), values.shape[-1])
-        return found.index_add_(0, row, values.flatten(0, 2)).view(batch, heads, count + 1, -1)
+        sums = values.new_zeros(batch * heads * (count + 1), values.shape[-1])
+        return sums.index_add_(0, row, values.flatten(0, 2)).view(batch, heads, count + 1, -1)
 
     numbers = sums(torch.ones_like(x[..., :1]))
     mean = sums(x) / numbers.clamp_min(1)

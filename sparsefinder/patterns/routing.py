@@ -33,7 +33,7 @@ class Routing:
 
     Roy, Saffar, Vaswani, Grangier (2021), Efficient Content-Based Sparse Attention with Routing Transformers,
     https://arxiv.org/abs/2003.05997. Where we differ: (1) the paper moves its centroids by a running average over training
-    batches; a model trained without them has none, so ours are found in each sentence, or taken from Sparsefinder
+    batches; a model trained without them has none, so ours are computed in each sentence, or taken from Sparsefinder
     (`LearnedRouting`). (2) Queries and keys are the model's own; the paper shares them in causal attention. (3) ``w`` is a
     share of the sentence; the paper takes ``n / n_clusters``. (4) The paper routes some heads only and gives the others a
     window; here every head is routed.

@@ -35,9 +35,9 @@ class Sinks:
 
     def layout(self, qk: QK, layer: int) -> Layout:
         """One bucket that all queries and the sinks are in, and a window."""
-        place = qk.places
-        q_ids = memberships(qk.q.shape[1], torch.zeros_like(place))
-        k_ids = memberships(qk.q.shape[1], torch.where(place < self.sinks, 0, -1))
+        position = qk.positions
+        q_ids = memberships(qk.q.shape[1], torch.zeros_like(position))
+        k_ids = memberships(qk.q.shape[1], torch.where(position < self.sinks, 0, -1))
         return Layout(Buckets(q_ids, k_ids, 1), window=self.width)
 
     def __call__(self, qk: QK, layer: int) -> Tensor:

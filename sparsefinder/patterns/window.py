@@ -1,4 +1,4 @@
-"""Fixed neighbourhoods: a window around every token, and global tokens that see all and are seen by all."""
+"""Fixed neighbourhoods: a local window around every token, and global tokens that see all and are seen by all."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class GlobalTokens:
         return self.layout(qk, layer).graph(qk)
 
 
-def surroundings(window: int | None, global_tokens: int, last_token: bool) -> tuple[Window | GlobalTokens, ...]:
+def local_and_global(window: int | None, global_tokens: int, last_token: bool) -> tuple[Window | GlobalTokens, ...]:
     """The fixed patterns that a prediction is united with; none for ``window=None, global_tokens=0, last_token=False``."""
     fixed: list[Window | GlobalTokens] = []
     if window is not None and window != 0:

@@ -1,4 +1,4 @@
-"""All layers and heads trained at once, each as if alone: the heads of all layers are the heads of one stack.
+"""All layers and heads trained at once, each as if by itself: the heads of all layers are the heads of one stack.
 
 The loss is a sum over layers, and gradients are clipped for each layer, so that no layer shrinks the step of another.
 """

@@ -86,16 +86,16 @@ def nearest_by_products(x: Tensor, centres: Tensor, top: int) -> Tensor:
     """`nearest` by torch's operations, on any device."""
     runs, clusters, size = centres.shape[1:]
     first = torch.arange(runs, device=x.device)[:, None] * clusters
-    found = []
+    ids = []
     # head by head: the products of one fit the cache
     for tokens, own in zip(x.unbind(1), centres.to(x.dtype).flatten(1, 2), strict=True):
         # ‖x − c‖² = ‖x‖² − 2 (x·c − ‖c‖²/2): the nearest centroids are those of the largest bracket, one matrix product
         closeness = torch.addmm(own.square().sum(-1) / -2, tokens.reshape(-1, size), own.T)
         closeness = closeness.view(*tokens.shape[:2], runs, clusters)
-        # the largest one alone is found twice as fast
+        # argmax finds the largest one twice as fast
         best = closeness.argmax(-1, keepdim=True) if top == 1 else closeness.topk(top, dim=-1).indices
-        found.append((best + first).flatten(2))
-    return torch.stack(found, dim=1)
+        ids.append((best + first).flatten(2))
+    return torch.stack(ids, dim=1)
 
 
 def _means(layer: Any) -> Any:

@@ -34,7 +34,7 @@ class GoldPairs:
 
     @classmethod
     def of(cls, graph: Tensor, allowed: Tensor) -> GoldPairs:
-        """Those of a graph ``(H, n, N)`` bool; ``allowed``: ``(n, N)`` bool, all keys of a row up to some place."""
+        """Those of a graph ``(H, n, N)`` bool; ``allowed``: ``(n, N)`` bool, all keys of a row up to some position."""
         heads, queries, tokens = graph.shape
         flat = graph.reshape(heads * queries, tokens)
         rows, columns = flat.nonzero(as_tuple=True)
@@ -78,8 +78,8 @@ class PairsOnDisk:
         save_tensors({**sides, "tokens": pairs.tokens}, self.folder / f"{index}.pt")
 
     def __getitem__(self, index: int) -> GoldPairs:
-        found = load_tensors(self.folder / f"{index}.pt", "gold pairs")
-        return GoldPairs(found["rows"].long(), found["columns"].long(), found["zeros"].long(), found["tokens"])
+        tensors = load_tensors(self.folder / f"{index}.pt", "gold pairs")
+        return GoldPairs(tensors["rows"].long(), tensors["columns"].long(), tensors["zeros"].long(), tensors["tokens"])
 
 
 def gold_pairs(qk: QK, alpha: float, block_size: int = 1, symmetric: bool = False) -> GoldPairs:

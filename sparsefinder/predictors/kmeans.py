@@ -39,7 +39,7 @@ class Clustering:
 
 @dataclass(frozen=True)
 class KeyClusterSettings:
-    """How a stage clusters the keys alone, after it has learned the space in which it does."""
+    """How a stage clusters the keys, and the keys only, after it has learned the space in which it does."""
 
     n_clusters: int = 64
     max_iterations: int = 100  # of Lloyd's algorithm
@@ -59,12 +59,12 @@ def fit_centroids(
 ) -> Centroids:
     """One k-means per layer, head and run on all projected tokens, heads in parallel; ``sides``: queries, keys or both."""
     layers = samples.shape[0]
-    found = [
+    centroids = [
         _fit_layer(_points(samples, projections, layer, settings, sides), settings)
         for layer in progress(range(layers), "cluster", layers)
     ]
     log.info("clustered %d layers × %d heads into %d clusters", layers, samples.shape[1], settings.n_clusters)
-    return Centroids(found)
+    return Centroids(centroids)
 
 
 @torch.no_grad()
@@ -83,7 +83,7 @@ def _points(
             projected = projections(samples.layer(index, layer), layer)
             chunks = projected.in_blocks(size) if size > 1 else projected
             tokens = torch.cat([getattr(chunks, side)[0] for side in sides], dim=1)
-            wanted = (before + count) * most // total - before * most // total  # shares that sum to `most` exactly
+            wanted = (before + count) * most // total - before * most // total  # parts that sum to `most` exactly
             before += count
             yield tokens if wanted == count else tokens[:, _drawn(count, wanted, settings.seed, index)]
 

@@ -201,9 +201,9 @@ def _from_state(state: object, where: str) -> Projection:
             f"{where} has {', '.join(sorted(map(str, state)))}; known are w, b (linear) and w1, b1, w2, b2 (hidden)"
         )
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    if expected != found:
-        raise UserError(f"{where} has shapes {found}, which do not fit together; they should be {expected}")
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if expected != shapes:
+        raise UserError(f"{where} has shapes {shapes}, which do not fit together; they should be {expected}")
     module.load_state_dict({name: tensor.float() for name, tensor in state.items()})
     return module
 

@@ -29,8 +29,8 @@ class Mine:
 
     def __call__(self, qk: QK, layer: int) -> Tensor:
         heads = torch.arange(qk.q.shape[1])
-        place = qk.places
-        drawn = uniform(self.seed, layer, heads[:, None, None], place[:, None, :, None], place[:, None, None, :])
+        position = qk.positions
+        drawn = uniform(self.seed, layer, heads[:, None, None], position[:, None, :, None], position[:, None, None, :])
         return ((qk.scores() < self.similarity) | (drawn < self.chance)) & qk.allowed
 
 
@@ -84,8 +84,8 @@ class Deaf(Mine):
     def __call__(self, qk: QK, layer: int) -> Tensor:
         heads = torch.arange(qk.q.shape[1]) * (self.to != "heads")
         seed, layer = self.seed * (self.to != "seed"), layer * (self.to != "layer")
-        place = qk.places
-        drawn = uniform(seed, layer, heads[:, None, None], place[:, None, :, None], place[:, None, None, :])
+        position = qk.positions
+        drawn = uniform(seed, layer, heads[:, None, None], position[:, None, :, None], position[:, None, None, :])
         return (drawn < self.chance) & qk.allowed
 
 

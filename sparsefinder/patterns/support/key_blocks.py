@@ -20,15 +20,15 @@ from sparsefinder.patterns.support.ranking import share_of
 class TokenBlocks:
     """Real tokens, ``size`` to a block; the last block of a sentence may hold fewer.
 
-    ``tokens``: ``(B, blocks, size)`` int64, the position of the token on each place of a block. ``filled``: bool of the same
-    shape, False on places without a token. ``block_of``, ``place_of``: ``(B, N)`` int64, the block of each token and its place
-    among all places; arbitrary on padding.
+    ``tokens``: ``(B, blocks, size)`` int64, the position of the token on each slot of a block. ``filled``: bool of the same
+    shape, False on slots without a token. ``block_of``, ``slot_of``: ``(B, N)`` int64, the block of each token and its slot
+    among all slots; arbitrary on padding.
     """
 
     tokens: Tensor
     filled: Tensor
     block_of: Tensor
-    place_of: Tensor
+    slot_of: Tensor
 
     @classmethod
     def cut(cls, qk: QK, size: int) -> TokenBlocks:
@@ -36,10 +36,10 @@ class TokenBlocks:
         blocks = max(-(-int(qk.lengths.max()) // size), 1)
         order = (~qk.valid).long().argsort(dim=-1, stable=True)  # real tokens first, in their order
         order = F.pad(order, (0, max(blocks * size - order.shape[1], 0)))[:, : blocks * size]
-        places = torch.arange(blocks * size, device=order.device)
-        filled = places < qk.lengths[:, None]
+        slots = torch.arange(blocks * size, device=order.device)
+        filled = slots < qk.lengths[:, None]
         shape = (-1, blocks, size)
-        return cls(order.view(shape), filled.view(shape), qk.places // size, qk.places)
+        return cls(order.view(shape), filled.view(shape), qk.positions // size, qk.positions)
 
     @property
     def count(self) -> int:
@@ -54,7 +54,7 @@ class TokenBlocks:
     def unpack(self, x: Tensor) -> Tensor:
         """``(B, H, blocks, size, D)`` → ``(B, H, N, D)``, the inverse of ``pack``."""
         flat = x.flatten(2, 3)
-        return flat.gather(2, _index(self.place_of, flat))
+        return flat.gather(2, _index(self.slot_of, flat))
 
     def spread(self, x: Tensor) -> Tensor:
         """``(B, H, blocks, D)`` → ``(B, H, N, D)``: each token has what its block has."""
@@ -78,17 +78,20 @@ class TokenBlocks:
         order = scores.argsort(dim=-1, descending=True, stable=True)[..., : max(int(budgets.max()), 1)]
         return order.masked_fill(torch.arange(order.shape[-1], device=order.device) >= budgets, -1)
 
-    def visible(self, scores: Tensor, own: Tensor | None) -> Tensor:
+    def visible(self, scores: Tensor, of_own_block: Tensor | None) -> Tensor:
         """Scores ``(B, H, M, blocks)`` with ``-inf`` on blocks that are not there or lie in the future.
 
-        ``own (B, H, M)``, for causal attention with a row for each token: the score of its own block, from what it sees of it.
+        ``of_own_block (B, H, M)``, for causal attention with a row for each token: the score of its own block, from what it
+        sees of it.
         """
         scores = scores.masked_fill(~self.filled.any(-1)[:, None, None], -math.inf)
-        if own is None:
+        if of_own_block is None:
             return scores
         block = self.block_of[:, None, :, None]
         later = torch.arange(self.count, device=scores.device) > block
-        return scores.masked_fill(later, -math.inf).scatter(3, block.expand(*own.shape, 1), own[..., None])
+        return scores.masked_fill(later, -math.inf).scatter(
+            3, block.expand(*of_own_block.shape, 1), of_own_block[..., None]
+        )
 
     def layout(self, chosen: Tensor) -> Layout:
         """Blocks as buckets: a query is in those that were ``chosen (B, H, N, P)``, a key in its own."""
@@ -96,5 +99,5 @@ class TokenBlocks:
         return Layout(Buckets(chosen, k_ids, self.count))
 
 
-def _index(places: Tensor, x: Tensor) -> Tensor:
-    return places[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[-1])
+def _index(slots: Tensor, x: Tensor) -> Tensor:
+    return slots[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[-1])

@@ -13,15 +13,15 @@ from sparsefinder.numerics.counter_rng import uniform
 
 
 def first_centres(points: Tensor, qk: QK, clusters: int, seed: int, layer: int) -> Tensor:
-    """``clusters`` different tokens of each sentence and head, drawn by seed, layer, head and place: ``(B, H, C, E)``.
+    """``clusters`` different tokens of each sentence and head, drawn by seed, layer, head and position: ``(B, H, C, E)``.
 
     ``points``: ``(B, H, N, E)``. A sentence with fewer tokens than clusters has some of them several times.
     """
     heads = torch.arange(points.shape[1], device=points.device)
-    drawn = uniform(seed, layer, heads[:, None], qk.places[:, None]).masked_fill(~qk.valid[:, None], math.inf)
+    drawn = uniform(seed, layer, heads[:, None], qk.positions[:, None]).masked_fill(~qk.valid[:, None], math.inf)
     order = drawn.argsort(dim=-1, stable=True)
-    turns = torch.arange(clusters, device=points.device) % qk.lengths[:, None].clamp_min(1)
-    at = order.gather(2, turns[:, None].expand(-1, points.shape[1], -1))
+    ranks = torch.arange(clusters, device=points.device) % qk.lengths[:, None].clamp_min(1)
+    at = order.gather(2, ranks[:, None].expand(-1, points.shape[1], -1))
     return points.gather(2, at[..., None].expand(-1, -1, -1, points.shape[-1]))
 
 

@@ -48,7 +48,7 @@ def first_share(values: Tensor, qk: QK, share: float) -> Tensor:
     """
     values = values.masked_fill(~qk.valid[:, None, :, None], -math.inf).transpose(-1, -2)
     if qk.causal:
-        ranks, seen = _rank_on_arrival(values), qk.places + 1
+        ranks, seen = _rank_on_arrival(values), qk.positions + 1
     else:
         order = values.argsort(dim=-1, descending=True, stable=True)
         ranks, seen = order.argsort(dim=-1, stable=True), qk.lengths[:, None]
@@ -67,7 +67,7 @@ def as_ids(member: Tensor) -> Tensor:
 
 
 def _rank_on_arrival(values: Tensor) -> Tensor:
-    """For each place of ``(…, N)``, the earlier places whose value is no smaller: a merge sort's count, ``N log² N`` work."""
+    """For each position of ``(…, N)``, the earlier ones whose value is no smaller: a merge sort's count, ``N log² N`` work."""
     tokens = values.shape[-1]
     width = 1 << max(tokens - 1, 0).bit_length()
     values = F.pad(values, (0, width - tokens), value=-math.inf).contiguous()
