@@ -2,7 +2,8 @@
 
 Every process runs the same program. What must be done once, such as writing an artefact, the first one does while the others
 wait (`once`); what can be shared, every one does its part of, and all get all parts (`parts`). An error in one is an error in
-all, so none waits for ever. In a single process each of these is a plain call.
+all, so none waits for ever. In a single process each of these is a plain call. ``accelerate`` knows the processes, as it does for
+the Trainer.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ import datetime
 import logging
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from sparsefinder.errors import UserError
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 T = TypeVar("T")
 
@@ -27,23 +31,28 @@ _PATIENCE = datetime.timedelta(days=7)  # a process may wait as long as another 
 def start() -> None:
     """Join the processes that ``torchrun`` started; nothing where it did not. The first one alone writes to the log."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        cuda = torch.cuda.is_available()
-        if cuda:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_PATIENCE)
+        # objects go by way of the CPU: a process that waits for another one does not keep a GPU busy
+        _state(backend="cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_PATIENCE)
         atexit.register(dist.destroy_process_group)  # its threads would abort a process that ends
     if not first():
         logging.disable(logging.WARNING)
 
 
+def _state(**options: Any) -> PartialState:
+    """What ``accelerate`` knows of the processes; the first call joins them. Imported where there are several alone."""
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.cuda.is_available(), **options)
+
+
 def count() -> int:
     """How many processes there are."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return _state().num_processes if dist.is_initialized() else 1
 
 
 def rank() -> int:
     """Which one this is, from 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return _state().process_index if dist.is_initialized() else 0
 
 
 def first() -> bool:
@@ -61,18 +70,19 @@ def parts(work: Callable[[], T]) -> list[T]:
     """What ``work`` gave in each process, in order. A `UserError` in any of them is raised in all."""
     if count() == 1:
         return [work()]
-    found: list[Any] = [None] * count()
-    dist.all_gather_object(found, _outcome(work))
-    return [_value(each) for each in found]
+    from accelerate.utils import gather_object
+
+    return [_value(outcome) for outcome in gather_object([_outcome(work)])]
 
 
 def once(work: Callable[[], T]) -> T:
     """Let the first process do ``work`` while the others wait; all get what it gave, or its `UserError`."""
     if count() == 1:
         return work()
-    found: list[Any] = [_outcome(work) if first() else None]
-    dist.broadcast_object_list(found)
-    result: T = _value(found[0])
+    from accelerate.utils import broadcast_object_list
+
+    (outcome,) = broadcast_object_list([_outcome(work) if first() else None])
+    result: T = _value(outcome)
     return result
 
 
