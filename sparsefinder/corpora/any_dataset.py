@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,15 +16,12 @@ from sparsefinder.corpora.files import SPLITS, check_limits, limited
 from sparsefinder.corpora.loading import load_split
 from sparsefinder.corpora.overlap import Overlap, check_contents
 from sparsefinder.corpora.reading import digest_of, files_named, is_gzip
+from sparsefinder.corpora.splits import rows_of
 from sparsefinder.errors import UserError
 from sparsefinder.storage import hub
 from sparsefinder.storage.files import files_of
 
 log = logging.getLogger(__name__)
-
-_BOUND = r"(-?\d+(?:_\d+)*)?(%?)"
-_PART = re.compile(rf"([^\[(]*)(?:\[{_BOUND}:{_BOUND}\])?(?:\(.*\))?$")  # train, train[:1%], train[5:](closest)
-_ROWS = 10**9  # of a split, whose size is not known here: so many that a number of rows is less than one per cent
 
 
 @dataclass(frozen=True)
@@ -64,7 +60,7 @@ class AnyDataset:
                 "corpus.max_characters=N, or download all with corpus.streaming=false"
             )
         for name, held_out in (("validation", self.validation), ("test", self.test)):
-            if held_out is not None and (shared := self.shared_rows(held_out)):
+            if held_out and (shared := self.shared_rows(held_out)):
                 raise UserError(
                     f"corpus=datasets takes train={self.train} and {name}={held_out} from the same rows of {shared}: name two "
                     "splits that share none; text held out must not be training text"
@@ -72,27 +68,18 @@ class AnyDataset:
 
     def shared_rows(self, held_out: str) -> str:
         """What ``held_out`` and the training split both read, a file or a name; empty where their rows are others."""
-        for source, begin, end in self._rows(self.train):
-            for other, other_begin, other_end in self._rows(held_out):
-                same = source == other or "all" in (source, other)
-                if same and max(begin, other_begin) < min(end, other_end):
-                    return other
+        for training in rows_of(str(self.train)):
+            for other in rows_of(str(held_out)):
+                source = self._source(other.name)
+                same = source == self._source(training.name) or "all" in (training.name, other.name)
+                if same and max(training.first, other.first) < min(training.end, other.end):
+                    return source
         return ""
 
-    def _rows(self, split: str) -> Iterator[tuple[str, int, int]]:
-        """Source, first row and end of each part of a split such as ``train[:1%]+test``; a source is a file or a name."""
-        for part in str(split).split("+"):
-            found = _PART.match(part.strip())
-            if found is None:  # `datasets` says what is wrong with it
-                yield part, 0, _ROWS
-                continue
-            name, begin, begin_unit, end, end_unit = found.groups()
-            unit = _ROWS // 100 if begin_unit or end_unit else 1  # one % holds for both ends, as `datasets` reads it
-            first = 0 if begin is None else int(begin) * unit
-            last = _ROWS if end is None else int(end) * unit
-            file = (self.data_files or {}).get(name.strip())
-            source = str(Path(file).resolve()) if isinstance(file, (str, Path)) else name.strip()
-            yield source, first + _ROWS * (first < 0), last + _ROWS * (last < 0)
+    def _source(self, name: str) -> str:
+        """What the split ``name`` is read from: one file, or what ``datasets`` knows by that name."""
+        file = (self.data_files or {}).get(name)
+        return str(Path(file).resolve()) if isinstance(file, (str, Path)) else name
 
     def documents(self, split: str, cache: Path | str | None = None) -> Iterator[str]:
         """The documents of ``split`` that are not empty. ``cache`` is not used: ``datasets`` keeps its own."""
@@ -149,13 +136,8 @@ class AnyDataset:
             raise UserError(
                 f"corpus.{split}={name}: a stream has no slices; set corpus.streaming=false, or name a whole split"
             )
-        for part in name.split("+"):
-            found = _PART.match(part.strip())
-            if found is None:
-                raise UserError(
-                    f"corpus.{split}={name} is no split: give a name such as train, or a slice such as train[:1%]"
-                )
-            if self.data_files is not None and found[1].strip() not in (*self.data_files, "all"):
+        for rows in rows_of(name):
+            if self.data_files is not None and rows.name not in (*self.data_files, "all"):
                 raise UserError(
                     f"corpus.{split}={name} is not in corpus.data_files: choose one of {', '.join(self.data_files)}"
                 )
@@ -191,7 +173,7 @@ class AnyDataset:
             for content in contents[key].values():
                 digest.update(key.encode() + content)
         if self.data_files:
-            train, *others = ({part.partition("[")[0].strip() for part in self._name(s).split("+")} for s in SPLITS)
+            train, *others = ({rows.name for rows in rows_of(self._name(split))} for split in SPLITS)
             held_out = set().union(*others) - train  # slices of one file are compared as such, above
             check_contents(
                 *({k: v for key in keys for k, v in contents.get(key, {}).items()} for keys in (train, held_out))

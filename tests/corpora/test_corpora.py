@@ -511,7 +511,12 @@ def test_a_dataset_is_read_row_by_row(tmp_path, monkeypatch, streaming):
 @pytest.mark.parametrize(
     ("train", "held_out"),
     [
-        *(("train", "train[:1%]"), ("train[:1%]", "train"), ("train", "train"), ("train(closest)", "train")),
+        *(
+            ("train", "train[:1%]"),
+            ("train[:1%]", "train"),
+            ("train", "train"),
+            ("train[:5%](pct1_dropremainder)", "train"),
+        ),
         *(("train[:90%]", "train[80%:]"), ("train[:90%]", "train[-20%:]"), ("train[:10]", "train[9:12]")),
         *(
             ("train[:1_000]", "train[:1%]"),
@@ -642,12 +647,20 @@ def test_a_wrong_dataset_is_one_line(tmp_path, monkeypatch):
             "test=tset is not in .*: choose one of train, validation",
         ),
         (
-            lambda: next(in_files(tmp_path, train="train[:5").documents("train")),
+            lambda: next(in_files(tmp_path, train="train[:5]").documents("train")),
             "train=.* no slices; set corpus.streaming",
         ),
         (
-            lambda: next(in_files(tmp_path, train="train[:5", streaming=False).documents("train")),
-            "is no split: give a name",
+            lambda: in_files(tmp_path, train="train[:5", streaming=False),
+            r"train\[:5 is no split of a data set .*: give a name",
+        ),
+        (
+            lambda: in_files(tmp_path, train="train[:5](closest)", streaming=False),
+            "is no split of a data set .*rounding",
+        ),
+        (
+            lambda: in_files(tmp_path, validation="validation[:200%]", streaming=False),
+            r"validation\[:200%\] is no split",
         ),
         (
             lambda: in_files(tmp_path, data_files={"train": str(zipped)}).fingerprint(),

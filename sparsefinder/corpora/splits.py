@@ -1,0 +1,49 @@
+"""Splits in the syntax of ``datasets``, such as ``train[5:](pct1_dropremainder)+test``; which rows they name."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from sparsefinder.errors import UserError
+
+SIZE = 10**9  # rows of a split, whose size is not known here: so many that a number of rows is less than one per cent
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows ``first`` to ``end`` (exclusive) of the split ``name``, as if it had `SIZE`."""
+
+    name: str
+    first: int = 0
+    end: int = SIZE
+
+
+def rows_of(split: str) -> list[Rows]:
+    """The parts of a split, in their order.
+
+    Args:
+        split: One split, a slice of one, or several joined by ``+``.
+
+    Raises:
+        UserError: ``datasets`` would not understand it.
+    """
+    if (
+        split.isidentifier()
+    ):  # a plain name, which is what most people give, need not wait for a library of a second and a half
+        return [Rows(split)]
+    from datasets import ReadInstruction
+
+    found = []
+    for part in re.split(r"\s*\+\s*", split.strip()):
+        try:
+            instruction = ReadInstruction.from_spec(part)
+            name = instruction.to_spec().partition("[")[0]
+            (rows,) = instruction.to_absolute({name: SIZE})
+        except ValueError as error:
+            raise UserError(
+                f"{split} is no split of a data set ({' '.join(str(error).split())}): give a name such as train, a slice such as "
+                "train[:1%], or several joined by +"
+            ) from error
+        found.append(Rows(name, rows.from_, rows.to))
+    return found
