@@ -46,7 +46,8 @@ from sparsefinder.predictors.closed_form import fit_lowrank, normal_form
 from sparsefinder.predictors.gold_pairs import GoldPairs, mean_of_heads
 from sparsefinder.predictors.kmeans import KeyClusterSettings, fit_centroids
 from sparsefinder.predictors.projections import Projections
-from sparsefinder.storage.samples import Samples, training_samples, validation_samples
+from sparsefinder.storage.held_out import training_samples, validation_samples
+from sparsefinder.storage.samples import Samples
 from sparsefinder.storage.store import Store, progress
 
 log = logging.getLogger(__name__)

@@ -32,7 +32,8 @@ from sparsefinder.graphs import Pattern
 from sparsefinder.metrics import Counts, Gold, count
 from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.storage import tables
-from sparsefinder.storage.samples import Samples, training_samples, validation_samples
+from sparsefinder.storage.held_out import training_samples, validation_samples
+from sparsefinder.storage.samples import Samples
 from sparsefinder.storage.store import Store, progress
 
 log = logging.getLogger(__name__)

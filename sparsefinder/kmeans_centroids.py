@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from sparsefinder.errors import UserError
 from sparsefinder.predictors.kmeans import Clustering, fit_centroids
 from sparsefinder.predictors.projections import load_projections
-from sparsefinder.storage.samples import training_samples
+from sparsefinder.storage.held_out import training_samples
 from sparsefinder.storage.store import Store
 
 log = logging.getLogger(__name__)

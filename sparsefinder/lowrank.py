@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from sparsefinder.errors import UserError
 from sparsefinder.predictors.closed_form import fit_lowrank
 from sparsefinder.predictors.kmeans import KeyClusterSettings, fit_centroids
-from sparsefinder.storage.samples import training_samples
+from sparsefinder.storage.held_out import training_samples
 from sparsefinder.storage.store import Store
 
 log = logging.getLogger(__name__)

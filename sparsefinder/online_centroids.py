@@ -20,7 +20,8 @@ from sparsefinder.errors import UserError
 from sparsefinder.patterns.support.kmeans_per_sentence import lloyd, means_of, nearest
 from sparsefinder.predictors.centroids import Centroids
 from sparsefinder.predictors.projections import Projections, load_projections
-from sparsefinder.storage.samples import Samples, training_samples
+from sparsefinder.storage.held_out import training_samples
+from sparsefinder.storage.samples import Samples
 from sparsefinder.storage.store import Store, progress
 
 log = logging.getLogger(__name__)

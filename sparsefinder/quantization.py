@@ -43,7 +43,8 @@ from sparsefinder.predictors.contrastive import Contrast, contrastive_loss
 from sparsefinder.predictors.gold_pairs import GoldPairs, PairsOnDisk, gold_pairs
 from sparsefinder.predictors.projections import Hidden, Identity, LayerProjections, Linear, Projection, Projections
 from sparsefinder.storage.files import remove
-from sparsefinder.storage.samples import Samples, training_samples, validation_samples
+from sparsefinder.storage.held_out import training_samples, validation_samples
+from sparsefinder.storage.samples import Samples
 from sparsefinder.storage.store import Store, progress
 
 log = logging.getLogger(__name__)

@@ -38,8 +38,9 @@ from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.patterns.combine import layout_of
 from sparsefinder.storage import distributed, tables
 from sparsefinder.storage.growing_table import Item, Table
+from sparsefinder.storage.held_out import validation_samples
 from sparsefinder.storage.manifests import plain
-from sparsefinder.storage.samples import Samples, validation_samples
+from sparsefinder.storage.samples import Samples
 from sparsefinder.storage.store import Store, progress
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,6 @@ order of the files' names. `Samples` does not tell one from the other, and `join
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -22,14 +21,7 @@ from torch import Tensor
 
 from sparsefinder.errors import UserError
 from sparsefinder.graphs import QK
-from sparsefinder.numerics.normalizers import Normalizer
-from sparsefinder.storage.store import Store
 from sparsefinder.storage.tensor_files import StoredTensor, load_tensors, save_tensors, stored
-
-log = logging.getLogger(__name__)
-
-_MOST_GOLD = 0.5  # share of the pairs above which a file given by path is not believed
-_ENOUGH_TOKENS = 16  # of fewer a large share is nothing strange
 
 
 class Layers(Protocol):
@@ -205,63 +197,6 @@ class ShardWriter:
 def join(folder: Path | str, file: Path | str) -> None:
     """Write the queries and keys of a folder of files as one file of the published form."""
     load_samples(folder).save(file)
-
-
-def training_samples(store: Store) -> Samples:
-    """The samples to learn from: ``qk``, without its last tenth where that is held out (see `validation_samples`)."""
-    samples = _read(store, "qk")
-    if not store.splits_qk:
-        return samples
-    training = samples.split_last_tenth()[0]
-    if not len(training):
-        raise UserError(f"{samples.source} holds one sample and its last tenth is held out: extract 2 samples or more")
-    return training
-
-
-def validation_samples(store: Store) -> Samples:
-    """The samples to measure on: ``qk_validation``, or the last tenth (one or more) of a ``qk`` that was given alone."""
-    samples = _read(store, "qk_validation")
-    if not store.splits_qk:
-        return samples
-    held_out = samples.split_last_tenth()[1]
-    log.info("%s is given without qk_validation: its last %d samples are held out", samples.source, len(held_out))
-    return held_out
-
-
-def _read(store: Store, name: str) -> Samples:
-    """Of a file that somebody else may have made, the queries as ``query_scale`` says, after a look at whether that can be."""
-    samples = load_samples(store.path(name))
-    if name not in store.given:
-        return samples
-    if store.query_scale is not None:
-        samples = samples.with_queries_times(store.query_scale)
-    if store.first_time(f"density of {samples.source}"):
-        _warn_of_density(samples)
-    return samples
-
-
-def _warn_of_density(samples: Samples) -> None:
-    """Say so where more than half of the pairs are gold: queries that were divided twice make all scores alike."""
-    place = max(range(len(samples)), key=samples.lengths.__getitem__)
-    if samples.lengths[place] < _ENOUGH_TOKENS:
-        return
-    density = gold_density(samples, place)
-    if density > _MOST_GOLD:
-        log.warning(
-            "%s: %.0f %% of the pairs of sample %d are gold under 1.5-entmax, where sparse attention has a few percent; if its "
-            "queries are stored divided by √D, as fairseq's are, give query_scale=sqrt_d, else query_scale=NUMBER",
-            *(samples.source, 100 * density, place),
-        )
-
-
-def gold_density(samples: Samples, place: int, alpha: float = 1.5, queries: int = 128) -> float:
-    """The share of gold pairs in one sample, over all its layers and heads and some ``queries`` of it."""
-    shares = []
-    for qk in samples.layers(place):
-        step = max(1, qk.q.shape[2] // queries)
-        scores = qk.q[:, :, ::step] @ qk.k.mT / math.sqrt(qk.q.shape[-1])
-        shares.append((Normalizer(alpha)(scores) > 0).float().mean())
-    return torch.stack(shares).mean().item()
 
 
 def _check_tensors(path: Path, q: Sequence[Any], k: Sequence[Any]) -> None:

@@ -114,7 +114,7 @@ class Store:
         self.run_dir = Path(run_dir)
         self.base = None if base is None else Path(base)
         self.given = dict(given or {})
-        # queries and keys given alone serve both purposes: the last tenth is held out (see samples.py)
+        # queries and keys given alone serve both purposes: the last tenth is held out (see held_out.py)
         self.splits_qk = "qk" in self.given and "qk_validation" not in self.given
         if self.splits_qk:
             self.given["qk_validation"] = self.given["qk"]

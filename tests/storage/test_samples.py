@@ -14,7 +14,8 @@ import torch
 
 from scripts import split_by_length
 from sparsefinder.errors import UserError
-from sparsefinder.storage.samples import Samples, ShardWriter, join, load_samples, training_samples, validation_samples
+from sparsefinder.storage.held_out import training_samples, validation_samples
+from sparsefinder.storage.samples import Samples, ShardWriter, join, load_samples
 from sparsefinder.storage.store import Store
 from sparsefinder.storage.tensor_files import StoredTensor
 
