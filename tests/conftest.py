@@ -3,11 +3,8 @@ offline mode for everything."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import sys
 from pathlib import Path
-from types import ModuleType
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any import of transformers: nothing is downloaded at test time
 if (
@@ -34,15 +31,3 @@ GRAPH = Path(__file__).resolve().parent / "data" / "graph"
 def graph_files() -> Path:
     """Queries, keys, projections, centroids and metrics made with the published Sparsefinder."""
     return GRAPH
-
-
-@pytest.fixture(scope="session")
-def script() -> ModuleType:
-    """scripts/run.py as a module."""
-    spec = importlib.util.spec_from_file_location("run_script", ROOT / "scripts" / "run.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["run_script"] = module
-    spec.loader.exec_module(module)
-    return module

@@ -6,13 +6,14 @@ import dataclasses
 import logging
 import random
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import hydra
 import pytest
 
 from sparsefinder import pipeline
+from sparsefinder.commandline import choices, conf_folder, job
+from sparsefinder.commandline.overrides import Known, understood
 from sparsefinder.errors import UserError
 from sparsefinder.models import get_normalizer, load_masked_lm
 from sparsefinder.storage import tables
@@ -44,7 +45,6 @@ def text(tmp_path: Path) -> list[str]:
 
 @pytest.fixture
 def run(
-    script: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     text: list[str],
@@ -55,12 +55,12 @@ def run(
     def command(*arguments: str) -> str:
         caplog.clear()
         caplog.set_level(logging.INFO)
-        typed = script.understood(arguments, script.Known(script.FILES, script.settings_with)).settings
+        typed = understood(arguments, Known(conf_folder.FILES, list)).settings
         with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             everything = [*LITTLE, *text, f"run_dir={tmp_path / 'run'}", *typed]
             cfg = hydra.compose("config", overrides=everything, return_hydra_config=True)
-            monkeypatch.setattr(script, "chosen", lambda group: cfg.hydra.runtime.choices[group])
-            script.run(cfg)
+            monkeypatch.setattr(choices, "chosen", lambda group: cfg.hydra.runtime.choices[group])
+            job.run(cfg)
         return caplog.text
 
     return command

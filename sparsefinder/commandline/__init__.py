@@ -1,1 +1,1 @@
-"""What people type, before and around Hydra: settings, signals, messages."""
+"""What people type, and what Hydra makes of it: options, settings and sweeps in, stages with their settings out."""

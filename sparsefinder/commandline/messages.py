@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import re
 
+from hydra.errors import InstantiationException
+from omegaconf.errors import OmegaConfBaseException
+
 from sparsefinder.errors import UserError
+
+EXPECTED = (UserError, InstantiationException, OmegaConfBaseException)
+"""Errors that say to people what to do next; any other one is a fault of the program."""
 
 
 def one_line(error: BaseException) -> str:

@@ -10,10 +10,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from scripts import run
 from sparsefinder import pipeline
+from sparsefinder.commandline.conf_folder import FILES
 from sparsefinder.commandline.overrides import Known, quoted, understood
 from tests.conftest import GRAPH
 
-KNOWN = Known(run.FILES, lambda: ["window", "nsamples", "qk", "finetune.learning_rate"])
+KNOWN = Known(FILES, lambda: ["window", "nsamples", "qk", "finetune.learning_rate"])
 
 
 def read(*arguments: str) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import hydra
@@ -13,6 +12,10 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from sparsefinder import pipeline
+from sparsefinder.commandline import choices, conf_folder, job
+from sparsefinder.commandline.composition import build, plain
+from sparsefinder.commandline.messages import one_line
+from sparsefinder.commandline.overrides import Known, understood
 from sparsefinder.errors import UserError
 from sparsefinder.storage.store import Store
 from tests.conftest import GRAPH, ROOT
@@ -21,6 +24,7 @@ CONF = ROOT / "conf"
 GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir())
 FILES = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
 STAGES = list(pipeline.STAGES)
+KNOWN = Known(conf_folder.FILES, list)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -40,20 +44,20 @@ def compose(*overrides: str) -> DictConfig:
 
 @pytest.mark.parametrize(("group", "name"), FILES, ids=[f"{group}-{name}" for group, name in FILES])
 def test_every_file_composes_and_every_stage_can_be_set_up(
-    group: str, name: str, script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    group: str, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     cfg = compose(f"{group}={name}")
-    monkeypatch.setattr(script, "chosen", lambda g: cfg.hydra.runtime.choices[g])
-    settings = {stage: settings_of(cfg, stage, script) for stage in STAGES}
+    monkeypatch.setattr(choices, "chosen", lambda g: cfg.hydra.runtime.choices[g])
+    settings = {stage: settings_of(cfg, stage) for stage in STAGES}
     assert settings["score"].configurations
     assert settings["evaluate"].attentions
     assert settings["finetune"].model is not None
     # the stages of an experiment make all that they read: a UserError otherwise
-    pipeline.check_needs(pipeline.chosen_stages(script.plain(cfg.stage)), settings, Store(tmp_path))
+    pipeline.check_needs(pipeline.chosen_stages(plain(cfg.stage)), settings, Store(tmp_path))
 
 
-def settings_of(cfg: DictConfig, stage: str, script: ModuleType) -> Any:
-    return script.build(cfg[stage], **script.objects(cfg, stage))
+def settings_of(cfg: DictConfig, stage: str) -> Any:
+    return build(cfg[stage], **choices.objects(cfg, stage))
 
 
 WRONG = {  # settings of the command line → what the one line about them says
@@ -100,37 +104,36 @@ WRONG = {  # settings of the command line → what the one line about them says
 
 @pytest.mark.parametrize("settings", WRONG)
 def test_a_wrong_setting_is_one_line_before_any_work(
-    settings: str, script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    settings: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     own = [] if "run_dir=" in settings else [f"run_dir={tmp_path / 'run'}"]
     cfg = compose(*settings.split(), *own)
-    monkeypatch.setattr(script, "chosen", lambda g: cfg.hydra.runtime.choices[g])
+    monkeypatch.setattr(choices, "chosen", lambda g: cfg.hydra.runtime.choices[g])
     with pytest.raises(UserError) as error:
-        script.run(cfg)
-    said = script.one_line(error.value)
+        job.run(cfg)
+    said = one_line(error.value)
     assert WRONG[settings] in said
     assert said.startswith(WRONG[settings]) or "alpha" not in settings
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["2024", "2024_01", "1e3", "007"])
-def test_a_path_may_look_like_a_number(name: str, script: ModuleType) -> None:
-    typed = [f"{key}={name}" for key in ("run_dir", "qk")]
-    cfg = compose(*script.understood(typed, script.Known(script.FILES, script.settings_with)).settings)
-    store = script.store_of(cfg, [], None)
+def test_a_path_may_look_like_a_number(name: str) -> None:
+    cfg = compose(*understood([f"{key}={name}" for key in ("run_dir", "qk")], KNOWN).settings)
+    store = job.store_of(cfg, [], None)
     assert (store.run_dir, store.given["qk"]) == (Path(name), Path(name))
     cfg.run_dir = 2024  # in a file, where nothing puts quotes
-    assert script.store_of(cfg, [], None).run_dir == Path("2024")
+    assert job.store_of(cfg, [], None).run_dir == Path("2024")
 
 
 def test_a_run_prints_its_numbers_at_the_levels_of_the_report(
-    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = GRAPH / "golden_enc-attn.pt"
     given = [f"qk={file}", f"qk_validation={file}", f"run_dir={tmp_path}"]
     cfg = compose("stage=score", "pattern=window", "report.levels=[0.15]", *given)
-    monkeypatch.setattr(script, "chosen", lambda g: cfg.hydra.runtime.choices[g])
-    script.run(cfg)
+    monkeypatch.setattr(choices, "chosen", lambda g: cfg.hydra.runtime.choices[g])
+    job.run(cfg)
     printed = capsys.readouterr().out
     assert "Recall at 15 % of the pairs is read from a frontier" in printed
     assert not re.search(r"\b(2|5|10|20|30) %", printed)
@@ -162,11 +165,11 @@ def test_the_published_recipe() -> None:
     assert compose("experiment=wikitext103", "finetune.length=512").finetune.length == 512
 
 
-def test_all_sweeps_every_pattern_and_adds_surroundings(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_sweeps_every_pattern_and_adds_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = compose("window=3")
-    monkeypatch.setattr(script, "chosen", lambda g: cfg.hydra.runtime.choices[g])
-    swept = list(script.all_configurations(cfg, sweep=True))
-    once = list(script.all_configurations(cfg, sweep=False))
+    monkeypatch.setattr(choices, "chosen", lambda g: cfg.hydra.runtime.choices[g])
+    swept = list(choices.all_configurations(cfg, sweep=True))
+    once = list(choices.all_configurations(cfg, sweep=False))
     names = {path.stem for path in (CONF / "pattern").glob("*.yaml")} - {"all"}
     assert {c.name for c in swept} == {c.name for c in once} == names
     kmeans = OmegaConf.load(CONF / "pattern" / "kmeans.yaml").sweep
@@ -182,8 +185,7 @@ def test_every_yaml_of_a_choice_says_what_it_is() -> None:
 
 
 @pytest.mark.parametrize("experiment", ["smoke", "tiny", "frontier", "wikitext103"])
-def test_every_experiment_takes_a_model_by_path(experiment: str, script: ModuleType) -> None:
-    typed = [f"experiment={experiment}", "model=./a/folder"]
-    settings = script.understood(typed, script.Known(script.FILES, script.settings_with)).settings
+def test_every_experiment_takes_a_model_by_path(experiment: str) -> None:
+    settings = [f"experiment={experiment}", *understood(["model=./a/folder"], KNOWN).settings]
     cfg = hydra.compose("config", overrides=settings)
-    assert script.build(cfg.model).name_or_path == "./a/folder"
+    assert build(cfg.model).name_or_path == "./a/folder"

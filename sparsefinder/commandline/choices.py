@@ -1,0 +1,137 @@
+"""Patterns, attentions and conversions that were chosen: one file of their folder in ``conf``, or all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from sparsefinder.calibrate import Dialled
+from sparsefinder.commandline.composition import build, plain, without
+from sparsefinder.commandline.conf_folder import CONF
+from sparsefinder.errors import UserError, one_of
+from sparsefinder.evaluation.variants import AttentionChoice, Conversion
+from sparsefinder.experiment.configuration import Configuration, Dials
+from sparsefinder.experiment.instantiate import class_named, construct
+
+UNITED_WITH = ("window", "global_tokens", "last_token", "block_size")  # fields of a `Configuration` beside its pattern
+
+
+def objects(cfg: DictConfig, stage: str) -> dict[str, Any]:
+    """Settings of a stage that come from folders of conf: patterns, attentions and conversions."""
+    if stage == "calibrate":
+        return {"dialled": tuple(dialled(cfg)) if cfg.target else ()}
+    if stage == "score":
+        return {"configurations": tuple(all_configurations(cfg, sweep=True))}
+    if stage == "evaluate":
+        return {
+            "configurations": tuple(all_configurations(cfg, sweep=False)),
+            "attentions": tuple(attentions(cfg)),
+            "conversions": tuple(conversions(cfg)),
+        }
+    return {}
+
+
+@dataclass(frozen=True)
+class ChosenPattern:
+    """A file of conf/pattern. ``sweep``: values of its sparsity parameter; ``unions``: settings that it is united with, each."""
+
+    name: str
+    settings: DictConfig
+    sweep: list[Any]
+    unions: list[dict[str, Any]]
+
+    def build(self) -> tuple[Any, Dials | None]:
+        """The pattern, and its sparsity parameters where the setting is a list with one for each head."""
+        parameter = getattr(class_named(self.settings.get("_target_"), "pattern"), "sparsity_parameter", None)
+        if parameter is None or not OmegaConf.is_list(self.settings.get(parameter)):
+            return build(self.settings), None
+        pattern = build(without(self.settings, parameter))
+        return pattern, Dials.given(pattern, plain(self.settings[parameter]))
+
+    def united(self, pattern: Any, dials: Dials | None = None) -> Iterable[Configuration]:
+        """A pattern made of these settings: a learned one united with each of ``unions``, any other with the first."""
+        if not hasattr(pattern, "needs"):  # a file of another group, by a path such as ../model/tiny
+            kind = type(pattern).__name__
+            raise UserError(f"pattern={self.name} is no pattern but {kind}; name one file of conf/pattern")
+        for union in self.unions if pattern.needs else self.unions[:1]:
+            yield construct(Configuration, {"name": self.name, "pattern": pattern, "dials": dials} | union)
+
+
+def all_configurations(cfg: DictConfig, sweep: bool) -> Iterable[Configuration]:
+    """The chosen pattern as it is run; with ``pattern=all`` every one, its sparsity parameter swept where ``sweep``."""
+    for chosen_pattern in patterns(cfg):
+        pattern, dials = chosen_pattern.build()
+        values = chosen_pattern.sweep if sweep and cfg.pattern.get("every") else []
+        swept = [build(chosen_pattern.settings, **{pattern.sparsity_parameter: value}) for value in values]
+        for variant in swept or [pattern]:
+            yield from chosen_pattern.united(variant, dials)
+
+
+def dialled(cfg: DictConfig) -> Iterable[Dialled]:
+    """The patterns of `all_configurations` that have a sparsity parameter, with the values of their sweep."""
+    for chosen_pattern in patterns(cfg):
+        pattern, dials = chosen_pattern.build()
+        if dials is not None:
+            raise UserError(
+                f"pattern.{pattern.sparsity_parameter} has a value for each head, and target={cfg.target} chooses them: "
+                "leave out one of them"
+            )
+        if getattr(pattern, "sparsity_parameter", None) is not None and chosen_pattern.sweep:
+            values = tuple(chosen_pattern.sweep)
+            yield from (Dialled(configuration, values) for configuration in chosen_pattern.united(pattern))
+
+
+def patterns(cfg: DictConfig) -> Iterable[ChosenPattern]:
+    """The chosen pattern, or every one with ``pattern=all``."""
+    unions = [{name: plain(cfg[name]) for name in UNITED_WITH}]
+    if cfg.pattern.get("every"):
+        unions += [unions[0] | more for more in plain(cfg.pattern.also_with) if unions[0] | more not in unions]
+        nodes = list(files(cfg, "pattern"))
+        if cfg.patterns is not None:
+            if not isinstance(cfg.patterns, ListConfig):
+                raise UserError(f"patterns is a list such as [kmeans,window], or null for all, got {cfg.patterns}")
+            if unknown := [name for name in cfg.patterns if name not in dict(nodes)]:
+                raise UserError(f"patterns={unknown} are unknown; {one_of(dict(nodes), unknown[0], 'choose some of')}")
+            nodes = [(name, node) for name, node in nodes if name in cfg.patterns]
+    else:
+        nodes = [(chosen("pattern"), cfg.pattern)]
+    for name, node in nodes:
+        sweep = plain(node.get("sweep", []))
+        if not isinstance(sweep, list):
+            raise UserError(f"pattern.sweep={sweep}: the values of a sweep are a list, such as [1,2,4]")
+        yield ChosenPattern(name, without(node, "sweep"), sweep, unions)
+
+
+def attentions(cfg: DictConfig) -> Iterable[AttentionChoice]:
+    """The chosen attention, or every one with ``attention=all``."""
+    nodes = files(cfg, "attention") if cfg.attention.get("every") else [(chosen("attention"), cfg.attention)]
+    for name, node in nodes:
+        options = {key: value for key, value in plain(node).items() if key != "_target_"}
+        yield AttentionChoice(name, class_named(node.get("_target_"), "attention"), options)
+
+
+def conversions(cfg: DictConfig) -> Iterable[Conversion]:
+    """The chosen conversion, none of them, or every one with ``conversion=all``."""
+    if cfg.conversion.get("none"):
+        return
+    nodes = files(cfg, "conversion") if cfg.conversion.get("every") else [(chosen("conversion"), cfg.conversion)]
+    for name, node in nodes:
+        yield Conversion(name, build(node))
+
+
+def files(cfg: DictConfig, group: str) -> Iterable[tuple[str, DictConfig]]:
+    """Every file of a folder of conf, resolved against the rest of the configuration."""
+    for path in sorted((CONF / group).glob("*.yaml")):
+        node: Any = OmegaConf.load(path)
+        if not node.get("every") and not node.get("none"):
+            whole: Any = OmegaConf.merge(without(cfg, group), {group: node})
+            yield path.stem, whole[group]
+
+
+def chosen(group: str) -> str:
+    """The file that was chosen in a folder of conf."""
+    return str(HydraConfig.get().runtime.choices[group])
