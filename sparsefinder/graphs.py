@@ -21,9 +21,14 @@ from torch import Tensor
 class QK:
     """Queries and keys of one layer.
 
-    ``q``, ``k``: ``(B, H, N, D)`` floating point, not rescaled (scores are ``q·k / √D``). ``valid``: ``(B, N)`` bool, True
-    on real tokens; what padded positions of ``q`` and ``k`` contain never matters. ``causal``: a query sees no later key.
     ``q`` and ``k`` may also be projections of size ``R``: a pattern does not care which space it is given.
+
+    Args:
+        q: Queries, ``(B, H, N, D)`` floating point, not rescaled (scores are ``q·k / √D``). What padded positions contain
+            never matters.
+        k: Keys, of the same shape; their padding never matters either.
+        valid: ``(B, N)`` bool, True on real tokens.
+        causal: Whether a query sees no later key.
     """
 
     q: Tensor
@@ -65,7 +70,11 @@ class QK:
     def in_blocks(self, size: int) -> QK:
         """Chunks of ``size`` consecutive tokens as tokens, valid where any of theirs is.
 
-        The vector of a chunk is the concatenation of its tokens' vectors, ``(B, H, ⌈N/b⌉, b·D)``, zeros for padding.
+        Args:
+            size: Tokens in a chunk, ``b``.
+
+        Returns:
+            Chunks whose vector is the concatenation of their tokens' vectors, ``(B, H, ⌈N/b⌉, b·D)``, with zeros for padding.
         """
         missing = -self.q.shape[2] % size
         padded = ~self.valid[:, None, :, None]
@@ -81,7 +90,15 @@ class QK:
 
 
 def allowed_pairs(valid: Tensor, causal: bool = False) -> Tensor:
-    """Pairs of real tokens, without the future where causal: ``valid (B, N)`` → ``(B, 1, N, N)`` bool."""
+    """Pairs of real tokens, without the future where attention is causal.
+
+    Args:
+        valid: ``(B, N)`` bool, True on real tokens.
+        causal: Whether a query sees no later key.
+
+    Returns:
+        ``(B, 1, N, N)`` bool, False on every pair with a padded token.
+    """
     pairs = valid[:, None, :, None] & valid[:, None, None, :]
     if causal:
         tokens = valid.shape[-1]
@@ -106,10 +123,14 @@ class Attention(Protocol):
 class Buckets:
     """A graph as memberships: a query and a key are joined iff they share a bucket.
 
-    ``q_ids``: ``(B, H, N, P)`` and ``k_ids``: ``(B, H, N, P')`` int64, the buckets of each token in ``[0, count)``, or -1
-    where a token is in fewer buckets than others. Ids are unique over rounds (round ``r`` of a method with ``m`` buckets
-    uses ``r·m … r·m + m − 1``) and a token names a bucket at most once. Ids of padded tokens are arbitrary: whoever reads
-    them masks with ``valid``.
+    Ids are unique over rounds (round ``r`` of a method with ``m`` buckets uses ``r·m … r·m + m − 1``) and a token names a
+    bucket at most once. Ids of padded tokens are arbitrary: whoever reads them masks with ``valid``.
+
+    Args:
+        q_ids: ``(B, H, N, P)`` int64, the buckets of each query in ``[0, count)``, or -1 where it is in fewer buckets than
+            others.
+        k_ids: ``(B, H, N, P')`` int64, the same for each key.
+        count: Number of buckets of each example and head.
     """
 
     q_ids: Tensor
@@ -136,10 +157,12 @@ class Buckets:
 
 @dataclass(frozen=True)
 class Layout:
-    """A graph in the compressed form that bucketed attention executes: buckets ∪ a window ∪ global tokens.
+    """A graph in the compressed form that bucketed attention executes: buckets ∪ a local window ∪ global tokens.
 
-    ``window``: odd width ``W``, the query itself and ``W // 2`` keys on each side; 0 for none. ``is_global``: ``(B, N)`` bool,
-    tokens that attend to all and are attended by all; None for none.
+    Args:
+        buckets: Memberships of queries and keys; None for none.
+        window: Odd width ``W`` in tokens, the query itself and ``W // 2`` keys on each side; 0 for none.
+        is_global: ``(B, N)`` bool, tokens that attend to all and are attended by all; None for none.
     """
 
     buckets: Buckets | None = None
@@ -179,7 +202,16 @@ class HasLayout(Protocol):
 
 
 def band(tokens: int, window: int, device: torch.device | None = None) -> Tensor:
-    """``(N, N)`` bool: keys at most ``window // 2`` positions away."""
+    """Pairs of a local window.
+
+    Args:
+        tokens: ``N``.
+        window: Width in tokens.
+        device: Where the result lies.
+
+    Returns:
+        ``(N, N)`` bool: keys at most ``window // 2`` positions away.
+    """
     positions = torch.arange(tokens, device=device)
     return (positions[:, None] - positions[None, :]).abs() <= window // 2
 
@@ -194,5 +226,13 @@ def _join_buckets(first: Buckets | None, second: Buckets | None) -> Buckets | No
 
 
 def shifted(ids: Tensor, by: int | Tensor) -> Tensor:
-    """Bucket ids moved to another range; -1, no bucket, stays."""
+    """Bucket ids moved to another range.
+
+    Args:
+        ids: Bucket ids of any shape, int64.
+        by: What is added, a number or a tensor that broadcasts to ``ids``.
+
+    Returns:
+        The ids of the same shape; -1, no bucket, stays.
+    """
     return torch.where(ids < 0, ids, ids + by)

@@ -37,8 +37,16 @@ BALANCE = ("bucket_entropy", "bucket_largest", "bucket_empty")
 class Counts:
     """Raw counts of examples and heads, each ``(B, H)``: int64, and float64 for ``mass``.
 
-    ``far_*`` count pairs that are not ``near`` (see `count`); ``mass`` is the dense probability on predicted keys, summed
-    over the queries.
+    Args:
+        allowed: Allowed pairs.
+        predicted: Pairs of the predicted graph.
+        gold: Pairs of the gold graph.
+        hits: Gold pairs that are predicted.
+        queries: Real queries.
+        exact: Real queries all of whose gold keys are predicted.
+        far_gold: Gold pairs that are not ``near`` (see `count`).
+        far_hits: Those of them that are predicted.
+        mass: The dense probability on predicted keys, summed over the queries.
     """
 
     allowed: Tensor
@@ -80,8 +88,11 @@ class Counts:
 class Gold:
     """The dense attention of a head and its support: what every prediction is measured against.
 
-    ``probabilities``: ``(B, H, N, N)`` float32, zero outside allowed pairs; ``graph``: bool, probability > 0. Computed once
-    for a sample and layer and shared by all patterns.
+    Computed once for a sample and layer and shared by all patterns.
+
+    Args:
+        probabilities: ``(B, H, N, N)`` float32, zero outside allowed pairs, so in padded rows too.
+        graph: ``(B, H, N, N)`` bool, probability > 0.
     """
 
     probabilities: Tensor
@@ -114,15 +125,31 @@ class Gold:
         return self.probabilities.flatten()[self.indices].double()
 
     def sums(self, weights: Tensor | None = None) -> Tensor:
-        """Gold pairs of each example and head, or the sum of their ``weights (P,)``: ``(B, H)``."""
+        """Gold pairs of each example and head, or the sum of their weights.
+
+        Args:
+            weights: ``(P,)``, a number for each gold pair; None counts them.
+
+        Returns:
+            ``(B, H)``: int64 counts, or sums in the dtype of the weights.
+        """
         return torch.bincount(self.heads, weights, self.graph.shape[:2].numel()).view(self.graph.shape[:2])
 
 
 def count(predicted: Tensor, gold: Gold, qk: QK, near: Tensor | None = None) -> Counts:
-    """Compare a graph ``(B, H, N, N)`` bool with the gold graph.
+    """Compare a predicted graph with the gold graph.
 
-    ``near``: pairs that the window and the global tokens name, broadcastable to the graph; None means that no pair is near.
     The whole graph is read once, to count what it predicts; all else is looked up at the gold pairs, a few in a hundred.
+
+    Args:
+        predicted: The graph, ``(B, H, N, N)`` bool, False on padding.
+        gold: The dense attention of the same example and layer.
+        qk: The queries and keys, which say what is allowed.
+        near: Pairs that the local window and the global tokens name, bool, broadcastable to the graph; None means that no pair
+            is near.
+
+    Returns:
+        The counts of each example and head.
     """
     real = qk.valid[:, None, :].expand(predicted.shape[:3])
     hit = predicted.flatten()[gold.indices]
@@ -147,10 +174,16 @@ def count(predicted: Tensor, gold: Gold, qk: QK, near: Tensor | None = None) -> 
 
 
 def balance(buckets: Buckets, valid: Tensor) -> dict[str, Tensor]:
-    """How evenly the keys fill the buckets, for each example and head, ``(B, H)`` float64.
+    """How evenly the keys fill the buckets.
 
-    ``bucket_entropy``: entropy of a key's bucket divided by its largest value, 1 when all are equally full;
-    ``bucket_largest``: share of the memberships in the fullest one; ``bucket_empty``: share of buckets without a key.
+    Args:
+        buckets: Memberships ``(B, H, N, P)``.
+        valid: ``(B, N)`` bool; keys on padding are not counted.
+
+    Returns:
+        For each example and head, ``(B, H)`` float64: ``bucket_entropy``, entropy of a key's bucket divided by its largest
+        value, 1 when all are equally full; ``bucket_largest``, share of the memberships in the fullest one; ``bucket_empty``,
+        share of buckets without a key.
     """
     batch, heads = buckets.k_ids.shape[:2]
     ones = (valid[:, None, :, None] & (buckets.k_ids >= 0)).double()

@@ -1,6 +1,6 @@
 """What every pattern promises, as checks that anyone can run on a pattern of their own.
 
-    from sparsefinder.conformance import CHECKS, Subject, check_pattern
+    from sparsefinder.testing import CHECKS, Subject, check_pattern
 
     check_pattern(MyPattern(width=5), sweep=[1, 3, 5])  # an AssertionError names every promise that is broken
 
@@ -91,9 +91,8 @@ class Check:
                 what = str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
                 name = subject.name or type(subject.pattern).__name__
                 way = "causal" if causal else "bidirectional"
-                raise AssertionError(
-                    f"{name} breaks the promise “{self.name}: {self.promise}” ({way}): {what}"
-                ) from error
+                broken = f"{name} breaks the promise “{self.name}: {self.promise}” ({way}): {what}"
+                raise AssertionError(broken) from error
 
 
 def check_pattern(
@@ -130,9 +129,19 @@ def random_qk(
     padding: float = 7.0,
     left: bool = False,
 ) -> QK:
-    """Normal queries and keys of sentences padded on the right, or on the ``left``; padded positions hold ``padding``.
+    """Normal queries and keys; the vectors of a sentence are the same whichever side it is padded on.
 
-    The vectors of a sentence are the same whichever side it is padded on.
+    Args:
+        lengths: Tokens of each sentence.
+        heads: ``H``.
+        size: ``D``.
+        causal: Whether a query sees no later key.
+        seed: Of the vectors.
+        padding: What padded positions hold.
+        left: Whether sentences are padded on the left instead of the right.
+
+    Returns:
+        Vectors ``(B, H, N, D)`` float32, ``N`` the longest length.
     """
     generator = torch.Generator().manual_seed(seed)
     longest = max(lengths)
@@ -142,16 +151,14 @@ def random_qk(
     qk = QK(q.masked_fill(padded, padding), k.masked_fill(padded, padding), valid, causal)
     if not left:
         return qk
-    order = (
-        torch.arange(longest) + torch.tensor(lengths)[:, None]
-    ) % longest  # the last position becomes the last token's
+    order = (torch.arange(longest) + torch.tensor(lengths)[:, None]) % longest  # the last slot gets the last token
     rows = torch.arange(len(lengths))[:, None]
     q, k = (x.transpose(1, 2)[rows, order].transpose(1, 2) for x in (qk.q, qk.k))
     return QK(q, k, valid[rows, order], causal)
 
 
 def single_sentence(qk: QK, index: int) -> QK:
-    """One sentence of a batch padded on the right, without its padding."""
+    """One sentence of a batch padded on the right, without its padding: vectors ``(1, H, n, D)``."""
     tokens = int(qk.lengths[index])
     part = slice(index, index + 1)
     return QK(qk.q[part, :, :tokens], qk.k[part, :, :tokens], qk.valid[part, :tokens], qk.causal)
@@ -166,9 +173,7 @@ def shape(subject: Subject, causal: bool) -> None:
     graph = subject.whole(qk, 1)
     expected = (*qk.q.shape[:3], qk.q.shape[2])
     assert graph.dtype == torch.bool, f"its dtype is {graph.dtype}"
-    assert graph.shape == expected, (
-        f"its shape is {tuple(graph.shape)}, for queries {tuple(qk.q.shape)} it is {expected}"
-    )
+    assert graph.shape == expected, f"its shape is {tuple(graph.shape)}, expected for these queries is {expected}"
 
 
 def allowed(subject: Subject, causal: bool) -> None:
@@ -257,19 +262,18 @@ def dtype(subject: Subject, causal: bool) -> None:
 
 
 def sparsity_parameter(subject: Subject, causal: bool) -> None:
-    """turning the sparsity parameter along the sweep never takes pairs away in total, and adds some"""
+    """a larger sparsity parameter, along the sweep, never takes pairs away in total, and adds some"""
     if subject.pattern.sparsity_parameter is None:
         assert not subject.sweep, "there is no sparsity parameter, but values for it"
         return
-    assert len(subject.sweep) >= 2, (
-        f"give sweep=[…], values of its sparsity parameter `{subject.pattern.sparsity_parameter}` by which the graph grows"
-    )
+    name = subject.pattern.sparsity_parameter
+    assert len(subject.sweep) >= 2, f"give sweep=[…], values of its `{name}` by which the graph grows"
     qk = subject.sentences([40, 33], causal)
-    turned = [replace(subject.pattern, **{subject.pattern.sparsity_parameter: value}) for value in subject.sweep]
-    pairs = [int(subject.build(pattern)(qk, 0).sum()) for pattern in turned]
+    swept = [replace(subject.pattern, **{name: value}) for value in subject.sweep]
+    pairs = [int(subject.build(pattern)(qk, 0).sum()) for pattern in swept]
     counted = ", ".join(f"{value}: {count}" for value, count in zip(subject.sweep, pairs, strict=True))
-    assert pairs == sorted(pairs), f"pairs by `{subject.pattern.sparsity_parameter}` are not rising ({counted})"
-    assert pairs[0] < pairs[-1], f"`{subject.pattern.sparsity_parameter}` changes nothing ({counted})"
+    assert pairs == sorted(pairs), f"pairs by `{name}` are not rising ({counted})"
+    assert pairs[0] < pairs[-1], f"`{name}` changes nothing ({counted})"
 
 
 def dense(subject: Subject, causal: bool) -> None:
@@ -382,9 +386,8 @@ def _attend(attention: Any, qk: QK) -> tuple[list[Tensor], Tensor]:
 
 def _equal(expected: Tensor, actual: Tensor, where: str) -> None:
     differ = expected != actual
-    assert not differ.any(), (
-        f"{where} {int(differ.sum())} of {differ.numel()} pairs differ, the first at {_first(differ)}"
-    )
+    count = f"{int(differ.sum())} of {differ.numel()} pairs"
+    assert not differ.any(), f"{where} {count} differ, the first at {_first(differ)}"
 
 
 def _close(actual: Tensor, expected: Tensor, what: str) -> None:

@@ -14,10 +14,21 @@ _ODD = (-0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)  # the mu
 
 
 def uniform(seed: int, layer: int, *axes: Tensor) -> Tensor:
-    """Uniform numbers in [0, 1), float64, one for each combination of the broadcast integer ``axes``.
+    """Uniform numbers in [0, 1), one for each combination of the broadcast ``axes``.
 
-    For instance ``uniform(seed, layer, head[:, None, None], query[:, None], key)`` with ``key (N,)`` gives ``(H, N, N)``;
-    a longer ``key`` leaves the numbers of the earlier ones as they were.
+    For instance ``uniform(seed, layer, head[:, None, None], query[:, None], key)`` with ``key (N,)`` gives ``(H, N, N)``; a
+    longer ``key`` leaves the numbers of the earlier ones as they were.
+
+    Args:
+        seed: Of the pattern.
+        layer: Index of the layer.
+        *axes: Integer tensors that broadcast together.
+
+    Returns:
+        float64 of the broadcast shape.
+
+    Source:
+        Counter-based generators, Salmon et al. 2011; the hash is splitmix64.
     """
     state = _mix(torch.tensor(seed, dtype=torch.int64) * 1_000_003 + layer)
     for axis in axes:

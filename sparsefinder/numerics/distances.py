@@ -1,4 +1,4 @@
-"""Distances between projected queries and keys."""
+"""Distances between projected queries and keys: ``(…, N, R)`` and ``(…, M, R)`` → ``(…, N, M)``, padding like any token."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _TINY = 1e-7  # a vector shorter than this has no direction
 
 
 def cosine(q: Tensor, k: Tensor, p: float = 2.0) -> Tensor:
-    """``1 − cos(q_i, k_j)``: ``(…, N, R)`` twice → ``(…, N, N)``, as all functions here."""
+    """``1 − cos(q_i, k_j)``."""
     return 1.0 - unit(q, 2.0) @ unit(k, 2.0).transpose(-1, -2)
 
 
@@ -38,10 +38,10 @@ def minkowski(q: Tensor, k: Tensor, p: float = 2.0) -> Tensor:
 
 def smallest(q: Tensor, k: Tensor, p: float = 2.0) -> Tensor:
     """``min_r (q_ir − k_jr)²``, one coordinate at a time to stay at the memory of two graphs."""
-    smallest = torch.full((*q.shape[:-1], k.shape[-2]), torch.inf, dtype=q.dtype, device=q.device)
+    least = torch.full((*q.shape[:-1], k.shape[-2]), torch.inf, dtype=q.dtype, device=q.device)
     for q_r, k_r in zip(q.unbind(-1), k.unbind(-1), strict=True):
-        smallest = torch.minimum(smallest, (q_r[..., :, None] - k_r[..., None, :]).square())
-    return smallest
+        least = torch.minimum(least, (q_r[..., :, None] - k_r[..., None, :]).square())
+    return least
 
 
 def smallest_of_unit(q: Tensor, k: Tensor, p: float = 2.0) -> Tensor:

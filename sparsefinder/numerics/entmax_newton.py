@@ -41,9 +41,14 @@ WORTH_COMPILING = 1 << 18
 def solve(scores: Tensor, height: Tensor, alpha: float | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``STEPS`` Newton steps (``STEPS_OF_SPARSEMAX`` where α = 2), then the probabilities.
 
-    ``scores``: ``(M, N)``. ``height``: ``(M, 1)``, ``max x − τ`` to start from; 1 is the warm start from the row's maximum.
-    ``alpha``: one of ``CONSTANTS``, or a tensor ``(M, 1)`` for any other values. Returns probabilities ``(M, N)``, their sum, the
-    slope ``Σ (x − τ)₊^{p−1}`` and the new height, each ``(M, 1)``. The next step would be ``(sum − 1) / (p · slope)`` or less.
+    Args:
+        scores: ``(M, N)``, ``-inf`` where a key is absent.
+        height: ``(M, 1)``, ``max x − τ`` to start from; 1 is the warm start from the row's maximum.
+        alpha: One of ``CONSTANTS``, or a tensor ``(M, 1)`` for any other values.
+
+    Returns:
+        Probabilities ``(M, N)``, zeros for an empty row, their sum, the slope ``Σ (x − τ)₊^{p−1}`` and the new height, each
+        ``(M, 1)``. The next step would be ``(sum − 1) / (p · slope)`` or less.
     """
     peak = scores.amax(-1, keepdim=True)
     # an empty row stays at -inf, and -inf - -inf would be NaN
@@ -65,17 +70,37 @@ def solve(scores: Tensor, height: Tensor, alpha: float | Tensor) -> tuple[Tensor
 
 
 def jacobian_product(probabilities: Tensor, gradient: Tensor, alpha: float | Tensor) -> Tensor:
-    """``s ∘ (g − (s·g)/Σs)`` with ``s = p^{2−α}`` on the support: ``(M, N)`` twice → ``(M, N)``; differentiable once more."""
+    """``s ∘ (g − (s·g)/Σs)`` with ``s = p^{2−α}`` on the support; differentiable once more.
+
+    Args:
+        probabilities: ``p (M, N)``, of entmax.
+        gradient: ``g (M, N)``, the gradient of a loss in ``p``.
+        alpha: A number, or ``(M, 1)``.
+
+    Returns:
+        The gradient of the loss in the scores, ``(M, N)``; zeros outside the support.
+    """
     s = _sharpness(probabilities, alpha)
     weighted = (s * gradient).sum(-1, keepdim=True) / s.sum(-1, keepdim=True).clamp_min(1e-30)
     return s * (gradient - weighted)
 
 
 def alpha_derivative_product(probabilities: Tensor, gradient: Tensor, alpha: Tensor) -> Tensor:
-    """``Σ_j g_j · ∂p_j/∂α`` of each row (Correia, Niculae and Martins 2019, Proposition 1): ``(M, N)`` twice → ``(M, 1)``.
+    """``Σ_j g_j · ∂p_j/∂α`` of each row.
 
-    With ``s = p^{2−α}`` on the support, ``p̃ = s/Σs`` and ``h_j = −p_j log p_j``,
-    ``∂p/∂α = (p − p̃)/(α−1)² + (h − p̃·Σh)/(α−1)``. ``alpha``: ``(M, 1)``.
+    With ``s = p^{2−α}`` on the support, ``p̃ = s/Σs`` and ``h_j = −p_j log p_j``, ``∂p/∂α = (p − p̃)/(α−1)² + (h −
+    p̃·Σh)/(α−1)``.
+
+    Args:
+        probabilities: ``p (M, N)``, of entmax.
+        gradient: ``g (M, N)``, the gradient of a loss in ``p``.
+        alpha: ``(M, 1)``.
+
+    Returns:
+        The gradient of the loss in α, ``(M, 1)``.
+
+    Source:
+        Correia, Niculae and Martins 2019 (https://arxiv.org/abs/1909.00015), Proposition 1.
     """
     s = _sharpness(probabilities, alpha)
     entropies = -probabilities * torch.where(probabilities > 0, probabilities, 1.0).log()
@@ -119,11 +144,18 @@ def _power_of_total(total: Tensor, alpha: float | Tensor) -> Tensor | float:
 
 
 def unrolled(scores: Tensor, alpha: float | Tensor) -> Tensor:
-    """α-entmax without a look at the numbers, for graphs that are recorded once: ``(..., N)`` → probabilities ``(..., N)``.
+    """α-entmax without a look at the numbers, for graphs that are recorded once.
 
-    Halves ``[−1, 0]``, in which τ lies, a fixed number of times, then takes Newton's steps from the left end, so that rows of any
-    kind end at the same threshold as those of `solve`, to rounding. ``alpha``: a number, or a tensor ``(..., 1)``. Differentiable
-    twice: the halving is a start, and the derivative of Newton's steps at the root is that of the root.
+    Halves ``[−1, 0]``, in which τ lies, a fixed number of times, then takes Newton's steps from the left end, so that rows of
+    any kind end at the same threshold as those of `solve`, to rounding. Differentiable twice: the halving is a start, and the
+    derivative of Newton's steps at the root is that of the root.
+
+    Args:
+        scores: ``(..., N)``, ``-inf`` where a key is absent.
+        alpha: A number, or a tensor ``(..., 1)``.
+
+    Returns:
+        Probabilities ``(..., N)``, zeros for an empty row.
     """
     absent = scores == -math.inf
     peak = scores.amax(-1, keepdim=True)
@@ -152,9 +184,14 @@ def _recorded_sums(excess: Tensor, alpha: float | Tensor) -> tuple[Tensor, Tenso
 
 
 def kernel(function: Callable[..., Any], alpha: float | Tensor) -> Callable[..., Any]:
-    """``function(*rows, alpha)`` for one α; one compiled form serves every α but 1.5 and 2, which have their own.
+    """A function of rows for one α; one compiled form serves every α but 1.5 and 2, which have their own.
 
-    A tensor ``alpha (M, 1)`` is an α for each row.
+    Args:
+        function: ``function(*rows, alpha)``, for instance `solve`.
+        alpha: A number, or a tensor ``(M, 1)`` with an α for each row.
+
+    Returns:
+        ``function`` of the rows alone.
     """
     if not isinstance(alpha, Tensor) and alpha in CONSTANTS:
         return compiled(function, alpha)
@@ -169,9 +206,15 @@ def kernel(function: Callable[..., Any], alpha: float | Tensor) -> Callable[...,
 
 @functools.cache
 def compiled(function: Callable[..., Any], constant: float | None) -> Callable[..., Any]:
-    """``function``, compiled where a C++ compiler is at hand (about 20 times faster on CPU), else eager.
+    """A function, compiled where a C++ compiler is at hand (about 20 times faster on CPU), else eager.
 
-    What it returns takes ``together`` as well: how many scores there are in all, where these are some of several rectangles.
+    Args:
+        function: What is compiled, a function of tensors and, unless ``constant`` is None, of that.
+        constant: α as a number that is compiled in; None where it is a tensor among the inputs.
+
+    Returns:
+        The function. It takes ``together`` as well: how many scores there are in all, where these are some of several
+        rectangles.
     """
 
     def bound(*inputs: Tensor) -> Any:

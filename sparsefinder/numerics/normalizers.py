@@ -42,7 +42,8 @@ _LIMIT = 160  # steps after which a row is given up; ordinary rows need 5, spars
 class Normalizer:
     """α-entmax as a value that can be named in a configuration: ``Normalizer(1.5)(scores) → probabilities``.
 
-    ``alpha``: 1 is softmax, 2 sparsemax; anything from 1 to 2.
+    Args:
+        alpha: 1 is softmax, 2 sparsemax; anything from 1 to 2.
     """
 
     alpha: float = 1.5
@@ -72,9 +73,14 @@ class Normalizer:
 class PerHead:
     """α-entmax with an α for each head, given or learned: ``PerHead(alpha)(scores) → probabilities``.
 
-    ``alpha``: ``(H,)`` floating point, each 1 < α ≤ 2; give it a gradient to learn it. Correia et al. 2019 keep it in the range
-    with ``alpha = 1 + torch.sigmoid(parameter)``. Needs scores with a dimension of heads: `Masked`, not `Bucketed`, whose
-    rows are those of several heads.
+    Needs scores with a dimension of heads: `Masked`, not `Bucketed`, whose rows are those of several heads.
+
+    Args:
+        alpha: ``(H,)`` floating point, each 1 < α ≤ 2; give it a gradient to learn it, for instance with ``alpha = 1 +
+            torch.sigmoid(parameter)``, which stays in the range.
+
+    Source:
+        Correia, Niculae and Martins 2019, Adaptively Sparse Transformers, https://arxiv.org/abs/1909.00015.
     """
 
     alpha: Tensor
@@ -117,13 +123,24 @@ def entmax15(scores: Tensor) -> Tensor:
 
 
 def entmax(scores: Tensor, alpha: float | Tensor = 1.5) -> Tensor:
-    """α-entmax over the last dimension, 1 < α ≤ 2; differentiable in the scores, and in α where that is a tensor.
+    """α-entmax over the last dimension; differentiable in the scores, and in α where that is a tensor.
 
-    ``scores``: ``(..., N)``, ``-inf`` where a key is absent. ``alpha``: a number, or a floating-point tensor that broadcasts to
-    ``(..., 1)``, an α for each row. Returns ``(..., N)`` float32 (float64 for float64 scores). The gradient is
-    ``s ∘ (g − (s·g)/Σs)`` with ``s = p^{2−α}`` on the support; that of α is
+    The gradient is ``s ∘ (g − (s·g)/Σs)`` with ``s = p^{2−α}`` on the support; that of α is
     `sparsefinder.numerics.entmax_newton.alpha_derivative_product`. Both can be differentiated again. While torch exports or
     traces a model, it records `sparsefinder.numerics.entmax_newton.unrolled`, which is right for any scores that come later.
+
+    Args:
+        scores: ``(..., N)``, ``-inf`` where a key is absent.
+        alpha: A number, 1 < α ≤ 2, or a floating-point tensor that broadcasts to ``(..., 1)``, an α for each row.
+
+    Returns:
+        Probabilities ``(..., N)``, float32 (float64 for float64 scores); zeros for a row without any key.
+
+    Raises:
+        ValueError: If an α is not in the range.
+
+    Source:
+        Peters, Niculae and Martins 2019, Sparse Sequence-to-Sequence Models, https://arxiv.org/abs/1905.05702.
     """
     scores = _at_least_float32(scores)
     if isinstance(alpha, Tensor):

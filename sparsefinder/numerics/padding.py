@@ -7,7 +7,15 @@ from torch import Tensor
 
 
 def without_padding(x: Tensor, valid: Tensor) -> Tensor:
-    """``x (B, H, N, D)`` with zeros on padding: a NaN there would survive a product with probability 0."""
+    """Vectors with zeros on padding: a NaN there would survive a product with probability 0.
+
+    Args:
+        x: ``(B, H, N, D)``.
+        valid: ``(B, N)`` bool, True on real tokens.
+
+    Returns:
+        ``x`` itself where no token is padded, else a copy.
+    """
     return x if bool(valid.all()) else x.masked_fill(~valid[:, None, :, None], 0.0)
 
 

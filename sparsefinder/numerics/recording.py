@@ -28,7 +28,15 @@ def known(truth: Tensor) -> bool:
 
 @torch.compiler.assume_constant_result
 def constant(make: Callable[..., list[Tensor]], *arguments: Any) -> list[Tensor]:
-    """`make(*arguments)`, tensors that depend on numbers alone; a recorded run keeps them, and not that they were drawn."""
+    """Tensors that depend on numbers alone; a recorded run keeps them, and not that they were drawn.
+
+    Args:
+        make: A function of numbers that returns tensors.
+        *arguments: What it is called with.
+
+    Returns:
+        ``make(*arguments)``.
+    """
     if not recorded():
         return make(*arguments)
     with ThreadPoolExecutor(1) as elsewhere:  # runs are recorded on the thread that they are on
@@ -36,9 +44,18 @@ def constant(make: Callable[..., list[Tensor]], *arguments: Any) -> list[Tensor]
 
 
 def of_this_length(x: Tensor) -> Tensor:
-    """`x (B, N, …)`; in a model that `torch.jit.trace` made, an error where N is not the one that it was traced with.
+    """The tensor itself; in a model that `torch.jit.trace` made, an error where N is not the one that it was traced with.
 
     Whether attention is dense or in blocks depends on N, and a trace remembers what it was. `torch.export` sees to it itself.
+
+    Args:
+        x: ``(B, N, …)``.
+
+    Returns:
+        ``x``.
+
+    Raises:
+        RuntimeError: In a traced model that is given another N.
     """
     if not torch.jit.is_tracing():
         return x

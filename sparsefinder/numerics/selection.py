@@ -24,7 +24,16 @@ _STILL = 3e-7  # a step of τ that is rounding noise in float32
 
 
 def check_rule(rule: str, level: float, alpha: float) -> None:
-    """Raise a `UserError` for a rule that does not exist or a level that it cannot have."""
+    """Refuse a rule that does not exist, or a level that it cannot have.
+
+    Args:
+        rule: ``margin`` or ``budget``.
+        level: Distance below the threshold (margin), or share of the keys (budget).
+        alpha: Of the entmax whose threshold is estimated.
+
+    Raises:
+        UserError: With the choices there are.
+    """
     if rule not in RULES:
         raise UserError(f"rule={rule} is unknown; choose one of {', '.join(RULES)}")
     if rule == "budget" and not 0 < level <= 1:
@@ -34,9 +43,17 @@ def check_rule(rule: str, level: float, alpha: float) -> None:
 
 
 def select(scores: Tensor, numbers: Tensor, rule: str, level: float, alpha: float) -> Tensor:
-    """The columns kept by each row, bool of the shape of ``scores``.
+    """The columns kept by each row.
 
-    ``scores``: ``(..., rows, M)``; ``numbers``: keys behind each column, broadcastable to it. A column of no key is never kept.
+    Args:
+        scores: ``(..., rows, M)`` floating point.
+        numbers: Keys behind each column, broadcastable to the scores; a column of no key is never kept.
+        rule: ``margin`` or ``budget``, see above.
+        level: Distance below the threshold (margin), or share of the keys (budget).
+        alpha: Of the entmax whose threshold is estimated, 1 < α ≤ 2.
+
+    Returns:
+        ``(..., rows, M)`` bool.
     """
     empty = numbers == 0
     if bool(empty.any()):
@@ -62,10 +79,18 @@ def _most_columns(numbers: Tensor, level: float) -> int:
 
 
 def thresholds(scaled: Tensor, numbers: Tensor, alpha: float) -> Tensor:
-    """``τ (..., rows, 1)`` of entmax over ``numbers`` equal copies of each of ``scaled (..., rows, M)`` = ``(α − 1) s``.
+    """Thresholds of entmax where each column stands for several equal scores.
 
     Newton's method on ``‖[x − τ]₊‖_p − 1`` with ``p = 1/(α − 1)``, from the left: see `sparsefinder.numerics.entmax_newton`,
-    here with a weight for each column. ``-inf`` in a row without any key.
+    here with a weight for each column.
+
+    Args:
+        scaled: ``(α − 1) s``, ``(..., rows, M)``, ``-inf`` where a column is absent.
+        numbers: Equal copies of each column, broadcastable to it.
+        alpha: 1 < α ≤ 2.
+
+    Returns:
+        ``τ (..., rows, 1)``; ``-inf`` in a row without any key.
     """
     peak = scaled.amax(-1, keepdim=True)
     if scaled.numel() == 0:

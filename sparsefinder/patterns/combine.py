@@ -16,7 +16,11 @@ from sparsefinder.predictors.projections import Projections
 
 @dataclass(frozen=True)
 class Union:
-    """Edge iff any of the patterns has it."""
+    """Edge iff any of the patterns has it.
+
+    Args:
+        patterns: What is united; a layout needs one of each.
+    """
 
     patterns: Sequence[Pattern]
 
@@ -31,7 +35,12 @@ class Union:
 
 @dataclass(frozen=True)
 class Projected:
-    """Any pattern, applied to projected queries and keys ``(B, H, N, R)``."""
+    """Any pattern, applied to projected queries and keys.
+
+    Args:
+        pattern: Sees vectors ``(B, H, N, R)``.
+        projections: From head size ``D`` to ``R``.
+    """
 
     pattern: Pattern
     projections: Projections
@@ -47,10 +56,14 @@ class Projected:
 
 @dataclass(frozen=True)
 class Blocked:
-    """Any pattern, applied to chunks of ``size`` consecutive tokens: an edge between two chunks is all their pairs.
+    """Any pattern, applied to chunks of consecutive tokens: an edge between two chunks is all their pairs.
 
     The vector of a chunk is the concatenation of its tokens' vectors, zeros for padding, as published. Chunks are counted from
     a sentence's first real token, so padding on the left moves nothing.
+
+    Args:
+        pattern: Sees chunks as tokens, ``(B, H, ⌈N/b⌉, b·D)``.
+        size: ``b``, tokens in a chunk.
     """
 
     pattern: Pattern
@@ -89,8 +102,12 @@ class Blocked:
 class Causal:
     """Any pattern, without the future: edge iff the pattern has it in causal attention, and ``j ≤ i``.
 
-    In a causal model every pattern is causal (`QK.causal`) and this changes nothing. Around one part of a union it lets that
-    part alone look back, and around a whole pattern it shows what the past alone would give in a bidirectional model.
+    In a causal model every pattern is causal (`QK.causal`) and this changes nothing. Wrapped around one part of a union it
+    lets only that part look back, and wrapped around a whole pattern it shows what the past by itself would give in a
+    bidirectional model.
+
+    Args:
+        pattern: Is asked with ``causal=True``.
     """
 
     pattern: Pattern
@@ -109,7 +126,19 @@ class Causal:
 
 
 def layout_of(pattern: Pattern, qk: QK, layer: int) -> Layout:
-    """The pattern's layout, or a `UserError` saying that it can only be run as a mask."""
+    """The layout of a pattern.
+
+    Args:
+        pattern: Any pattern.
+        qk: Queries and keys of the layer.
+        layer: Index of the layer.
+
+    Returns:
+        The graph in its bucketed form.
+
+    Raises:
+        UserError: Where the pattern has no such form and can only be run as a mask.
+    """
     if not isinstance(pattern, HasLayout):
         raise UserError(
             f"{type(pattern).__name__} compares every pair and has no bucketed form: use attention=masked for it"
@@ -118,7 +147,7 @@ def layout_of(pattern: Pattern, qk: QK, layer: int) -> Layout:
 
 
 def _first_real(qk: QK) -> Tensor:
-    """Place of the first real token of each example, ``(B,)``."""
+    """Index of the first real token of each example, ``(B,)``."""
     return qk.valid.long().argmax(-1)
 
 

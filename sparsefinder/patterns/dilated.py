@@ -40,10 +40,18 @@ class Dilated:
 
 
 def dilated(qk: QK, width: int, dilations: list[int]) -> Layout:
-    """Windows of ``width`` keys with a dilation of its own for each head.
+    """Windows with a dilation of its own for each head.
 
-    With gaps every query is alone in a bucket with the keys it sees: linear in N, but a bucket is filled up to whole tiles, so
-    that this only pays for texts much longer than a window.
+    With gaps every query is by itself in a bucket with the keys it sees: linear in N, but a bucket is filled up to whole
+    tiles, so that this only pays for texts much longer than a window.
+
+    Args:
+        qk: Queries and keys; only real tokens are counted.
+        width: ``W``, odd: the query's own position and ``W // 2`` keys on each side.
+        dilations: For each head, the tokens from one key to the next.
+
+    Returns:
+        A plain window where no head has gaps, else a bucket for each query.
     """
     if set(dilations) == {1}:
         return Layout(window=width)

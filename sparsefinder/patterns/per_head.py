@@ -23,6 +23,10 @@ class PerHead:
 
     The pattern is asked once for each distinct value of the layer, about all heads, since what it knows (random numbers,
     centroids) belongs to the index of a head: predicting costs as many times more as there are distinct values.
+
+    Args:
+        pattern: A pattern dataclass with a sparsity parameter.
+        values: Those of the sparsity parameter, for each layer and head.
     """
 
     pattern: Any  # a pattern dataclass with a sparsity parameter
@@ -35,8 +39,10 @@ class PerHead:
     def layout(self, qk: QK, layer: int) -> Layout:
         """The buckets of every head at its own value, -1 where another head has more slots.
 
-        A window and global tokens are the same for all heads in a `Layout`: a `UserError` where the values change them, or
-        where the pattern has no layout.
+        A local window and global tokens are the same for all heads in a `Layout`.
+
+        Raises:
+            UserError: Where the values change the window or the global tokens, or where the pattern has no layout.
         """
         kinds, taken = self._kinds(qk, layer)
         layouts = [layout_of(kind, qk, layer) for kind in kinds]

@@ -67,7 +67,19 @@ class GlobalTokens:
 
 
 def local_and_global(window: int | None, global_tokens: int, last_token: bool) -> tuple[Window | GlobalTokens, ...]:
-    """The fixed patterns that a prediction is united with; none for ``window=None, global_tokens=0, last_token=False``."""
+    """The local window and the global tokens that a prediction is united with.
+
+    Args:
+        window: Width in tokens, odd; None or 0 for no window.
+        global_tokens: The first so many tokens see all and are seen by all.
+        last_token: So does the last token.
+
+    Returns:
+        A pattern for each of the two that is asked for.
+
+    Raises:
+        UserError: For an even width, or fewer than 0 tokens.
+    """
     fixed: list[Window | GlobalTokens] = []
     if window is not None and window != 0:
         fixed.append(Window(window))
@@ -77,7 +89,15 @@ def local_and_global(window: int | None, global_tokens: int, last_token: bool) -
 
 
 def near_pairs(qk: QK, fixed: tuple[Window | GlobalTokens, ...]) -> Tensor | None:
-    """Pairs that the fixed patterns name, ``(B, H, N, N)`` bool; None where there is no fixed pattern."""
+    """Pairs that the local window and the global tokens name.
+
+    Args:
+        qk: Queries and keys of any layer.
+        fixed: What `local_and_global` gave.
+
+    Returns:
+        ``(B, H, N, N)`` bool on allowed pairs; None where there is no fixed pattern.
+    """
     if not fixed:
         return None
     return torch.stack([pattern(qk, 0) for pattern in fixed]).any(0)

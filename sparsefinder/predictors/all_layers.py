@@ -28,7 +28,15 @@ class Trained:
 
 
 def check_one_model(training: Samples, held_out: Samples) -> None:
-    """Raise a `UserError` where the two cannot be of one model."""
+    """Refuse samples of two models.
+
+    Args:
+        training: Queries and keys to learn from.
+        held_out: Queries and keys to measure on.
+
+    Raises:
+        UserError: Where layers, heads or head size differ.
+    """
     if held_out.shape != training.shape:
         raise UserError(
             f"{held_out.source} has (layers, heads, head size) {held_out.shape}, {training.source} has {training.shape}: "
@@ -37,7 +45,16 @@ def check_one_model(training: Samples, held_out: Samples) -> None:
 
 
 def stacked_sample(samples: Samples, index: int, causal: bool) -> QK:
-    """One sample, ``(1, L·H, n, D)``."""
+    """One sample, its layers side by side as heads.
+
+    Args:
+        samples: Queries and keys of a model.
+        index: Of the sample.
+        causal: Whether a query sees no later key.
+
+    Returns:
+        Vectors ``(1, L·H, n, D)``, without padding.
+    """
     layers = list(samples.layers(index, causal))
     q, k = (torch.cat([getattr(layer, side) for layer in layers], dim=1) for side in ("q", "k"))
     return QK(q, k, layers[0].valid, causal)
@@ -83,7 +100,13 @@ def _sizes(weight: Tensor) -> tuple[int, int, int]:
 
 
 def clip_each_layer(stack: LayerProjections, layers: int, limit: float) -> None:
-    """Shrink the gradient of each layer whose norm, over both projections, is more than ``limit``."""
+    """Shrink the gradient of each layer whose norm, over both projections, is more than the limit.
+
+    Args:
+        stack: Projections of ``L·H`` heads with gradients, which are changed in place.
+        layers: ``L``.
+        limit: Largest norm.
+    """
     gradients = [parameter.grad for parameter in stack.parameters() if parameter.grad is not None]
     norms = sum(gradient.unflatten(0, (layers, -1)).flatten(1).square().sum(-1) for gradient in gradients)
     if isinstance(norms, Tensor):
@@ -95,7 +118,18 @@ def clip_each_layer(stack: LayerProjections, layers: int, limit: float) -> None:
 def sample_plan(
     samples: int, in_a_step: int, epochs: int, steps: int | None, generator: torch.Generator
 ) -> list[list[int]]:
-    """The samples of each step: every epoch in a new order; so many ``steps`` instead of the epochs where they are given."""
+    """The samples of each step: every epoch in a new order.
+
+    Args:
+        samples: How many there are.
+        in_a_step: How many a step takes.
+        epochs: Passes over all samples.
+        steps: Number of steps instead of the epochs; None: the epochs count.
+        generator: Draws the orders.
+
+    Returns:
+        Indices of samples for each step.
+    """
     if steps is not None:
         epochs = math.ceil(steps * in_a_step / samples) + 1
     plan: list[list[int]] = []
@@ -107,7 +141,16 @@ def sample_plan(
 
 @torch.no_grad()
 def mean_recall(held_out: Samples, causal: bool, counted: Callable[[QK, int], Counts]) -> dict[str, float]:
-    """Recall and sparsity of what ``counted(qk, layer)`` measured, averaged over samples, layers and heads."""
+    """Recall and sparsity, averaged over samples, layers and heads.
+
+    Args:
+        held_out: Queries and keys to measure on.
+        causal: Whether a query sees no later key.
+        counted: ``(qk, layer)`` → the counts of a prediction.
+
+    Returns:
+        ``recall`` and ``sparsity``, each in [0, 1].
+    """
     layers = (pair for index in range(len(held_out)) for pair in enumerate(held_out.layers(index, causal)))
     macro = Counts.cat([counted(qk, layer) for layer, qk in layers]).macro()
     return {name: macro[name].mean().item() for name in ("recall", "sparsity")}

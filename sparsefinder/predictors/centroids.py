@@ -18,7 +18,12 @@ from sparsefinder.storage.tensor_files import load_tensors, save_tensors
 
 @dataclass(frozen=True)
 class Centroids:
-    """Centroids of all layers, each ``(H, runs, C, R)`` float32."""
+    """Centroids of all layers.
+
+    Args:
+        layers: For each layer ``(H, runs, C, R)`` float32.
+        source: Where they come from, for messages.
+    """
 
     layers: Sequence[Tensor]
     source: str = "memory"
@@ -29,7 +34,18 @@ class Centroids:
         return self.layers[0].shape[2]
 
     def __call__(self, qk: QK, layer: int) -> Tensor:
-        """The centroids ``(H, runs, C, R)`` of a layer, checked against projected queries and keys ``(B, H, N, R)``."""
+        """The centroids of a layer, checked against what they are asked for.
+
+        Args:
+            qk: Projected queries and keys, ``(B, H, N, R)``.
+            layer: Index of the layer.
+
+        Returns:
+            ``(H, runs, C, R)`` float32 on the device of the queries.
+
+        Raises:
+            UserError: Where the layer, the heads or the size do not fit.
+        """
         if not 0 <= layer < len(self.layers):
             raise UserError(
                 f"{self.source} has centroids of {len(self.layers)} layers, but layer {layer} was asked for: "
@@ -50,7 +66,17 @@ class Centroids:
 
 
 def load_centroids(path: Path | str) -> Centroids:
-    """Read a file of centroids, ours or the published Sparsefinder's; anything else is a `UserError` in one line."""
+    """Read a file of centroids, ours or the published Sparsefinder's.
+
+    Args:
+        path: Of the file.
+
+    Returns:
+        The centroids of all layers, in float32.
+
+    Raises:
+        UserError: In one line, for anything else.
+    """
     path = Path(path)
     content = load_tensors(path, "centroids")
     if not isinstance(content, list) or not content:
@@ -75,9 +101,15 @@ def load_centroids(path: Path | str) -> Centroids:
 
 
 def nearest(x: Tensor, centres: Tensor, top: int) -> Tensor:
-    """The ``top`` nearest centroids in each run, the nearest first: ``x (B, H, N, R)`` → ``(B, H, N, runs · top)`` int64.
+    """The nearest centroids in each run, the nearest first.
 
-    ``centres``: ``(H, runs, C, R)``; run ``u`` uses the ids ``u · C … u · C + C − 1``.
+    Args:
+        x: Projected vectors ``(B, H, N, R)``; padding gets arbitrary ids.
+        centres: ``(H, runs, C, R)``; run ``u`` uses the ids ``u · C … u · C + C − 1``.
+        top: How many of each run.
+
+    Returns:
+        ``(B, H, N, runs · top)`` int64.
     """
     return native.nearest(x, centres, top) if native.works_on(x) else nearest_by_products(x, centres, top)
 

@@ -19,7 +19,15 @@ _NEGLIGIBLE = 1e-9  # share of the largest variance below which a direction coun
 
 
 def fit_lowrank(samples: Samples, rank: int) -> Projections:
-    """The closed form for every layer and head; ``rank`` is cut to the head size."""
+    """The closed form for every layer and head.
+
+    Args:
+        samples: Queries and keys, one sample in memory at a time.
+        rank: ``R``, cut to the head size.
+
+    Returns:
+        Linear projections without biases, float32.
+    """
     layers, _, size = samples.shape
     if rank > size:
         log.info("rank %d is more than the head size: %d, where nothing is lost", rank, size)
@@ -35,6 +43,16 @@ def normal_form(samples: Samples, projections: Projections) -> Projections:
     """Linear projections without biases that give the same ``q'·k'``, with queries as white as the closed form has them.
 
     An inner product is the same for ``q' A⁻¹`` and ``k' Aᵀ``, but the distance of keys, by which they are clustered, is not.
+
+    Args:
+        samples: Queries and keys whose moments make the queries white.
+        projections: Linear, without biases.
+
+    Returns:
+        Projections of the same rank.
+
+    Raises:
+        TypeError: Where a projection is not linear, or has a bias.
     """
     made = []
     for layer, each in enumerate(projections.layers):

@@ -43,9 +43,17 @@ class Contrast:
 
 
 def contrastive_loss(projected: QK, gold: GoldPairs, settings: Contrast, generator: torch.Generator) -> Tensor:
-    """The hinge of one example, averaged over heads: ``projected`` is ``(1, H, n, R)``, ``gold`` its positives.
+    """The hinge of one example, averaged over heads.
 
-    With ``block_size`` both are about chunks: ``n`` counts tokens of ``projected`` before they are cut.
+    Args:
+        projected: Projected queries and keys of one example without padding, ``(1, H, n, R)``; with ``block_size`` they are
+            cut into chunks here.
+        gold: The positives, of chunks with ``block_size``.
+        settings: Loss, distance, margin and chunks.
+        generator: Draws a negative for each positive.
+
+    Returns:
+        A scalar in the dtype of the projected vectors.
     """
     if settings.block_size > 1:
         projected = projected.in_blocks(settings.block_size)

@@ -23,8 +23,13 @@ from sparsefinder.storage.tensor_files import load_tensors, save_tensors
 class GoldPairs:
     """The positives of one example as flat lists over heads and queries.
 
-    Row ``h · n + i`` is query ``i`` of head ``h``. ``rows``, ``columns``: ``(P,)`` int64, sorted by row and then by column;
-    ``zeros``: ``(H·n,)`` int64, how many allowed keys of the row are not attended to.
+    Row ``h · n + i`` is query ``i`` of head ``h``.
+
+    Args:
+        rows: ``(P,)`` int64, the row of each pair, sorted by row and then by column.
+        columns: ``(P,)`` int64, the key of each pair.
+        zeros: ``(H·n,)`` int64, how many allowed keys of each row are not attended to.
+        tokens: ``n``.
     """
 
     rows: Tensor
@@ -34,7 +39,12 @@ class GoldPairs:
 
     @classmethod
     def of(cls, graph: Tensor, allowed: Tensor) -> GoldPairs:
-        """Those of a graph ``(H, n, N)`` bool; ``allowed``: ``(n, N)`` bool, all keys of a row up to some position."""
+        """The pairs of a graph.
+
+        Args:
+            graph: ``(H, n, N)`` bool.
+            allowed: ``(n, N)`` bool, all keys of a row up to some position.
+        """
         heads, queries, tokens = graph.shape
         flat = graph.reshape(heads * queries, tokens)
         rows, columns = flat.nonzero(as_tuple=True)
@@ -53,8 +63,12 @@ class GoldPairs:
     def draw_negatives(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """A negative for each positive, uniform over the allowed zeros of its row, with replacement.
 
-        Returns ``(kept, columns)``: the positives (as indices into ``rows``) whose row has a zero at all, and for each of them
-        a key that its query does not attend to: never padding, never the future, never a positive.
+        Args:
+            generator: Draws a number for each.
+
+        Returns:
+            ``(kept, columns)``, both int64: the positives (as indices into ``rows``) whose row has a zero at all, and for each
+            of them a key that its query does not attend to: never padding, never the future, never a positive.
         """
         kept = (self.zeros[self.rows] > 0).nonzero().squeeze(-1)
         rows = self.rows[kept]
@@ -85,8 +99,17 @@ class PairsOnDisk:
 def gold_pairs(qk: QK, alpha: float, block_size: int = 1, symmetric: bool = False) -> GoldPairs:
     """Positives of a batch of one example: ``p_ij > 0`` under α-entmax.
 
-    ``block_size``: pairs of chunks, positive where any of their token pairs is. ``symmetric``: positive where either direction
-    is, which is what one projection of ``[q; k]`` for both sides can express.
+    Args:
+        qk: One example without padding, ``(1, H, n, D)``.
+        alpha: Of the entmax, 1 < α ≤ 2.
+        block_size: Tokens in a chunk; above 1, pairs of chunks, positive where any of their token pairs is.
+        symmetric: Positive where either direction is, which is what one projection of ``[q; k]`` for both sides can express.
+
+    Returns:
+        The pairs of all heads.
+
+    Raises:
+        ValueError: For several examples, or padding.
     """
     if qk.q.shape[0] != 1 or not qk.valid.all():
         raise ValueError("gold_pairs takes one example without padding")
@@ -110,7 +133,16 @@ def _listed(qk: QK, alpha: float) -> GoldPairs:
 
 
 def mean_of_heads(values: Tensor, heads: Tensor, count: int) -> Tensor:
-    """The mean over ``count`` heads of the mean of each head's ``values (P,)``; one without any has a mean of 0."""
+    """The mean over heads of the mean of each head's values; a head without any has a mean of 0.
+
+    Args:
+        values: ``(P,)``.
+        heads: ``(P,)`` int64, the head of each value.
+        count: ``H``.
+
+    Returns:
+        A scalar.
+    """
     sums = values.new_zeros(count).index_add(0, heads, values)
     return (sums / torch.bincount(heads, minlength=count).clamp_min(1)).mean()
 

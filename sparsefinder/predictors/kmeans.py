@@ -57,7 +57,17 @@ class KeyClusterSettings:
 def fit_centroids(
     samples: Samples, projections: Projections, settings: Clustering, sides: Sequence[str] = ("q", "k")
 ) -> Centroids:
-    """One k-means per layer, head and run on all projected tokens, heads in parallel; ``sides``: queries, keys or both."""
+    """One k-means per layer, head and run on all projected tokens, heads in parallel.
+
+    Args:
+        samples: Queries and keys, ``(n, D)`` for each head.
+        projections: Into the space that is clustered.
+        settings: Number of clusters and runs, and how they are fitted.
+        sides: ``("q",)``, ``("k",)`` or both: what is clustered.
+
+    Returns:
+        Centroids ``(H, runs, C, R)`` of each layer.
+    """
     layers = samples.shape[0]
     centroids = [
         _fit_layer(_points(samples, projections, layer, settings, sides), settings)

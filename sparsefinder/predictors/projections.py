@@ -36,7 +36,13 @@ class Identity(nn.Module):
 
 
 class Linear(nn.Module):
-    """``x w + b`` with its own ``w`` and ``b`` for every head; ``w (H, D, R)``, ``b (H, 1, R)``."""
+    """``x w + b`` with its own ``w (H, D, R)`` and ``b (H, 1, R)`` for every head.
+
+    Args:
+        heads: ``H``.
+        in_size: ``D``.
+        out_size: ``R``.
+    """
 
     def __init__(self, heads: int, in_size: int, out_size: int):
         super().__init__()
@@ -65,7 +71,14 @@ class Linear(nn.Module):
 
 
 class Hidden(nn.Module):
-    """``tanh(x w1 + b1) w2 + b2`` for every head."""
+    """``tanh(x w1 + b1) w2 + b2`` for every head.
+
+    Args:
+        heads: ``H``.
+        in_size: ``D``.
+        hidden_size: Units between.
+        out_size: ``R``.
+    """
 
     def __init__(self, heads: int, in_size: int, hidden_size: int, out_size: int):
         super().__init__()
@@ -94,9 +107,13 @@ Projection = Identity | Linear | Hidden
 
 
 class LayerProjections(nn.Module):
-    """The projections of one layer. ``q`` and ``k`` are one and the same module where they are shared.
+    """The projections of one layer.
 
     A projection whose input is twice the head size takes ``[q; k]`` of a token, once for both sides.
+
+    Args:
+        q: Of the queries.
+        k: Of the keys; the same module where they are shared.
     """
 
     def __init__(self, q: Projection, k: Projection):
@@ -105,9 +122,13 @@ class LayerProjections(nn.Module):
         self.k = k
 
     def forward(self, qk: QK) -> QK:
-        """The same tokens with vectors ``(B, H, N, R)``; padded positions get zeros, so that blocks may be cut from them.
+        """The same tokens with projected vectors. Half precision becomes float32 first, float64 stays.
 
-        Half precision becomes float32 first, float64 stays.
+        Args:
+            qk: Vectors ``(B, H, N, D)``.
+
+        Returns:
+            Vectors ``(B, H, N, R)``; padded positions get zeros, so that blocks may be cut from them.
         """
         q, k = at_least_float32(qk.q), at_least_float32(qk.k)
         if self.q.in_size == 2 * q.shape[-1]:
@@ -119,7 +140,12 @@ class LayerProjections(nn.Module):
 
 @dataclass(frozen=True)
 class Projections:
-    """Projections of all layers: ``projections(qk, layer)`` gives the projected `QK`."""
+    """Projections of all layers: ``projections(qk, layer)`` gives the projected `QK`.
+
+    Args:
+        layers: One for each layer.
+        source: Where they come from, for messages.
+    """
 
     layers: Sequence[LayerProjections]
     source: str = "memory"
@@ -146,7 +172,16 @@ class Projections:
         save_tensors(plain, path)
 
     def check(self, layers: int, heads: int, size: int) -> None:
-        """Raise a `UserError` where the projections do not fit queries and keys of that shape."""
+        """Refuse projections that do not fit queries and keys of that shape.
+
+        Args:
+            layers: ``L``.
+            heads: ``H``.
+            size: Head size ``D``.
+
+        Raises:
+            UserError: Which says what does not fit.
+        """
         if len(self.layers) != layers:
             raise UserError(
                 f"{self.source} has projections of {len(self.layers)} layers, the queries and keys have {layers}: "
@@ -158,7 +193,17 @@ class Projections:
 
 
 def load_projections(path: Path | str) -> Projections:
-    """Read a projections file, ours or the published Sparsefinder's; anything else is a `UserError` in one line."""
+    """Read a projections file, ours or the published Sparsefinder's.
+
+    Args:
+        path: Of the file.
+
+    Returns:
+        The projections of all layers, float32, without gradients.
+
+    Raises:
+        UserError: In one line, for anything else.
+    """
     path = Path(path)
     content = load_tensors(path, "projections")
     if not isinstance(content, list) or not content:

@@ -20,9 +20,11 @@ from sparsefinder.patterns.support.ranking import share_of
 class TokenBlocks:
     """Real tokens, ``size`` to a block; the last block of a sentence may hold fewer.
 
-    ``tokens``: ``(B, blocks, size)`` int64, the position of the token on each slot of a block. ``filled``: bool of the same
-    shape, False on slots without a token. ``block_of``, ``slot_of``: ``(B, N)`` int64, the block of each token and its slot
-    among all slots; arbitrary on padding.
+    Args:
+        tokens: ``(B, blocks, size)`` int64, the index of the token in each slot of a block.
+        filled: Bool of the same shape, False in slots without a token.
+        block_of: ``(B, N)`` int64, the block of each token; arbitrary on padding.
+        slot_of: ``(B, N)`` int64, the slot of each token among the slots of all blocks; arbitrary on padding.
     """
 
     tokens: Tensor
@@ -32,7 +34,12 @@ class TokenBlocks:
 
     @classmethod
     def cut(cls, qk: QK, size: int) -> TokenBlocks:
-        """The blocks of each sentence of a batch; as many as the longest one needs, and one for a batch without tokens."""
+        """The blocks of each sentence of a batch; as many as the longest one needs, and one for a batch without tokens.
+
+        Args:
+            qk: Queries and keys, of which only ``valid`` is read.
+            size: Tokens in a block.
+        """
         blocks = max(-(-int(qk.lengths.max()) // size), 1)
         order = (~qk.valid).long().argsort(dim=-1, stable=True)  # real tokens first, in their order
         order = F.pad(order, (0, max(blocks * size - order.shape[1], 0)))[:, : blocks * size]
@@ -47,7 +54,15 @@ class TokenBlocks:
         return self.tokens.shape[1]
 
     def pack(self, x: Tensor, missing: float) -> Tensor:
-        """``(B, H, N, D)`` → ``(B, H, blocks, size, D)``, ``missing`` where there is no token."""
+        """Vectors block by block.
+
+        Args:
+            x: ``(B, H, N, D)``.
+            missing: What a slot without a token gets.
+
+        Returns:
+            ``(B, H, blocks, size, D)``.
+        """
         packed = x.gather(2, _index(self.tokens.flatten(1), x)).unflatten(2, self.tokens.shape[1:])
         return packed.masked_fill(~self.filled[:, None, :, :, None], missing)
 
@@ -70,19 +85,29 @@ class TokenBlocks:
         return self.unpack(self.pack(x, 0.0).cumsum(3) / torch.arange(1, size + 1, device=x.device)[:, None])
 
     def best(self, scores: Tensor, share: float) -> Tensor:
-        """The ``⌈share · blocks⌉`` blocks of largest score for each row of ``(B, H, M, blocks)``; ``-inf``: not there.
+        """The ``⌈share · blocks⌉`` blocks of largest score for each row; of equal scores the earlier block comes first.
 
-        ``(B, H, M, P)`` int64, -1 where a row has fewer than others. Of equal scores the earlier block comes first.
+        Args:
+            scores: ``(B, H, M, blocks)``, ``-inf`` for a block that the row may not take.
+            share: Of the blocks that the row may take, in (0, 1].
+
+        Returns:
+            ``(B, H, M, P)`` int64, -1 where a row has fewer than others.
         """
         budgets = share_of((scores > -math.inf).sum(-1, keepdim=True), share)
         order = scores.argsort(dim=-1, descending=True, stable=True)[..., : max(int(budgets.max()), 1)]
         return order.masked_fill(torch.arange(order.shape[-1], device=order.device) >= budgets, -1)
 
     def visible(self, scores: Tensor, of_own_block: Tensor | None) -> Tensor:
-        """Scores ``(B, H, M, blocks)`` with ``-inf`` on blocks that are not there or lie in the future.
+        """Scores with ``-inf`` on blocks that are not there or lie in the future.
 
-        ``of_own_block (B, H, M)``, for causal attention with a row for each token: the score of its own block, from what it
-        sees of it.
+        Args:
+            scores: ``(B, H, M, blocks)``.
+            of_own_block: For causal attention with a row for each token, ``(B, H, M)``: the score of its own block, from what
+                it sees of it. None otherwise.
+
+        Returns:
+            ``(B, H, M, blocks)``.
         """
         scores = scores.masked_fill(~self.filled.any(-1)[:, None, None], -math.inf)
         if of_own_block is None:

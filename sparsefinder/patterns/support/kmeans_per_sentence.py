@@ -13,9 +13,17 @@ from sparsefinder.numerics.counter_rng import uniform
 
 
 def first_centres(points: Tensor, qk: QK, clusters: int, seed: int, layer: int) -> Tensor:
-    """``clusters`` different tokens of each sentence and head, drawn by seed, layer, head and position: ``(B, H, C, E)``.
+    """Different tokens of each sentence and head, drawn by seed, layer, head and position.
 
-    ``points``: ``(B, H, N, E)``. A sentence with fewer tokens than clusters has some of them several times.
+    Args:
+        points: ``(B, H, N, E)``.
+        qk: Says which tokens are real; padding is never drawn.
+        clusters: ``C``; a sentence with fewer tokens has some of them several times.
+        seed: Of the pattern.
+        layer: Index of the layer.
+
+    Returns:
+        ``(B, H, C, E)``.
     """
     heads = torch.arange(points.shape[1], device=points.device)
     drawn = uniform(seed, layer, heads[:, None], qk.positions[:, None]).masked_fill(~qk.valid[:, None], math.inf)
@@ -26,10 +34,17 @@ def first_centres(points: Tensor, qk: QK, clusters: int, seed: int, layer: int) 
 
 
 def lloyd(points: Tensor, valid: Tensor, centres: Tensor, iterations: int, spherical: bool = False) -> Tensor:
-    """``iterations`` times: each point goes to its nearest centre, each centre to the mean of its points.
+    """Lloyd's rounds: each point goes to its nearest centre, each centre to the mean of its points.
 
-    ``points``: ``(B, H, M, E)``; ``valid``: ``(B, M)`` bool; ``centres``: ``(B, H, C, E)``. ``spherical`` scales each mean to
-    unit length, the k-means of directions. A centre without points stays where it is. Returns centres.
+    Args:
+        points: ``(B, H, M, E)``.
+        valid: ``(B, M)`` bool; padding moves no centre.
+        centres: ``(B, H, C, E)``, where to begin.
+        iterations: Number of rounds.
+        spherical: Whether each mean is scaled to unit length, the k-means of directions.
+
+    Returns:
+        Centres ``(B, H, C, E)``; one without points stays where it is.
     """
     for _ in range(iterations):
         means, counts = means_of(points, valid, nearest(points, centres), centres.shape[2])
@@ -38,9 +53,16 @@ def lloyd(points: Tensor, valid: Tensor, centres: Tensor, iterations: int, spher
 
 
 def means_of(points: Tensor, valid: Tensor, cluster: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
-    """The mean of each cluster's real points, ``(B, H, C, E)``, and their number, ``(B, H, C, 1)``; a mean of none is zero.
+    """The mean of each cluster's real points.
 
-    ``points``: ``(B, H, M, E)``; ``valid``: ``(B, M)`` bool; ``cluster``: ``(B, H, M)`` int64 in ``[0, clusters)``.
+    Args:
+        points: ``(B, H, M, E)``.
+        valid: ``(B, M)`` bool; padding is in no mean.
+        cluster: ``(B, H, M)`` int64 in ``[0, clusters)``.
+        clusters: ``C``.
+
+    Returns:
+        Means ``(B, H, C, E)``, zero where there are no points, and the number of points, ``(B, H, C, 1)``.
     """
     inside = F.one_hot(cluster, clusters).to(points.dtype).masked_fill(~valid[:, None, :, None], 0.0)
     counts = inside.sum(2)[..., None]
@@ -48,6 +70,14 @@ def means_of(points: Tensor, valid: Tensor, cluster: Tensor, clusters: int) -> t
 
 
 def nearest(points: Tensor, centres: Tensor) -> Tensor:
-    """Index of the nearest of ``centres (B, H, C, E)`` to each of ``points (B, H, M, E)``: ``(B, H, M)``, the first of equals."""
+    """The nearest centre of each point.
+
+    Args:
+        points: ``(B, H, M, E)``.
+        centres: ``(B, H, C, E)``.
+
+    Returns:
+        Indices ``(B, H, M)`` int64, the first of equals; arbitrary on padding.
+    """
     # ‖x − c‖² = ‖x‖² − 2 (x·c − ‖c‖²/2): the nearest centre of a point is that of the largest bracket, one matrix product
     return (points @ centres.transpose(-1, -2) - centres.square().sum(-1)[..., None, :] / 2).argmax(-1)

@@ -41,10 +41,18 @@ def share_of(counts: Tensor, share: float) -> Tensor:
 
 
 def first_share(values: Tensor, qk: QK, share: float) -> Tensor:
-    """The ``⌈share · n⌉`` tokens of largest value for each column of ``values (B, H, N, C)``: bool of the same shape.
+    """The ``⌈share · n⌉`` tokens of largest value.
 
-    Where attention is causal, a token is compared with those before it only: it is in iff it was among the
-    ``⌈share · (j + 1)⌉`` largest of the tokens ``0 … j`` when it arrived, and later ones change nothing.
+    Where attention is causal, a token is compared with those before it only: it is in iff it was among the ``⌈share · (j +
+    1)⌉`` largest of the tokens ``0 … j`` when it arrived, and later ones change nothing.
+
+    Args:
+        values: ``(B, H, N, C)``, a ranking in each column; what padding holds never matters.
+        qk: Says which tokens are real, and whether attention is causal.
+        share: In (0, 1].
+
+    Returns:
+        ``(B, H, N, C)`` bool, False on padding.
     """
     values = values.masked_fill(~qk.valid[:, None, :, None], -math.inf).transpose(-1, -2)
     if qk.causal:
@@ -57,7 +65,14 @@ def first_share(values: Tensor, qk: QK, share: float) -> Tensor:
 
 
 def as_ids(member: Tensor) -> Tensor:
-    """Memberships ``(B, H, N, C)`` bool as bucket ids ``(B, H, N, P)`` int64, then -1; P is what the busiest token needs."""
+    """Memberships as bucket ids.
+
+    Args:
+        member: ``(B, H, N, C)`` bool.
+
+    Returns:
+        ``(B, H, N, P)`` int64, then -1; ``P`` is what the busiest token needs.
+    """
     numbers = member.sum(-1).flatten()
     ids = torch.full((len(numbers), int(numbers.max()) if len(numbers) else 0), -1, device=member.device)
     rows, columns = member.flatten(0, 2).nonzero(as_tuple=True)  # row by row, so the ids of a row lie side by side
@@ -84,7 +99,15 @@ def _rank_on_arrival(values: Tensor) -> Tensor:
 
 
 def best(scores: Tensor, kept: Tensor) -> Tensor:
-    """The ``kept (…, 1)`` largest of each row of ``scores (…, N)``, as bool ``(…, N)``; of two equals the earlier one."""
+    """The largest of each row; of two equals the earlier one.
+
+    Args:
+        scores: ``(…, N)``, ``-inf`` on what may not be taken.
+        kept: ``(…, 1)`` int64, how many of each row.
+
+    Returns:
+        ``(…, N)`` bool.
+    """
     order = scores.argsort(dim=-1, descending=True, stable=True)
     among = torch.arange(scores.shape[-1], device=scores.device) < kept
     return torch.zeros_like(among.expand(scores.shape)).scatter(-1, order, among.expand(scores.shape))
@@ -96,7 +119,15 @@ def budget(share: float, number: Tensor) -> Tensor:
 
 
 def memberships(heads: int, *ids: Tensor) -> Tensor:
-    """Bucket ids that all heads share, ``(B, N)`` int64 for each slot → ``(B, H, N, P)``; -1 is no bucket."""
+    """Bucket ids that all heads share.
+
+    Args:
+        heads: ``H``.
+        *ids: ``(B, N)`` int64 for each slot; -1 is no bucket.
+
+    Returns:
+        ``(B, H, N, P)`` int64.
+    """
     return torch.stack(ids, dim=-1)[:, None].expand(-1, heads, -1, -1)
 
 
