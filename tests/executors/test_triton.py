@@ -220,13 +220,13 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from sparsefinder.kernels import sweeps
+from sparsefinder.executors.triton import kernels
 
 constants = dict(ALPHA=1.5, GAIN=0.5, Q_SLOTS=2, K_SLOTS=1, CAUSAL=True, SIZE=64, WIDTH=64, BLOCK=32)
 types = dict(scale="fp32", **{f"{x}_ptr": "*bf16" for x in "qkvg"})
 types |= {f"{x}_ptr": "*i32" for x in ("q_order", "k_order", "blocks", "q_ids", "k_ids")}
 for name in ("peaks", "sums", "output", "deltas", "dq", "dkv"):
-    kernel = getattr(sweeps, f"{name}_kernel")
+    kernel = getattr(kernels, f"{name}_kernel")
     signature = {x: "constexpr" if x in constants else types.get(x, "*fp32") for x in kernel.arg_names}
     used = {x: constants[x] for x in kernel.arg_names if x in constants}
     made = triton.compile(ASTSource(kernel, signature, used), target=GPUTarget("cuda", 90, 32))

@@ -1,4 +1,4 @@
-// The threshold of entmax by Newton's method on the p-norm, from the left: sparsefinder/entmax_kernels.py says why.
+// The threshold of entmax by Newton's method on the p-norm, from the left: sparsefinder/numerics/entmax_newton.py says why.
 
 #pragma once
 
