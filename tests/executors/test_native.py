@@ -18,7 +18,7 @@ from torch import Tensor
 from sparsefinder.attention import Bucketed
 from sparsefinder.errors import UserError
 from sparsefinder.evaluation.variants import AttentionChoice
-from sparsefinder.executors.native import attention, build, gold_pairs, predictors
+from sparsefinder.executors.native import attention, build, gold_pairs, library, predictors
 from sparsefinder.graphs import QK, Buckets, Layout
 from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.numerics.selection import select
@@ -283,15 +283,13 @@ def test_whoever_meets_nan_is_nan(alpha: float) -> None:
 def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Nothing has been built yet, and what is built is forgotten again."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for function in (build.load, build.missing, build.available):
-        function.cache_clear()
+    library.forget()
     yield tmp_path
-    for function in (build.load, build.missing, build.available):
-        function.cache_clear()
+    library.forget()
 
 
 def test_it_is_built_once(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert build.available("predictors")
+    build.load("predictors")
     (built,) = (fresh / "sparsefinder").iterdir()
     assert built.suffix == ".so"
     build.load.cache_clear()
@@ -313,8 +311,7 @@ def test_without_a_compiler(fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog
     with pytest.raises(UserError, match=r"executor=native: no C\+\+ compiler was found .* or choose executor=blocks"):
         Bucketed(Window(5), executor="native")
     monkeypatch.undo()
-    for function in (build.missing, build.available):
-        function.cache_clear()
+    library.forget()
     torch.testing.assert_close(Bucketed(Window(5), executor="native")(x, x, x, valid, 0), slow)
 
 

@@ -26,11 +26,13 @@ class TilesExecutor:
     never_automatic = ""
 
     def why_not(self, work: Work | None) -> str:
+        """Why this work cannot be done here; empty where it can. None: whatever the work."""
         return ""
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, pairs: Pairs, normalizer: Normalizer | PerHead, dropout: float
     ) -> Tensor:
+        """``q (B, H, N_q, D)``, ``k``, ``v (B, H_k, N_k, D)``, float32 or float64 → ``(B, H, N_q, D)``."""
         out = attend(q, k, v, pairs.allowed, normalizer, dropout)
         return out.masked_fill(~pairs.query_valid[:, None, :, None], 0.0)
 

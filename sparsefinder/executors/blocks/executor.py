@@ -30,15 +30,18 @@ class BlocksExecutor:
             raise UserError(f"queries_at_once must be 1 query or more, got {self.queries_at_once}")
 
     def why_not(self, work: Work | None) -> str:
+        """Why this work cannot be done here; empty where it can. None: whatever the work."""
         return ""
 
     def attend(self, qk: QK, v: Tensor, layout: Layout, normalizer: Normalizer) -> Tensor:
+        """``v (B, H, N, D)`` and vectors without what padding contained → ``(B, H, N, D)`` in the dtype of ``v``."""
         shares = self._shares(qk, layout)
         vectors = (shares.split(x) for x in (at_least_float32(qk.q), at_least_float32(qk.k), v))
         parts = zip(shares.split_layout(layout, qk), *vectors, strict=True)
         return shares.join([_attend(cut(*part), q, k, v, normalizer) for part, q, k, v in parts])
 
     def computed_pairs(self, qk: QK, layout: Layout) -> Tensor:
+        """Pairs that are multiplied, ``(B, H)`` int64."""
         shares = self._shares(qk, layout)
         return shares.join([cut(*part).computed_pairs() for part in shares.split_layout(layout, qk)])
 

@@ -9,11 +9,14 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <optional>
 #include <vector>
 
+#include "boundary.hpp"
 #include "entmax.hpp"
 #include "exponential.hpp"
 #include "panels.hpp"
+#include "vectors.hpp"
 
 namespace {
 
@@ -97,19 +100,12 @@ template <class T> void list_keys(const Graph &g, const Head &h, int64_t example
     for (const int32_t j : h.globals) take(j);
 }
 
-// Asks for a row of `rows` that is wanted soon, the one AHEAD of `n` among `ids`: rows lie anywhere, and no processor foresees where.
-constexpr int64_t AHEAD = 8;
-template <class T> void foresee(const T *rows, const std::vector<int32_t> &ids, size_t n, int64_t size) {
-    if (n + AHEAD < ids.size())
-        for (int64_t x = 0; x < size; x += 64 / sizeof(T)) __builtin_prefetch(rows + ids[n + AHEAD] * size + x);
-}
-
 template <class T> void multiply(const T *q, const T *k, int64_t size, T scale, Row<T> &row) {
     const int64_t count = row.keys.size();
     row.scores.resize(count);
     int64_t n = 0;
     for (; n + 4 <= count; n += 4) {  // four at a time: additions do not wait for each other
-        for (int64_t m = n; m < n + 4; ++m) foresee(k, row.keys, m, size);
+        for (int64_t m = n; m < n + 4; ++m) prefetch(k, row.keys, m, size);
         const T *a = k + row.keys[n] * size, *b = k + row.keys[n + 1] * size;
         const T *c = k + row.keys[n + 2] * size, *d = k + row.keys[n + 3] * size;
         T s = 0, t = 0, u = 0, w = 0;
@@ -117,13 +113,7 @@ template <class T> void multiply(const T *q, const T *k, int64_t size, T scale, 
         for (int64_t x = 0; x < size; ++x) s += q[x] * a[x], t += q[x] * b[x], u += q[x] * c[x], w += q[x] * d[x];
         row.scores[n] = s * scale, row.scores[n + 1] = t * scale, row.scores[n + 2] = u * scale, row.scores[n + 3] = w * scale;
     }
-    for (; n < count; ++n) {
-        const T *a = k + row.keys[n] * size;
-        T s = 0;
-#pragma omp simd reduction(+ : s)
-        for (int64_t x = 0; x < size; ++x) s += q[x] * a[x];
-        row.scores[n] = s * scale;
-    }
+    for (; n < count; ++n) row.scores[n] = dot<T>(q, k + row.keys[n] * size, size) * scale;
 }
 
 // probabilities of row.scores: keys of positive weight into row.support, their weights into row.weights
@@ -160,26 +150,24 @@ template <class T> void normalize(double alpha, Row<T> &row) {
     }
 }
 
-template <class T> void add(T *to, const T *from, T weight, int64_t size) {
-#pragma omp simd
-    for (int64_t x = 0; x < size; ++x) to[x] += weight * from[x];
-}
-
 // `each(head, its buckets, query, row)` for every query, head after head: all threads share the keys and values of one
 template <class T, class F> void for_queries(const Graph &g, const F &each) {
     const int64_t some = std::max<int64_t>(1, std::min<int64_t>(64, g.tokens / (4 * g.threads)));
     Head h;
+    Failure failure;
 #pragma omp parallel num_threads(g.threads)
     {
-        Row<T> row(g.tokens);
+        std::optional<Row<T>> row;
+        failure.guard([&] { row.emplace(g.tokens); });
         for (int64_t head = 0; head < g.batch * g.heads; ++head) {
 #pragma omp single
-            h = prepare(g, head / g.heads, head);
-            std::fill(row.stamp.begin(), row.stamp.end(), -1);
+            failure.guard([&] { h = prepare(g, head / g.heads, head); });
+            if (row) std::fill(row->stamp.begin(), row->stamp.end(), -1);
 #pragma omp for schedule(dynamic, some)
-            for (size_t n = 0; n < h.order.size(); ++n) each(head, h, h.order[n], row);
+            for (size_t n = 0; n < h.order.size(); ++n) failure.guard([&] { each(head, h, h.order[n], *row); });
         }
     }
+    failure.rethrow();
 }
 
 template <class T> void forward(const Graph &g, const T *q, const T *k, const T *v, T *out) {
@@ -190,7 +178,7 @@ template <class T> void forward(const Graph &g, const T *q, const T *k, const T 
         multiply(q + at + i * g.size, k + at, g.size, scale, row);
         normalize(g.alpha, row);
         for (size_t n = 0; n < row.support.size(); ++n) {
-            foresee(v + at, row.support, n, g.size);
+            prefetch(v + at, row.support, n, g.size);
             add(out + at + i * g.size, v + at + row.support[n] * g.size, row.weights[n], g.size);
         }
     });
@@ -199,8 +187,7 @@ template <class T> void forward(const Graph &g, const T *q, const T *k, const T 
 template <class T>
 void backward(const Graph &g, const T *q, const T *k, const T *v, const T *gradient, T *dq, T *dk, T *dv) {
     const T scale = T(1.0 / std::sqrt(double(g.size)));
-#pragma omp parallel for schedule(dynamic) num_threads(g.threads)
-    for (int64_t head = 0; head < g.batch * g.heads; ++head) {
+    const auto one = [&](int64_t head) {
         const int64_t example = head / g.heads, at = head * g.tokens * g.size;
         const Head h = prepare(g, example, head);
         Row<T> row(g.tokens);
@@ -227,7 +214,11 @@ void backward(const Graph &g, const T *q, const T *k, const T *v, const T *gradi
                 add(dq + at + i * g.size, k + j, dz, g.size);
             }
         }
-    }
+    };
+    Failure failure;
+#pragma omp parallel for schedule(dynamic) num_threads(g.threads)
+    for (int64_t head = 0; head < g.batch * g.heads; ++head) failure.guard([&] { one(head); });
+    failure.rethrow();
 }
 
 void count_pairs(const Graph &g, int64_t *pairs) {
@@ -240,14 +231,19 @@ void count_pairs(const Graph &g, int64_t *pairs) {
 
 }  // namespace
 
-#define FUNCTIONS(T, NAME)                                                                                                \
-    void forward_##NAME(const Graph *g, const T *q, const T *k, const T *v, T *out) { forward(*g, q, k, v, out); }         \
-    void backward_##NAME(const Graph *g, const T *q, const T *k, const T *v, const T *gradient, T *dq, T *dk, T *dv) {     \
-        backward(*g, q, k, v, gradient, dq, dk, dv);                                                                      \
+#define FUNCTIONS(T, NAME)                                                                                             \
+    int forward_##NAME(const Graph *g, const T *q, const T *k, const T *v, T *out) {                                    \
+        return status_of([&] { forward(*g, q, k, v, out); });                                                           \
+    }                                                                                                                   \
+    int backward_##NAME(const Graph *g, const T *q, const T *k, const T *v, const T *gradient, T *dq, T *dk, T *dv) {   \
+        return status_of([&] { backward(*g, q, k, v, gradient, dq, dk, dv); });                                         \
     }
 
 extern "C" {
 FUNCTIONS(float, float32)
 FUNCTIONS(double, float64)
-void count(const Graph *g, int64_t *pairs) { count_pairs(*g, pairs); }
+int count(const Graph *g, int64_t *pairs) {
+    return status_of([&] { count_pairs(*g, pairs); });
+}
+int64_t layout(int64_t n) { return layout_of<Graph>(1, n); }
 }

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sparsefinder.executors.native.build import DTYPES, LONG, POINTER, load, pointers, why_not
+from sparsefinder.executors.native.library import DTYPES, LONG, POINTER, Library, pointers
 from sparsefinder.executors.work import Work
 from sparsefinder.graphs import QK, Layout
 from sparsefinder.numerics.normalizers import Normalizer
@@ -38,6 +38,9 @@ class _Graph(ctypes.Structure):
     ]
 
 
+_LIBRARY = Library("attention", 1, (_Graph,))
+
+
 class NativeExecutor:
     """A layout on a CPU: the pairs of the graph and no others."""
 
@@ -45,13 +48,16 @@ class NativeExecutor:
     never_automatic = ""
 
     def why_not(self, work: Work | None) -> str:
-        return why_not("attention", work)
+        """Why this work cannot be done here; empty where it can. None: whatever the work."""
+        return _LIBRARY.why_not(work)
 
     def attend(self, qk: QK, v: Tensor, layout: Layout, normalizer: Normalizer) -> Tensor:
+        """``v (B, H, N, D)`` and vectors without what padding contained → ``(B, H, N, D)`` in the dtype of ``v``."""
         exact = qk.with_vectors(at_least_float32(qk.q), at_least_float32(qk.k))
         return attend(exact, v, layout, normalizer.alpha)
 
     def computed_pairs(self, qk: QK, layout: Layout) -> Tensor:
+        """Pairs that are multiplied, ``(B, H)`` int64."""
         return pairs(qk, layout)
 
 
@@ -101,7 +107,7 @@ class _Run:
             *read,
             self.alpha,
         )
-        getattr(load("attention"), function)(ctypes.byref(graph), *pointers(*tensors))
+        _LIBRARY.call(function, ctypes.byref(graph), *pointers(*tensors))
 
 
 class _Attend(torch.autograd.Function):

@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import logging
 import os
 import platform
 import shutil
@@ -20,69 +19,47 @@ import tempfile
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from sparsefinder.errors import UserError
-from sparsefinder.executors.work import Work
-
-log = logging.getLogger(__name__)
 
 # no flag here changes a sum's meaning for infinity or NaN; of vectors of 256 and 512 bits the former were as fast or faster
 _FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared")
 _VECTORS = {"AVX2": ("-mavx2", "-mfma"), "AVX512": ("-mavx2", "-mfma")}  # by what torch says of the processor
 _SECONDS = 300
 
-DTYPES = {torch.float32: "float32", torch.float64: "float64"}  # the last part of a function's name
-LONG, POINTER = ctypes.c_int64, ctypes.c_void_p  # of arguments and fields
 
-
-@functools.cache
-def missing(name: str) -> str:
-    """Why the compiled ``<name>.cpp`` of this folder cannot be had; empty where it can."""
-    try:
-        load(name)
-    except UserError as error:
-        return str(error)
-    return ""
-
-
-@functools.cache
-def available(name: str) -> bool:
-    """Whether the compiled ``<name>.cpp`` of this folder can be had; one warning in the log where it cannot."""
-    if reason := missing(name):
-        log.warning("%s; torch's own operations are used instead, slower", reason)
-    return not reason
-
-
-def why_not(name: str, work: Work | None) -> str:
-    """Why the compiled ``<name>.cpp`` of this folder cannot do this work; empty where it can."""
-    if work is None:
-        return missing(name)
-    if work.device.type != "cpu":
-        return f"runs on a CPU, the queries are on {work.device}"
-    return "" if available(name) else missing(name)
+def compiler() -> str:
+    """The path of the C++ compiler; a `UserError` where there is none."""
+    found = next(filter(None, map(shutil.which, [os.environ.get("CXX", ""), "c++", "g++", "clang++"])), None)
+    if found is None:
+        raise UserError("no C++ compiler was found (CXX, c++, g++, clang++): install one")
+    return found
 
 
 @functools.cache
 def load(name: str) -> ctypes.CDLL:
     """The compiled ``<name>.cpp`` of this folder; a `UserError` where there is no compiler, or it fails."""
     source = Path(__file__).with_name(f"{name}.cpp")
-    compiler = next(filter(None, map(shutil.which, [os.environ.get("CXX", ""), "c++", "g++", "clang++"])), None)
-    if compiler is None:
-        raise UserError("no C++ compiler was found (CXX, c++, g++, clang++): install one")
-    flags = (*_FLAGS, *_VECTORS.get(torch.backends.cpu.get_cpu_capability(), ()))
+    flags = (*_FLAGS, *_sanitizers(), *_VECTORS.get(torch.backends.cpu.get_cpu_capability(), ()))
     texts = (path.read_text(encoding="utf-8") for path in (source, *sorted(source.parent.glob("*.hpp"))))
-    told = (*texts, compiler, *flags, platform.system(), platform.machine())
-    key = hashlib.sha256("\0".join(told).encode()).hexdigest()[:16]
+    command = [compiler(), *flags]
+    identity = (*texts, *command, platform.system(), platform.machine())
+    key = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:16]
     reason: Exception | None = None
     for folder in (_cache, _temporary):
         try:
-            return _built(source, folder() / f"{name}-{key}.so", [compiler, *flags])
+            return _built(source, folder() / f"{name}-{key}.so", command)
         except (OSError, RuntimeError) as error:  # no home, not writable, full, or no program may be loaded from there
             reason = error
     raise UserError(
         f"{source.name} could not be kept or loaded ({reason}): set XDG_CACHE_HOME to a folder that can be written"
     )
+
+
+def _sanitizers() -> tuple[str, ...]:
+    """Flags by ``SPARSEFINDER_SANITIZE``, such as ``address,undefined``: what `make test-sanitized` compiles with."""
+    chosen = os.environ.get("SPARSEFINDER_SANITIZE", "")
+    return (f"-fsanitize={chosen}", "-fno-sanitize-recover=undefined", "-O1", "-g") if chosen else ()
 
 
 def _cache() -> Path:
@@ -99,9 +76,8 @@ def _built(source: Path, target: Path, command: list[str]) -> ctypes.CDLL:
     if owner.st_uid != os.getuid() or owner.st_mode & 0o022:  # what is loaded from there runs as this user
         raise OSError(f"{target.parent} belongs to or can be written by others")
     if not target.exists():
-        with tempfile.TemporaryDirectory(
-            dir=target.parent
-        ) as folder:  # moved when whole: others may be building the same
+        # moved when whole: others may be building the same
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             new = Path(folder) / target.name
             try:
                 done = subprocess.run(
@@ -116,13 +92,3 @@ def _built(source: Path, target: Path, command: list[str]) -> ctypes.CDLL:
                 )
             new.replace(target)
     return ctypes.CDLL(str(target))
-
-
-def reads(x: Tensor, name: str) -> bool:
-    """Whether the compiled ``<name>.cpp`` can read ``x``: float32 or float64 on a CPU, where a C++ compiler is or was at hand."""
-    return x.device.type == "cpu" and x.dtype in DTYPES and available(name)
-
-
-def pointers(*tensors: Tensor) -> list[ctypes.c_void_p]:
-    """Contiguous tensors as arguments; whoever calls keeps them alive."""
-    return [POINTER(x.data_ptr()) for x in tensors]

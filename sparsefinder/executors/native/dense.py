@@ -26,13 +26,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sparsefinder.executors.native.build import DTYPES, LONG, POINTER, load, pointers, why_not
+from sparsefinder.executors.native.library import DTYPES, LONG, POINTER, Library, pointers
 from sparsefinder.executors.work import Pairs, Work
 from sparsefinder.numerics.normalizers import Normalizer, PerHead
 
 
 class _Problem(ctypes.Structure):
-    """``Problem`` of dense.cpp: the same fields in the same order."""
+    """``Problem`` of dense_rows.hpp: the same fields in the same order."""
 
     _fields_ = [
         *((name, LONG) for name in ("batch", "heads", "key_heads", "queries", "keys", "size", "back", "ahead")),
@@ -42,6 +42,9 @@ class _Problem(ctypes.Structure):
     ]
 
 
+_LIBRARY = Library("dense", 1, (_Problem,))
+
+
 class NativeDenseExecutor:
     """Dense attention on a CPU: exact products with the keys that can be in the support."""
 
@@ -49,11 +52,13 @@ class NativeDenseExecutor:
     never_automatic = ""
 
     def why_not(self, work: Work | None) -> str:
-        return why_not("dense", work)
+        """Why this work cannot be done here; empty where it can. None: whatever the work."""
+        return _LIBRARY.why_not(work)
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, pairs: Pairs, normalizer: Normalizer | PerHead, dropout: float
     ) -> Tensor:
+        """``q (B, H, N_q, D)``, ``k``, ``v (B, H_k, N_k, D)``, float32 or float64 → ``(B, H, N_q, D)``."""
         alpha = normalizer.alpha
         alpha = alpha if isinstance(alpha, Tensor) else torch.full((q.shape[1],), alpha, dtype=torch.float64)
         seed = int(torch.randint(1 << 62, ())) if dropout else 0
@@ -114,7 +119,7 @@ class _Run:
             *(*(x.data_ptr() for x in valid), None if mask is None else mask.data_ptr(), alphas.data_ptr()),
             *(1.0 / math.sqrt(size), self.dropout),
         )
-        getattr(load("dense"), f"{function}_{DTYPES[q.dtype]}")(ctypes.byref(problem), *pointers(q, k, *tensors))
+        _LIBRARY.call(f"{function}_{DTYPES[q.dtype]}", ctypes.byref(problem), *pointers(q, k, *tensors))
 
 
 class _Attend(torch.autograd.Function):

@@ -1,10 +1,12 @@
-// The support of entmax as a list of pairs, and the hinge that projections learn from it: see pairs.py.
+// The support of entmax as a list of pairs, and the hinge that projections learn from it: see gold_pairs.py.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
+#include "boundary.hpp"
 #include "entmax.hpp"
 #include "panels.hpp"
 
@@ -17,16 +19,15 @@ struct Rows {
 };
 
 // the keys of every query, head by head, one query after the other
-using Found = std::vector<std::vector<int32_t>>;
+using Support = std::vector<std::vector<int32_t>>;
 
-template <class T> Found *support(const Rows &g, const T *q, const T *k, int64_t *counts) {
-    auto found = new Found(g.heads);
+template <class T> std::unique_ptr<Support> support(const Rows &g, const T *q, const T *k, int64_t *counts) {
+    auto pairs = std::make_unique<Support>(g.heads);
     const T scale = T((g.alpha - 1.0) / std::sqrt(double(g.size)));
-#pragma omp parallel for schedule(dynamic) num_threads(g.threads)
-    for (int64_t head = 0; head < g.heads; ++head) {
+    const auto one = [&](int64_t head) {
         const Panels<T> keys(k + head * g.tokens * g.size, g.tokens, g.size);
         std::vector<T> scores(AT_ONCE * keys.width()), above(g.tokens);
-        std::vector<int32_t> columns(g.tokens), &own = (*found)[head];
+        std::vector<int32_t> columns(g.tokens), &own = (*pairs)[head];
         for (int64_t from = 0; from < g.tokens; from += AT_ONCE) {
             const int64_t rows = std::min(AT_ONCE, g.tokens - from);
             std::fill(scores.begin(), scores.end(), T(0));
@@ -48,8 +49,12 @@ template <class T> Found *support(const Rows &g, const T *q, const T *k, int64_t
                 counts[head * g.tokens + from + i] = kept;
             }
         }
-    }
-    return found;
+    };
+    Failure failure;
+#pragma omp parallel for schedule(dynamic) num_threads(g.threads)
+    for (int64_t head = 0; head < g.heads; ++head) failure.guard([&] { one(head); });
+    failure.rethrow();
+    return pairs;
 }
 
 struct Hinge {
@@ -76,8 +81,7 @@ int64_t zero_of(double chance, int64_t zeros, const int64_t *columns, int64_t co
 // The loss, and its gradients, which are zero when it begins. Each head is one thread's: its sums have one order.
 template <class T> double hinge(const Hinge &h, const T *q, const T *k, T *dq, T *dk) {
     std::vector<double> losses(h.heads, 0.0);
-#pragma omp parallel for schedule(dynamic) num_threads(h.threads)
-    for (int64_t head = 0; head < h.heads; ++head) {
+    const auto one = [&](int64_t head) {
         const int64_t first = head * h.tokens, size = h.size;
         const int64_t end = std::lower_bound(h.rows, h.rows + h.pairs, first + h.tokens) - h.rows;
         std::vector<int64_t> negatives;
@@ -115,7 +119,11 @@ template <class T> double hinge(const Hinge &h, const T *q, const T *k, T *dq, T
         const double share = 1.0 / double(h.heads * std::max<int64_t>(1, h.by_row ? h.tokens : learned));
         losses[head] = loss * share;
         for (int64_t n = first * size; n < (first + h.tokens) * size; ++n) dq[n] *= T(share), dk[n] *= T(share);
-    }
+    };
+    Failure failure;
+#pragma omp parallel for schedule(dynamic) num_threads(h.threads)
+    for (int64_t head = 0; head < h.heads; ++head) failure.guard([&] { one(head); });
+    failure.rethrow();
     double sum = 0;
     for (const double loss : losses) sum += loss;
     return sum;
@@ -123,19 +131,28 @@ template <class T> double hinge(const Hinge &h, const T *q, const T *k, T *dq, T
 
 }  // namespace
 
-#define FUNCTIONS(T, NAME)                                                                                                \
-    Found *support_##NAME(const Rows *g, const T *q, const T *k, int64_t *counts) { return support(*g, q, k, counts); }    \
-    double hinge_##NAME(const Hinge *h, const T *q, const T *k, T *dq, T *dk) { return hinge(*h, q, k, dq, dk); }
+#define FUNCTIONS(T, NAME)                                                                                  \
+    int support_##NAME(const Rows *g, const T *q, const T *k, int64_t *counts, Support **pairs) {            \
+        return status_of([&] { *pairs = support(*g, q, k, counts).release(); });                             \
+    }                                                                                                        \
+    int hinge_##NAME(const Hinge *h, const T *q, const T *k, T *dq, T *dk, double *loss) {                   \
+        return status_of([&] { *loss = hinge(*h, q, k, dq, dk); });                                          \
+    }
 
 extern "C" {
 FUNCTIONS(float, float32)
 FUNCTIONS(double, float64)
-// what was found → rows and columns of the pairs; `found` is gone then
-void list(Found *found, const Rows *g, const int64_t *counts, int64_t *rows, int64_t *columns) {
+// a support → rows and columns of its pairs
+int list(const Support *pairs, const Rows *g, const int64_t *counts, int64_t *rows, int64_t *columns) {
     for (int64_t head = 0; head < g->heads; ++head) {
-        columns = std::copy((*found)[head].begin(), (*found)[head].end(), columns);
+        columns = std::copy((*pairs)[head].begin(), (*pairs)[head].end(), columns);
         for (int64_t row = head * g->tokens; row < (head + 1) * g->tokens; ++row) rows = std::fill_n(rows, counts[row], row);
     }
-    delete found;
+    return FINE;
 }
+int release(Support *pairs) {
+    delete pairs;
+    return FINE;
+}
+int64_t layout(int64_t n) { return layout_of<Rows, Hinge>(1, n); }
 }

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sparsefinder.executors.native.build import DTYPES, LONG, POINTER, load, pointers, reads
+from sparsefinder.executors.native.library import DTYPES, LONG, POINTER, Library, pointers
 
 
 class _Rows(ctypes.Structure):
@@ -37,9 +37,12 @@ class _Hinge(ctypes.Structure):
     ]
 
 
+_LIBRARY = Library("gold_pairs", 1, (_Rows, _Hinge))
+
+
 def works_on(x: Tensor) -> bool:
     """Whether ``x`` can be read here."""
-    return reads(x, "gold_pairs")
+    return _LIBRARY.reads(x)
 
 
 def support(q: Tensor, k: Tensor, causal: bool, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -50,13 +53,15 @@ def support(q: Tensor, k: Tensor, causal: bool, alpha: float) -> tuple[Tensor, T
     """
     q, k = q.contiguous(), k.to(q.dtype).contiguous()
     heads, tokens, size = q.shape
-    library, counts = load("gold_pairs"), torch.zeros(heads * tokens, dtype=torch.int64)
+    counts, pairs = torch.zeros(heads * tokens, dtype=torch.int64), POINTER()
     shape = _Rows(heads, tokens, size, causal, torch.get_num_threads(), alpha=alpha)
-    call = getattr(library, f"support_{DTYPES[q.dtype]}")
-    call.restype = POINTER
-    found = POINTER(call(ctypes.byref(shape), *pointers(q, k, counts)))
-    rows, columns = (torch.empty(int(counts.sum()), dtype=torch.int64) for _ in range(2))
-    library.list(found, ctypes.byref(shape), *pointers(counts, rows, columns))
+    function = f"support_{DTYPES[q.dtype]}"
+    _LIBRARY.call(function, ctypes.byref(shape), *pointers(q, k, counts), ctypes.byref(pairs))
+    try:
+        rows, columns = (torch.empty(int(counts.sum()), dtype=torch.int64) for _ in range(2))
+        _LIBRARY.call("list", pairs, ctypes.byref(shape), *pointers(counts, rows, columns))
+    finally:
+        _LIBRARY.call("release", pairs)
     return rows, columns, counts
 
 
@@ -86,13 +91,12 @@ class _Contrast(torch.autograd.Function):
         lists = (x.to(torch.int64).contiguous() for x in (pairs.rows, pairs.columns, pairs.zeros))
         of_pairs = (*lists, pairs.chances.contiguous())
         numbers = (*q.shape, len(pairs.rows), by_row, torch.get_num_threads())
-        told = _Hinge(*numbers, margin, *(x.data_ptr() for x in of_pairs))
+        positives = _Hinge(*numbers, margin, *(x.data_ptr() for x in of_pairs))
         gradients = torch.zeros_like(q), torch.zeros_like(k)
-        call = getattr(load("gold_pairs"), f"hinge_{DTYPES[q.dtype]}")
-        call.restype = ctypes.c_double
-        loss = call(ctypes.byref(told), *pointers(q, k, *gradients))
+        loss, function = ctypes.c_double(), f"hinge_{DTYPES[q.dtype]}"
+        _LIBRARY.call(function, ctypes.byref(positives), *pointers(q, k, *gradients), ctypes.byref(loss))
         ctx.save_for_backward(*gradients)
-        return q.new_tensor(loss)
+        return q.new_tensor(loss.value)
 
     @staticmethod
     @once_differentiable

@@ -5,11 +5,15 @@
 #include <cstdint>
 #include <functional>
 #include <limits>
+#include <memory>
 #include <numeric>
+#include <optional>
 #include <vector>
 
+#include "boundary.hpp"
 #include "entmax.hpp"
 #include "panels.hpp"
+#include "vectors.hpp"
 
 namespace {
 
@@ -21,7 +25,7 @@ struct Choice {
     double level, alpha;
 };
 
-// what rows chose, those of a block one after the other; how many each chose is told apart
+// what rows chose, those of a block one after the other; how many each chose is kept elsewhere
 struct Kept {
     int64_t in_group;  // blocks
     std::vector<std::vector<int32_t>> blocks;
@@ -35,13 +39,6 @@ template <class T> int64_t place(const T *values, const std::vector<T> &most, in
     return std::min<int64_t>(std::find(from, from + PANEL, most[panel]) - values, count - 1);
 }
 
-template <class T> T product(const T *x, const T *y, int64_t size) {
-    T sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t r = 0; r < size; ++r) sum += x[r] * y[r];
-    return sum;
-}
-
 // ids of the `top` centroids of largest x·c - |c|²/2 in each run
 template <class T>
 void nearest(int64_t batch, int64_t heads, int64_t tokens, int64_t size, int64_t runs, int64_t count, int64_t top,
@@ -52,13 +49,16 @@ void nearest(int64_t batch, int64_t heads, int64_t tokens, int64_t size, int64_t
             const T *own = centres + (head * runs + run) * count * size;
             const Panels<T> laid(own, count, size);
             std::vector<T> bias(laid.width(), nothing);
-            for (int64_t c = 0; c < count; ++c) bias[c] = product(own + c * size, own + c * size, size) / -2;
+            for (int64_t c = 0; c < count; ++c) bias[c] = dot<T>(own + c * size, own + c * size, size) / -2;
+            Failure failure;
 #pragma omp parallel num_threads(threads)
             {
-                std::vector<T> closeness(AT_ONCE * laid.width()), most(laid.panels);
+                std::vector<T> closeness, most;
+                failure.guard([&] { closeness.resize(AT_ONCE * laid.width()), most.resize(laid.panels); });
                 for (int64_t example = 0; example < batch; ++example)
 #pragma omp for schedule(static)
                     for (int64_t from = 0; from < tokens; from += AT_ONCE) {
+                        if (failure) continue;
                         const int64_t first = (example * heads + head) * tokens + from, rows = std::min(AT_ONCE, tokens - from);
                         for (int64_t i = 0; i < rows; ++i) std::copy(bias.begin(), bias.end(), closeness.begin() + i * laid.width());
                         laid.multiply(x + first * size, rows, closeness.data());
@@ -74,6 +74,7 @@ void nearest(int64_t batch, int64_t heads, int64_t tokens, int64_t size, int64_t
                         }
                     }
             }
+            failure.rethrow();
         }
 }
 
@@ -108,7 +109,7 @@ void moments(int64_t parts, int64_t tokens, int64_t size, int64_t count, int64_t
 
 // the scores of one row, of whole panels, -inf where there is no key, how many keys it may take, and room to choose
 template <class T> struct Scores {
-    T *values, budget;
+    T *values = nullptr, budget;
     std::vector<T> most, above, many;
     Scores(int64_t panels, T budget) : budget(budget), most(panels) {}
 };
@@ -151,10 +152,19 @@ template <class T> void by_margin(const Choice &rule, const T *numbers, Scores<T
         if (numbers[c] > 0 && (scores[c] - peak) * scale >= threshold - T(rule.level)) kept.push_back(c);
 }
 
+// what a thread works on: scores and squares of a few rows, and the row that chooses
+template <class T> struct Scratch {
+    std::vector<T> scores, squares;
+    Scores<T> row;
+    Scratch(int64_t width, int64_t size, int64_t panels, T budget)
+        : scores(AT_ONCE * width), squares(AT_ONCE * size), row(panels, budget) {}
+};
+
 // from queries (groups, rows, size) and the number, mean and variance (groups, columns, size) of the keys in each column
 template <class T>
-Kept *route(const Choice &rule, int64_t size, const T *q, const T *numbers, const T *mean, const T *variance, int32_t *counts) {
-    auto kept = new Kept(rule);
+std::unique_ptr<Kept> route(const Choice &rule, int64_t size, const T *q, const T *numbers, const T *mean, const T *variance,
+                            int32_t *counts) {
+    auto kept = std::make_unique<Kept>(rule);
     for (int64_t group = 0; group < rule.groups; ++group) {
         const Panels<T> means(mean + group * rule.columns * size, rule.columns, size);
         const Panels<T> variances(variance + group * rule.columns * size, rule.columns, size);
@@ -163,34 +173,39 @@ Kept *route(const Choice &rule, int64_t size, const T *q, const T *numbers, cons
         std::vector<T> missing(width, -std::numeric_limits<T>::infinity());
         for (int64_t c = 0; c < rule.columns; ++c)
             if (own[c] > 0) missing[c] = 0;
-#pragma omp parallel num_threads(rule.threads)
-        {
-            std::vector<T> scores(AT_ONCE * width), squares(AT_ONCE * size);
-            Scores<T> row(means.panels, T(rule.level) * std::accumulate(own, own + rule.columns, T(0)));
-#pragma omp for schedule(dynamic)
-            for (int64_t block = 0; block < kept->in_group; ++block) {
-                auto &ids = kept->blocks[group * kept->in_group + block];
-                const int64_t end = std::min((block + 1) * BLOCK, rule.rows);
-                for (int64_t from = block * BLOCK; from < end; from += AT_ONCE) {
-                    const int64_t rows = std::min(AT_ONCE, end - from), first = group * rule.rows + from;
-                    const T *x = q + first * size;
-                    // scores q·mean + √(q²·variance)
-                    std::fill(scores.begin(), scores.end(), T(0));
-                    std::transform(x, x + rows * size, x, squares.begin(), std::multiplies<T>());
-                    variances.multiply(squares.data(), rows, scores.data());
-                    for (int64_t i = 0; i < rows; ++i)
+        const T budget = T(rule.level) * std::accumulate(own, own + rule.columns, T(0));
+        const auto one = [&](int64_t block, Scratch<T> &scratch) {
+            auto &[scores, squares, row] = scratch;
+            auto &ids = kept->blocks[group * kept->in_group + block];
+            const int64_t end = std::min((block + 1) * BLOCK, rule.rows);
+            for (int64_t from = block * BLOCK; from < end; from += AT_ONCE) {
+                const int64_t rows = std::min(AT_ONCE, end - from), first = group * rule.rows + from;
+                const T *x = q + first * size;
+                // scores q·mean + √(q²·variance)
+                std::fill(scores.begin(), scores.end(), T(0));
+                std::transform(x, x + rows * size, x, squares.begin(), std::multiplies<T>());
+                variances.multiply(squares.data(), rows, scores.data());
+                for (int64_t i = 0; i < rows; ++i)
 #pragma omp simd
-                        for (int64_t c = 0; c < width; ++c) scores[i * width + c] = std::sqrt(scores[i * width + c]) + missing[c];
-                    means.multiply(x, rows, scores.data());
-                    for (int64_t i = 0; i < rows; ++i) {
-                        row.values = scores.data() + i * width;  // gone when the row has chosen
-                        const size_t before = ids.size();
-                        (rule.budget ? by_budget<T> : by_margin<T>)(rule, own, row, ids);
-                        counts[first + i] = ids.size() - before;
-                    }
+                    for (int64_t c = 0; c < width; ++c) scores[i * width + c] = std::sqrt(scores[i * width + c]) + missing[c];
+                means.multiply(x, rows, scores.data());
+                for (int64_t i = 0; i < rows; ++i) {
+                    row.values = scores.data() + i * width;  // gone when the row has chosen
+                    const size_t before = ids.size();
+                    (rule.budget ? by_budget<T> : by_margin<T>)(rule, own, row, ids);
+                    counts[first + i] = ids.size() - before;
                 }
             }
+        };
+        Failure failure;
+#pragma omp parallel num_threads(rule.threads)
+        {
+            std::optional<Scratch<T>> scratch;
+            failure.guard([&] { scratch.emplace(width, size, means.panels, budget); });
+#pragma omp for schedule(dynamic)
+            for (int64_t block = 0; block < kept->in_group; ++block) failure.guard([&] { one(block, *scratch); });
         }
+        failure.rethrow();
     }
     return kept;
 }
@@ -198,24 +213,24 @@ Kept *route(const Choice &rule, int64_t size, const T *q, const T *numbers, cons
 }  // namespace
 
 #define FUNCTIONS(T, NAME)                                                                                                \
-    void nearest_##NAME(int64_t batch, int64_t heads, int64_t tokens, int64_t size, int64_t runs, int64_t count,           \
-                        int64_t top, int64_t threads, const T *x, const T *centres, int64_t *ids) {                       \
-        nearest(batch, heads, tokens, size, runs, count, top, threads, x, centres, ids);                                  \
+    int nearest_##NAME(int64_t batch, int64_t heads, int64_t tokens, int64_t size, int64_t runs, int64_t count,            \
+                       int64_t top, int64_t threads, const T *x, const T *centres, int64_t *ids) {                        \
+        return status_of([&] { nearest(batch, heads, tokens, size, runs, count, top, threads, x, centres, ids); });       \
     }                                                                                                                     \
-    void moments_##NAME(int64_t parts, int64_t tokens, int64_t size, int64_t count, int64_t threads, const T *x,          \
-                        const int64_t *ids, T *numbers, T *mean, T *variance) {                                           \
-        moments(parts, tokens, size, count, threads, x, ids, numbers, mean, variance);                                    \
+    int moments_##NAME(int64_t parts, int64_t tokens, int64_t size, int64_t count, int64_t threads, const T *x,           \
+                       const int64_t *ids, T *numbers, T *mean, T *variance) {                                            \
+        return status_of([&] { moments(parts, tokens, size, count, threads, x, ids, numbers, mean, variance); });         \
     }                                                                                                                     \
-    Kept *route_##NAME(const Choice *rule, int64_t size, const T *q, const T *numbers, const T *mean, const T *variance,  \
-                       int32_t *counts) {                                                                                 \
-        return route(*rule, size, q, numbers, mean, variance, counts);                                                    \
+    int route_##NAME(const Choice *rule, int64_t size, const T *q, const T *numbers, const T *mean, const T *variance,    \
+                     int32_t *counts, Kept **kept) {                                                                      \
+        return status_of([&] { *kept = route(*rule, size, q, numbers, mean, variance, counts).release(); });              \
     }
 
 extern "C" {
 FUNCTIONS(float, float32)
 FUNCTIONS(double, float64)
-// what was kept → ids (groups, rows, most), -1 behind the last one of each row; `kept` is gone then
-void spread(Kept *kept, const Choice *rule, int64_t most, const int32_t *counts, int64_t *ids) {
+// what was kept → ids (groups, rows, most), -1 behind the last one of each row
+int spread(const Kept *kept, const Choice *rule, int64_t most, const int32_t *counts, int64_t *ids) {
 #pragma omp parallel for schedule(static) num_threads(rule->threads)
     for (size_t block = 0; block < kept->blocks.size(); ++block) {
         const int32_t *from = kept->blocks[block].data();
@@ -226,6 +241,11 @@ void spread(Kept *kept, const Choice *rule, int64_t most, const int32_t *counts,
             from += counts[row];
         }
     }
-    delete kept;
+    return FINE;
 }
+int release(Kept *kept) {
+    delete kept;
+    return FINE;
+}
+int64_t layout(int64_t n) { return layout_of<Choice>(1, n); }
 }

@@ -12,7 +12,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from sparsefinder.executors.native.build import DTYPES, LONG, POINTER, load, pointers, reads
+from sparsefinder.executors.native.library import DTYPES, LONG, POINTER, Library, pointers
 
 
 class _Choice(ctypes.Structure):
@@ -24,9 +24,12 @@ class _Choice(ctypes.Structure):
     ]
 
 
+_LIBRARY = Library("predictors", 1, (_Choice,))
+
+
 def works_on(x: Tensor) -> bool:
     """Whether ``x`` can be read here."""
-    return reads(x, "predictors")
+    return _LIBRARY.reads(x)
 
 
 def nearest(x: Tensor, centres: Tensor, top: int) -> Tensor:
@@ -38,7 +41,7 @@ def nearest(x: Tensor, centres: Tensor, top: int) -> Tensor:
     runs, count, _ = centres.shape[1:]
     ids = torch.empty(*x.shape[:3], runs * top, dtype=torch.int64)
     numbers = (LONG(n) for n in (*x.shape, runs, count, top, torch.get_num_threads()))
-    getattr(load("predictors"), f"nearest_{DTYPES[x.dtype]}")(*numbers, *pointers(x, centres, ids))
+    _LIBRARY.call(f"nearest_{DTYPES[x.dtype]}", *numbers, *pointers(x, centres, ids))
     return ids
 
 
@@ -52,8 +55,7 @@ def moments(x: Tensor, ids: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]
     numbers = x.new_zeros(batch, heads, count)
     mean, variance = (x.new_zeros(batch, heads, count, size) for _ in range(2))
     shape = (LONG(n) for n in (batch * heads, tokens, size, count, torch.get_num_threads()))
-    call = getattr(load("predictors"), f"moments_{DTYPES[x.dtype]}")
-    call(*shape, *pointers(x, ids, numbers, mean, variance))
+    _LIBRARY.call(f"moments_{DTYPES[x.dtype]}", *shape, *pointers(x, ids, numbers, mean, variance))
     return numbers, mean, variance
 
 
@@ -65,14 +67,16 @@ def routed(q: Tensor, numbers: Tensor, mean: Tensor, variance: Tensor, rule: str
     """
     batch, heads, rows, size = q.shape
     read = tuple(x.to(q.dtype).contiguous() for x in (q, numbers, mean, variance))
-    library, counts = load("predictors"), torch.zeros(batch, heads, rows, dtype=torch.int32)
+    counts, kept = torch.zeros(batch, heads, rows, dtype=torch.int32), POINTER()
     choice = _Choice(
         batch * heads, rows, numbers.shape[-1], rule == "budget", torch.get_num_threads(), level=level, alpha=alpha
     )
-    call = getattr(library, f"route_{DTYPES[q.dtype]}")
-    call.restype = POINTER
-    kept = POINTER(call(ctypes.byref(choice), LONG(size), *pointers(*read, counts)))
-    most = int(counts.max()) if counts.numel() else 0
-    ids = torch.empty(batch, heads, rows, most, dtype=torch.int64)
-    library.spread(kept, ctypes.byref(choice), LONG(most), *pointers(counts, ids))
+    function = f"route_{DTYPES[q.dtype]}"
+    _LIBRARY.call(function, ctypes.byref(choice), LONG(size), *pointers(*read, counts), ctypes.byref(kept))
+    try:
+        most = int(counts.max()) if counts.numel() else 0
+        ids = torch.empty(batch, heads, rows, most, dtype=torch.int64)
+        _LIBRARY.call("spread", kept, ctypes.byref(choice), LONG(most), *pointers(counts, ids))
+    finally:
+        _LIBRARY.call("release", kept)
     return ids

@@ -34,6 +34,7 @@ class TritonExecutor:
             raise UserError(f"block must be a power of two of 16 or more, got {self.block}")
 
     def why_not(self, work: Work | None) -> str:
+        """Why this work cannot be done here; empty where it can. None: whatever the work."""
         if importlib.util.find_spec("triton") is None:
             return "needs triton, which is not installed: pip install 'sparsefinder[gpu]'"
         if work is None:
@@ -46,10 +47,12 @@ class TritonExecutor:
         return ""
 
     def attend(self, qk: QK, v: Tensor, layout: Layout, normalizer: Normalizer) -> Tensor:
+        """``v (B, H, N, D)`` and vectors without what padding contained → ``(B, H, N, D)`` in the dtype of ``v``."""
         # imported here: Triton is not needed to import the package, and decides at its import whether it interprets
         from sparsefinder.executors.triton.block_sparse import block_sparse
 
         return block_sparse(qk.q, qk.k, v, plan(layout, qk, self.block), normalizer.alpha, self.block)
 
     def computed_pairs(self, qk: QK, layout: Layout) -> Tensor:
+        """Pairs that are multiplied, ``(B, H)`` int64."""
         return plan(layout, qk, self.block).pairs
