@@ -9,7 +9,7 @@ DOCS := .venv-docs
 # files of tests are shared among the cores
 PYTEST := -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: run test test-faults test-lowest test-transformers check docs setup lock bench bench-gpu clean
+.PHONY: run test test-faults test-sanitized test-lowest test-transformers check docs setup lock bench bench-gpu clean
 
 run: setup
 	$(BIN)/python scripts/run.py $(ARGS)
@@ -20,6 +20,14 @@ test: check
 # a hundred kills, and every fault and mutation; a quarter of an hour
 test-faults: setup
 	SPARSEFINDER_KILLS=100 $(BIN)/python -m pytest tests/faults -s $(ARGS)
+
+# the tests of the C++ compiled with the address and undefined-behaviour sanitizers, which end the process at the first fault.
+# Python is not compiled with them, so their libraries come first (and that of C++, whose exceptions they watch); what Python and
+# torch keep until they end is no leak
+test-sanitized: setup
+	SPARSEFINDER_SANITIZE=address,undefined ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	    LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	    $(BIN)/python -m pytest tests/executors/test_native.py tests/executors/test_dense.py tests/executors/test_native_boundary.py $(ARGS)
 
 check: setup
 	$(BIN)/ruff check .
