@@ -60,6 +60,14 @@ PAIRWISE: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
 }
 
 
+def closeness(x: Tensor, centres: Tensor) -> Tensor:
+    """``x·c − ‖c‖²/2``, the larger the nearer ``c`` is: ``x (…, M, E)``, ``centres (…, C, E)`` → ``(…, M, C)``.
+
+    Since ``‖x − c‖² = ‖x‖² − 2 (x·c − ‖c‖²/2)``, one matrix product says which of the centres a point is nearest to.
+    """
+    return x @ centres.mT - centres.square().sum(-1)[..., None, :] / 2
+
+
 def unit(x: Tensor, p: float) -> Tensor:
     """``x / ‖x‖_p``; a vector of almost no length stays short."""
     return x / x.norm(p=p, dim=-1, keepdim=True).clamp_min(_TINY)

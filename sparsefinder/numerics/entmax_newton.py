@@ -57,7 +57,7 @@ def solve(scores: Tensor, height: Tensor, alpha: float | Tensor) -> tuple[Tensor
     steps = STEPS_OF_SPARSEMAX if not isinstance(alpha, Tensor) and alpha == 2.0 else STEPS
     for _ in range(steps):
         total, slope = _sums(x.clamp_min(0.0), alpha)
-        x = x - (total - _power_of_total(total, alpha)) / slope.clamp_min(1e-30)
+        x = x - newton_step(total, slope, alpha)
     height = x.amax(-1, keepdim=True)
     # from the scores again: the rounding of each shift differs from entry to entry, that of their sum is the same for all
     excess = (below_peak + height).clamp_min(0.0)
@@ -136,11 +136,18 @@ def _sums(excess: Tensor, alpha: float | Tensor) -> tuple[Tensor, Tensor]:
     return _power(excess, alpha).sum(-1, keepdim=True), one_less.sum(-1, keepdim=True)
 
 
-def _power_of_total(total: Tensor, alpha: float | Tensor) -> Tensor | float:
-    """``total^{2−α}``: Newton's step for ``h`` is ``(S − S^{1−1/p}) / Σ excess^{p−1}``, and ``1 − 1/p = 2 − α``."""
-    if isinstance(alpha, Tensor):
-        return total.pow(2.0 - alpha)
-    return total.sqrt() if alpha == 1.5 else 1.0
+def newton_step(total: Tensor, slope: Tensor, alpha: float | Tensor) -> Tensor:
+    """How far the threshold rises in a step for ``h``: ``(S − S^{1−1/p}) / Σ excess^{p−1}``, where ``1 − 1/p = 2 − α``.
+
+    Args:
+        total: ``S = Σ excess^p`` of each row.
+        slope: ``Σ excess^{p−1}`` of each row, of the same shape; 0 in an empty row.
+        alpha: a number, or a tensor that broadcasts to the rows.
+
+    Returns:
+        The step of each row, in the dtype of ``total``; of no meaning in an empty row where α = 2.
+    """
+    return (total - total ** (2.0 - alpha)) / slope.clamp_min(1e-30)
 
 
 def unrolled(scores: Tensor, alpha: float | Tensor) -> Tensor:
@@ -170,7 +177,7 @@ def unrolled(scores: Tensor, alpha: float | Tensor) -> Tensor:
     for _ in range(STEPS_AFTER_HALVING):
         _, total, slope = _recorded_sums(x - threshold, alpha)
         total = torch.where(total > 0, total, 1.0)  # an empty row
-        threshold = threshold + (total - total ** (2.0 - alpha)) / slope.clamp_min(1e-30)
+        threshold = threshold + newton_step(total, slope, alpha)
     powers, total, _ = _recorded_sums(x - threshold, alpha)
     return (powers / total.clamp_min(1e-30)).masked_fill(absent, 0.0)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sparsefinder.errors import UserError
-from sparsefinder.numerics.entmax_newton import STEPS, compiled
+from sparsefinder.numerics.entmax_newton import STEPS, compiled, newton_step
 
 RULES = ("margin", "budget")
 _LOOKS = 32  # times that `STEPS` Newton steps are taken while some threshold moves; then rows are given up
@@ -112,5 +112,5 @@ def _newton(scaled: Tensor, numbers: Tensor, height: Tensor, alpha: float) -> Te
         one_less = (above > 0).to(x.dtype) if alpha == 2.0 else above ** ((2 - alpha) / (alpha - 1)) * (above > 0)
         slope = (numbers * one_less).sum(-1, keepdim=True)
         total = (numbers * one_less * above).sum(-1, keepdim=True)
-        x = x - (total - total ** (2 - alpha)) / slope.clamp_min(1e-30)
+        x = x - newton_step(total, slope, alpha)
     return torch.where(peak == -torch.inf, height, x.amax(-1, keepdim=True))

@@ -13,6 +13,7 @@ from torch import Tensor
 from sparsefinder.errors import UserError
 from sparsefinder.executors.native import predictors as native
 from sparsefinder.graphs import QK
+from sparsefinder.numerics.distances import closeness
 from sparsefinder.storage.tensor_files import load_tensors, save_tensors
 
 
@@ -121,11 +122,9 @@ def nearest_by_products(x: Tensor, centres: Tensor, top: int) -> Tensor:
     ids = []
     # head by head: the products of one fit the cache
     for tokens, own in zip(x.unbind(1), centres.to(x.dtype).flatten(1, 2), strict=True):
-        # ‖x − c‖² = ‖x‖² − 2 (x·c − ‖c‖²/2): the nearest centroids are those of the largest bracket, one matrix product
-        closeness = torch.addmm(own.square().sum(-1) / -2, tokens.reshape(-1, size), own.T)
-        closeness = closeness.view(*tokens.shape[:2], runs, clusters)
+        near = closeness(tokens.reshape(-1, size), own).view(*tokens.shape[:2], runs, clusters)
         # argmax finds the largest one twice as fast
-        best = closeness.argmax(-1, keepdim=True) if top == 1 else closeness.topk(top, dim=-1).indices
+        best = near.argmax(-1, keepdim=True) if top == 1 else near.topk(top, dim=-1).indices
         ids.append((best + first).flatten(2))
     return torch.stack(ids, dim=1)
 

@@ -297,3 +297,13 @@ def test_rows_that_need_more_than_one_look_sum_to_one() -> None:
     """Sparsemax of 16,384 flat scores is not done after the first eight steps."""
     p = sparsemax(0.1 * rows(3, 16_384, scale=1.0))
     torch.testing.assert_close(p.sum(-1), torch.ones(3), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("alpha", [1.2, 1.5, 2.0])
+def test_one_newton_step_is_enough_where_all_scores_are_equal(alpha: float) -> None:
+    """There the function whose root is looked for is a line, and a step from the left end meets its root."""
+    excess = torch.ones(1, 8, dtype=torch.float64)  # x − τ, where x = 0 and τ = −1
+    power = 1 / (alpha - 1)
+    total, slope = excess.pow(power).sum(-1), excess.pow(power - 1).sum(-1)
+    step = entmax_newton.newton_step(total, slope, alpha)
+    torch.testing.assert_close((1.0 - step).pow(power) * 8, torch.ones(1, dtype=torch.float64))

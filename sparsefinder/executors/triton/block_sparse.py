@@ -30,6 +30,7 @@ from sparsefinder.executors.triton.kernels import (
     sums_kernel,
 )
 from sparsefinder.executors.triton.plan import Plan, Side
+from sparsefinder.numerics.entmax_newton import newton_step
 
 FEWEST, MOST = 3, 64  # Newton sweeps before the first look at convergence, and in all
 
@@ -96,8 +97,7 @@ class Walk:
         for taken in range(1, MOST + 1):
             total, slope = self._sums(q, k, peaks, thresholds)
             # an empty row has no slope and stays where it is
-            step = (total - total.pow(2.0 - self.alpha)) / slope.clamp_min(1e-30)
-            step = torch.where(total > 0, step, 0.0)
+            step = torch.where(total > 0, newton_step(total, slope, self.alpha), 0.0)
             thresholds, sweeps = thresholds + step, sweeps + 1
             if taken >= FEWEST and not bool((step > still).any()):
                 break

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparsefinder.graphs import QK
 from sparsefinder.numerics.counter_rng import uniform
+from sparsefinder.numerics.distances import closeness
 
 
 def first_centres(points: Tensor, qk: QK, clusters: int, seed: int, layer: int) -> Tensor:
@@ -79,5 +80,4 @@ def nearest(points: Tensor, centres: Tensor) -> Tensor:
     Returns:
         Indices ``(B, H, M)`` int64, the first of equals; arbitrary on padding.
     """
-    # ‖x − c‖² = ‖x‖² − 2 (x·c − ‖c‖²/2): the nearest centre of a point is that of the largest bracket, one matrix product
-    return (points @ centres.transpose(-1, -2) - centres.square().sum(-1)[..., None, :] / 2).argmax(-1)
+    return closeness(points, centres).argmax(-1)
