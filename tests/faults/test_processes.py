@@ -39,7 +39,7 @@ def test_the_same_tables_as_one_process(undisturbed: Undisturbed, tmp_path: Path
     command = [*undisturbed.command, f"run_dir={run_dir}", "stage=[extract,project,cluster,score,evaluate]"]
     done = torchrun(*command)
     assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stderr.splitlines() if "skipped" in line or "makes" in line]
+    lines = [line for line in done.stderr.splitlines() if "skipped" in line or ": makes" in line]
     assert [line.partition(",")[0] for line in lines] == [
         *("extract: makes qk", "project: done and unchanged", "cluster: done and unchanged"),
         *("score: makes score", "evaluate: makes evaluate"),
