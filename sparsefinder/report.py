@@ -1,4 +1,4 @@
-"""The stage ``report``: figures, and one page that works offline, from what ``score`` and ``evaluate`` wrote.
+"""The stage ``report``: figures, and one HTML file that works offline, from what ``score`` and ``evaluate`` wrote.
 
 It computes nothing about attention: every number comes from the tables and manifests of the run.
 """
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 class ReportSettings:
     """Settings of the stage ``report``."""
 
-    title: str | None = None  # of the page; None: the name of the run directory
+    title: str | None = None  # of the document; None: the name of the run directory
     levels: tuple[float, ...] = frontiers.LEVELS  # shares of the allowed pairs at which recall is compared
     dpi: int = 200  # of the figures as PNG
 
@@ -89,7 +89,7 @@ class Results:
         metrics, points, variants, replicas = self.metrics, self.points, self.variants, self.replicas
         if metrics is not None and points is not None:
             mine = points["configuration"].isin(rows.get("score", ()))
-            replicas = None if replicas is None else replicas.of_places([int(p) for p in mine.to_numpy().nonzero()[0]])
+            replicas = None if replicas is None else replicas.of_points([int(p) for p in mine.to_numpy().nonzero()[0]])
             points = points[mine].reset_index(drop=True)
             metrics = metrics[metrics["configuration"].isin(rows.get("score", ()))]
             if points.empty:
@@ -145,7 +145,7 @@ def run(settings: ReportSettings, store: Store) -> None:
                 folder,
                 "recall",
             )
-        (folder / "index.html").write_text(_page(title, results, drawn, vectors, settings), encoding="utf-8")
+        (folder / "index.html").write_text(_html(title, results, drawn, vectors, settings), encoding="utf-8")
     log.info("report: %d figures and %s", len(drawn), store.run_dir / "report" / "index.html")
 
 
@@ -193,7 +193,7 @@ def text_table(lines: pd.DataFrame) -> str:
     )
 
 
-def _page(
+def _html(
     title: str,
     results: Results,
     drawn: list[Illustration],

@@ -60,30 +60,37 @@ class Replicas:
         if documents < LEAST:
             return None
         drawn = draws(documents, replicas, seed)
-        found: dict[str, dict[int, np.ndarray]] = {name: {} for name in ("density", "recall", "recall_far")}
-        for configuration, own in counts.groupby("configuration", sort=False):
+        measures: dict[str, dict[int, np.ndarray]] = {name: {} for name in ("density", "recall", "recall_far")}
+        for configuration, sums in counts.groupby("configuration", sort=False):
             with np.errstate(divide="ignore", invalid="ignore"):
                 ratios = {
-                    "density": own["predicted"].to_numpy(float) / own["allowed"].to_numpy(float),
-                    "recall": own["hits"].to_numpy(float) / own["gold"].to_numpy(float),
-                    "recall_far": own["far_hits"].to_numpy(float) / own["far_gold"].to_numpy(float),
+                    "density": sums["predicted"].to_numpy(float) / sums["allowed"].to_numpy(float),
+                    "recall": sums["hits"].to_numpy(float) / sums["gold"].to_numpy(float),
+                    "recall_far": sums["far_hits"].to_numpy(float) / sums["far_gold"].to_numpy(float),
                 }
             for name, ratio in ratios.items():
-                found[name][int(str(configuration))] = _macro(ratio.reshape(documents, -1), drawn)
+                measures[name][int(str(configuration))] = _macro(ratio.reshape(documents, -1), drawn)
         members = list(points["members"])
-        seeds = {count: draws(count, replicas, seed + 1) / count for count in {len(each) for each in members}}
+        seeds = {
+            count: draws(count, replicas, seed + 1) / count
+            for count in {len(configurations) for configurations in members}
+        }
 
         def of_points(name: str) -> np.ndarray:
             columns = [
-                sum(found[name][each] * seeds[len(own)][:, place] for place, each in enumerate(own)) for own in members
+                sum(
+                    measures[name][configuration] * seeds[len(configurations)][:, index]
+                    for index, configuration in enumerate(configurations)
+                )
+                for configurations in members
             ]
             return np.stack(columns, axis=1) if columns else np.empty((replicas, 0))
 
         return cls(of_points("density"), of_points("recall"), of_points("recall_far"))
 
-    def of_places(self, places: Sequence[int]) -> Replicas:
+    def of_points(self, points: Sequence[int]) -> Replicas:
         """Those of some of the points."""
-        rows = list(places)
+        rows = list(points)
         return Replicas(self.density[:, rows], self.recall[:, rows], self.recall_far[:, rows])
 
     def at(self, rows: Sequence[int], levels: Sequence[float], measure: str = "recall") -> np.ndarray:
@@ -111,10 +118,10 @@ def with_intervals(recalls: pd.DataFrame, replicas: Replicas | None, levels: Seq
     for row in recalls.to_dict("records"):
         for measure in ("recall", "recall_far"):
             low, high = interval(replicas.at(row["rows"], levels, measure))
-            for place, level in enumerate(levels):
+            for index, level in enumerate(levels):
                 known = pd.notna(row[measure, level])
-                added.setdefault((f"{measure}_low", level), []).append(low[place] if known else np.nan)
-                added.setdefault((f"{measure}_high", level), []).append(high[place] if known else np.nan)
+                added.setdefault((f"{measure}_low", level), []).append(low[index] if known else np.nan)
+                added.setdefault((f"{measure}_high", level), []).append(high[index] if known else np.nan)
     return pd.concat([recalls, pd.DataFrame(added, index=recalls.index, columns=_flat(added))], axis=1)
 
 

@@ -55,17 +55,17 @@ def error_budget(
 ) -> pd.DataFrame:
     """One row for each step of which both patterns are among the points, and density; NaN where one is not reached."""
     recalls = recall_table(points, levels)
-    found: list[dict[str, Any]] = []
+    changes: list[dict[str, Any]] = []
     for step in STEPS:
         before, after = _rows(recalls, step.before, around=False), _rows(recalls, step.after, around=step.around)
         if before.empty or after.empty:
             continue
         for level in levels:
-            found.append(
+            changes.append(
                 {"method": step.method, "step": step.what, "density": level}
                 | _difference(_best(before, level), _best(after, level), level, replicas)
             )
-    return pd.DataFrame(found, columns=list(COLUMNS))
+    return pd.DataFrame(changes, columns=list(COLUMNS))
 
 
 def ours_minus_published(
@@ -79,14 +79,14 @@ def ours_minus_published(
     family = recalls["pattern"].map(family_of) if len(recalls) else pd.Series(dtype=object)
     ours = recalls[(family == OURS) & ~recalls["quadratic"].astype(bool)]
     published = recalls[family == PUBLISHED]
-    found = []
+    advantages = []
     for level in levels:
         first, second = _best(published, level), _best(ours, level)
         if first is None or second is None:
             continue
         names = {"density": level, "ours": _name(second), "published": _name(first)}
-        found.append(names | _difference(first, second, level, replicas, measure))
-    return pd.DataFrame(found)
+        advantages.append(names | _difference(first, second, level, replicas, measure))
+    return pd.DataFrame(advantages)
 
 
 def best_of(recalls: pd.DataFrame, levels: Sequence[float]) -> str | None:

@@ -39,15 +39,17 @@ def points(metrics: pd.DataFrame) -> pd.DataFrame:
     table["quadratic"] = [False if pd.isna(value) else bool(value) for value in quadratic]
     keys = [name for name in ("run", "configuration") if name in table]
     how = {name: "mean" if name in MEASURES else "first" for name in table if name not in (*keys, "layer", "head")}
-    found = _over_seeds(table.groupby(keys, sort=False, as_index=False).agg(how))
-    found["density"] = 1 - found["sparsity"]
-    found["label"] = _labels(found)
-    return found
+    averaged = _over_seeds(table.groupby(keys, sort=False, as_index=False).agg(how))
+    averaged["density"] = 1 - averaged["sparsity"]
+    averaged["label"] = _labels(averaged)
+    return averaged
 
 
 def _over_seeds(table: pd.DataFrame) -> pd.DataFrame:
     """Rows that differ in their seed alone as one; ``members`` are the configurations that it is the mean of."""
-    table = table.assign(members=pd.Series([(each,) for each in table["configuration"]], table.index, dtype=object))
+    table = table.assign(
+        members=pd.Series([(configuration,) for configuration in table["configuration"]], table.index, dtype=object)
+    )
     if "seed" not in table or table["seed"].nunique() < 2:
         return table
     same = [name for name in table if name not in (*MEASURES, "seed", "configuration", "members")]
@@ -62,17 +64,17 @@ def described(table: pd.DataFrame) -> pd.DataFrame:
     A random number is no distance, so ``distance=random`` is the pattern random wherever it was asked for; an attention that
     brings its own graph stands for its pattern.
     """
-    found = table.copy()
+    named = table.copy()
     for name in _SURROUNDINGS:
-        values = found[name] if name in found else pd.Series(0, found.index)
-        found[name] = [0 if pd.isna(value) else int(value) for value in values]
-    found["surroundings"] = [_in_words(*row) for row in found[list(_SURROUNDINGS)].itertuples(index=False)]
-    if "distance" in found:
-        found["pattern"] = found["pattern"].mask([value == CHANCE for value in found["distance"]], CHANCE)
-    if "attention" in found:
-        own = pd.Series(None, found.index, dtype=object) if "pattern" not in found else found["pattern"]
-        found["pattern"] = own.astype(object).where(own.notna(), found["attention"])
-    return found
+        values = named[name] if name in named else pd.Series(0, named.index)
+        named[name] = [0 if pd.isna(value) else int(value) for value in values]
+    named["surroundings"] = [_in_words(*row) for row in named[list(_SURROUNDINGS)].itertuples(index=False)]
+    if "distance" in named:
+        named["pattern"] = named["pattern"].mask([value == CHANCE for value in named["distance"]], CHANCE)
+    if "attention" in named:
+        given = pd.Series(None, named.index, dtype=object) if "pattern" not in named else named["pattern"]
+        named["pattern"] = given.astype(object).where(given.notna(), named["attention"])
+    return named
 
 
 def setting_columns(table: pd.DataFrame) -> list[str]:
@@ -102,15 +104,15 @@ def at_levels(density: np.ndarray, recall: np.ndarray, values: np.ndarray, level
     sparser = np.full_like(recall, -np.inf)
     sparser[..., 1:] = np.maximum.accumulate(recall, -1)[..., :-1]
     kept = recall > sparser
-    places = np.arange(count)
-    before = np.maximum.accumulate(np.where(kept, places, 0), -1)  # the sparsest point is always kept
-    after = np.minimum.accumulate(np.where(kept, places, count)[..., ::-1], -1)[..., ::-1]
+    positions = np.arange(count)
+    before = np.maximum.accumulate(np.where(kept, positions, 0), -1)  # the sparsest point is always kept
+    after = np.minimum.accumulate(np.where(kept, positions, count)[..., ::-1], -1)[..., ::-1]
     after = np.concatenate([after, np.full_like(after[..., :1], count)], -1)
 
-    def of(x: np.ndarray, place: np.ndarray) -> np.ndarray:
-        return np.take_along_axis(x, place.clip(0, count - 1), -1)
+    def of(x: np.ndarray, position: np.ndarray) -> np.ndarray:
+        return np.take_along_axis(x, position.clip(0, count - 1), -1)
 
-    found = []
+    columns = []
     for level in np.round(levels, 12):
         passed = (density <= level).sum(-1, keepdims=True)
         left, right = of(before, passed - 1), np.take_along_axis(after, passed, -1)
@@ -119,8 +121,8 @@ def at_levels(density: np.ndarray, recall: np.ndarray, values: np.ndarray, level
         inside = of(values, left) + share * (of(values, right) - of(values, left))
         exact = of(density, left) == level
         beyond = np.where(of(recall, left) >= 1, 1.0, np.where(exact, of(values, left), np.nan))
-        found.append(np.where(passed == 0, np.nan, np.where(right >= count, beyond, inside)))
-    return np.concatenate(found, -1)
+        columns.append(np.where(passed == 0, np.nan, np.where(right >= count, beyond, inside)))
+    return np.concatenate(columns, -1)
 
 
 def recalls_at(group: pd.DataFrame, densities: Sequence[float], measure: str = "recall") -> np.ndarray:
@@ -139,19 +141,19 @@ def recall_table(table: pd.DataFrame, densities: Sequence[float]) -> pd.DataFram
     the table. Patterns that always take every pair are left out.
     """
     columns = ["pattern", "surroundings", "quadratic", "configurations", "defined", "rows"]
-    found = []
-    places = pd.Series(range(len(table)), table.index)
+    rows = []
+    positions = pd.Series(range(len(table)), table.index)
     for (surroundings, pattern), group in table.groupby(["surroundings", "pattern"], sort=False):
         if group["density"].min() >= 1:
             continue
         known = group.dropna(subset=["sparsity", "recall"])
         described_by = [pattern, surroundings, bool(group["quadratic"].any()), len(group), not known.empty]
-        row: dict[Any, Any] = dict(zip(columns, [*described_by, tuple(places[known.index])], strict=True))
+        row: dict[Any, Any] = dict(zip(columns, [*described_by, tuple(positions[known.index])], strict=True))
         for measure in ("recall", "recall_far"):
             recalls = recalls_at(known, densities, measure).tolist()
             row |= {(measure, density): recall for density, recall in zip(densities, recalls, strict=True)}
-        found.append(row)
-    return pd.DataFrame(found) if found else pd.DataFrame(columns=columns)
+        rows.append(row)
+    return pd.DataFrame(rows) if rows else pd.DataFrame(columns=columns)
 
 
 def comparable(table: pd.DataFrame, most: int = 3) -> pd.DataFrame:
@@ -190,7 +192,7 @@ def broken_curves(table: pd.DataFrame, tolerance: float = 0.01) -> list[str]:
 
     A sweep is three points or more that differ in one numeric setting alone; seeds are no sparsity parameter.
     """
-    found = []
+    lines = []
     for (pattern, surroundings), group in table.groupby(["pattern", "surroundings"], sort=False):
         settings = [name for name in setting_columns(group) if group[name].nunique(dropna=False) > 1]
         numeric = [name for name in settings if pd.api.types.is_numeric_dtype(group[name]) and name != "seed"]
@@ -203,11 +205,11 @@ def broken_curves(table: pd.DataFrame, tolerance: float = 0.01) -> list[str]:
                 if len(ordered) > 2 and rise.max() > tolerance:
                     at = ordered["sparsity"][rise.idxmax()]
                     where = f" with {surroundings}" if surroundings else ""
-                    found.append(
+                    lines.append(
                         f"{pattern}{where}, along {name}: a sparser graph recalls {rise.max():.3f} more than the one of "
                         f"sparsity {at:.3f}; a sparsity parameter should trade one for the other"
                     )
-    return found
+    return lines
 
 
 def _in_words(window: int, global_tokens: int, last_token: int) -> str:

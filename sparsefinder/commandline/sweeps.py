@@ -33,13 +33,13 @@ def run_sweep(todo: Sequence[Point]) -> list[str]:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors of a launcher come here, and not to the screen in pages
     broken: list[str] = []
     while True:
-        settled = sweep_points.settled(todo)
+        finished = sweep_points.count_finished(todo)
         try:
             hydra.main(**HYDRA)(job_of(todo[0].swept))()
         except BrokenProcessPool:
             # joblib takes all its processes down with one that is killed: the points that they had not begun are run now
-            sweep_points.bury(todo)
-            if sweep_points.settled(todo) > settled:
+            sweep_points.mark_failed(todo)
+            if sweep_points.count_finished(todo) > finished:
                 log.warning("a process was killed; going on with the points that were not running")
                 continue
         except Exception as error:  # what a launcher raises is its own matter; what became of each point is on disk
@@ -56,7 +56,7 @@ def job_of(swept: Sequence[str]) -> Callable[[DictConfig], None]:
         )  # with torch, which the process that hands the points out can do without
 
         point = sweep_points.point_of(path_of(cfg, "run_dir"), HydraConfig.get().overrides.task, swept)
-        if point.fate.settled:  # in this sweep, before another point's process was killed
+        if point.status.finished:  # in this sweep, before another point's process was killed
             return
         trace = ""
         try:

@@ -238,7 +238,7 @@ def _key(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, split: str, length:
 
 
 def draw(available: int, wanted: int, seed: int, what: str) -> list[int]:
-    """``wanted`` of ``available`` places, drawn by the seed and sorted; a larger draw contains a smaller one."""
+    """``wanted`` of ``available`` indices, drawn by the seed and sorted; a larger draw contains a smaller one."""
     if wanted > available:
         raise UserError(f"nsamples={wanted}, but {what} has only {available} blocks: ask for fewer, or give more text")
     order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))

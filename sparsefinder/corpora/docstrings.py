@@ -74,19 +74,19 @@ class Docstrings:
         if split not in SPLITS:
             raise UserError(f"there is no split {split}; choose one of {', '.join(SPLITS)}")
         if cache is None:
-            found = _collect(self)[split]
+            documents = _collect(self)[split]
         else:
             folder = Path(cache) / f"docstrings-{self.fingerprint()[:16]}"
             if not folder.is_dir():
                 _write(folder, _collect(self))
-            found = json.loads((folder / f"{split}.json").read_text(encoding="utf-8"))
-        characters = sum(len(document) for _, document in found)
+            documents = json.loads((folder / f"{split}.json").read_text(encoding="utf-8"))
+        characters = sum(len(document) for _, document in documents)
         if characters < _TOO_LITTLE:
             raise UserError(
                 f"corpus=docstrings found {characters} characters for {split} in {', '.join(getattr(self, split))}; "
                 "install the packages of requirements.lock or name others with corpus." + split
             )
-        yield from ((package, document) for package, document in found)
+        yield from ((package, document) for package, document in documents)
 
     def fingerprint(self) -> str:
         """Changes with the packages, their versions, the limit, and the way of cleaning."""
@@ -98,13 +98,13 @@ class Docstrings:
 def _collect(corpus: Docstrings) -> dict[str, list[tuple[str, str]]]:
     """Package and document of every split."""
     repetitions = _Repetitions()
-    found: dict[str, list[tuple[str, str]]] = {}
+    documents: dict[str, list[tuple[str, str]]] = {}
     for split in SPLITS:
         limit = corpus.max_characters
         if limit is not None and split != "train":
             limit = max(limit // _HELD_OUT_SHARE, _TOO_LITTLE)
-        found[split] = _read(getattr(corpus, split), split, limit, repetitions)
-    return found
+        documents[split] = _read(getattr(corpus, split), split, limit, repetitions)
+    return documents
 
 
 def _read(packages: Sequence[str], split: str, limit: int | None, repetitions: _Repetitions) -> list[tuple[str, str]]:
@@ -201,11 +201,11 @@ class _Repetitions:
         return known < _REPEATED * len(sequences)
 
 
-def _write(folder: Path, found: dict[str, list[tuple[str, str]]]) -> None:
+def _write(folder: Path, splits: dict[str, list[tuple[str, str]]]) -> None:
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     remove(temporary)
     temporary.mkdir(parents=True)
-    for split, documents in found.items():
+    for split, documents in splits.items():
         (temporary / f"{split}.json").write_text(json.dumps(documents, ensure_ascii=False), encoding="utf-8")
     try:
         temporary.rename(folder)

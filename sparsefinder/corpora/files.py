@@ -117,10 +117,10 @@ class TextFiles:
         if self.unit != "auto":
             return self.unit
         files = self._files("train")
-        found = (unit_of(lines_of(file, "train")) for file in files)
+        units = (unit_of(lines_of(file, "train")) for file in files)
         if len(files) == 1:
-            return next(found)
-        return "title" if "title" in found else "file"
+            return next(units)
+        return "title" if "title" in units else "file"
 
     def fingerprint(self) -> str:
         """Changes with the text of the files, which are documents, and the limits.

@@ -30,15 +30,15 @@ def files_named(given: str | Sequence[str], split: str) -> list[Path]:
     ``texts/*.txt`` (sorted by their paths), or a list of any of these, in its order. A `UserError` where there is none."""
     if isinstance(given, str):
         return list(_files_named(given, split))
-    found = [path for name in given for path in _files_named(str(name), split)]
-    if not found:
+    paths = [path for name in given for path in _files_named(str(name), split)]
+    if not paths:
         raise UserError(
             f"corpus.{split}=[] names no file; give a file of plain text, a folder or a pattern such as texts/*.txt"
         )
-    twice = sorted(path for path, count in Counter(path.resolve() for path in found).items() if count > 1)
+    twice = sorted(path for path, count in Counter(path.resolve() for path in paths).items() if count > 1)
     if twice:
         raise UserError(f"corpus.{split} names {twice[0]} twice")
-    return found
+    return paths
 
 
 def _files_named(name: str, split: str) -> Iterator[Path]:
@@ -51,7 +51,7 @@ def _files_named(name: str, split: str) -> Iterator[Path]:
             )
         yield from inside
     elif not path.exists() and glob.has_magic(name):
-        matching = sorted(file for each in glob.glob(str(path), recursive=True) if (file := Path(each)).is_file())
+        matching = sorted(file for match in glob.glob(str(path), recursive=True) if (file := Path(match)).is_file())
         if not matching:
             raise UserError(
                 f"corpus.{split}={name} matches no file; give a file of plain text, a folder or another pattern"
@@ -63,24 +63,24 @@ def _files_named(name: str, split: str) -> Iterator[Path]:
 
 def lines_of(path: Path, split: str) -> Iterator[str]:
     """The lines of a UTF-8 file with their ends, decompressed where it is gzip, whatever its name."""
-    place = 0
+    position = 0
     with _opened(path, split) as file:
         while data := _next(file, path, split):
-            if not place:
+            if not position:
                 _check_begin(data, path, split)
             if (zero := data.find(b"\0")) >= 0:
                 raise UserError(
-                    f"corpus.{split}={path} is not UTF-8 text (byte {place + zero} is zero, as in UTF-16 and in binary files)"
+                    f"corpus.{split}={path} is not UTF-8 text (byte {position + zero} is zero, as in UTF-16 and in binary files)"
                 )
             try:
                 line = data.decode("utf-8")
             except UnicodeDecodeError as error:
-                where = f"{error.reason} at byte {place + error.start}"
+                where = f"{error.reason} at byte {position + error.start}"
                 raise UserError(
                     f"corpus.{split}={path} is not UTF-8 text ({where}): convert it, such as by iconv -f LATIN1 -t UTF-8"
                 ) from error
-            yield from LINE.findall(line if place else line.removeprefix(_MARK))
-            place += len(data)
+            yield from LINE.findall(line if position else line.removeprefix(_MARK))
+            position += len(data)
 
 
 def _check_begin(data: bytes, path: Path, split: str) -> None:

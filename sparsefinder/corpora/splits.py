@@ -34,7 +34,7 @@ def rows_of(split: str) -> list[Rows]:
         return [Rows(split)]
     from datasets import ReadInstruction
 
-    found = []
+    parts = []
     for part in re.split(r"\s*\+\s*", split.strip()):
         try:
             instruction = ReadInstruction.from_spec(part)
@@ -45,5 +45,5 @@ def rows_of(split: str) -> list[Rows]:
                 f"{split} is no split of a data set ({' '.join(str(error).split())}): give a name such as train, a slice such as "
                 "train[:1%], or several joined by +"
             ) from error
-        found.append(Rows(name, rows.from_, rows.to))
-    return found
+        parts.append(Rows(name, rows.from_, rows.to))
+    return parts

@@ -44,25 +44,25 @@ def of_score(
         return []
     layers, heads = metrics["layer"].nunique(), metrics["head"].nunique()
     over = f"{_samples(metrics)}, then over {layers} layers × {heads} heads"
-    found = [_recall(points, over, replicas)]
+    illustrations = [_recall(points, over, replicas)]
     if _not_all_coloured(points):
-        found.append(_families(points, over, replicas))
+        illustrations.append(_families(points, over, replicas))
     chosen = comparable(points)
     if not chosen.empty:
         compared = pd.concat([chosen, references(points, float(chosen["density"].median()))])
-        found.append(_layer_heads(metrics, compared))
+        illustrations.append(_layer_heads(metrics, compared))
     shared = folder / "shared_buckets.parquet"
     if shared.is_file() and len(table := pd.read_parquet(shared)):
-        found.append(_shared(table, layers, distance))
+        illustrations.append(_shared(table, layers, distance))
     histogram = folder / "distance_histogram.parquet"
     if histogram.is_file() and len(table := pd.read_parquet(histogram)):
-        found.append(_histogram(table, distance))
+        illustrations.append(_histogram(table, distance))
     maps = folder / "maps.safetensors"
     if maps.is_file() and not chosen.empty:
         drawn = load_file(maps)
-        mapped = [f"predicted_{place}" in drawn for place in points["configuration"]]
-        found.append(_map(metrics, comparable(points[mapped]), drawn))
-    return found
+        mapped = [f"predicted_{configuration}" in drawn for configuration in points["configuration"]]
+        illustrations.append(_map(metrics, comparable(points[mapped]), drawn))
+    return illustrations
 
 
 def of_evaluate(results: pd.DataFrame, manifest: Manifest | None) -> list[Illustration]:
@@ -89,8 +89,8 @@ def of_evaluate(results: pd.DataFrame, manifest: Manifest | None) -> list[Illust
         caption += f" Sparsity: mean over layers, heads and at most {settings['measured']} blocks."
     undefined = results[results["sparsity"].isna()]
     if len(undefined):
-        each = "; ".join(f"{row.variant} (loss {row.loss:.3f})" for row in undefined.itertuples())
-        caption += f" Not drawn, because without a token graph sparsity is not defined: {each}."
+        undrawn = "; ".join(f"{row.variant} (loss {row.loss:.3f})" for row in undefined.itertuples())
+        caption += f" Not drawn, because without a token graph sparsity is not defined: {undrawn}."
     return [Illustration("loss_sparsity", "Loss against sparsity", loss_figures.loss_sparsity(results), caption)]
 
 
@@ -198,8 +198,8 @@ def _map(metrics: pd.DataFrame, chosen: pd.DataFrame, maps: Mapping[str, np.ndar
 
 def _median_head(gold: np.ndarray) -> tuple[int, int]:
     edges = (gold > 0).sum((-2, -1))
-    place = np.argsort(edges, axis=None, kind="stable")[edges.size // 2]
-    layer, head = np.unravel_index(place, edges.shape)
+    median = np.argsort(edges, axis=None, kind="stable")[edges.size // 2]
+    layer, head = np.unravel_index(median, edges.shape)
     return int(layer), int(head)
 
 

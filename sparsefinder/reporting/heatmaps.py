@@ -30,14 +30,14 @@ def layer_heads(gold: pd.DataFrame | None, recalls: Mapping[str, pd.DataFrame]) 
     with style():
         figure = blank(max(1.9, 0.34 * heads + 0.5) * columns + 0.6, (max(1.3, 0.3 * layers) + 1.25) * rows)
         axes_grid = list(figure.subplots(rows, columns, squeeze=False).flat)
-        for place, (axes, (title, grid)) in enumerate(zip(axes_grid, grids, strict=False)):
+        for index, (axes, (title, grid)) in enumerate(zip(axes_grid, grids, strict=False)):
             is_gold = grid is gold
             low = float(np.nanmin(grid.to_numpy(float))) if is_gold else 0.0
             image = axes.imshow(
                 grid.to_numpy(float), cmap="cividis" if is_gold else "viridis", vmin=low, vmax=1, aspect="auto"
             )
             axes.set(title=title, xlabel="head", xticks=_ticks(heads), yticks=_ticks(layers))
-            axes.set_ylabel("layer" if place % columns == 0 else "")
+            axes.set_ylabel("layer" if index % columns == 0 else "")
             axes.grid(False)
             axes.spines[:].set_visible(False)
             if grid.size <= _WRITTEN:

@@ -63,12 +63,12 @@ def loss_name(results: pd.DataFrame) -> str:
 
 def dense_losses(results: pd.DataFrame) -> list[tuple[str, float, str]]:
     """Name, loss and line style of the dense rows: the model's own normalizer, and softmax."""
-    found = []
+    lines = []
     for row in results[results["attention"] == "dense"].to_dict("records"):
         softmax = row.get("alpha") == 1
         name = "dense softmax" if softmax else f"dense entmax (α = {row.get('alpha', float('nan')):g})"
-        found.append((name, float(row["loss"]), ":" if softmax else "-"))
-    return list(dict.fromkeys(found))
+        lines.append((name, float(row["loss"]), ":" if softmax else "-"))
+    return list(dict.fromkeys(lines))
 
 
 def distance_histogram(histogram: pd.DataFrame, distance: str) -> Figure:
@@ -78,9 +78,9 @@ def distance_histogram(histogram: pd.DataFrame, distance: str) -> Figure:
         figure = blank(7.6, 0.9 + 1.1 * len(numbers))
         panels = figure.subplots(len(numbers), 1, sharex=True, squeeze=False)[:, 0]
         for axes, number in zip(panels, numbers, strict=True):
-            own = histogram[histogram["shared"] == number]
-            widths = own["high"] - own["low"]
-            axes.bar(own["low"], own["pairs"] / max(1, own["pairs"].sum()), widths, align="edge", color="#4477AA")
+            group = histogram[histogram["shared"] == number]
+            widths = group["high"] - group["low"]
+            axes.bar(group["low"], group["pairs"] / max(1, group["pairs"].sum()), widths, align="edge", color="#4477AA")
             axes.set(ylabel=f"{number} shared", ylim=(0, None))
         panels[-1].set(xlabel=f"{distance}, projected", xlim=(0, float(histogram["high"].max())))
     return figure
@@ -96,9 +96,9 @@ def bucket_sharing(shared: pd.DataFrame, distance: str = "l2") -> Figure:
         left, right = figure.subplots(1, 2)
         lines = list(shared.groupby(["same_size", "bucket_size"], sort=True))
         shades = colormaps["viridis"]
-        for place, ((same_size, bucket_size), group) in enumerate(lines):
+        for index, ((same_size, bucket_size), group) in enumerate(lines):
             total = _over_layers(group)
-            colour = shades(0.9 * place / max(1, len(lines) - 1))
+            colour = shades(0.9 * index / max(1, len(lines) - 1))
             kind = "" if same_size else ", equal width"
             look = {"color": colour, "marker": "o", "ms": 4, "ls": "-" if same_size else "--"}
             left.plot(total.index, total["distance"], label=f"bucket size {bucket_size}{kind}", **look)
@@ -134,7 +134,7 @@ def _pattern_colours(patterns: pd.Series) -> dict[str, str]:
 
 def _attention_looks(names: Sequence[str]) -> dict[str, tuple[str, int, bool]]:
     others = [name for name in names if name not in _ATTENTIONS]
-    looks = {name: _OTHER_ATTENTIONS[place % len(_OTHER_ATTENTIONS)] for place, name in enumerate(sorted(others))}
+    looks = {name: _OTHER_ATTENTIONS[index % len(_OTHER_ATTENTIONS)] for index, name in enumerate(sorted(others))}
     return {**_ATTENTIONS, **looks}
 
 

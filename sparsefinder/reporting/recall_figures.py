@@ -83,12 +83,12 @@ def recall_by_family(points: pd.DataFrame, replicas: Replicas | None = None) -> 
     with style():
         figure, grid = _grid(len(families), extra=0.6)
         for axes, family in zip(grid, families, strict=False):
-            own = shown[shown["pattern"].map(family_of) == family]
+            members = shown[shown["pattern"].map(family_of) == family]
             handles = []
-            for place, (pattern, group) in enumerate(own.groupby("pattern", sort=True)):
+            for index, (pattern, group) in enumerate(members.groupby("pattern", sort=True)):
                 look = _look(str(pattern), group) | {
-                    "color": OKABE_ITO[place % len(OKABE_ITO)],
-                    "marker": _MARKERS[place % len(_MARKERS)],
+                    "color": OKABE_ITO[index % len(OKABE_ITO)],
+                    "marker": _MARKERS[index % len(_MARKERS)],
                     "lw": 1.2,
                     "ms": 4.5,
                 }
@@ -215,8 +215,8 @@ def _grid(panels: int, extra: float = 0.0) -> tuple[Figure, list[Axes]]:
 
 def _shared_words(figure: Figure, grid: Sequence[Axes], below: bool = True) -> None:
     columns = min(2, len(grid))
-    for place, axes in enumerate(grid):
-        if place % columns == 0:
+    for index, axes in enumerate(grid):
+        if index % columns == 0:
             axes.set_ylabel("recall of gold edges  (better ↑)")
         if below:
             axes.set_xlabel("share of pairs predicted, log scale  (sparser →)")
@@ -226,14 +226,14 @@ def _shared_words(figure: Figure, grid: Sequence[Axes], below: bool = True) -> N
 
 def _shown(points: pd.DataFrame, surroundings: str) -> pd.DataFrame:
     """The points of a panel: its own, and the patterns that were only run alone."""
-    own = points[points["surroundings"] == surroundings]
-    everywhere = points[(points["surroundings"] == "") & ~points["pattern"].isin(own["pattern"])]
-    return pd.concat([own, everywhere])
+    here = points[points["surroundings"] == surroundings]
+    everywhere = points[(points["surroundings"] == "") & ~points["pattern"].isin(here["pattern"])]
+    return pd.concat([here, everywhere])
 
 
 def _places(points: pd.DataFrame, group: pd.DataFrame) -> list[int]:
     known = group.dropna(subset=["sparsity", "recall"])
-    return [int(place) for place in points.index.get_indexer(known.index)]
+    return [int(row) for row in points.index.get_indexer(known.index)]
 
 
 def _legend(points: pd.DataFrame, chosen: Iterable[str]) -> list[Line2D]:

@@ -14,7 +14,7 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-# Okabe & Ito (2008), told apart by colour-blind readers; its yellow is too light for lines on white. Three of Tol's follow
+# Okabe & Ito (2008), distinguished by colour-blind readers; its yellow is too light for lines on white. Three of Tol's follow
 OKABE_ITO = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#332288", "#882255", "#999933"]
 _COLOURS = {
     "full": "#000000",
@@ -60,7 +60,7 @@ _MARKERS = {
 _OTHER_COLOURS = ["#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#CC6677", "#882255", "#AA4499"]
 _OTHER_MARKERS = "<>hpdX8H"
 
-FEW = 8  # patterns besides the bounds that can be told apart in one figure
+FEW = 8  # patterns besides the bounds that can be distinguished in one figure
 GREY = "#BDBDBD"  # of what is shown for comparison, without a name
 HIT, MISS, FALSE_ALARM, NOTHING = "#0072B2", "#D55E00", "#E3D9A8", "#FFFFFF"
 
@@ -103,8 +103,8 @@ def marker_of(pattern: str) -> str:
 
 def panels_of(table: pd.DataFrame) -> list[str]:
     """The surroundings in a table, a panel for each; without any first."""
-    found = list(dict.fromkeys(table["surroundings"]))
-    return sorted(found, key=lambda words: words != "") or [""]
+    names = list(dict.fromkeys(table["surroundings"]))
+    return sorted(names, key=lambda words: words != "") or [""]
 
 
 def panel_title(surroundings: str, panels: int) -> str:

@@ -118,8 +118,8 @@ def budget_lines(budget: pd.DataFrame) -> pd.DataFrame:
     """``score/error_budget`` with a row for each step and a column for each density."""
     lines: dict[tuple[str, str], dict[str, str]] = {}
     for row in budget.to_dict("records"):
-        own = lines.setdefault((row["method"], row["step"]), {"method": row["method"], "step": row["step"]})
-        own[f"at {_percent(row['density'])}"] = _change(row)
+        line = lines.setdefault((row["method"], row["step"]), {"method": row["method"], "step": row["step"]})
+        line[f"at {_percent(row['density'])}"] = _change(row)
     return pd.DataFrame(list(lines.values()))
 
 
@@ -127,19 +127,19 @@ def calibration_lines(dials: pd.DataFrame) -> pd.DataFrame:
     """``calibration/dials`` with a row for each pattern and surroundings: what was asked for, and what came."""
     rows = []
     named = frontiers.described(dials)
-    for (pattern, *around), own in named.groupby(["pattern", "surroundings", "dial", "settings"], sort=False):
-        least, most = own["value"].min(), own["value"].max()
+    for (pattern, *around), group in named.groupby(["pattern", "surroundings", "dial", "settings"], sort=False):
+        least, most = group["value"].min(), group["value"].max()
         rows.append(
             {
                 "pattern": pattern,
                 "united with": around[0] or "–",
-                "target": own["target"].iloc[0],
+                "target": group["target"].iloc[0],
                 "dial": f"{around[1]} = {least:.4g}" + (f" … {most:.4g}" if most > least else ""),
-                "density": f"{own['density'].mean():.3f}",
-                "held out": f"{own['density_held_out'].mean():.3f}",
-                "recall": f"{own['recall'].mean():.3f}",
-                "recall, held out": f"{own['recall_held_out'].mean():.3f}",
-                "heads that reach it": f"{own['reached'].sum()} of {len(own)}",
+                "density": f"{group['density'].mean():.3f}",
+                "held out": f"{group['density_held_out'].mean():.3f}",
+                "recall": f"{group['recall'].mean():.3f}",
+                "recall, held out": f"{group['recall_held_out'].mean():.3f}",
+                "heads that reach it": f"{group['reached'].sum()} of {len(group)}",
             }
         )
     return pd.DataFrame(rows)
@@ -226,42 +226,42 @@ def artefact_lines(manifests: Mapping[str, Manifest]) -> pd.DataFrame:
 
 def read_manifests(store: Any) -> dict[str, Manifest]:
     """The manifests that are there, in the order of the stages, without that of the report itself."""
-    found = {name: store.manifest(name) for name in ARTEFACTS if name != "report"}
-    return {name: manifest for name, manifest in found.items() if manifest is not None}
+    manifests = {name: store.manifest(name) for name in ARTEFACTS if name != "report"}
+    return {name: manifest for name, manifest in manifests.items() if manifest is not None}
 
 
 def warnings(table: pd.DataFrame | None, results: pd.DataFrame | None, manifests: Mapping[str, Manifest]) -> list[str]:
     """What a reader should look at twice before believing a number, one sentence each."""
-    found: list[str] = []
+    lines: list[str] = []
     model = manifests["model"].facts if "model" in manifests else {}
     if model.get("validation_loss", 0.0) >= model.get("unigram_entropy", float("inf")):
-        found.append(
+        lines.append(
             "the model's validation loss is not below the unigram entropy: it has learned nothing from the context, and "
             "neither has its attention"
         )
     if table is not None:
-        found += broken_curves(table)
+        lines += broken_curves(table)
         wrong = table[(table["sparsity"] == 0) & (table["recall"] < 1)]
-        found += [f"{label} names every pair and still misses gold edges" for label in wrong["label"]]
+        lines += [f"{label} names every pair and still misses gold edges" for label in wrong["label"]]
     if results is not None:
-        found += _about_variants(results)
-    return found
+        lines += _about_variants(results)
+    return lines
 
 
 def _about_variants(results: pd.DataFrame) -> list[str]:
-    found: list[str] = []
+    lines: list[str] = []
     slower: list[tuple[float, str]] = []
     for row in results[results["attention"] != "dense"].to_dict("records"):
         away, speed = row.get("loss_minus_entmax"), row.get("speed_against_dense")
         high = row.get("loss_minus_entmax_high")
         if pd.notna(high) and high < 0 and row.get("sparsity") != 0:
-            found.append(
+            lines.append(
                 f"{row['variant']} has a lower loss than dense attention by {-away:.3f} nats, and by at least {-high:.3f} at "
                 "95 % over blocks of text: a sparse approximation should not be better than what it approximates"
             )
         same_normalizer = row.get("alpha") == results["alpha"].iloc[0] if "alpha" in results else False
         if row.get("sparsity") == 0 and same_normalizer and pd.notna(away) and abs(away) > SAME:
-            found.append(
+            lines.append(
                 f"{row['variant']} computes every pair and still differs from dense attention by {away:+.4f} nats"
             )
         if pd.notna(speed) and speed < 1 and row["attention"] not in SLOW:
@@ -269,8 +269,8 @@ def _about_variants(results: pd.DataFrame) -> list[str]:
     if slower:
         slowest = "; ".join(words for _, words in sorted(slower)[:_NAMED])
         rest = f"; and {len(slower) - _NAMED} more, see speed_against_dense" if len(slower) > _NAMED else ""
-        found.append(f"slower than dense attention on this machine: {slowest}{rest}")
-    return found
+        lines.append(f"slower than dense attention on this machine: {slowest}{rest}")
+    return lines
 
 
 def _recall(row: Mapping[Any, Any], density: float, show_far: bool) -> str:

@@ -62,7 +62,7 @@ def first() -> bool:
 
 def share(items: Sequence[T]) -> Sequence[T]:
     """This process's part of ``items``: neighbours, so that the parts of all processes in order are the whole."""
-    begin, end = (len(items) * place // count() for place in (rank(), rank() + 1))
+    begin, end = (len(items) * index // count() for index in (rank(), rank() + 1))
     return items[begin:end]
 
 

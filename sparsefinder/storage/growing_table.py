@@ -81,7 +81,7 @@ class Table:
         record = _read(folder := store.path(name))
         if record is None:
             return nothing
-        items = [Item(each["what"], each["how"], tuple(each["needs"]), tuple(each["rows"])) for each in record["items"]]
+        items = [Item(item["what"], item["how"], tuple(item["needs"]), tuple(item["rows"])) for item in record["items"]]
         changed = {
             parent
             for parent, content in record["parents"].items()
@@ -161,16 +161,16 @@ class Table:
 def described(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The settings of a manifest, with what all commands that the table grew by asked for."""
     record = _read(folder)
-    found = dict(settings)
+    described_settings = dict(settings)
     for item in record["items"] if record else ():
         for field, value in item["what"].items():
             if (
-                isinstance(found.get(field), list)
-                and value not in (None, *found[field])
+                isinstance(described_settings.get(field), list)
+                and value not in (None, *described_settings[field])
                 and not item["what"].get("target")
             ):
-                found[field] = [*found[field], value]
-    return found
+                described_settings[field] = [*described_settings[field], value]
+    return described_settings
 
 
 def parents_of(folder: Path) -> dict[str, str]:

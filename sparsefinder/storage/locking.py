@@ -1,4 +1,4 @@
-"""One process at a time in a run directory; whoever comes second is told who is there."""
+"""One process at a time in a run directory; whoever comes second learns who is there."""
 
 from __future__ import annotations
 

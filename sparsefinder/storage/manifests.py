@@ -102,11 +102,11 @@ def file_stats(path: Path | str) -> dict[str, list[int]]:
 
 def versions() -> dict[str, str]:
     """Versions that a number may depend on."""
-    found = {"python": sys.version.split()[0]}
+    installed = {"python": sys.version.split()[0]}
     for package in ("sparsefinder", "torch", "transformers", "entmax", "scikit-learn", "datasets", "numpy"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
+            installed[package] = importlib.metadata.version(package)
+    return installed
 
 
 def plain(value: Any) -> Any:

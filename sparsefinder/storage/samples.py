@@ -155,18 +155,18 @@ def _load_file(path: Path) -> Samples:
         raise UserError(f"{path}: {len(q)} samples of q but {len(k)} of k; they must come in pairs")
     _check_tensors(path, q, k)
     counts = _whole_numbers(path, lengths)
-    found = [sample.shape[2] for sample in q]
-    if counts != found:
+    sizes = [sample.shape[2] for sample in q]
+    if counts != sizes:
         where = next(
-            (i for i, (a, b) in enumerate(zip(counts, found, strict=False)) if a != b), min(len(counts), len(found))
+            (i for i, (a, b) in enumerate(zip(counts, sizes, strict=False)) if a != b), min(len(counts), len(sizes))
         )
         raise UserError(
-            f"{path}: length_src disagrees with q at sample {where} ({len(counts)} lengths for {len(found)} samples"
-            + (f"; {counts[where]} against {found[where]} tokens" if where < min(len(counts), len(found)) else "")
+            f"{path}: length_src disagrees with q at sample {where} ({len(counts)} lengths for {len(sizes)} samples"
+            + (f"; {counts[where]} against {sizes[where]} tokens" if where < min(len(counts), len(sizes)) else "")
             + "); extract the file again"
         )
-    places = stored(path, content, [*q, *k])
-    return Samples(places[: len(q)], places[len(q) :], str(path))
+    tensors = stored(path, content, [*q, *k])
+    return Samples(tensors[: len(q)], tensors[len(q) :], str(path))
 
 
 class ShardWriter:
@@ -236,15 +236,15 @@ def _whole_numbers(path: Path, lengths: Any) -> list[int]:
     if isinstance(lengths, Tensor) and lengths.ndim == 1:
         counts = lengths.tolist()
     elif isinstance(lengths, (list, tuple)):
-        single = (each.item() if isinstance(each, Tensor) and each.numel() == 1 else each for each in lengths)
+        single = (length.item() if isinstance(length, Tensor) and length.numel() == 1 else length for length in lengths)
         counts = list(single)
     else:
         raise UserError(f"{path}: length_src must hold one whole number for each sample, got {_outline(lengths)}")
-    for place, count in enumerate(counts):
+    for index, count in enumerate(counts):
         if isinstance(count, bool) or not isinstance(count, (int, float)) or not float(count).is_integer():
             shown = count if isinstance(count, (bool, int, float)) else _outline(count)
             raise UserError(
-                f"{path}: length_src must hold one whole number for each sample, got {shown} at sample {place}; "
+                f"{path}: length_src must hold one whole number for each sample, got {shown} at sample {index}; "
                 "extract the file again"
             )
     return [int(count) for count in counts]

@@ -18,16 +18,16 @@ def by_length(samples: Samples, bounds: Sequence[int]) -> dict[str, Samples]:
     """
     if not bounds or bounds[0] < 0 or any(low >= high for low, high in pairwise(bounds)):
         raise UserError(f"lengths={list(bounds)}: give numbers of tokens that rise, such as 10 20 30 40")
-    found = {}
+    bins = {}
     for low, high in zip(bounds, [*bounds[1:], None], strict=True):
         inside = [i for i, n in enumerate(samples.lengths) if low <= n and (high is None or n < high)]
         if inside:
             chosen = Samples([samples.q[i] for i in inside], [samples.k[i] for i in inside], samples.source)
-            found[f"{low}-{'up' if high is None else high}"] = chosen
-    if not found:
+            bins[f"{low}-{'up' if high is None else high}"] = chosen
+    if not bins:
         longest = max(samples.lengths)
         raise UserError(f"{samples.source} has no sample of {bounds[0]} tokens or more: its longest has {longest}")
-    return found
+    return bins
 
 
 def split_file(source: Path, out: Path, bounds: Sequence[int]) -> Mapping[Path, int]:

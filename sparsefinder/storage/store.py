@@ -128,13 +128,13 @@ class Store:
 
     def path(self, name: str) -> Path:
         """Where the finished artefact ``name`` lies; a missing one is a `UserError` that names the stage that makes it."""
-        found = self.find(name)
-        if found is None:
+        path = self.find(name)
+        if path is None:
             artefact = ARTEFACTS[name]
             raise UserError(
                 f"no finished {name} in {self.run_dir}: run stage={artefact.stage} first, or give a path with {name}=PATH"
             )
-        return found
+        return path
 
     def find(self, name: str) -> Path | None:
         """As `path`, None where there is no such artefact."""
@@ -169,15 +169,15 @@ class Store:
         if not path.exists():
             return f"name:{path}"
         manifest = read_manifest(path)
-        found = self._hash(path, manifest)
-        if name not in self.given and manifest is not None and found != manifest.content:
+        content = self._hash(path, manifest)
+        if name not in self.given and manifest is not None and content != manifest.content:
             raise UserError(
                 f"{path} is not what stage={manifest.stage} wrote: it was damaged or replaced; run that stage again, "
                 f"or give the file with {name}=PATH to use it as it is"
             )
         if self.query_scale is not None and name in SAMPLES and name in self.given:
-            return f"{found} query_scale={self.query_scale}"
-        return found
+            return f"{content} query_scale={self.query_scale}"
+        return content
 
     def damaged(self, name: str) -> bool:
         """Whether the artefact that `find` finds is not what its stage wrote."""

@@ -45,7 +45,7 @@ class Point:
         return " ".join(s for s in self.settings if s.partition("=")[0] in self.swept) or " ".join(self.settings)
 
     @property
-    def fate(self) -> Fate:
+    def status(self) -> Status:
         """What became of it so far."""
         return read(self.folder)
 
@@ -62,7 +62,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Fate:
+class Status:
     """What became of a point.
 
     ``state``: `STARTED`, `DONE` or `FAILED`, empty where it was never started. ``error``: one line. ``point``: its name.
@@ -74,7 +74,7 @@ class Fate:
     point: str = ""
 
     @property
-    def settled(self) -> bool:
+    def finished(self) -> bool:
         """Whether there is nothing left to run."""
         return self.state in (DONE, FAILED)
 
@@ -84,32 +84,32 @@ def point_of(run_dir: Path, overrides: Iterable[str], swept: Iterable[str]) -> P
     return Point(run_dir, tuple(sorted(o for o in overrides if not o.startswith(_NOT_OF_A_POINT))), tuple(swept))
 
 
-def read(folder: Path | str) -> Fate:
+def read(folder: Path | str) -> Status:
     """The record in ``folder``; an empty one where it is no point of a sweep, or the file cannot be read."""
     folder = Path(folder)
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        return Fate(*(str(record[key]) for key in ("state", "error", "traceback", "point")))
+        return Status(*(str(record[key]) for key in ("state", "error", "traceback", "point")))
     except (OSError, ValueError, KeyError, TypeError):
-        return Fate()
+        return Status()
 
 
 def not_done(root: Path | str) -> list[str]:
     """The points at and below ``root`` that did not end well, each with its folder."""
     root = Path(root)
-    fates = {path.parent: read(path.parent) for path in sorted(root.rglob(RECORD))}
-    return [f"{fate.point} ({folder})" for folder, fate in fates.items() if fate.state != DONE]
+    statuses = {path.parent: read(path.parent) for path in sorted(root.rglob(RECORD))}
+    return [f"{status.point} ({folder})" for folder, status in statuses.items() if status.state != DONE]
 
 
-def settled(points: Iterable[Point]) -> int:
+def count_finished(points: Iterable[Point]) -> int:
     """How many of them there is nothing left to run of."""
-    return sum(point.fate.settled for point in points)
+    return sum(point.status.finished for point in points)
 
 
-def bury(points: Iterable[Point]) -> None:
+def mark_failed(points: Iterable[Point]) -> None:
     """A process died: points that it, or one that fell with it, was running have failed."""
     for point in points:
-        if point.fate.state == STARTED:
+        if point.status.state == STARTED:
             point.note(FAILED, "its process was killed, or one beside it (is there enough memory for so many at once?)")
 
 
@@ -117,12 +117,12 @@ def report(points: Sequence[Point]) -> list[str]:
     """One line for each point that did not end well, and a last one that counts them; empty where all is done."""
     lines = []
     for point in points:
-        fate = point.fate
-        if fate.state == DONE:
+        status = point.status
+        if status.state == DONE:
             continue
-        reason = {FAILED: fate.error, STARTED: "is not finished: still running, or killed"}
-        where = f" (traceback in {point.folder / RECORD})" if fate.traceback else ""
-        lines.append(f"{point.name}: {reason.get(fate.state, 'was not started')}{where}")
+        reason = {FAILED: status.error, STARTED: "is not finished: still running, or killed"}
+        where = f" (traceback in {point.folder / RECORD})" if status.traceback else ""
+        lines.append(f"{point.name}: {reason.get(status.state, 'was not started')}{where}")
     if lines:
         lines.append(
             f"{len(lines)} of {len(points)} points failed; the same command tries them again and skips what is done"

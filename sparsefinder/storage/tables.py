@@ -66,12 +66,14 @@ def _finished(root: Path, table: str) -> list[Path]:
     stage, _, name = table.partition("/")
     if not root.is_dir():
         raise UserError(f"{root} is no folder: give the run_dir of a run, or a folder of several")
-    found = [path.parent.parent for path in sorted(root.rglob(f"{stage}/{name}.parquet")) if read_manifest(path.parent)]
-    if not found:
+    folders = [
+        path.parent.parent for path in sorted(root.rglob(f"{stage}/{name}.parquet")) if read_manifest(path.parent)
+    ]
+    if not folders:
         others = {f"{p.parent.name}/{p.stem}" for p in root.rglob("*/*.parquet") if read_manifest(p.parent)}
         there = f"; there are {', '.join(sorted(others))}" if others else f": run stage={stage} there first"
         raise UserError(f"no finished {table} at or below {root}{there}")
-    return found
+    return folders
 
 
 def _read(folder: Path, table: str, run: str) -> pd.DataFrame:
@@ -82,13 +84,13 @@ def _read(folder: Path, table: str, run: str) -> pd.DataFrame:
             f"{path.parent} is not what stage={path.parent.name} wrote: it was damaged or replaced; run that stage there again"
         )
     try:
-        found = pd.read_parquet(path)
+        rows = pd.read_parquet(path)
     except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
         raise UserError(
             f"{path} cannot be read ({' '.join(str(error).split())}); remove it and run its stage again"
         ) from error
-    found.insert(0, "run", run)
-    return found
+    rows.insert(0, "run", run)
+    return rows
 
 
 def join(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:

@@ -2,9 +2,9 @@
 
 A file of `torch.save` is a zip archive of a pickle and of the bytes of each tensor. `load_tensors` lets torch read the pickle
 (``weights_only``: no code), after a look at the archive: a compressed entry, a giant pickle, or a tensor that claims more than
-the file holds would fill the memory. `stored` then turns tensors into places in the file, from which `StoredTensor` reads
-one layer at a time. Reading by place, not by a map of the file into memory, keeps the memory of a process small however much it
-has read, and makes an error, not a crash, of a file that is replaced or cut while it is read.
+the file holds would fill the memory. `stored` then turns tensors into positions in the file, from which `StoredTensor` reads
+one layer at a time. Reading by position, not by a map of the file into memory, keeps the memory of a process small however
+much it has read, and makes an error, not a crash, of a file that is replaced or cut while it is read.
 """
 
 from __future__ import annotations
@@ -99,9 +99,9 @@ def load_tensors(path: Path | str, what: str) -> Any:
 
 
 def stored(path: Path | str, content: Any, tensors: Sequence[Tensor]) -> Sequence[Tensor | StoredTensor]:
-    """The places in ``path`` of some ``tensors`` of the ``content`` that `load_tensors` gave.
+    """The positions in ``path`` of some ``tensors`` of the ``content`` that `load_tensors` gave.
 
-    Tensors without a place, as in files of old versions of torch, stay as they are.
+    Tensors without a position, as in files of old versions of torch, stay as they are.
     """
     path = Path(path)
     if not zipfile.is_zipfile(path) or not all(tensor.is_contiguous() for tensor in tensors):
@@ -139,11 +139,11 @@ def _offsets(path: Path, content: Any) -> dict[int, int]:
         if name.startswith("data/")
     }
     storages = {s.data_ptr(): s.nbytes() for tensor in _tensors(content) for s in (tensor.untyped_storage(),)}
-    places, addresses = sorted(sizes), sorted(storages)
-    same = len(places) == len(addresses) and len({a - p for a, p in zip(addresses, places, strict=True)}) <= 1
-    if not same or any(storages[a] > sizes[p] for a, p in zip(addresses, places, strict=True)):
+    offsets, addresses = sorted(sizes), sorted(storages)
+    same = len(offsets) == len(addresses) and len({a - o for a, o in zip(addresses, offsets, strict=True)}) <= 1
+    if not same or any(storages[a] > sizes[o] for a, o in zip(addresses, offsets, strict=True)):
         raise UserError(f"{path} is damaged: its tensors are not where its list of tensors says; make it again")
-    return dict(zip(addresses, places, strict=True))
+    return dict(zip(addresses, offsets, strict=True))
 
 
 def _check_archive(path: Path, what: str) -> None:

@@ -51,14 +51,16 @@ def test_the_same_tables_as_one_process(undisturbed: Undisturbed, tmp_path: Path
 
 def test_training_together(undisturbed: Undisturbed, tmp_path: Path) -> None:
     """Two processes with half the batch take the steps of one with the whole; an error of one is said once."""
-    together = ["stage=finetune", "finetune.batch_size=2", f"run_dir={tmp_path / 'run'}"]
-    done = torchrun(*undisturbed.command, *together)
+    halved = [setting.replace("finetune.batch_size=4", "finetune.batch_size=2") for setting in undisturbed.command]
+    assert halved != undisturbed.command
+    done = torchrun(*halved, "stage=finetune", f"run_dir={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
     one, two = (load_file(folder / "model" / "model.safetensors") for folder in (undisturbed.run_dir, tmp_path / "run"))
     moved = max((one[name] - one[name].mean()).abs().max() for name in one)
     assert moved > 0.1
     for name in one:
         torch.testing.assert_close(two[name], one[name], atol=1e-4, rtol=1e-4)
-    refused = torchrun(*undisturbed.command, f"run_dir={tmp_path / 'run'}", "stage=extract", "nsamples=100000")
+    many = [setting.replace("nsamples=6", "nsamples=100000") for setting in halved]
+    refused = torchrun(*many, f"run_dir={tmp_path / 'run'}", "stage=extract")
     assert refused.returncode != 0
     assert refused.stderr.count("error: nsamples=100000") == 1

@@ -50,8 +50,8 @@ def installed(launcher: str) -> None:
 
 
 def states(run_dir: Path) -> dict[str, str]:
-    fates = [sweep_points.read(path.parent) for path in run_dir.rglob(sweep_points.RECORD)]
-    return {fate.point: fate.state for fate in fates}
+    statuses = [sweep_points.read(path.parent) for path in run_dir.rglob(sweep_points.RECORD)]
+    return {status.point: status.state for status in statuses}
 
 
 @pytest.fixture
@@ -74,23 +74,23 @@ class TestPoints:
 
     def test_what_became_of_each(self, tmp_path: Path) -> None:
         todo = [Point(tmp_path, (f"seed={seed}",), ("seed",)) for seed in range(4)]
-        assert sweep_points.settled(todo) == 0
+        assert sweep_points.count_finished(todo) == 0
         todo[0].note(DONE)
         todo[1].note(FAILED, "no such file", "Traceback …")
         todo[2].note(STARTED)
-        assert sweep_points.settled(todo) == 2
+        assert sweep_points.count_finished(todo) == 2
         lines = sweep_points.report(todo)
         assert lines[0] == f"seed=1: no such file (traceback in {todo[1].folder / 'point.json'})"
         assert lines[1:3] == ["seed=2: is not finished: still running, or killed", "seed=3: was not started"]
         assert lines[3].startswith("3 of 4 points failed; the same command tries them again")
-        sweep_points.bury(todo)
-        assert [point.fate.state for point in todo] == [DONE, FAILED, FAILED, ""]
+        sweep_points.mark_failed(todo)
+        assert [point.status.state for point in todo] == [DONE, FAILED, FAILED, ""]
         assert sweep_points.not_done(tmp_path) == sorted(
             (f"{point.name} ({point.folder})" for point in todo[1:3]), key=lambda line: line.partition("(")[2]
         )
         todo[0].forget()
         todo[0].forget()
-        assert todo[0].fate == sweep_points.Fate()
+        assert todo[0].status == sweep_points.Status()
         assert sweep_points.report([]) == []
 
     @pytest.mark.parametrize("content", ["", "[]", '{"state": "done"}', "\0\1", '{"state": '])
@@ -98,7 +98,7 @@ class TestPoints:
         point = Point(tmp_path, ("seed=1",))
         point.folder.mkdir(parents=True)
         (point.folder / sweep_points.RECORD).write_text(content)
-        assert not point.fate.settled
+        assert not point.status.finished
 
 
 class TestLaunchers:
