@@ -18,12 +18,11 @@ from typing import Annotated, Any
 import torch
 
 from sparsefinder import models
-from sparsefinder.attention import Masked
+from sparsefinder.attention import Dense
 from sparsefinder.corpora import Corpus, TokenBlocks, block_length, token_blocks
 from sparsefinder.corpora.blocks import draw
 from sparsefinder.errors import UserError, one_of
 from sparsefinder.models.watching import Recorder, Watched
-from sparsefinder.patterns.full import Full
 from sparsefinder.storage import distributed
 from sparsefinder.storage.files import make_folder, remove
 from sparsefinder.storage.samples import ShardWriter, join
@@ -123,7 +122,7 @@ def record(
     A batch holds the same blocks however many processes there are, because what is beside a block may change its last digits.
     """
     recorder = Recorder()
-    dense = Masked(Full(), models.get_normalizer(model))
+    dense = Dense(models.get_normalizer(model))
     batches = [chosen[start : start + settings.batch_size] for start in range(0, len(chosen), settings.batch_size)]
     writer = ShardWriter(folder, f"{distributed.rank():04d}-", int(settings.shard_size * (1 << 20)))
     with models.plugged(model, Watched(dense, recorder)), torch.inference_mode():

@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparsefinder.executors.support import support
 from sparsefinder.graphs import QK, Buckets
-from sparsefinder.numerics.normalizers import Normalizer
 
 RATIOS = ("sparsity", "recall", "precision", "exact", "f1", "kept_mass", "recall_far", "gold_sparsity")
 BALANCE = ("bucket_entropy", "bucket_largest", "bucket_empty")
@@ -86,54 +86,55 @@ class Counts:
 
 @dataclass(frozen=True)
 class Gold:
-    """The dense attention of a head and its support: what every prediction is measured against.
+    """The support of the dense attention of a head: what every prediction is measured against.
 
-    Computed once for a sample and layer and shared by all patterns.
+    A list, since it is a few pairs in a hundred: computed once for a sample and layer and shared by all patterns.
 
     Args:
-        probabilities: ``(B, H, N, N)`` float32, zero outside allowed pairs, so in padded rows too.
-        graph: ``(B, H, N, N)`` bool, probability > 0.
+        rows: ``(P,)`` int64, the query of each pair, counted over examples and heads.
+        keys: ``(P,)`` int64.
+        mass: ``(P,)`` floating point, the probability of each pair.
+        shape: ``(B, H, N, N)``.
     """
 
-    probabilities: Tensor
-    graph: Tensor
+    rows: Tensor
+    keys: Tensor
+    mass: Tensor
+    shape: torch.Size
 
     @classmethod
     def of(cls, qk: QK, alpha: float) -> Gold:
-        """The gold graph of queries and keys under α-entmax."""
-        probabilities = Normalizer(alpha)(qk.scores())
-        return cls(probabilities, probabilities > 0)
+        """That of queries and keys under α-entmax, without a matrix of N × N."""
+        found = support(qk, alpha)
+        return cls(found.rows, found.keys, found.probabilities, torch.Size((*qk.q.shape[:3], qk.k.shape[2])))
+
+    @classmethod
+    def of_matrix(cls, probabilities: Tensor) -> Gold:
+        """That of probabilities ``(B, H, N, N)``, zero outside allowed pairs."""
+        flat = probabilities.flatten(0, 2)
+        rows, keys = flat.nonzero(as_tuple=True)
+        return cls(rows, keys, flat[rows, keys], probabilities.shape)
 
     @cached_property
     def indices(self) -> Tensor:
-        """Where the gold pairs lie in the flattened graph, ``(P,)`` int64: they are few, so predictions are compared there."""
-        return self.graph.flatten().nonzero().squeeze(-1)
-
-    @cached_property
-    def rows(self) -> Tensor:
-        """The query of each gold pair, counted over examples and heads: ``(P,)`` int64."""
-        return self.indices // self.graph.shape[-1]
+        """Where the pairs lie in the flattened graph, ``(P,)`` int64: predictions are compared there."""
+        return self.rows * self.shape[-1] + self.keys
 
     @cached_property
     def heads(self) -> Tensor:
-        """The head of each gold pair, counted over examples: ``(P,)`` int64."""
-        return self.rows // self.graph.shape[-2]
-
-    @cached_property
-    def mass(self) -> Tensor:
-        """The probability of each gold pair, ``(P,)`` float64."""
-        return self.probabilities.flatten()[self.indices].double()
+        """The head of each pair, counted over examples: ``(P,)`` int64."""
+        return self.rows // self.shape[-2]
 
     def sums(self, weights: Tensor | None = None) -> Tensor:
-        """Gold pairs of each example and head, or the sum of their weights.
+        """Pairs of each example and head, or the sum of their weights.
 
         Args:
-            weights: ``(P,)``, a number for each gold pair; None counts them.
+            weights: ``(P,)``, a number for each pair; None counts them.
 
         Returns:
             ``(B, H)``: int64 counts, or sums in the dtype of the weights.
         """
-        return torch.bincount(self.heads, weights, self.graph.shape[:2].numel()).view(self.graph.shape[:2])
+        return torch.bincount(self.heads, weights, self.shape[:2].numel()).view(self.shape[:2])
 
 
 def count(predicted: Tensor, gold: Gold, qk: QK, near: Tensor | None = None) -> Counts:
@@ -169,7 +170,7 @@ def count(predicted: Tensor, gold: Gold, qk: QK, near: Tensor | None = None) -> 
         exact=(real & ~missing.view(real.shape)).sum(-1),
         far_gold=far_gold.long(),
         far_hits=far_hits.long(),
-        mass=gold.sums(gold.mass * hit),
+        mass=gold.sums(gold.mass.double() * hit),
     )
 
 

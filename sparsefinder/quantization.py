@@ -185,13 +185,13 @@ def recall_of_nearest(projections: Projections, held_out: Samples, settings: Pro
 
 
 def _count_nearest(projected: QK, qk: QK, settings: ProjectSettings) -> Counts:
-    gold = Gold.of(qk, settings.alpha)
     if settings.block_size > 1:
         pairs = gold_pairs(qk, settings.alpha, settings.block_size)
         qk = projected = projected.in_blocks(settings.block_size)
-        graph = torch.zeros(1, qk.q.shape[1], pairs.tokens, pairs.tokens, dtype=torch.bool)
-        graph.view(-1, pairs.tokens)[pairs.rows, pairs.columns] = True
-        gold = Gold(graph.float(), graph)
+        shape = torch.Size((*qk.q.shape[:3], pairs.tokens))
+        gold = Gold(pairs.rows, pairs.columns, torch.ones(len(pairs.rows)), shape)
+    else:
+        gold = Gold.of(qk, settings.alpha)
     distance = PAIRWISE[settings.distance](projected.q, projected.k, 2.0).masked_fill(~qk.allowed, math.inf)
     wanted = max(1, round(settings.eval_density * int(qk.allowed.sum())))
     threshold = distance.flatten(2).kthvalue(wanted, dim=-1).values[..., None, None]

@@ -369,9 +369,18 @@ def save_maps(
     patterns = {p: settings.configurations[p - grown.first].build(learned) for p in chosen if p >= grown.first}
     tokens = min(settings.map_tokens, samples.lengths[0])
     layers = list(samples.layers(0, settings.causal))
-    gold = torch.stack([Normalizer(settings.alpha)(qk.scores())[0, :, :tokens, :tokens] for qk in layers])
-    maps = {"gold": gold.contiguous(), **kept}
+    gold = torch.stack([_begin_of(Gold.of(qk, settings.alpha), tokens) for qk in layers])
+    maps = {"gold": gold, **kept}
     for place, pattern in patterns.items():
         graph = torch.stack([pattern(qk, layer)[0, :, :tokens, :tokens] for layer, qk in enumerate(layers)])
         maps[f"predicted_{place}"] = graph.contiguous()
     save_file(maps, path)
+
+
+def _begin_of(gold: Gold, tokens: int) -> Tensor:
+    """The probabilities of one example between its first tokens, ``(H, tokens, tokens)``."""
+    queries = gold.rows % gold.shape[-2]
+    some = (queries < tokens) & (gold.keys < tokens)
+    begin = gold.mass.new_zeros(gold.shape[1], tokens, tokens)
+    begin[gold.heads[some], queries[some], gold.keys[some]] = gold.mass[some]
+    return begin

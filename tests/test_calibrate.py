@@ -242,7 +242,7 @@ class TestStage:
                 for index in range(len(TRAINING) - 6, len(TRAINING)):
                     qk = TRAINING.layer(index, layer)
                     probabilities = Normalizer(1.5)(qk.scores())
-                    counts.append(count(pattern(qk, layer), Gold(probabilities, probabilities > 0), qk).macro())
+                    counts.append(count(pattern(qk, layer), Gold.of_matrix(probabilities), qk).macro())
                 rows = own[own["layer"] == layer].sort_values("head")
                 for name, sign in (("recall", 1), ("sparsity", -1)):
                     expected = torch.stack([each[name] for each in counts]).mean(0)

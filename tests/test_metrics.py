@@ -42,7 +42,7 @@ def by_hand(predicted, gold, probabilities, allowed, near, real) -> dict[str, fl
 def test_counts_and_means_by_hand(causal: bool) -> None:
     qk = random_qk([5, 9, 7], heads=2, causal=causal)
     gold, probabilities = Gold.of(qk, 1.5), entmax15(qk.scores())
-    predicted = (torch.rand(gold.graph.shape, generator=torch.Generator().manual_seed(0)) < 0.4) & qk.allowed
+    predicted = (torch.rand(gold.shape, generator=torch.Generator().manual_seed(0)) < 0.4) & qk.allowed
     predicted[0, 1] = False  # an empty prediction has no precision
     near = band(9, 3)
     found = count(predicted, gold, qk, near).ratios()
@@ -50,7 +50,12 @@ def test_counts_and_means_by_hand(causal: bool) -> None:
     for head in range(2):
         each = [
             by_hand(
-                predicted[b, head], gold.graph[b, head], probabilities[b, head], qk.allowed[b, 0], near, qk.valid[b]
+                predicted[b, head],
+                (probabilities[b, head] > 0),
+                probabilities[b, head],
+                qk.allowed[b, 0],
+                near,
+                qk.valid[b],
             )
             for b in range(3)
         ]
@@ -63,11 +68,11 @@ def test_counts_and_means_by_hand(causal: bool) -> None:
 def test_a_batch_counts_as_its_sentences_alone() -> None:
     qk = random_qk([4, 8])
     probabilities = entmax15(qk.scores())
-    together = count(probabilities > 0, Gold(probabilities, probabilities > 0), qk)
+    together = count(probabilities > 0, Gold.of_matrix(probabilities), qk)
     for b in range(2):
         one = single_sentence(qk, b)
         p = entmax15(one.scores())
-        single = count(p > 0, Gold(p, p > 0), one)
+        single = count(p > 0, Gold.of_matrix(p), one)
         for name in ("allowed", "predicted", "gold", "hits", "queries", "exact"):
             assert torch.equal(getattr(together, name)[b : b + 1], getattr(single, name))
 
@@ -75,7 +80,7 @@ def test_a_batch_counts_as_its_sentences_alone() -> None:
 def test_the_gold_graph_is_perfect() -> None:
     qk = random_qk([6])
     p = entmax15(qk.scores())
-    macro = Counts.cat([count(p > 0, Gold(p, p > 0), qk)] * 2).macro()
+    macro = Counts.cat([count(p > 0, Gold.of_matrix(p), qk)] * 2).macro()
     for name in ("recall", "precision", "exact", "f1", "kept_mass"):
         torch.testing.assert_close(macro[name], torch.ones(2, dtype=torch.float64), atol=1e-6, rtol=0)
 
@@ -87,7 +92,7 @@ def test_a_share_is_exact() -> None:
     graph = torch.zeros(1, 1, 12, 12, dtype=torch.bool)
     graph[..., :10, 0] = graph[..., :5, 1] = True
     probabilities = graph / graph.sum(-1, keepdim=True).clamp_min(1)
-    ratios = count(graph, Gold(probabilities, graph), qk).ratios()
+    ratios = count(graph, Gold.of_matrix(probabilities), qk).ratios()
     assert ratios["sparsity"].dtype == torch.float64
     assert ratios["sparsity"].item() == 1 - 15 / 144
 

@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from sparsefinder import models
-from sparsefinder.attention import Masked
+from sparsefinder.attention import Dense
 from sparsefinder.evaluation import tasks
 from sparsefinder.experiment.configuration import Configuration
 from sparsefinder.graphs import QK
 from sparsefinder.metrics import Counts, Gold, count
 from sparsefinder.models.watching import Watched
 from sparsefinder.numerics.normalizers import Normalizer
-from sparsefinder.patterns.full import Full
 from sparsefinder.storage import distributed
 
 Batch = dict[str, Tensor]
@@ -42,7 +41,7 @@ class Observer:
 
     def __call__(self, layer: int, qk: QK, v: Tensor, output: Tensor) -> None:
         """Measure a call of the attention: its queries and keys, values and output, the last two ``(B, H, N, D)``."""
-        dense = Masked(Full(), self.own)(qk.q, qk.k, v, qk.valid, layer)
+        dense = Dense(self.own)(qk.q, qk.k, v, qk.valid, layer)
         difference = (output.float() - dense.float()).flatten(2).norm(dim=-1)
         self.errors.setdefault(layer, []).append(difference / dense.float().flatten(2).norm(dim=-1).clamp_min(1e-30))
         qk = qk.with_vectors(qk.q.float(), qk.k.float())

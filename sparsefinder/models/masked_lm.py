@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from sparsefinder import models
+from sparsefinder.attention import Dense
 from sparsefinder.corpora import Batch
 from sparsefinder.corpora.masking import IGNORED
+from sparsefinder.executors.support import support
 from sparsefinder.graphs import QK
 
 
@@ -63,13 +65,13 @@ def gold_sparsity(model: Any, batches: Sequence[Batch]) -> float:
     layers and heads, on inputs without masks."""
     model.eval()
     normalizer = models.get_normalizer(model)
+    dense = Dense(normalizer)
     found: list[Tensor] = []
 
     def attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor, layer: int) -> Tensor:
-        qk = QK(q.float(), k.float(), valid)
-        probabilities = normalizer(qk.scores())
-        found.append(1.0 - (probabilities > 0).sum((-2, -1)) / qk.allowed.sum((-2, -1)))
-        return probabilities.to(v.dtype) @ v
+        gold = support(QK(q.float(), k.float(), valid), normalizer.alpha).counts.sum(-1)
+        found.append(1.0 - gold / valid.sum(-1, keepdim=True).square())
+        return dense(q, k, v, valid, layer)
 
     with models.plugged(model, attention):
         for batch in batches:

@@ -13,9 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sparsefinder.executors.native import gold_pairs as native
+from sparsefinder.executors.support import support
 from sparsefinder.graphs import QK
-from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.storage.tensor_files import load_tensors, save_tensors
 
 
@@ -113,23 +112,25 @@ def gold_pairs(qk: QK, alpha: float, block_size: int = 1, symmetric: bool = Fals
     """
     if qk.q.shape[0] != 1 or not qk.valid.all():
         raise ValueError("gold_pairs takes one example without padding")
-    if block_size == 1 and not symmetric and native.works_on(qk.q):
-        return _listed(qk, alpha)
-    graph = (Normalizer(alpha)(qk.scores()) > 0)[0]
-    allowed = qk.allowed[0, 0]
-    if block_size > 1:
-        graph, allowed = _any_in_block(graph, block_size), _any_in_block(allowed[None], block_size)[0]
-    if symmetric:
-        graph = (graph | graph.transpose(-1, -2)) & allowed
-    return GoldPairs.of(graph, allowed)
-
-
-def _listed(qk: QK, alpha: float) -> GoldPairs:
-    """`gold_pairs` without a matrix of n × n."""
-    heads, tokens = qk.q.shape[1:3]
-    rows, columns, counts = native.support(qk.q[0], qk.k[0], qk.causal, alpha)
+    heads, tokens = qk.q.shape[1], -(-qk.q.shape[2] // block_size)
+    found = support(qk, alpha)
+    rows, columns = found.rows, found.keys
+    if block_size > 1 or symmetric:
+        head, query = rows // qk.q.shape[2], rows % qk.q.shape[2] // block_size
+        rows, columns = _once(head, query, columns // block_size, tokens, symmetric, qk.causal)
     allowed = torch.arange(1, tokens + 1) if qk.causal else torch.tensor([tokens]).expand(tokens)
-    return GoldPairs(rows, columns, allowed.repeat(heads) - counts, tokens)
+    counts = torch.bincount(rows, minlength=heads * tokens)
+    return GoldPairs(rows, columns, allowed.to(rows.device).repeat(heads) - counts, tokens)
+
+
+def _once(
+    heads: Tensor, queries: Tensor, keys: Tensor, tokens: int, symmetric: bool, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """Rows and columns of pairs that may be named several times, sorted and each once; in both directions where symmetric."""
+    if symmetric:
+        heads, queries, keys = heads.repeat(2), torch.cat([queries, keys]), torch.cat([keys, queries])
+    places = ((heads * tokens + queries) * tokens + keys)[(keys <= queries) | (not causal)].unique()
+    return places // tokens, places % tokens
 
 
 def mean_of_heads(values: Tensor, heads: Tensor, count: int) -> Tensor:
@@ -145,9 +146,3 @@ def mean_of_heads(values: Tensor, heads: Tensor, count: int) -> Tensor:
     """
     sums = values.new_zeros(count).index_add(0, heads, values)
     return (sums / torch.bincount(heads, minlength=count).clamp_min(1)).mean()
-
-
-def _any_in_block(graph: Tensor, size: int) -> Tensor:
-    missing = -graph.shape[-1] % size
-    padded = torch.nn.functional.pad(graph, (0, missing, 0, missing))
-    return padded.unflatten(-1, (-1, size)).any(-1).unflatten(-2, (-1, size)).any(-2)

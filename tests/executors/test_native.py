@@ -18,9 +18,8 @@ from torch import Tensor
 from sparsefinder.attention import Bucketed
 from sparsefinder.errors import UserError
 from sparsefinder.evaluation.variants import AttentionChoice
-from sparsefinder.executors.native import attention, build, gold_pairs, library, predictors
+from sparsefinder.executors.native import attention, build, library, predictors
 from sparsefinder.graphs import QK, Buckets, Layout
-from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.numerics.selection import select
 from sparsefinder.patterns.routed import moments
 from sparsefinder.patterns.window import Window
@@ -123,50 +122,6 @@ def test_routed_to_nothing_and_by_nan() -> None:
 
 
 # ---- pairs ----
-
-
-@settings(deadline=None, max_examples=60)
-@given(
-    st.integers(0, 99),
-    st.integers(1, 70),
-    st.integers(1, 9),
-    st.sampled_from([0.1, 1.0, 6.0]),  # nearly all, some, and few keys are positive
-    st.sampled_from([1.05, 1.3, 1.5, 2.0]),
-    st.booleans(),
-    DTYPES,
-)
-def test_support(
-    seed: int, tokens: int, size: int, scale: float, alpha: float, causal: bool, dtype: torch.dtype
-) -> None:
-    """Against the probabilities of whole rows; pairs within rounding of the threshold may be either."""
-    q, k = (noise(seed + n, 2, tokens, size, dtype=dtype) * scale for n in range(2))
-    rows, columns, counts = gold_pairs.support(q, k, causal, alpha)
-    assert torch.equal(counts, torch.bincount(rows, minlength=2 * tokens))
-    assert torch.equal(torch.stack([rows, columns]).unique(dim=1), torch.stack([rows, columns])), "sorted, each once"
-    found = torch.zeros(2 * tokens, tokens, dtype=torch.bool)
-    found[rows, columns] = True
-    qk = QK(q[None].double(), k[None].double(), torch.ones(1, tokens) > 0, causal)
-    scores = qk.scores()[0].flatten(0, 1)
-    probabilities = Normalizer(alpha)(scores)
-    peak = probabilities.amax(-1, keepdim=True) ** (alpha - 1)
-    height = (alpha - 1) * (scores - scores.amax(-1, keepdim=True)) + peak  # above the threshold
-    sure = (height.abs() > 1e-4) & ((height < 0) | (probabilities > 1e-30))  # less is zero in float32
-    assert torch.equal(found & sure, (height > 0) & sure)
-
-
-def test_support_of_what_is_no_number() -> None:
-    """A row that meets a NaN has no support, as in torch; no tokens have none; keys may be of another precision."""
-    q, k = noise(0, 1, 40, 3), noise(1, 1, 40, 3)
-    k[0, 30] = math.nan
-    assert gold_pairs.support(q, k, False, 1.5)[2].sum() == 0
-    counts = gold_pairs.support(q, k, True, 1.5)[2]
-    assert (counts[:30] > 0).all()
-    assert (counts[30:] == 0).all()
-    assert gold_pairs.support(q[:, :0], k[:, :0], False, 1.5)[0].shape == (0,)
-    assert torch.equal(
-        gold_pairs.support(q.float(), k.half(), True, 1.5)[1],
-        gold_pairs.support(q.float(), k.half().float(), True, 1.5)[1],
-    )
 
 
 @settings(deadline=None, max_examples=60)

@@ -76,16 +76,17 @@ CALLS = {
         return until_it_works("forward", [&] { return forward_float32(&p, x, y, z, a, peaks, thresholds); }) ||
                until_it_works("backward", [&] {
                    return backward_float32(&p, x, y, z, x, peaks, thresholds, a, b, c, slopes);
+               }) ||
+               until_it_works("support", [&] {
+                   Support<float> *pairs = nullptr;
+                   const int status = support_float32(&p, x, y, counts, &pairs);
+                   release_float32(pairs);
+                   return status;
                });
     }()""",
     "gold_pairs": """[] {
-        Rows g{2, N, D, 0, THREADS, 1.5};
-        return until_it_works("support", [&] {
-            Support *pairs = nullptr;
-            const int status = support_float32(&g, x, y, counts, &pairs);
-            release(pairs);
-            return status;
-        });
+        Hinge h{2, N, D, 2, 0, THREADS, 1.0, ids, ids, ids, slopes};
+        return until_it_works("hinge", [&] { double loss; return hinge_float32(&h, x, y, a, b, &loss); });
     }()""",
     "predictors": """[] {
         Choice rule{2, N, 4, 1, THREADS, 0.5, 1.5}, other{2, N, 4, 0, THREADS, 0.1, 1.5};

@@ -36,6 +36,11 @@ class TilesExecutor:
         out = attend(q, k, v, pairs.allowed, normalizer, dropout)
         return out.masked_fill(~pairs.query_valid[:, None, :, None], 0.0)
 
+    def support(self, q: Tensor, k: Tensor, pairs: Pairs, normalizer: Normalizer) -> tuple[Tensor, Tensor, Tensor]:
+        """Counts, keys and probabilities of the pairs of positive probability; see `support`."""
+        real = pairs.query_valid[:, None, :, None]
+        return support(q, k, lambda start, end: pairs.allowed(start, end) & real[:, :, start:end], normalizer)
+
 
 def attend(
     q: Tensor,
@@ -68,3 +73,30 @@ def attend(
         done = checkpoint(tile, part, k, v, start, use_reentrant=False) if again else tile(part, k, v, start)
         parts.append(done)
     return torch.cat(parts, dim=2) if parts else torch.zeros_like(q)
+
+
+def support(
+    q: Tensor,
+    k: Tensor,
+    allowed: Callable[[int, int], Tensor],
+    normalizer: Callable[[Tensor], Tensor],
+    at_once: int = AT_ONCE,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The pairs of positive probability as lists, as `sparsefinder.executors.native.dense.support` has them."""
+    batch, heads, queries, size = q.shape
+    k = k.repeat_interleave(heads // k.shape[1], dim=1)
+    rows = max(1, at_once // max(1, batch * heads * k.shape[2]))
+    counts = torch.zeros(q.shape[:3], dtype=torch.int64, device=q.device)
+    keys, probabilities = [], []
+    for start in range(0, queries, rows):
+        scores = q[:, :, start : start + rows] / math.sqrt(size) @ k.mT
+        found = normalizer(scores.masked_fill(~allowed(start, start + scores.shape[2]), -math.inf))
+        counts[:, :, start : start + rows] = (found > 0).sum(-1)
+        keys.append((found > 0).nonzero()[:, -1])
+        probabilities.append(found[found > 0])
+    # what was found tile by tile, in the order of heads: which query each pair is of, in the order of tiles, says where it goes
+    row = torch.arange(counts.numel(), device=q.device).view(counts.shape)
+    tiles = zip(row.split(rows, dim=2), counts.split(rows, dim=2), strict=True)
+    of = [torch.repeat_interleave(each.flatten(), many.flatten()) for each, many in tiles]
+    order = torch.cat([*of, row.new_zeros(0)]).argsort(stable=True)
+    return counts, torch.cat([*keys, row.new_zeros(0)])[order], torch.cat([*probabilities, q.new_zeros(0)])[order]

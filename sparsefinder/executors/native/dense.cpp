@@ -12,6 +12,7 @@
 #include <memory>
 #include <optional>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "boundary.hpp"
@@ -21,6 +22,9 @@
 namespace {
 
 constexpr int64_t BLOCK = 64;   // queries that go over the keys together
+
+// the keys of every block's queries, one query after the other, each in order, and their probabilities
+template <class T> using Support = std::vector<std::vector<std::pair<int32_t, T>>>;
 
 // the keys of an example that are no padding, in order, and a filter over them for each head
 template <class T, class Filter> struct Head {
@@ -64,6 +68,24 @@ template <class T, class Filter> class Attention : RowsOf<T> {
                         weigh(head, row, peaks[at], thresholds[at]);
                         pull(head, row, gradient + at * p_.size, dq + at * p_.size, dk, dv, dalpha, scratch.along, scratch.slopes);
                     });
+        });
+    }
+
+    // what forward multiplies with v, as lists; `counts` (B, H, N_q): how many pairs each query has, zero where it begins
+    void support(Support<T> &pairs, int64_t *counts) {
+        prepare();
+        const int64_t blocks = (p_.queries + BLOCK - 1) / BLOCK;
+        pairs.resize(p_.batch * p_.heads * blocks);
+        in_parallel(pairs.size(), [&](int64_t n, Scratch &scratch) {
+            for_block(n / blocks, n % blocks, nullptr, nullptr, scratch, [&](int64_t head, Row<T> &row) {
+                double peak, threshold;
+                solve(head, row, peak, threshold);
+                const size_t before = pairs[n].size();
+                for (size_t m = 0; m < row.keys.size(); ++m)  // a row with a NaN has no support
+                    if (row.weights[m] > 0) pairs[n].emplace_back(row.keys[m], row.weights[m]);
+                std::sort(pairs[n].begin() + before, pairs[n].end());
+                counts[head * p_.queries + row.i] = pairs[n].size() - before;
+            });
         });
     }
 
@@ -226,6 +248,22 @@ template <class T, class F> void with_filter(const Problem &p, const T *q, const
                 attention.backward(gradient, peaks, thresholds, dq, dk, dv, dalpha);                                    \
             });                                                                                                         \
         });                                                                                                             \
+    }                                                                                                                   \
+    int support_##NAME(const Problem *p, const T *q, const T *k, int64_t *counts, Support<T> **pairs) {                  \
+        return status_of([&] {                                                                                          \
+            auto found = std::make_unique<Support<T>>();                                                                \
+            with_filter(*p, q, k, (const T *)nullptr, [&](auto &&attention) { attention.support(*found, counts); });    \
+            *pairs = found.release();                                                                                   \
+        });                                                                                                             \
+    }                                                                                                                   \
+    int list_##NAME(const Support<T> *pairs, int64_t *keys, T *probabilities) {                                         \
+        for (const auto &block : *pairs)                                                                                \
+            for (const auto &[key, probability] : block) *keys++ = key, *probabilities++ = probability;                 \
+        return FINE;                                                                                                    \
+    }                                                                                                                   \
+    int release_##NAME(Support<T> *pairs) {                                                                             \
+        delete pairs;                                                                                                   \
+        return FINE;                                                                                                    \
     }
 
 extern "C" {

@@ -64,6 +64,10 @@ class NativeDenseExecutor:
         seed = int(torch.randint(1 << 62, ())) if dropout else 0
         return attend(q, k, v, pairs, alpha, dropout, seed)
 
+    def support(self, q: Tensor, k: Tensor, pairs: Pairs, normalizer: Normalizer) -> tuple[Tensor, Tensor, Tensor]:
+        """Counts, keys and probabilities of the pairs of positive probability; see `support`."""
+        return support(q, k, pairs, torch.full((q.shape[1],), normalizer.alpha, dtype=torch.float64))
+
 
 def attend(
     q: Tensor,
@@ -92,6 +96,25 @@ def attend(
     return result
 
 
+def support(q: Tensor, k: Tensor, pairs: Pairs, alpha: Tensor, plain: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """The pairs of positive probability that `attend` multiplies with ``v``, as lists in order of queries and then of keys.
+
+    Arguments as those of `attend`. Returns how many pairs each query has, ``(B, H, N_q)`` int64; their keys, ``(P,)`` int64; and
+    their probabilities, ``(P,)`` in the dtype of ``q``. A query that meets a NaN has none.
+    """
+    q, k = q.detach().contiguous(), k.detach().to(q.dtype).contiguous()
+    counts = torch.zeros(q.shape[:3], dtype=torch.int64)
+    found, kind = POINTER(), DTYPES[q.dtype]
+    _Run(pairs, 0.0, 0, plain)("support", q, k, alpha, counts, also=ctypes.byref(found))
+    try:
+        total = int(counts.sum())
+        keys, probabilities = torch.empty(total, dtype=torch.int64), q.new_empty(total)
+        _LIBRARY.call(f"list_{kind}", found, *pointers(keys, probabilities))
+    finally:
+        _LIBRARY.call(f"release_{kind}", found)
+    return counts, keys, probabilities
+
+
 @dataclass(frozen=True)
 class _Run:
     """One call of a function of the library."""
@@ -101,8 +124,8 @@ class _Run:
     seed: int
     plain: bool
 
-    def __call__(self, function: str, q: Tensor, k: Tensor, alpha: Tensor, *tensors: Tensor) -> None:
-        """``tensors``: contiguous, what the function reads behind ``q`` and ``k``, and then what it writes."""
+    def __call__(self, function: str, q: Tensor, k: Tensor, alpha: Tensor, *tensors: Tensor, also: Any = None) -> None:
+        """``tensors``: contiguous, what the function reads behind ``q`` and ``k``, then what it writes; ``also``: behind them."""
         (batch, heads, queries, size), (key_heads, keys) = q.shape, k.shape[1:3]
         pairs, everything = self.pairs, max(queries, keys)
         valid = pairs.query_valid.contiguous(), pairs.key_valid.contiguous()
@@ -119,7 +142,8 @@ class _Run:
             *(*(x.data_ptr() for x in valid), None if mask is None else mask.data_ptr(), alphas.data_ptr()),
             *(1.0 / math.sqrt(size), self.dropout),
         )
-        _LIBRARY.call(f"{function}_{DTYPES[q.dtype]}", ctypes.byref(problem), *pointers(q, k, *tensors))
+        last = () if also is None else (also,)
+        _LIBRARY.call(f"{function}_{DTYPES[q.dtype]}", ctypes.byref(problem), *pointers(q, k, *tensors), *last)
 
 
 class _Attend(torch.autograd.Function):

@@ -1,61 +1,13 @@
-// The support of entmax as a list of pairs, and the hinge that projections learn from it: see gold_pairs.py.
+// The hinge that projections learn from pairs of positive probability: see gold_pairs.py.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <memory>
 #include <vector>
 
 #include "boundary.hpp"
-#include "entmax.hpp"
-#include "panels.hpp"
 
 namespace {
-
-struct Rows {
-    int64_t heads, tokens, size;  // H, n, D
-    int64_t causal, threads;
-    double alpha;
-};
-
-// the keys of every query, head by head, one query after the other
-using Support = std::vector<std::vector<int32_t>>;
-
-template <class T> std::unique_ptr<Support> support(const Rows &g, const T *q, const T *k, int64_t *counts) {
-    auto pairs = std::make_unique<Support>(g.heads);
-    const T scale = T((g.alpha - 1.0) / std::sqrt(double(g.size)));
-    const auto one = [&](int64_t head) {
-        const Panels<T> keys(k + head * g.tokens * g.size, g.tokens, g.size);
-        std::vector<T> scores(AT_ONCE * keys.width()), above(g.tokens);
-        std::vector<int32_t> columns(g.tokens), &own = (*pairs)[head];
-        for (int64_t from = 0; from < g.tokens; from += AT_ONCE) {
-            const int64_t rows = std::min(AT_ONCE, g.tokens - from);
-            std::fill(scores.begin(), scores.end(), T(0));
-            keys.multiply(q + (head * g.tokens + from) * g.size, rows, scores.data());
-            for (int64_t i = 0; i < rows; ++i) {
-                const T *x = scores.data() + i * keys.width();
-                const int64_t seen = g.causal ? from + i + 1 : g.tokens;
-                const T peak = largest(x, seen);
-                // a row with a NaN has no support
-                const int64_t some = std::max<int64_t>(
-                    0, near_peak(x, seen, peak, scale, above.data(), columns.data(), [](int64_t j) { return j; }));
-                const T threshold = threshold_of(above.data(), some, g.alpha, [](int64_t) { return T(1); });
-                int64_t kept = 0;
-                for (int64_t n = 0; n < some; ++n) {
-                    columns[kept] = columns[n];
-                    kept += power(std::max(above[n] - threshold, T(0)), g.alpha) > 0;
-                }
-                own.insert(own.end(), columns.begin(), columns.begin() + kept);
-                counts[head * g.tokens + from + i] = kept;
-            }
-        }
-    };
-    Failure failure;
-#pragma omp parallel for schedule(dynamic) num_threads(g.threads)
-    for (int64_t head = 0; head < g.heads; ++head) failure.guard([&] { one(head); });
-    failure.rethrow();
-    return pairs;
-}
 
 struct Hinge {
     int64_t heads, tokens, size, pairs;  // H, n, R, P
@@ -132,9 +84,6 @@ template <class T> double hinge(const Hinge &h, const T *q, const T *k, T *dq, T
 }  // namespace
 
 #define FUNCTIONS(T, NAME)                                                                                  \
-    int support_##NAME(const Rows *g, const T *q, const T *k, int64_t *counts, Support **pairs) {            \
-        return status_of([&] { *pairs = support(*g, q, k, counts).release(); });                             \
-    }                                                                                                        \
     int hinge_##NAME(const Hinge *h, const T *q, const T *k, T *dq, T *dk, double *loss) {                   \
         return status_of([&] { *loss = hinge(*h, q, k, dq, dk); });                                          \
     }
@@ -142,17 +91,5 @@ template <class T> double hinge(const Hinge &h, const T *q, const T *k, T *dq, T
 extern "C" {
 FUNCTIONS(float, float32)
 FUNCTIONS(double, float64)
-// a support → rows and columns of its pairs
-int list(const Support *pairs, const Rows *g, const int64_t *counts, int64_t *rows, int64_t *columns) {
-    for (int64_t head = 0; head < g->heads; ++head) {
-        columns = std::copy((*pairs)[head].begin(), (*pairs)[head].end(), columns);
-        for (int64_t row = head * g->tokens; row < (head + 1) * g->tokens; ++row) rows = std::fill_n(rows, counts[row], row);
-    }
-    return FINE;
-}
-int release(Support *pairs) {
-    delete pairs;
-    return FINE;
-}
-int64_t layout(int64_t n) { return layout_of<Rows, Hinge>(1, n); }
+int64_t layout(int64_t n) { return layout_of<Hinge>(1, n); }
 }

@@ -1,8 +1,7 @@
-"""The support of entmax as a list of pairs, and the hinge that projections learn from it, in C++ on a CPU.
+"""The hinge that projections learn from pairs of positive probability, in C++ on a CPU.
 
-The slow references are what `sparsefinder.predictors.gold_pairs.gold_pairs` and
-`sparsefinder.predictors.contrastive.contrastive_loss` do on other devices. Supports are the same but for pairs within rounding
-of the threshold; negatives are the same for the same chances.
+The slow reference is what `sparsefinder.predictors.contrastive.contrastive_loss` does on other devices. Negatives are the same
+for the same chances.
 """
 
 from __future__ import annotations
@@ -18,15 +17,6 @@ from torch.autograd.function import once_differentiable
 from sparsefinder.executors.native.library import DTYPES, LONG, POINTER, Library, pointers
 
 
-class _Rows(ctypes.Structure):
-    """``Rows`` of gold_pairs.cpp: the same fields in the same order."""
-
-    _fields_ = [
-        *((name, LONG) for name in ("heads", "tokens", "size", "causal", "threads")),
-        ("alpha", ctypes.c_double),
-    ]
-
-
 class _Hinge(ctypes.Structure):
     """``Hinge`` of gold_pairs.cpp: the same fields in the same order."""
 
@@ -37,32 +27,12 @@ class _Hinge(ctypes.Structure):
     ]
 
 
-_LIBRARY = Library("gold_pairs", 1, (_Rows, _Hinge))
+_LIBRARY = Library("gold_pairs", 1, (_Hinge,))
 
 
 def works_on(x: Tensor) -> bool:
     """Whether ``x`` can be read here."""
     return _LIBRARY.reads(x)
-
-
-def support(q: Tensor, k: Tensor, causal: bool, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Pairs of positive probability under α-entmax of ``q·k / √D``, a few rows of scores at a time.
-
-    ``q``, ``k``: ``(H, n, D)``. Returns ``rows`` and ``columns`` ``(P,)`` int64, sorted by both, row ``h · n + i`` for query
-    ``i`` of head ``h``, and how many each row has, ``(H·n,)`` int64.
-    """
-    q, k = q.contiguous(), k.to(q.dtype).contiguous()
-    heads, tokens, size = q.shape
-    counts, pairs = torch.zeros(heads * tokens, dtype=torch.int64), POINTER()
-    shape = _Rows(heads, tokens, size, causal, torch.get_num_threads(), alpha=alpha)
-    function = f"support_{DTYPES[q.dtype]}"
-    _LIBRARY.call(function, ctypes.byref(shape), *pointers(q, k, counts), ctypes.byref(pairs))
-    try:
-        rows, columns = (torch.empty(int(counts.sum()), dtype=torch.int64) for _ in range(2))
-        _LIBRARY.call("list", pairs, ctypes.byref(shape), *pointers(counts, rows, columns))
-    finally:
-        _LIBRARY.call("release", pairs)
-    return rows, columns, counts
 
 
 @dataclass(frozen=True)
