@@ -64,11 +64,15 @@ class EvaluateSettings:
     batch_size: int = 8
     mask_probability: float = 0.15
     measured: int = 8  # blocks on which graphs and output errors are measured
-    task: str = tasks.MASKED_LM  # or one with labels: sequence_classification, token_classification, question_answering
-    labels: tasks.LabelledData = field(default_factory=tasks.LabelledData)  # of such a task
-    head: tasks.HeadSettings = field(default_factory=tasks.HeadSettings)  # how it is learned
+    # or one with labels, docs/how-to/tasks.md: sequence_classification, token_classification, question_answering
+    task: str = tasks.MASKED_LM
+    # of a task with labels; made from the corpus where no data set is given
+    labels: tasks.LabelledData = field(default_factory=tasks.LabelledData)
+    # of such a task, finetuned once and measured under every variant
+    head: tasks.HeadSettings = field(default_factory=tasks.HeadSettings)
     adapt: AdaptSettings = field(default_factory=AdaptSettings)
-    causal: bool = False  # of the other stages: a model that guesses masked words reads both ways
+    # of the other stages; true leaves this one out: a model that guesses masked words reads both ways
+    causal: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -44,9 +44,8 @@ class ExtractSettings:
     batch_size: int = 8  # samples that the model reads at a time
     dtype: str = "float32"  # of the file: float32, float16 or bfloat16
     shard_size: float = 64.0  # MiB that are collected in memory before they are written
-    file_size: Annotated[float, "or infinite"] = (
-        1024.0  # MiB up to which there is one file, as published; beyond: a folder
-    )
+    # MiB up to which there is one file, as published; a folder of files beyond
+    file_size: Annotated[float, "or infinite"] = 1024.0
     seed: int = 0
 
     def __post_init__(self) -> None:

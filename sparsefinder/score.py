@@ -59,9 +59,8 @@ class ScoreSettings:
     samples: int | None = None  # held-out samples to measure on; None: all
     seeds: int = 1  # times that a pattern which draws random numbers is scored, each with another seed
     map_tokens: int = 64  # tokens in the attention maps kept for the report
-    bucket_distance: str = (
-        "l2"  # one of `PAIRWISE`, which the report draws against the number of buckets that are shared
-    )
+    # drawn against the number of buckets shared: cos, euclidean, l2, direction, minkowski, min or min_norm
+    bucket_distance: str = "l2"
     bucket_bins: int = 0  # of a histogram of that distance for each such number; 0: its mean alone
 
     def __post_init__(self) -> None:

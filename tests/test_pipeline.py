@@ -28,7 +28,7 @@ LITTLE = (
     *("experiment=smoke", "patterns=[kmeans,distance,window]", "attention=masked", "nsamples=3"),
     *("extract.nsamples_validation=2", "finetune.batch_size=4", "finetune.eval_blocks=4", "finetune.eval_steps=2"),
     *("project.epochs=1", "bilinear.steps=2", "bilinear.n_clusters=4", "route.n_clusters=4", "route.rank=4"),
-    *("evaluate.samples=4", "evaluate.measured=1", "+report.dpi=20"),
+    *("evaluate.samples=4", "evaluate.measured=1", "report.dpi=20"),
 )
 MADE = [stage for stage in pipeline.STAGES if stage != "calibrate"]  # left out without a target
 

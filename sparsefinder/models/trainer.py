@@ -49,12 +49,12 @@ _POOL = 8  # batches whose blocks are sorted by length together, so that little 
 class TrainingSettings:
     """How masked-LM training goes, whatever is trained, on what, and how long."""
 
-    alpha: float = 1.5  # of the entmax that the model ends with; 1 is softmax
+    alpha: float = 1.5  # of the entmax that the model ends with; 1 is softmax, 2 sparsemax
     alpha_schedule: bool = False  # anneal α from 1.01 to `alpha` over the first half of the steps
     batch_size: int = 64  # blocks at once, on each device
     accumulation: int = 1  # batches that make one update
     learning_rate: float = 3e-5
-    schedule: str = "linear"  # of the learning rate after its warm-up: one of SCHEDULES
+    schedule: str = "linear"  # of the learning rate after its warm-up: linear, cosine or constant_with_warmup
     warmup: int = 500  # steps
     weight_decay: float = 0.01
     adam_beta2: float = 0.999
@@ -62,7 +62,8 @@ class TrainingSettings:
     clip: Annotated[float, "or infinite"] = 5.0  # of the gradient's norm
     mask_fraction: float = 0.15  # of the tokens are asked for in training; validation always asks for 15 %
     eval_steps: int = 500  # between two looks at the validation loss, and two checkpoints
-    report_to: str | tuple[str, ...] = "none"  # none, all that are installed, or names of `trackers`: tensorboard, …
+    # tensorboard, wandb, …, a list of them, or all that are installed: pip install 'sparsefinder[trackers]'
+    report_to: str | tuple[str, ...] = "none"
     bf16: bool = False  # mixed precision where the device has it; the normalizer stays in float32
     seed: int = 0
 

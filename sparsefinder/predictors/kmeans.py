@@ -41,7 +41,7 @@ class Clustering:
 class KeyClusterSettings:
     """How a stage clusters the keys, and the keys only, after it has learned the space in which it does."""
 
-    n_clusters: int = 64
+    n_clusters: int = 64  # of keys
     max_iterations: int = 100  # of Lloyd's algorithm
     seed: int = 0
     jobs: int = -1  # heads clustered at the same time; -1: one for each core

@@ -62,7 +62,7 @@ SMALL = {
     "evaluate.samples": "2",
     "evaluate.measured": "1",
     "evaluate.head.steps": "2",
-    "+report.dpi": "30",
+    "report.dpi": "30",
 }
 BUT_WITH_A_MODEL = {"experiment": "tiny", "finetune.eval_blocks": "4"}  # smoke describes a model of its own
 
