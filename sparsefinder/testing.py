@@ -262,7 +262,7 @@ def dtype(subject: Subject, causal: bool) -> None:
 
 
 def sparsity_parameter(subject: Subject, causal: bool) -> None:
-    """a larger sparsity parameter, along the sweep, never takes pairs away in total, and adds some"""
+    """along its sweep the sparsity parameter never takes pairs away in total, and adds some"""
     if subject.pattern.sparsity_parameter is None:
         assert not subject.sweep, "there is no sparsity parameter, but values for it"
         return

@@ -18,15 +18,18 @@ class BigBird:
     """With blocks ``I = ⌊i / b⌋``, ``J = ⌊j / b⌋``: edge iff ``|I − J| ≤ w // 2``, or ``J ∈ R_I``, or ``I`` or ``J`` is global.
 
     ``R_I`` are ``r`` blocks drawn from those that the query's block does not see otherwise; global are the first and the last
-    ``g`` blocks of the sentence. Zaheer et al. 2020 (https://arxiv.org/abs/2007.14062), internal transformer construction, with
-    ``w = 3``, ``r = 3``, ``g = 1`` and ``b = 64`` for 4,096 tokens. Where we differ:
+    ``g`` blocks of the sentence. The sparsity parameter is the size of a block, all counts fixed: doubling it never takes
+    pairs away.
 
-    1. The blocks of ``R_I`` are drawn uniformly for each seed, layer, head and length of the sentence; the published code draws
-       them when the model is built, for some lengths only among the first 1,024 tokens.
-    2. Blocks are counted over the real tokens of a sentence, and its last one may be shorter; the paper asks for whole ones.
-    3. In causal attention later keys are taken out; the paper is bidirectional.
+    Source:
+        Zaheer et al. 2020 (https://arxiv.org/abs/2007.14062), internal transformer construction, with ``w = 3``, ``r = 3``,
+        ``g = 1`` and ``b = 64`` for 4,096 tokens. Where we differ:
 
-    The sparsity parameter is the size of a block, all counts fixed: doubling it never takes pairs away.
+        1. The blocks of ``R_I`` are drawn uniformly for each seed, layer, head and length of the sentence; the published code
+           draws them when the model is built, for some lengths only among the first 1,024 tokens.
+        2. Blocks are counted over the real tokens of a sentence, and its last one may be shorter; the paper asks for whole
+           ones.
+        3. In causal attention later keys are taken out; the paper is bidirectional.
     """
 
     block: int = 4  # b, tokens in a block

@@ -15,8 +15,10 @@ from sparsefinder.patterns.support.ranking import at_least, memberships
 class BlockLocal:
     """Edge iff ``⌊i / b⌋ = ⌊j / b⌋``: both tokens are in the same block of ``b``.
 
-    Liu et al. 2018 (https://arxiv.org/abs/1801.10198), local attention. Positions are counted over real tokens, and the last
-    block of a sentence may be shorter.
+    Positions are counted over real tokens, and the last block of a sentence may be shorter.
+
+    Source:
+        Liu et al. 2018 (https://arxiv.org/abs/1801.10198), local attention.
     """
 
     block: int = 16  # b, tokens in a block

@@ -17,15 +17,18 @@ class BlockPool:
     """Edge iff the key's block ``J`` is among the ``⌈share · blocks⌉`` of largest ``q̄_I · k̄_J``, where ``I`` holds the query.
 
     ``q̄_I`` and ``k̄_J`` are means over the tokens of a block. Without ``pool_queries`` each query chooses for itself, by
-    ``q_i · k̄_J``. Where attention is causal, a query chooses among the blocks up to its own, a share of those, and the means of
-    its own block, of keys and of queries, end at the query: a choice never reads the future.
+    ``q_i · k̄_J``. Where attention is causal, a query chooses among the blocks up to its own, a share of those, and the means
+    of its own block, of keys and of queries, end at the query: a choice never reads the future.
 
-    Pooled queries are the block-sparse heads of MInference (Jiang et al. 2024, https://arxiv.org/abs/2407.02490) and the form
-    of SeerAttention without training (Gao et al. 2024, https://arxiv.org/abs/2410.13276); single queries are MoBA (Lu et al.
-    2025, https://arxiv.org/abs/2502.13189). Where we differ: (1) a share of the blocks instead of a number of them; (2) the
-    papers pool whole query blocks in causal attention too, so that all queries of a block agree, and ours need not; (3) MoBA
-    always takes the query's own block: unite with a window for that; (4) blocks of 4 tokens by default, not 64 to 512, since
-    sentences are a hundred times shorter.
+    Source:
+        Pooled queries are the block-sparse heads of MInference (Jiang et al. 2024, https://arxiv.org/abs/2407.02490) and the
+        form of SeerAttention without training (Gao et al. 2024, https://arxiv.org/abs/2410.13276); single queries are MoBA (Lu
+        et al. 2025, https://arxiv.org/abs/2502.13189). Where we differ:
+
+        1. A share of the blocks instead of a number of them.
+        2. The papers pool whole query blocks in causal attention too, so that all queries of a block agree, and ours need not.
+        3. MoBA always takes the query's own block: unite with a window for that.
+        4. Blocks of 4 tokens by default, not 64 to 512, since sentences are a hundred times shorter.
     """
 
     share: float = 0.2  # of the blocks that there are (causal: up to the query's own)

@@ -26,11 +26,15 @@ class Clustered:
     **In causal attention the clusters and their means read the whole sentence**, later queries too, as in the authors' code.
     Keys are ranked as they arrive, a key among those before it, so which of them a mean takes does not depend on later keys.
 
-    Vyas, Katharopoulos, Fleuret (2020), Fast Transformers with Clustered Attention, https://arxiv.org/abs/2007.04825, the
-    improved form. Where we differ: (1) edges are the pairs that the paper computes exactly; the other keys, to which it gives
-    the attention of the mean query, have none (as in the authors' causal form). (2) A share of the keys instead of a number
-    of them (32). (3) Signs without the offset of the authors' code, and their means are not rounded back to bits. (4) What
-    is drawn stays, instead of being drawn anew for each batch.
+    Source:
+        Vyas, Katharopoulos, Fleuret (2020), Fast Transformers with Clustered Attention, https://arxiv.org/abs/2007.04825, the
+        improved form. Where we differ:
+
+        1. Edges are the pairs that the paper computes exactly; the other keys, to which it gives the attention of the mean
+           query, have none (as in the authors' causal form).
+        2. A share of the keys instead of a number of them (32).
+        3. Signs without the offset of the authors' code, and their means are not rounded back to bits.
+        4. What is drawn stays, instead of being drawn anew for each batch.
     """
 
     share: float = 0.1  # of the keys, for each cluster

@@ -16,8 +16,10 @@ from sparsefinder.patterns.support.ranking import at_least, odd
 class Dilated:
     """Edge iff ``(i − j) mod d = 0`` and ``|i − j| ≤ d · (W // 2)``: ``W`` keys, each ``d`` after the one before.
 
-    Beltagy et al. 2020 (https://arxiv.org/abs/2004.05150), section 3.1, the same in every layer and head. No more than every
-    ``d``-th pair can be an edge. Distances are counted over real tokens.
+    No more than every ``d``-th pair can be an edge. Distances are counted over real tokens.
+
+    Source:
+        Beltagy et al. 2020 (https://arxiv.org/abs/2004.05150), section 3.1, the same in every layer and head.
     """
 
     width: int = 11  # W, odd: the query's own position and W // 2 keys on each side

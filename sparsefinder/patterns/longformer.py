@@ -22,14 +22,17 @@ PLACEMENTS = ("first", "random")
 class Longformer:
     """Edge iff ``i`` or ``j`` is global, or ``(i − j) mod d = 0`` and ``|i − j| ≤ d · (W // 2)``.
 
-    Beltagy et al. 2020 (https://arxiv.org/abs/2004.05150). The first ``dilated_heads`` heads have the dilation ``d``, the others
-    have 1: the paper dilates two heads, and none in its pretrained models. Global tokens are the ``first`` ones, as in those
-    models ([CLS]), or ``random`` ones, as in the published comparison (Treviso et al. 2022). Where we differ:
+    The first ``dilated_heads`` heads have the dilation ``d``, the others have 1: the paper dilates two heads, and none in its
+    pretrained models. Global tokens are the ``first`` ones, as in those models ([CLS]), or ``random`` ones, as in the
+    published comparison (Treviso et al. 2022).
 
-    1. Global tokens use the projections of all others; the paper's have a second set of their own.
-    2. Dilation and window are the same in every layer; the paper's grow with the layer.
-    3. Random global tokens are drawn for each seed, layer and head; the published comparison draws a random number of them
-       anew for each batch, the same ones for all heads.
+    Source:
+        Beltagy et al. 2020 (https://arxiv.org/abs/2004.05150). Where we differ:
+
+        1. Global tokens use the projections of all others; the paper's have a second set of their own.
+        2. Dilation and window are the same in every layer; the paper's grow with the layer.
+        3. Random global tokens are drawn for each seed, layer and head; the published comparison draws a random number of them
+           anew for each batch, the same ones for all heads.
     """
 
     width: int = 11  # W, odd: the query's own position and W // 2 keys on each side (the paper's 512 is 513 here)

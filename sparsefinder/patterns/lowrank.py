@@ -13,12 +13,11 @@ from sparsefinder.numerics.selection import check_rule, select
 
 @dataclass(frozen=True)
 class LowRank:
-    """Edge iff ``q'_i·k'_j / √R`` is selected among the row's keys (``rule`` and ``level``: see
-    `sparsefinder.numerics.selection`).
+    """Edge iff ``q'_i·k'_j / √R`` is selected among the row's keys by ``rule`` and ``level``.
 
-    ``q'``, ``k'`` are the closed-form projections of the stage ``route``, whose inner product is nearest to ``q·k`` among
-    all maps of rank R. Every pair is compared, so predicting is quadratic, in R instead of D. It is what routing to clusters
-    would reach with a cluster for each key.
+    The rules are those of `sparsefinder.numerics.selection`. ``q'``, ``k'`` are the closed-form projections of the stage
+    ``route``, whose inner product is nearest to ``q·k`` among all maps of rank R. Every pair is compared, so predicting is
+    quadratic, in R instead of D. It is what routing to clusters would reach with a cluster for each key.
     """
 
     rule: str = "margin"  # margin or budget

@@ -20,13 +20,14 @@ from sparsefinder.patterns.window import GlobalTokens
 class LSG:
     """With blocks ``I = ⌊(i − g) / b⌋``, ``J = ⌊(j − g) / b⌋``: edge iff ``i < g``, ``j < g``, ``|I − J| ≤ 1`` or ``j ∈ S_I``.
 
-    The first ``g`` tokens are global, and ``S_I`` are the ``b`` sparse keys on either side of blocks ``I − 1 … I + 1``.
+    The first ``g`` tokens are global, and ``S_I`` are the ``b`` sparse keys on either side of blocks ``I − 1 … I + 1``. Sparse
+    keys stand for ``sparsity_factor`` tokens each and are picked by ``sparsity_type``: keys of largest norm, every f-th token
+    or a run of tokens of each block (both shifted from head to head), or none. Types that pool keys (pooling, lsh,
+    bos_pooling) have no graph between tokens and are refused. Up to two blocks every pair is an edge, as published.
 
-    Condevaux and Harispe 2022 (https://arxiv.org/abs/2210.15497), as a pattern: `sparsefinder.executors.lsg.attention`
-    executes the same graph in its own way and states where it differs from the paper. Sparse keys stand for
-    ``sparsity_factor`` tokens each and are picked by ``sparsity_type``: keys of largest norm, every f-th token or a run of
-    tokens of each block (both shifted from head to head), or none. Types that pool keys (pooling, lsh, bos_pooling) have no
-    graph between tokens and are refused. Up to two blocks every pair is an edge, as published.
+    Source:
+        Condevaux and Harispe 2022 (https://arxiv.org/abs/2210.15497), as a pattern: `sparsefinder.executors.lsg.attention`
+        executes the same graph in its own way and states where it differs from the paper.
     """
 
     sparsity_type: str = "norm"  # norm, stride, block_stride or none

@@ -19,16 +19,20 @@ class MagicPIG:
     """Edge iff the codes of ``q_i`` and ``k_j − k̄`` agree in ``collisions`` or more of ``n_tables`` hash tables.
 
     The code of table ``t`` is the ``bits`` signs of ``x P_t`` (SimHash), ``P_t (D, bits)`` standard normal and fixed by seed,
-    layer, head and table: more tables only add edges. ``k̄`` is the mean key of the sentence; where attention is causal, of the
-    keys up to ``k_j``, so that nothing reads the future. A shift of all keys changes no attention probability, but it lets
-    hashes tell them apart.
+    layer, head and table: more tables only add edges. ``k̄`` is the mean key of the sentence; where attention is causal, of
+    the keys up to ``k_j``, so that nothing reads the future. A shift of all keys changes no attention probability, but it lets
+    hashes tell them apart. Two collisions are no set of buckets: there is no layout.
 
-    Chen et al. (2024), MagicPIG: LSH Sampling for Efficient LLM Generation, https://arxiv.org/abs/2410.16179. Where we
-    differ: (1) the paper takes the keys that collide for a *sample*, and divides the weight of each by the probability that
-    it is drawn; a graph has no weights, so this part of the estimator is left out. (2) For every query of a sentence, not
-    for the one that is being generated. (3) The paper always attends to the first 4 and the last 64 tokens, and keeps two
-    layers dense: unite with a window and global tokens for that. (4) Codes are compared pair by pair here, so predicting is
-    quadratic (in the tables, not in D); the paper looks them up. Two collisions are no set of buckets: there is no layout.
+    Source:
+        Chen et al. (2024), MagicPIG: LSH Sampling for Efficient LLM Generation, https://arxiv.org/abs/2410.16179. Where we
+        differ:
+
+        1. The paper takes the keys that collide for a *sample*, and divides the weight of each by the probability that it is
+           drawn; a graph has no weights, so this part of the estimator is left out.
+        2. For every query of a sentence, not for the one that is being generated.
+        3. The paper always attends to the first 4 and the last 64 tokens, and keeps two layers dense: unite with a window and
+           global tokens for that.
+        4. Codes are compared pair by pair here, so predicting is quadratic (in the tables, not in D); the paper looks them up.
     """
 
     n_tables: int = 75  # hash tables

@@ -17,13 +17,14 @@ from sparsefinder.patterns.support.ranking import at_least, memberships
 class OpenAIFixed:
     """Edge iff ``⌊i / l⌋ = ⌊j / l⌋`` or ``j mod l ≥ l − c``: the same block, or one of the last ``c`` keys of any block.
 
-    Child et al. 2019 (https://arxiv.org/abs/1904.10509), section 4.2, where ``l`` is near ``√n``. Where we differ:
+    Source:
+        Child et al. 2019 (https://arxiv.org/abs/1904.10509), section 4.2, where ``l`` is near ``√n``. Where we differ:
 
-    1. Every head has both parts (the paper's "merged" head), and the same columns; the paper also gives the parts to heads in
-       turn, and the heads of its larger models columns of their own.
-    2. In bidirectional attention the columns of later blocks are seen too; the paper is causal. (The published comparison, by
-       way of fairseq, sees one key beyond its block and ``c + 1`` columns; the formula above is the paper's.)
-    3. Positions are counted over real tokens; a last block that is too short to have its columns has none.
+        1. Every head has both parts (the paper's "merged" head), and the same columns; the paper also gives the parts to heads
+           in turn, and the heads of its larger models columns of their own.
+        2. In bidirectional attention the columns of later blocks are seen too; the paper is causal. (The published comparison,
+           by way of fairseq, sees one key beyond its block and ``c + 1`` columns; the formula above is the paper's.)
+        3. Positions are counted over real tokens; a last block that is too short to have its columns has none.
     """
 
     block: int = 8  # l, tokens in a block

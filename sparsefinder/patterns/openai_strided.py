@@ -15,14 +15,16 @@ from sparsefinder.patterns.support.ranking import at_least, memberships
 class OpenAIStrided:
     """Edge iff ``|i − j| < near`` or ``(i − j) mod l = 0``: a near key, or one that is whole strides away.
 
-    Child et al. 2019 (https://arxiv.org/abs/1904.10509), section 4.2, with ``near = l`` and ``l`` near ``√n``. Where we differ:
+    Source:
+        Child et al. 2019 (https://arxiv.org/abs/1904.10509), section 4.2, with ``near = l`` and ``l`` near ``√n``. Where we
+        differ:
 
-    1. ``near`` is a setting of its own, so that there is a sparsity parameter: with ``near = l`` the number of pairs falls and
-       rises again with ``l``, and is least, about ``2√(2n)`` keys a query, near ``l = √(n/2)``. ``near = stride`` is the
-       paper's pattern.
-    2. Every head has both parts (the paper's "merged" head); the paper also gives them to heads in turn.
-    3. In bidirectional attention it looks to both sides; the paper is causal.
-    4. The stride is counted over real tokens.
+        1. ``near`` is a setting of its own, so that there is a sparsity parameter: with ``near = l`` the number of pairs falls
+           and rises again with ``l``, and is least, about ``2√(2n)`` keys a query, near ``l = √(n/2)``. ``near = stride`` is
+           the paper's pattern.
+        2. Every head has both parts (the paper's "merged" head); the paper also gives them to heads in turn.
+        3. In bidirectional attention it looks to both sides; the paper is causal.
+        4. The stride is counted over real tokens.
     """
 
     stride: int = 32  # l

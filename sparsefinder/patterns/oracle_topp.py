@@ -17,10 +17,12 @@ from sparsefinder.patterns.support.ranking import best
 class OracleTopP:
     """Edge iff ``j ∈ S_i``, the smallest set with ``Σ_{j∈S_i} p_ij ≥ p``, where ``p_i = α-entmax(K q_i / √D)`` is dense.
 
-    The bound of every method with a share of the probability as its goal (top-p, after Holtzman et al. 2020,
-    https://arxiv.org/abs/1904.09751). With ``alpha = 1`` the probabilities are those of softmax, as elsewhere in the field, and
-    ``p = 1`` gives every key whose probability is more than 0 in float32; with ``alpha = 1.5`` it gives the gold graph. It needs
-    every score, so it saves no work.
+    The bound of every method with a share of the probability as its goal. With ``alpha = 1`` the probabilities are those of
+    softmax, as elsewhere in the field, and ``p = 1`` gives every key whose probability is more than 0 in float32; with ``alpha
+    = 1.5`` it gives the gold graph. It needs every score, so it saves no work.
+
+    Source:
+        Top-p, after Holtzman et al. 2020 (https://arxiv.org/abs/1904.09751).
     """
 
     p: float = 0.9  # share of each query's probability

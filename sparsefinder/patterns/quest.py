@@ -17,14 +17,18 @@ from sparsefinder.patterns.support.ranking import check_counts, check_share, vec
 class Quest:
     """Edge iff the key's block is among the ``⌈share · blocks⌉`` of largest ``u_iJ = Σ_d max(q_id · low_Jd, q_id · high_Jd)``.
 
-    ``low_J`` and ``high_J`` are the smallest and largest value of each coordinate over the keys of block ``J``, so
-    ``u_iJ ≥ q_i·k_j`` for each of its keys. Where attention is causal, a query chooses among the blocks up to its own, a share
-    of those, and of its own block only the keys that it sees make the bound: a choice never reads the future.
+    ``low_J`` and ``high_J`` are the smallest and largest value of each coordinate over the keys of block ``J``, so ``u_iJ ≥
+    q_i·k_j`` for each of its keys. Where attention is causal, a query chooses among the blocks up to its own, a share of
+    those, and of its own block only the keys that it sees make the bound: a choice never reads the future.
 
-    Tang, Zhao, Zhu, Xiao, Kasikci, Han (2024), Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference,
-    https://arxiv.org/abs/2406.10774. Where we differ: (1) for every query of a sentence, not for the one that is being
-    generated; (2) a share of the blocks instead of a number of tokens; (3) the paper keeps the first two layers dense, here
-    every layer is predicted; (4) blocks of 4 keys by default, not 16, since sentences are a hundred times shorter.
+    Source:
+        Tang, Zhao, Zhu, Xiao, Kasikci, Han (2024), Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference,
+        https://arxiv.org/abs/2406.10774. Where we differ:
+
+        1. For every query of a sentence, not for the one that is being generated.
+        2. A share of the blocks instead of a number of tokens.
+        3. The paper keeps the first two layers dense, here every layer is predicted.
+        4. Blocks of 4 keys by default, not 16, since sentences are a hundred times shorter.
     """
 
     share: float = 0.2  # of the blocks that there are (causal: up to the query's own)

@@ -21,12 +21,17 @@ class Reformer:
     ``R_r``, ``(D, n_buckets / 2)``, has standard normal entries, fixed by seed, layer, head and round: more rounds only add
     edges. A hash looks at directions only, so it makes no difference that the paper scales keys to unit length.
 
-    Kitaev, Kaiser, Levskaya (2020), Reformer: The Efficient Transformer, https://arxiv.org/abs/2001.04451, equation 4. Where
-    we differ: (1) queries and keys are the model's own and hashed apart; in a model that shares them, the hashes are equal as
-    in the paper. (2) Rotations stay, instead of being drawn anew for each batch. (3) No sorting into chunks: the paper attends
-    to what shares a bucket *and* lies in the same or the previous chunk of the sorted tokens, which drops pairs of large
-    buckets; here a bucket is whole. (4) A token may attend to itself like to any other. (5) A pair that several rounds name
-    is one edge of one normalizer; the paper weighs rounds by their own sums.
+    Source:
+        Kitaev, Kaiser, Levskaya (2020), Reformer: The Efficient Transformer, https://arxiv.org/abs/2001.04451, equation 4.
+        Where we differ:
+
+        1. Queries and keys are the model's own and hashed apart; in a model that shares them, the hashes are equal as in the
+           paper.
+        2. Rotations stay, instead of being drawn anew for each batch.
+        3. No sorting into chunks: the paper attends to what shares a bucket *and* lies in the same or the previous chunk of
+           the sorted tokens, which drops pairs of large buckets; here a bucket is whole.
+        4. A token may attend to itself like to any other.
+        5. A pair that several rounds name is one edge of one normalizer; the paper weighs rounds by their own sums.
     """
 
     n_rounds: int = 4  # independent hashes

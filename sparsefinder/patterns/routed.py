@@ -38,8 +38,9 @@ class ToClusters:
     cost is ``N·C·R`` instead of ``N²·D``. In causal attention the mean of a sentence would show the future: there the
     centroids stand for their keys, without spread, and a query counts the keys up to itself.
 
-    Ours. What it owes: routing to clusters of keys to Roy et al. 2021 (https://arxiv.org/abs/2003.05997), though with a budget
-    that follows the threshold of entmax instead of equal shares.
+    Source:
+        Ours. What it owes: routing to clusters of keys to Roy et al. 2021 (https://arxiv.org/abs/2003.05997), though with a
+        budget that follows the threshold of entmax instead of equal shares.
     """
 
     rule: str = "margin"  # margin or budget

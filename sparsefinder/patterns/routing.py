@@ -27,16 +27,19 @@ class Routing:
     start at random, fixed by seed, layer and head, and are then moved by ``iterations`` rounds of spherical k-means over the
     sentence's own queries and keys together; with ``iterations=0`` they stay at random. A token may be taken by none.
 
-    Where attention is causal, a centroid takes a token iff that was among the ``⌈share · (j + 1)⌉`` nearest of the tokens
-    ``0 … j`` when it arrived, so later tokens do not change the choice. **With** ``iterations > 0`` **the centroids themselves
+    Where attention is causal, a centroid takes a token iff that was among the ``⌈share · (j + 1)⌉`` nearest of the tokens ``0
+    … j`` when it arrived, so later tokens do not change the choice. **With** ``iterations > 0`` **the centroids themselves
     still read the whole sentence**; with 0, nothing reads the future.
 
-    Roy, Saffar, Vaswani, Grangier (2021), Efficient Content-Based Sparse Attention with Routing Transformers,
-    https://arxiv.org/abs/2003.05997. Where we differ: (1) the paper moves its centroids by a running average over training
-    batches; a model trained without them has none, so ours are computed in each sentence, or taken from Sparsefinder
-    (`LearnedRouting`). (2) Queries and keys are the model's own; the paper shares them in causal attention. (3) ``w`` is a
-    share of the sentence; the paper takes ``n / n_clusters``. (4) The paper routes some heads only and gives the others a
-    window; here every head is routed.
+    Source:
+        Roy, Saffar, Vaswani, Grangier (2021), Efficient Content-Based Sparse Attention with Routing Transformers,
+        https://arxiv.org/abs/2003.05997. Where we differ:
+
+        1. The paper moves its centroids by a running average over training batches; a model trained without them has none, so
+           ours are computed in each sentence, or taken from Sparsefinder (`LearnedRouting`).
+        2. Queries and keys are the model's own; the paper shares them in causal attention.
+        3. ``w`` is a share of the sentence; the paper takes ``n / n_clusters``.
+        4. The paper routes some heads only and gives the others a window; here every head is routed.
     """
 
     share: float = 0.1  # of the queries and of the keys, for each centroid

@@ -16,11 +16,13 @@ from sparsefinder.patterns.support.ranking import at_least, memberships, odd
 class Sinks:
     """Edge iff ``j < s`` or ``|i − j| ≤ W // 2``: a sink, or a key in the window.
 
-    Xiao et al. 2024 (https://arxiv.org/abs/2309.17453), StreamingLLM. Sinks are only keys: as queries they see what any token
-    sees (a global token sees all). Where we differ:
+    Sinks are only keys: as queries they see what any token sees (a global token sees all).
 
-    1. In bidirectional attention the window has two sides; the paper is causal.
-    2. Keys keep their positions; the paper counts positions inside its cache anew.
+    Source:
+        Xiao et al. 2024 (https://arxiv.org/abs/2309.17453), StreamingLLM. Where we differ:
+
+        1. In bidirectional attention the window has two sides; the paper is causal.
+        2. Keys keep their positions; the paper counts positions inside its cache anew.
     """
 
     width: int = 11  # W, odd: the query's own position and W // 2 keys on each side

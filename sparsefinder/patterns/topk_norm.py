@@ -19,9 +19,13 @@ class TopKNorm:
     Where attention is causal, a key is kept iff it was among the ``⌈share · (j + 1)⌉`` largest of the keys ``0 … j`` when it
     came: later keys neither push it out nor let it in, so a choice never reads the future.
 
-    The sparse keys of LSG attention by norm (Condevaux and Harispe 2022, https://arxiv.org/abs/2210.15497). Where we differ:
-    (1) the largest of the whole sentence, not of each chunk; (2) for all queries, not for those of the neighbouring blocks.
-    Devoto et al. (2024, https://arxiv.org/abs/2406.11430) find the opposite in decoders, where keys of *small* norm matter.
+    Source:
+        The sparse keys of LSG attention by norm (Condevaux and Harispe 2022, https://arxiv.org/abs/2210.15497). Devoto et al.
+        (2024, https://arxiv.org/abs/2406.11430) find the opposite in decoders, where keys of *small* norm matter. Where we
+        differ:
+
+        1. The largest of the whole sentence, not of each chunk.
+        2. For all queries, not for those of the neighbouring blocks.
     """
 
     share: float = 0.1  # of the keys
