@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -37,6 +37,15 @@ def swallowed(number: int) -> int:
         return 0
 
 
+@pytest.fixture
+def _heard() -> Iterator[None]:
+    """Whoever starts the tests in the background lets them ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_heard")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("work", [kill, wrapped, swallowed])
 def test_an_interruption_is_one_line(
@@ -93,6 +102,7 @@ def test_a_run_that_is_interrupted(sweep: list[str], number: signal.Signals, tmp
         [*command, "finetune.steps=1000000", "finetune.batch_size=2", f"run_dir={tmp_path / 'run'}"],
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # who ignores a signal, hands that on
     )
     assert running.stderr is not None
     said = ""

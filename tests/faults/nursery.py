@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,11 @@ class Run:
         return self.errors[0]
 
 
+def given_once(arguments: Iterable[str]) -> list[str]:
+    """Of settings with the same key the last: typed twice, they are refused."""
+    return list({argument.partition("=")[0]: argument for argument in arguments}.values())
+
+
 class Nursery:
     """Start runs by `run`; one at a time."""
 
@@ -68,7 +73,12 @@ class Nursery:
         than so many bytes may be allocated beyond what is there at the start. ``before``: Python code to execute first, with
         the command line as ``main``.
         """
-        request = {"arguments": arguments, "kill_after": kill_after, "file_size": file_size, "memory": memory}
+        request = {
+            "arguments": given_once(arguments),
+            "kill_after": kill_after,
+            "file_size": file_size,
+            "memory": memory,
+        }
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps({**request, "before": before}) + "\n")

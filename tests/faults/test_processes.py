@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import ROOT
 from tests.faults.conftest import Undisturbed
+from tests.faults.nursery import given_once
 from tests.faults.tiny_runs import assert_finished_is_whole, assert_same_tables
 
 
@@ -21,7 +22,7 @@ def torchrun(*arguments: str, count: int = 2) -> subprocess.CompletedProcess[str
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
     return subprocess.run(
-        [*start, str(ROOT / "scripts" / "run.py"), *arguments],
+        [*start, str(ROOT / "scripts" / "run.py"), *given_once(arguments)],
         capture_output=True,
         text=True,
         check=False,
