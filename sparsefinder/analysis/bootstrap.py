@@ -25,7 +25,16 @@ _KNOWN = 0.9  # share of the replicas in which a figure must be defined for an i
 
 
 def draws(count: int, replicas: int = REPLICAS, seed: int = SEED) -> np.ndarray:
-    """How often each of ``count`` documents is drawn in each replica, ``(replicas, count)`` float64."""
+    """How often each document is drawn in each replica.
+
+    Args:
+        count: Number of documents.
+        replicas: How many times as many are drawn, with replacement.
+        seed: Of the draws.
+
+    Returns:
+        ``(replicas, count)`` float64, whole numbers whose rows sum to ``count``.
+    """
     generator = np.random.default_rng(seed)
     return generator.multinomial(count, np.full(count, 1 / count), size=replicas).astype(float)
 
@@ -40,7 +49,13 @@ def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class Replicas:
-    """Density, recall and far recall of every point of `frontiers.points` in every replica, each ``(replicas, points)``."""
+    """Measures of every point of `frontiers.points` in every replica.
+
+    Args:
+        density: ``(replicas, points)``, shares of the allowed pairs.
+        recall: ``(replicas, points)``, of the gold edges.
+        recall_far: ``(replicas, points)``, of those outside the window and the global tokens.
+    """
 
     density: np.ndarray
     recall: np.ndarray
@@ -50,9 +65,16 @@ class Replicas:
     def of(
         cls, points: pd.DataFrame, counts: pd.DataFrame, replicas: int = REPLICAS, seed: int = SEED
     ) -> Replicas | None:
-        """``score/counts`` and the `points` made from the same metrics → replicas, with macro means as in `metrics`.
+        """Draw documents again, with macro means as in `metrics`.
 
-        None where there are fewer than `LEAST` documents.
+        Args:
+            points: `frontiers.points` of the same metrics.
+            counts: ``score/counts``, a row for each configuration, document, layer and head.
+            replicas: How many.
+            seed: Of the draws of documents; those of seeds of a pattern have the next one.
+
+        Returns:
+            The replicas; None where there are fewer than `LEAST` documents.
         """
         keys = ["configuration", "sample", "layer", "head"]
         counts = counts.sort_values(keys)
@@ -94,7 +116,16 @@ class Replicas:
         return Replicas(self.density[:, rows], self.recall[:, rows], self.recall_far[:, rows])
 
     def at(self, rows: Sequence[int], levels: Sequence[float], measure: str = "recall") -> np.ndarray:
-        """``measure`` of the frontier of these points at the levels, ``(replicas, levels)``."""
+        """A measure of the frontier of some points, where it names so many pairs.
+
+        Args:
+            rows: Indices of the points.
+            levels: Shares of the allowed pairs.
+            measure: ``recall`` or ``recall_far``.
+
+        Returns:
+            ``(replicas, levels)``; NaN where a frontier does not reach a level.
+        """
         rows = list(rows)
         if not rows:
             return np.full((len(self.density), len(levels)), np.nan)
@@ -111,7 +142,16 @@ def _macro(ratio: np.ndarray, drawn: np.ndarray) -> np.ndarray:
 
 
 def with_intervals(recalls: pd.DataFrame, replicas: Replicas | None, levels: Sequence[float]) -> pd.DataFrame:
-    """`frontiers.recall_table` with columns ``(recall_low, level)``, ``(recall_high, level)`` and the same for ``recall_far``."""
+    """A recall table with the ends of its 95 % intervals.
+
+    Args:
+        recalls: `frontiers.recall_table`.
+        replicas: Of the points that the table was made of; None leaves it as it is.
+        levels: The densities of the table.
+
+    Returns:
+        The table with columns ``(recall_low, level)``, ``(recall_high, level)`` and the same for ``recall_far``.
+    """
     if replicas is None or recalls.empty:
         return recalls
     added: dict[Any, list[float]] = {}
@@ -133,9 +173,17 @@ def _flat(columns: dict[Any, list[float]]) -> pd.Index:
 def ratio_difference(
     first: np.ndarray, second: np.ndarray, weights: np.ndarray, replicas: int = REPLICAS, seed: int = SEED
 ) -> tuple[float, float]:
-    """95 % interval of ``(Σ first − Σ second) / Σ weights`` over documents drawn again, each ``(documents,)``.
+    """95 % interval of ``(Σ first − Σ second) / Σ weights`` over documents drawn again.
 
-    NaN where there are fewer than `LEAST` documents.
+    Args:
+        first: ``(documents,)``, sums of a measure.
+        second: ``(documents,)``, those that are subtracted.
+        weights: ``(documents,)``, what the sums are divided by, such as numbers of tokens.
+        replicas: How many.
+        seed: Of the draws.
+
+    Returns:
+        Both ends; NaN where there are fewer than `LEAST` documents.
     """
     if len(weights) < LEAST:
         return float("nan"), float("nan")

@@ -73,7 +73,14 @@ def ours_minus_published(
 ) -> pd.DataFrame:
     """The best sub-quadratic pattern of ours minus the best published one, each with the surroundings that help it most.
 
-    One row per density; which two are compared is decided on all documents, the interval is of their difference.
+    Args:
+        points: `frontiers.points`.
+        replicas: Of these points; None where there are no intervals.
+        levels: Shares of the allowed pairs.
+        measure: ``recall`` or ``recall_far``.
+
+    Returns:
+        One row per density; which two are compared is decided on all documents, the interval is of their difference.
     """
     recalls = recall_table(points, levels)
     family = recalls["pattern"].map(family_of) if len(recalls) else pd.Series(dtype=object)

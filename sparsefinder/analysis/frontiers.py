@@ -26,10 +26,17 @@ _NOT_SETTINGS = {*MEASURES, *_PLACE, *_SURROUNDINGS, "pattern", "causal", "alpha
 
 
 def points(metrics: pd.DataFrame) -> pd.DataFrame:
-    """``score/metrics`` → one row per configuration, each measure averaged over layers and heads where it is defined.
+    """Average each measure of each configuration over layers and heads, where it is defined.
 
-    Added are ``density`` (1 − sparsity), ``surroundings`` (the window and global tokens in words, empty without them) and
-    ``label`` (the pattern and those of its settings that vary). Tables of several runs (`tables.collect`) may be given.
+    Args:
+        metrics: ``score/metrics``; tables of several runs (`tables.collect`) may be given.
+
+    Returns:
+        One row per configuration. Added are ``density`` (1 − sparsity), ``surroundings`` (the window and global tokens in
+        words, empty without them) and ``label`` (the pattern and those of its settings that vary).
+
+    Raises:
+        UserError: A column that is needed is not there.
     """
     missing = [name for name in ("configuration", "pattern", "sparsity", "recall") if name not in metrics]
     if missing:
@@ -93,10 +100,19 @@ def frontier(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def at_levels(density: np.ndarray, recall: np.ndarray, values: np.ndarray, levels: Sequence[float]) -> np.ndarray:
-    """``values`` on the frontier of points at shares of the allowed pairs, ``(..., levels)`` from arrays ``(..., points)``.
+    """Values on frontiers, at shares of the allowed pairs.
 
-    On the straight line between the neighbouring points that no other point beats; NaN where the frontier does not reach a
-    level. A frontier that ends in recall 1 keeps it with more pairs.
+    On the straight line between the neighbouring points that no other point beats. A frontier that ends in recall 1 keeps it
+    with more pairs.
+
+    Args:
+        density: ``(..., points)``, shares of the allowed pairs.
+        recall: ``(..., points)``, which decides what point beats what other.
+        values: ``(..., points)``, what is read off; ``recall`` itself, or another measure of the same points.
+        levels: Shares of the allowed pairs.
+
+    Returns:
+        ``(..., levels)``; NaN where a frontier does not reach a level.
     """
     order = np.lexsort((-recall, density), axis=-1)
     density, recall, values = (np.take_along_axis(x, order, -1) for x in (density.round(12), recall, values))
@@ -126,7 +142,16 @@ def at_levels(density: np.ndarray, recall: np.ndarray, values: np.ndarray, level
 
 
 def recalls_at(group: pd.DataFrame, densities: Sequence[float], measure: str = "recall") -> np.ndarray:
-    """``measure`` of the points of one pattern at shares of the allowed pairs, see `at_levels`."""
+    """A measure on the frontier of one pattern, see `at_levels`.
+
+    Args:
+        group: Rows of `points`, those of the pattern.
+        densities: Shares of the allowed pairs.
+        measure: A column, such as ``recall`` or ``recall_far``.
+
+    Returns:
+        ``(densities,)``; NaN where the frontier does not come there.
+    """
     known = group.dropna(subset=["sparsity", "recall"])
     if known.empty or measure not in known:
         return np.full(len(densities), np.nan)
@@ -135,10 +160,15 @@ def recalls_at(group: pd.DataFrame, densities: Sequence[float], measure: str = "
 
 
 def recall_table(table: pd.DataFrame, densities: Sequence[float]) -> pd.DataFrame:
-    """`points` → one row per pattern and surroundings: recall and far recall of its frontier at each of the densities.
+    """Recall and far recall of each pattern's frontier at equal density.
 
-    Columns ``(measure, density)`` hold NaN where the frontier does not come there; ``rows`` are the places of its points in
-    the table. Patterns that always take every pair are left out.
+    Args:
+        table: `points`.
+        densities: Shares of the allowed pairs.
+
+    Returns:
+        One row per pattern and surroundings. Columns ``(measure, density)`` hold NaN where the frontier does not come there;
+        ``rows`` are the indices of its points in the table. Patterns that always take every pair are left out.
     """
     columns = ["pattern", "surroundings", "quadratic", "configurations", "defined", "rows"]
     rows = []
@@ -157,10 +187,14 @@ def recall_table(table: pd.DataFrame, densities: Sequence[float]) -> pd.DataFram
 
 
 def comparable(table: pd.DataFrame, most: int = 3) -> pd.DataFrame:
-    """One configuration of each of the ``most`` best patterns, chosen where all patterns name about equally many pairs.
+    """One configuration of each of the best patterns, chosen where all patterns name about equally many pairs.
 
     The density is the one between 5 and 50 % to which the patterns come closest together; the best are those whose recall
     lies highest above their density, which is what chance would recall.
+
+    Args:
+        table: `points`.
+        most: How many patterns.
     """
     usable = table[(table["pattern"].map(family_of) != BOUNDS) & table["density"].between(1e-4, 0.9)]
     if usable.empty:
@@ -188,9 +222,13 @@ def references(table: pd.DataFrame, density: float) -> pd.DataFrame:
 
 
 def broken_curves(table: pd.DataFrame, tolerance: float = 0.01) -> list[str]:
-    """Sweeps of one setting along which recall *rises* with sparsity by more than ``tolerance``, in words.
+    """Sweeps of one setting along which recall *rises* with sparsity, in words.
 
     A sweep is three points or more that differ in one numeric setting alone; seeds are no sparsity parameter.
+
+    Args:
+        table: `points`.
+        tolerance: By how much recall may rise, as a share of the gold edges.
     """
     lines = []
     for (pattern, surroundings), group in table.groupby(["pattern", "surroundings"], sort=False):

@@ -45,7 +45,9 @@ class Corpus(Protocol):
 class TokenBlocks:
     """Token ids of many blocks, ragged: block ``i`` is ``ids[starts[i]:starts[i + 1]]``, special tokens included.
 
-    ``ids``: ``(tokens,)`` int32. ``starts``: ``(blocks + 1,)`` int64.
+    Args:
+        ids: ``(tokens,)`` int32.
+        starts: ``(blocks + 1,)`` int64.
     """
 
     ids: Tensor
@@ -71,19 +73,44 @@ class TokenBlocks:
         return TokenBlocks(self.ids[: starts[-1]], starts)
 
     def batch(self, indices: Sequence[int], pad_token_id: int) -> tuple[Tensor, Tensor]:
-        """Some blocks padded on the right to the longest: ids ``(B, N)`` int64 and valid ``(B, N)`` bool."""
+        """Some blocks padded on the right to the longest.
+
+        Args:
+            indices: Of ``B`` blocks.
+            pad_token_id: What they are filled up with.
+
+        Returns:
+            Ids ``(B, N)`` int64 and valid ``(B, N)`` bool.
+        """
         return pad([self[index] for index in indices], pad_token_id)
 
 
 def pad(rows: Sequence[Tensor], value: int) -> tuple[Tensor, Tensor]:
-    """Ragged rows ``(n_i,)`` as one ``(B, N)`` tensor filled up with ``value``, and valid ``(B, N)`` bool."""
+    """Ragged rows as one tensor, padded on the right.
+
+    Args:
+        rows: ``B`` tensors ``(n_i,)``.
+        value: What they are filled up with.
+
+    Returns:
+        The rows ``(B, N)``, and valid ``(B, N)`` bool.
+    """
     lengths = torch.tensor([len(row) for row in rows])
     padded = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)
     return padded, torch.arange(padded.shape[1])[None] < lengths[:, None]
 
 
 def block_length(asked: int | None, most: int, setting: str) -> int:
-    """``asked`` tokens for a block, or ``most``, what the model can take; a `UserError` that names the setting beyond that."""
+    """How many tokens a block has.
+
+    Args:
+        asked: The setting's value; None for the most.
+        most: Tokens that the model can take.
+        setting: Its name, for messages.
+
+    Raises:
+        UserError: More was asked for than the model can take, or too little.
+    """
     if asked is not None and asked > most:
         raise UserError(f"{setting}={asked}, but the model takes at most {most} tokens: give {most} or fewer")
     if asked is not None and asked < _SHORTEST:
@@ -99,16 +126,27 @@ def token_blocks(
     limit: int | None = None,
     cache: Path | str | None = None,
 ) -> TokenBlocks:
-    """The documents of ``split`` cut into blocks of at most ``length`` tokens, special tokens included.
+    """The documents of a split cut into blocks, special tokens included.
 
     A block never holds text of two documents, unless the corpus says ``pack``: then documents follow each other, a separator
-    between two, and are cut where a block is full, so that every block but the last is. As in RoBERTa's FULL-SENTENCES (Liu et
-    al. 2019) the documents of a block see each other; unlike there a cut may fall inside a sentence.
+    between two, and are cut where a block is full, so that every block but the last is. As in RoBERTa's FULL-SENTENCES the
+    documents of a block see each other; unlike there a cut may fall inside a sentence. Blocks of nothing but special tokens,
+    of words that the tokenizer does not know, are left out.
 
-    Documents come in an order that is shuffled once and for all, so the first
-    ``limit`` blocks are a fair sample, and the same blocks for any larger ``limit``. With ``cache``, a folder, blocks are kept
-    there, by the content of corpus and tokenizer. Blocks of nothing but special tokens, of words that the tokenizer does not
-    know, are left out. Raises a `UserError` where nothing remains.
+    Args:
+        corpus: The text.
+        tokenizer: One of the tokenizers library.
+        split: ``train``, ``validation`` or ``test``.
+        length: Most tokens of a block.
+        limit: Most blocks; None for all. Documents come in an order that is shuffled once and for all, so the first blocks
+            are a fair sample, and the same ones for any larger ``limit``.
+        cache: A folder in which blocks are kept, by the content of corpus and tokenizer; None to make them anew.
+
+    Raises:
+        UserError: Nothing remains, or the tokenizer is a slow one.
+
+    Source:
+        FULL-SENTENCES: Liu et al. 2019, "RoBERTa".
     """
     if length < _SHORTEST:
         raise UserError(f"blocks of {length} tokens are too short; choose {_SHORTEST} or more")
@@ -238,7 +276,20 @@ def _key(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, split: str, length:
 
 
 def draw(available: int, wanted: int, seed: int, what: str) -> list[int]:
-    """``wanted`` of ``available`` indices, drawn by the seed and sorted; a larger draw contains a smaller one."""
+    """Draw indices by a seed; a larger draw contains a smaller one.
+
+    Args:
+        available: How many there are.
+        wanted: How many are drawn.
+        seed: Of the draw.
+        what: What has them, for messages.
+
+    Returns:
+        The indices, rising.
+
+    Raises:
+        UserError: More are wanted than there are.
+    """
     if wanted > available:
         raise UserError(f"nsamples={wanted}, but {what} has only {available} blocks: ask for fewer, or give more text")
     order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))

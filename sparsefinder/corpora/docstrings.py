@@ -62,10 +62,15 @@ class Docstrings:
             raise UserError(f"corpus=docstrings names {', '.join(twice)} twice: a package belongs to one split only")
 
     def documents(self, split: str, cache: Path | str | None = None) -> Iterator[str]:
-        """The documents of ``split``; with ``cache``, a folder, they are kept there and read from there the next time.
+        """The documents of a split.
 
-        Without, the sources of all the packages are read (some 30 seconds). Packages that are not installed are left out
-        with a warning; a `UserError` if too little text remains.
+        Args:
+            split: ``train``, ``validation`` or ``test``.
+            cache: A folder in which they are kept and from which they are read the next time; None reads the sources of all
+                the packages (some 30 seconds).
+
+        Raises:
+            UserError: Too little text remains; packages that are not installed are left out with a warning.
         """
         yield from (document for _, document in self.by_package(split, cache))
 

@@ -24,11 +24,14 @@ def split_documents(text: str) -> Iterator[str]:
 
 
 def documents_of(lines: Iterable[str], unit: str) -> Iterator[str]:
-    """The documents of a text, given by its lines, where a document is a ``unit``: one of `UNITS`.
+    """The documents of a text, stripped, none of them empty.
 
-    title: from one title in WikiText's form (`` = Title = ``) to the next. blank_line: what stands between blank lines.
-    line: every line. file: all of it, in parts of about a million characters where it is longer, because a tokenizer takes
-    some thousand bytes for each word of what it reads at once. Lines are stripped, and empty ones left out.
+    Args:
+        lines: Of the text.
+        unit: What a document is, one of `UNITS`. title, from one title in WikiText's form (`` = Title = ``) to the next;
+            blank_line, what stands between blank lines; line, every line; file, all of it, in parts of about a million
+            characters where it is longer, because a tokenizer takes some thousand bytes for each word of what it reads at
+            once.
     """
     cuts = _CUTS[unit]
     part: list[str] = []

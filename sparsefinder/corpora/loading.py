@@ -8,7 +8,19 @@ from sparsefinder.storage import hub
 
 
 def load_split(label: str, path: str, name: str | None, split: str, local: bool = False, **options: Any) -> Any:
-    """The rows of a split. ``label``: the corpus in messages. ``local``: of files that are here, nothing is downloaded."""
+    """The rows of a split, downloaded or from the cache of ``datasets``.
+
+    Args:
+        label: The corpus, for messages.
+        path: Name of the data set on the hub, or a reader of files.
+        name: Its configuration; None for the only one.
+        split: In the syntax of ``datasets``.
+        local: Whether it is read from files that are here, so that nothing is downloaded.
+        options: Handed to ``datasets.load_dataset``.
+
+    Raises:
+        UserError: It cannot be loaded, in one line.
+    """
     from datasets import DownloadConfig, load_dataset  # half a second to import, and only needed here
     from datasets.utils.logging import CRITICAL, disable_progress_bar, set_verbosity
 

@@ -25,10 +25,21 @@ Batch = dict[str, Tensor]  # input_ids (B, N) int64 with tokens masked; attentio
 
 @dataclass(frozen=True)
 class Masking:
-    """BERT's recipe (Devlin et al. 2019): of the chosen tokens 80 % become the mask, 10 % random, 10 % stay.
+    """BERT's recipe: of the chosen tokens 80 % become the mask, 10 % random, 10 % stay.
 
     One departure: exactly ``fraction`` of a block's ordinary tokens are chosen (rounded, at least one), where BERT's code
     chooses each with that probability; equal in the mean, with less noise, and no block goes unasked.
+
+    Args:
+        mask_token_id: Id of the mask.
+        vocabulary: Number of ids, from which random tokens are drawn.
+        special: Ids that are never chosen.
+        fraction: Share of the ordinary tokens that are chosen, between 0 and 1.
+        masked: Share of the chosen tokens that are replaced by the mask.
+        random: Share of them that are replaced by a random token; the others stay.
+
+    Source:
+        Devlin et al. 2019, "BERT".
     """
 
     mask_token_id: int
@@ -57,7 +68,16 @@ class Masking:
         return cls(tokenizer.mask_token_id, len(tokenizer), tuple(sorted(tokenizer.all_special_ids)), fraction)
 
     def __call__(self, ids: Tensor, seed: int, example: int) -> tuple[Tensor, Tensor]:
-        """Inputs and labels, ``(n,)`` int64 each, of block ``ids (n,)``; the same for the same ``seed`` and ``example``."""
+        """Mask one block; the same for the same seed and example.
+
+        Args:
+            ids: ``(n,)`` int64.
+            seed: Of all draws.
+            example: Number of the block, or of the example in training.
+
+        Returns:
+            Inputs and labels, ``(n,)`` int64 each; labels are `IGNORED` where nothing is asked.
+        """
         ordinary = ~torch.isin(ids, torch.tensor(self.special))
         chance, kind, token = (
             uniform(seed, stream, torch.tensor(example), torch.arange(len(ids))) for stream in range(3)
@@ -78,9 +98,17 @@ def masked_batches(
     seed: int = 0,
     batch_size: int = 16,
 ) -> list[Batch]:
-    """All blocks in order, masked and padded on the right. What is masked depends on ``seed`` and a block's index alone.
+    """All blocks in order, masked and padded on the right. What is masked depends on the seed and a block's index alone.
 
-    Raises a `UserError` where no token can be asked for.
+    Args:
+        blocks: Ids, ``(n_i,)`` int64 each.
+        tokenizer: Has a mask token and a padding token.
+        fraction: Share of the ordinary tokens that are asked for, between 0 and 1.
+        seed: Of the masks.
+        batch_size: Blocks of a batch; the last one may have fewer.
+
+    Raises:
+        UserError: No token can be asked for.
     """
     masking = Masking.of(tokenizer, fraction)
     examples = [masking(blocks[index], seed, index) for index in range(len(blocks))]

@@ -12,9 +12,14 @@ log = logging.getLogger(__name__)
 
 
 def check_contents(training: Mapping[str, bytes], held_out: Mapping[str, bytes]) -> None:
-    """Raise a `UserError` where a held-out file has the content of one to train on; contents are given by their hashes.
+    """Refuse a held-out file that has the content of one to train on.
 
-    Keys are what was typed, such as ``corpus.train=FILE``.
+    Args:
+        training: What was typed, such as ``corpus.train=FILE``, → hash of the file's content.
+        held_out: The same of the files that are held out.
+
+    Raises:
+        UserError: Two have the same content.
     """
     known = {content: name for name, content in training.items() if content != _NOTHING}
     for name, content in held_out.items():

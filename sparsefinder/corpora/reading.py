@@ -26,8 +26,16 @@ _MARK = "\ufeff"  # a byte order mark is no text
 
 
 def files_named(given: str | Sequence[str], split: str) -> list[Path]:
-    """The files of ``corpus.<split>``: a file, all files of a folder that are not hidden, those of a pattern such as
-    ``texts/*.txt`` (sorted by their paths), or a list of any of these, in its order. A `UserError` where there is none."""
+    """The files that a setting names.
+
+    Args:
+        given: A file, a folder (all its files that are not hidden), a pattern such as ``texts/*.txt`` (sorted by their
+            paths), or a list of any of these, in its order.
+        split: The setting, ``corpus.<split>``, for messages.
+
+    Raises:
+        UserError: There is none, or one is named twice.
+    """
     if isinstance(given, str):
         return list(_files_named(given, split))
     paths = [path for name in given for path in _files_named(str(name), split)]

@@ -12,7 +12,13 @@ SIZE = 10**9  # rows of a split, whose size is not known here: so many that a nu
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows ``first`` to ``end`` (exclusive) of the split ``name``, as if it had `SIZE`."""
+    """Rows of a split, as if it had `SIZE` of them.
+
+    Args:
+        name: Of the split.
+        first: First row.
+        end: Row after the last.
+    """
 
     name: str
     first: int = 0

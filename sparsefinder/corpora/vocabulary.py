@@ -19,10 +19,18 @@ SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # the ids 0 to 4; RoBERTa
 
 
 def train_tokenizer(documents: Iterable[str], size: int, max_length: int) -> PreTrainedTokenizerFast:
-    """A tokenizer of ``size`` tokens, special ones included, for at most ``max_length`` tokens of input.
+    """Train a tokenizer, byte-level, so that every text can be encoded; deterministic for the same documents in the same order.
 
-    Byte-level, so every text can be encoded; deterministic for the same documents in the same order. Words longer than
-    `_LONGEST` bytes are learned from in parts of that length, so the time is linear in the text, whatever the text is.
+    Words longer than `_LONGEST` bytes are learned from in parts of that length, so the time is linear in the text, whatever
+    the text is.
+
+    Args:
+        documents: What it learns from.
+        size: Tokens of the vocabulary, special ones included.
+        max_length: Most tokens of an input, which the tokenizer remembers.
+
+    Raises:
+        UserError: ``size`` has no room for all bytes and the special tokens.
     """
     if size < len(SPECIAL) + 256:
         raise UserError(f"vocabulary_size must be at least {len(SPECIAL) + 256} (bytes and special tokens), got {size}")

@@ -36,9 +36,14 @@ def of_score(
     replicas: Replicas | None = None,
     distance: str = "l2",
 ) -> list[Illustration]:
-    """What the artefact ``score`` in ``folder`` shows; figures whose data are not there are left out.
+    """What the artefact ``score`` shows; figures whose data are not there are left out.
 
-    ``distance``: the one that it measured against the number of buckets shared.
+    Args:
+        metrics: ``score/metrics``.
+        points: `frontiers.points` of them.
+        folder: Of the artefact, for the tables and maps beside.
+        replicas: Of the points; None leaves out the bands.
+        distance: The one that was measured against the number of shared buckets.
     """
     if points[["sparsity", "recall"]].dropna().empty:
         return []
@@ -66,7 +71,15 @@ def of_score(
 
 
 def of_evaluate(results: pd.DataFrame, manifest: Manifest | None) -> list[Illustration]:
-    """What the artefact ``evaluate`` shows: nothing where no variant has a token graph."""
+    """What the artefact ``evaluate`` shows.
+
+    Args:
+        results: ``evaluate/results``, as `frontiers.described` gives it.
+        manifest: Of the artefact, for numbers of blocks and tokens; None leaves them out.
+
+    Returns:
+        One figure, or none where no variant has a token graph.
+    """
     if "sparsity" not in results or results.loc[results["attention"] != "dense", "sparsity"].dropna().empty:
         return []
     facts = {} if manifest is None else manifest.facts

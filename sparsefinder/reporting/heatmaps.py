@@ -18,10 +18,13 @@ _WRITTEN = 150  # most cells of a grid whose numbers are still legible inside
 
 
 def layer_heads(gold: pd.DataFrame | None, recalls: Mapping[str, pd.DataFrame]) -> Figure:
-    """Gold sparsity, and the recall of each pattern (title → grid). A grid has a row per layer and a column per head.
+    """Gold sparsity, and the recall of each pattern, for every layer and head.
 
-    The recalls share one scale from 0 to 1; that of the gold sparsity begins at its lowest value. ``gold``: None where it was
-    not recorded.
+    The recalls share one scale from 0 to 1; that of the gold sparsity begins at its lowest value.
+
+    Args:
+        gold: A row per layer and a column per head; None where it was not recorded.
+        recalls: Title → grid of the same form.
     """
     grids = ([] if gold is None else [("gold sparsity", gold)]) + list(recalls.items())
     layers, heads = grids[0][1].shape
@@ -53,9 +56,12 @@ def layer_heads(gold: pd.DataFrame | None, recalls: Mapping[str, pd.DataFrame]) 
 
 
 def attention_maps(gold: np.ndarray, predicted: Mapping[str, np.ndarray], causal: bool = False) -> Figure:
-    """One head: its dense probabilities ``(n, n)``, and each predicted graph ``(n, n)`` bool compared with their support.
+    """One head: its dense probabilities, and predicted graphs compared with their support. Rows are queries, columns are keys.
 
-    ``predicted``: title → graph. Rows are queries, columns are keys; where ``causal``, keys after the query are not allowed.
+    Args:
+        gold: ``(n, n)``, probabilities.
+        predicted: Title → graph ``(n, n)`` bool.
+        causal: Whether keys after the query are not allowed.
     """
     support = gold > 0
     allowed = np.tri(len(gold)).sum() if causal else gold.size

@@ -18,10 +18,13 @@ _OTHER_ATTENTIONS = (("^", 62, False), ("D", 42, False), ("v", 62, False), ("P",
 
 
 def loss_sparsity(results: pd.DataFrame) -> Figure:
-    """Every variant of ``evaluate/results`` that has a token graph; dense attention as horizontal lines.
+    """Loss against sparsity of every variant that has a token graph; dense attention as horizontal lines.
 
     Colour: the pattern, of more than `FEW` only ours, the published ones and the bounds; marker: the attention that ran it. A
     panel for each surroundings.
+
+    Args:
+        results: ``evaluate/results``, as `frontiers.described` gives it.
     """
     variants = results[results["attention"] != "dense"].dropna(subset=["sparsity"])
     attentions = list(dict.fromkeys(variants["attention"]))
@@ -72,7 +75,12 @@ def dense_losses(results: pd.DataFrame) -> list[tuple[str, float, str]]:
 
 
 def distance_histogram(histogram: pd.DataFrame, distance: str) -> Figure:
-    """``score/distance_histogram`` of one quantization: a panel for each number of buckets that a pair shares."""
+    """Distances of pairs, in a panel for each number of buckets that a pair shares.
+
+    Args:
+        histogram: ``score/distance_histogram``, the rows of one quantization.
+        distance: Its name in words.
+    """
     with style():
         numbers = sorted(histogram["shared"].unique())
         figure = blank(7.6, 0.9 + 1.1 * len(numbers))
@@ -87,9 +95,13 @@ def distance_histogram(histogram: pd.DataFrame, distance: str) -> Figure:
 
 
 def bucket_sharing(shared: pd.DataFrame, distance: str = "l2") -> Figure:
-    """``score/shared_buckets``: distance of a projected pair, and how often it is an edge, by shared buckets.
+    """Distance of a projected pair, and how often it is an edge, by shared buckets.
 
     A line for each quantization, over all layers; the dotted line is the share of gold edges among all pairs.
+
+    Args:
+        shared: ``score/shared_buckets``.
+        distance: The distance that was measured, by its setting's name.
     """
     with style():
         figure = blank(7.6, 3.5)

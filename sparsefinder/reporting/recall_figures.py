@@ -45,11 +45,14 @@ _TICKS = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005)
 
 
 def recall_sparsity(points: pd.DataFrame, replicas: Replicas | None = None) -> Figure:
-    """Every configuration of `frontiers.points` and the frontier of each pattern; a panel for each surroundings.
+    """Every configuration and the frontier of each pattern; a panel for each surroundings.
 
     Of more than `FEW` patterns only those of `highlighted` have colours. Patterns that were run without window and global
     tokens only (oracle, random, …) appear in every panel. Open markers and dashed lines: the pattern compares every pair.
-    Bands: 95 % intervals of the frontiers.
+
+    Args:
+        points: `frontiers.points`.
+        replicas: Of the points, for bands of 95 % intervals; None leaves them out.
     """
     chosen = highlighted(points)
     panels = panels_of(points)
@@ -75,7 +78,11 @@ def recall_sparsity(points: pd.DataFrame, replicas: Replicas | None = None) -> F
 def recall_by_family(points: pd.DataFrame, replicas: Replicas | None = None) -> Figure:
     """A panel for each family of patterns, each pattern in a colour, with the same bounds in all of them.
 
-    Patterns alone; those that were only run with a window or global tokens, with them.
+    Patterns without window and global tokens; those that were only run with them, with them.
+
+    Args:
+        points: `frontiers.points`.
+        replicas: Of the points, for bands of 95 % intervals; None leaves them out.
     """
     alone = points.groupby("pattern")["surroundings"].transform(lambda words: (words == "").any())
     shown = points[~alone | (points["surroundings"] == "")]

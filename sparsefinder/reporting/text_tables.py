@@ -38,9 +38,13 @@ _FACTS: dict[tuple[str, str], tuple[str, Callable[[Any], str]]] = {
 def recall_lines(
     table: pd.DataFrame, densities: Sequence[float], replicas: Replicas | None = None, far: bool = True
 ) -> pd.DataFrame:
-    """`frontiers.points` → recall of each pattern's frontier at equal density, as text.
+    """Recall of each pattern's frontier at equal density, as text.
 
-    After ±, half the width of its 95 % interval; in brackets the ``far`` recall.
+    Args:
+        table: `frontiers.points`.
+        densities: Shares of the allowed pairs.
+        replicas: Of the points: half the width of the 95 % interval stands after ±; None leaves it out.
+        far: Whether far recall stands in brackets.
     """
     numbers = with_intervals(recall_table(table, densities), replicas, densities)
     gold = gold_density(table)

@@ -25,7 +25,14 @@ RECORD = "measured.json"
 
 @dataclass(frozen=True)
 class Item:
-    """One thing to be measured. ``what``: its settings, by the field of the stage's settings that they stand in, as JSON."""
+    """One thing to be measured.
+
+    Args:
+        what: Its settings, by the field of the stage's settings that they stand in, as JSON.
+        how: Settings that make it another measurement of the same.
+        needs: Artefacts that it is measured with.
+        rows: What its rows are called in the tables.
+    """
 
     what: Mapping[str, Any]
     how: Mapping[str, Any]  # settings that make it another measurement of the same
@@ -120,7 +127,12 @@ class Table:
         return 1 + max((row for item in self.held for row in item.rows), default=-1)
 
     def grown(self, new: pd.DataFrame, name: str) -> pd.DataFrame:
-        """The rows of the table ``name`` that stay, and below them the new ones, whose numbers began with zero."""
+        """The rows that stay, and below them the new ones.
+
+        Args:
+            new: What was measured now, its ``configuration`` counted from zero.
+            name: Of the table, without its suffix.
+        """
         from sparsefinder.storage import tables
 
         if self.folder is None:
@@ -130,7 +142,12 @@ class Table:
         )
 
     def staying(self, name: str, column: str) -> pd.DataFrame:
-        """The rows of the table ``name`` that stay; ``column`` says which they are."""
+        """The rows that stay.
+
+        Args:
+            name: Of the table, without its suffix.
+            column: The one that says what a row is called.
+        """
         import pandas as pd
 
         assert self.folder is not None

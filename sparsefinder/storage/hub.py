@@ -39,9 +39,13 @@ def in_words(error: Exception) -> str:
 
 
 def refusal(label: str, error: Exception, failed: str, offline: str = "") -> UserError:
-    """What to say where something named by ``label`` could not be loaded.
+    """What to say where something could not be loaded.
 
-    ``offline``: what was not in the cache and what to do instead; empty where the hub was asked, or not needed.
+    Args:
+        label: What it is called in messages.
+        error: What its loader raised.
+        failed: What did not work, such as `` cannot be read on``.
+        offline: What was not in the cache and what to do instead; empty where the hub was asked, or not needed.
     """
     if offline:
         return UserError(f"{label}: the Hugging Face hub cannot be reached, and {offline}")

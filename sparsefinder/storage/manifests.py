@@ -25,7 +25,20 @@ _LARGEST = 64 << 20  # bytes of a manifest that is read at all; an ordinary one 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an artefact was made from. ``content`` is the SHA-256 of its bytes, ``stat`` the sizes and times it had then."""
+    """What an artefact was made from.
+
+    Args:
+        artefact: Its name.
+        stage: The stage that made it.
+        settings: All settings of that stage, resolved.
+        parents: Name → hash of what it read.
+        content: SHA-256 of the artefact's bytes.
+        stat: Sizes and times of its files when it was finished, see `file_stats`.
+        seed: Of the stage; None where it draws nothing.
+        versions: Of Python and the packages.
+        facts: What the stage noted, such as a validation loss.
+        created: Time in UTC, ISO 8601.
+    """
 
     artefact: str
     stage: str

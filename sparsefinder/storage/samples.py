@@ -52,7 +52,13 @@ class Scaled:
 
 @dataclass(frozen=True)
 class Samples:
-    """Ragged queries and keys of all layers: ``q[i]``, ``k[i]`` are ``(L, H, n_i, D)`` without padding."""
+    """Ragged queries and keys of all layers.
+
+    Args:
+        q: Queries of each sample, ``(L, H, n_i, D)`` without padding.
+        k: Keys of each sample, of the same shape.
+        source: Where they come from, for messages.
+    """
 
     q: Sequence[Layers]
     k: Sequence[Layers]
@@ -77,7 +83,16 @@ class Samples:
         return next(self.layers(index, causal, only=[layer]))
 
     def layers(self, index: int, causal: bool = False, only: Sequence[int] | None = None) -> Iterator[QK]:
-        """The layers of one sample (all of them, or ``only`` those), each a batch of one, float32, taken when asked for."""
+        """The layers of one sample, each a batch of one, float32, taken when asked for.
+
+        Args:
+            index: Which sample.
+            causal: Whether queries may attend to no later key.
+            only: Layers to take; None for all.
+
+        Raises:
+            UserError: A value is NaN or infinite.
+        """
         for layer in range(self.shape[0]) if only is None else only:
             q, k = self.q[index][layer].float(), self.k[index][layer].float()
             # a sum of numbers is a number unless it overflows, and takes a fifth of the time of looking at each
@@ -98,7 +113,11 @@ class Samples:
         return (list(self.layers(index)) for index in range(len(self)))
 
     def with_queries_times(self, scale: float | str) -> Samples:
-        """Queries multiplied by a number, or by √D with ``sqrt_d``: those of fairseq's models are stored divided by it."""
+        """Queries multiplied by a number: those of fairseq's models are stored divided by √D.
+
+        Args:
+            scale: The number, or ``sqrt_d`` for √D.
+        """
         factor = math.sqrt(self.shape[2]) if scale == "sqrt_d" else float(scale)
         return Samples([Scaled(sample, factor) for sample in self.q], self.k, self.source)
 
@@ -121,8 +140,12 @@ class Samples:
 def load_samples(path: Path | str) -> Samples:
     """Queries and keys in a file (ours or the published Sparsefinder's), or in a folder of files.
 
-    Raises a `UserError` in one line for a file that is missing, truncated, carries code, has another structure, or whose
-    shapes or ``length_src`` disagree. Values are checked when a sample is taken.
+    Args:
+        path: A file, or a folder of files ``*.pt`` in the order of their names.
+
+    Raises:
+        UserError: A file is missing, truncated, carries code, has another structure, or its shapes or ``length_src``
+            disagree. Values are checked when a sample is taken.
     """
     path = Path(path)
     if not path.is_dir():
@@ -170,7 +193,13 @@ def _load_file(path: Path) -> Samples:
 
 
 class ShardWriter:
-    """Samples into files ``<prefix>00000.pt``, … of ``folder``: a file as soon as there are ``size`` bytes for it."""
+    """Samples into files ``<prefix>00000.pt``, …, one as soon as there is enough for it.
+
+    Args:
+        folder: Where they go.
+        prefix: Of their names.
+        size: Of a file, in bytes.
+    """
 
     def __init__(self, folder: Path | str, prefix: str, size: int):
         self.folder, self.prefix, self.size = Path(folder), prefix, size

@@ -12,9 +12,15 @@ from sparsefinder.storage.samples import Samples, load_samples
 
 
 def by_length(samples: Samples, bounds: Sequence[int]) -> dict[str, Samples]:
-    """Samples of at least ``bounds[i]`` and less than ``bounds[i + 1]`` tokens, named ``10-20``; the last ones, ``40-up``.
+    """Samples by their number of tokens.
 
-    Those shorter than the first bound are left out, and so are bins without a sample.
+    Args:
+        samples: Queries and keys.
+        bounds: Rising numbers of tokens: a bin holds those of at least ``bounds[i]`` and less than ``bounds[i + 1]``.
+
+    Returns:
+        Bins by names such as ``10-20``, the last one ``40-up``. Those shorter than the first bound are left out, and so are
+        bins without a sample.
     """
     if not bounds or bounds[0] < 0 or any(low >= high for low, high in pairwise(bounds)):
         raise UserError(f"lengths={list(bounds)}: give numbers of tokens that rise, such as 10 20 30 40")

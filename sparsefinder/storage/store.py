@@ -98,10 +98,15 @@ def missing(pattern: str, name: str) -> UserError:
 class Store:
     """The artefacts of one run.
 
-    ``run_dir``: where new artefacts go. ``given``: artefacts that the user named by path; they are read, never written.
-    ``base``: the run directory of which this one is a variation (a point of a sweep): what is not here is looked for there,
-    and nothing is ever written there. ``query_scale``: a number, or ``sqrt_d``, by which the queries of files that are given
-    are to be multiplied.
+    Args:
+        run_dir: Where new artefacts go.
+        given: Artefacts that the user named by path; they are read, never written.
+        base: The run directory of which this one is a variation (a point of a sweep): what is not here is looked for there,
+            and nothing is ever written there.
+        query_scale: A number, or ``sqrt_d``, by which the queries of files that are given are to be multiplied; None for 1.
+
+    Raises:
+        UserError: ``query_scale`` is no positive number, or there is nothing that it is for.
     """
 
     def __init__(
@@ -239,7 +244,15 @@ class Store:
     def finish(
         self, name: str, stage: str, settings: dict[str, Any], parents: dict[str, str], seed: int | None
     ) -> None:
-        """Write the manifest of ``name``: from now on it is finished."""
+        """Write the manifest of an artefact: from now on it is finished.
+
+        Args:
+            name: Of the artefact, whose file or folder is in place.
+            stage: The stage that made it.
+            settings: All settings of that stage, resolved.
+            parents: Name → hash of what it read.
+            seed: Of the stage; None where it draws nothing.
+        """
         target = self.run_dir / ARTEFACTS[name].path
         stat = file_stats(target)  # before the hash: a change in between is seen the next time
         manifest = Manifest(

@@ -24,9 +24,12 @@ _NOT_OF_A_POINT = ("stage=", "run_dir=", "hydra.", "hydra/")
 
 @dataclass(frozen=True)
 class Point:
-    """One point: the ``settings`` of the command line (``key=value``) that it has, below the ``run_dir`` of the sweep.
+    """One point of a sweep.
 
-    ``swept``: the keys that differ from point to point.
+    Args:
+        run_dir: Of the sweep.
+        settings: Those of the command line that it has, ``key=value``.
+        swept: The keys that differ from point to point.
     """
 
     run_dir: Path
@@ -65,7 +68,11 @@ class Point:
 class Status:
     """What became of a point.
 
-    ``state``: `STARTED`, `DONE` or `FAILED`, empty where it was never started. ``error``: one line. ``point``: its name.
+    Args:
+        state: `STARTED`, `DONE` or `FAILED`; empty where it was never started.
+        error: What failed, in one line.
+        traceback: Of an error that nobody expected.
+        point: Name of the point.
     """
 
     state: str = ""

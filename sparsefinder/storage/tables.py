@@ -36,19 +36,34 @@ def write(table: pd.DataFrame, folder: Path | str, name: str) -> None:
 
 
 def collect(run_dir: Path | str, table: str = "score/metrics") -> pd.DataFrame:
-    """Join one table of all finished runs at and below ``run_dir``, the points of a sweep for instance.
+    """Join one table of all finished runs at and below a folder, the points of a sweep for instance.
 
-    ``table``: ``score/metrics``, ``evaluate/results`` or ``evaluate/layers``. A column ``run`` holds each row's folder. A run
-    without a manifest is not finished and is left out. Raises `UserError` where there is none.
+    Args:
+        run_dir: The folder; a run without a manifest is not finished and is left out.
+        table: ``score/metrics``, ``evaluate/results`` or ``evaluate/layers``.
+
+    Returns:
+        All rows; the column ``run`` holds each row's folder.
+
+    Raises:
+        UserError: There is no such table, or one was damaged.
     """
     root = Path(run_dir)
     return join([_read(folder, table, str(folder.relative_to(root))) for folder in _finished(root, table)])
 
 
 def collect_runs(run_dirs: Sequence[Path | str], table: str = "score/metrics") -> pd.DataFrame:
-    """As `collect`, for several folders: ``run`` starts with the folder as it was given, ``point`` says what a sweep set.
+    """As `collect`, for several folders. A run that is below two of them is there once.
 
-    A run that is below two of the folders is there once. Raises `UserError` for a folder below which nothing is finished.
+    Args:
+        run_dirs: The folders.
+        table: As in `collect`.
+
+    Returns:
+        All rows; ``run`` starts with the folder as it was given, ``point`` says what a sweep set.
+
+    Raises:
+        UserError: Nothing is finished below one of the folders, or a table was damaged.
     """
     parts, met = [], set()
     for root in map(Path, run_dirs):

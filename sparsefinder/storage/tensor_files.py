@@ -31,7 +31,15 @@ _MOST_COPIES = 8  # times that a file's tensors together may exceed it: shared t
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file; ``tensor[i]`` reads its part ``i`` along the first axis. ``identity``: of the file that was opened."""
+    """A tensor in a file; ``tensor[i]`` reads its part ``i`` along the first axis.
+
+    Args:
+        path: The file.
+        offset: Byte at which the tensor begins.
+        shape: Of the whole tensor.
+        dtype: Of its numbers.
+        identity: Of the file that was opened, so that another one under its name is noticed.
+    """
 
     path: Path
     offset: int
@@ -70,7 +78,15 @@ def save_tensors(content: Any, path: Path | str) -> None:
 
 
 def load_tensors(path: Path | str, what: str) -> Any:
-    """The content of a file, its tensors mapped, not read; one clear `UserError` for whatever is wrong with it."""
+    """The content of a file of `torch.save`, its tensors mapped, not read.
+
+    Args:
+        path: The file.
+        what: What it should hold, for messages.
+
+    Raises:
+        UserError: Whatever is wrong with it, in one line.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: there is no such file of {what}")
@@ -99,9 +115,15 @@ def load_tensors(path: Path | str, what: str) -> Any:
 
 
 def stored(path: Path | str, content: Any, tensors: Sequence[Tensor]) -> Sequence[Tensor | StoredTensor]:
-    """The positions in ``path`` of some ``tensors`` of the ``content`` that `load_tensors` gave.
+    """Where tensors lie in a file.
 
-    Tensors without a position, as in files of old versions of torch, stay as they are.
+    Args:
+        path: The file.
+        content: What `load_tensors` gave.
+        tensors: Some of its tensors.
+
+    Returns:
+        Their positions. Tensors without a position, as in files of old versions of torch, stay as they are.
     """
     path = Path(path)
     if not zipfile.is_zipfile(path) or not all(tensor.is_contiguous() for tensor in tensors):
