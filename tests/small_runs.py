@@ -124,6 +124,7 @@ def make_evaluated(store: Store, rows: tuple[dict[str, Any], ...] = RESULTS) -> 
     for end, away in (("low", -0.02), ("high", 0.02)):
         table[f"loss_minus_entmax_{end}"] = table["loss_minus_entmax"] + away
     table["speed_against_dense"] = table["latency_ms"].iloc[0] / table["latency_ms"]
+    table["speed_against_softmax"] = table["latency_ms"].iloc[1] / table["latency_ms"]
     with store.writing("evaluate") as folder:
         folder.mkdir()
         tables.write(table, folder, "results")

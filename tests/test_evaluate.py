@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from sparsefinder import calibrate, evaluate, extract, kmeans_centroids, models, pipeline, quantization, report
-from sparsefinder.attention import Bucketed, Masked
+from sparsefinder.attention import Bucketed, Dense, Masked
 from sparsefinder.calibrate import CalibrateSettings, Dialled
 from sparsefinder.corpora import TextFiles, token_blocks
 from sparsefinder.corpora.blocks import draw
@@ -27,6 +27,7 @@ from sparsefinder.extract import ExtractSettings
 from sparsefinder.finetune import FinetuneSettings, NewModel
 from sparsefinder.finetune import run as finetune
 from sparsefinder.graphs import QK
+from sparsefinder.models.transformers_internals import attention_name
 from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.patterns.distance import Distance
 from sparsefinder.patterns.kmeans import KMeans
@@ -177,6 +178,31 @@ class TestEvaluate:
         for place, name in enumerate(("entmax", "softmax")):
             expected = results.loss - results.loss[place]
             pd.testing.assert_series_equal(results[f"loss_minus_{name}"], expected, check_names=False)
+
+    def test_dense_is_exact_entmax_and_softmax_is_that_of_transformers(
+        self,
+        tables: tuple[pd.DataFrame, pd.DataFrame],
+        store: Store,
+        corpus: TextFiles,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        results = tables[0]
+        assert results.speed_against_dense[0] == results.speed_against_softmax[1] == 1
+        ratio = results.latency_ms[1] / results.latency_ms
+        pd.testing.assert_series_equal(results.speed_against_softmax, ratio, check_names=False)
+        timed = []
+
+        def measured(model: Any, attention: Any, *others: Any) -> Any:
+            timed.append((attention, attention_name(model.config), models.get_normalizer(model)))
+            return quality_and_cost(model, attention, *others)
+
+        quality_and_cost = evaluate.quality_and_cost
+        monkeypatch.setattr(evaluate, "quality_and_cost", measured)
+        settings = EvaluateSettings(corpus, (CONFIGURATIONS[3],), (MASKED,), samples=2, measured=1)
+        evaluate.run(settings, Store(tmp_path, {"model": store.path("model")}))
+        assert timed[0][0] == Dense(timed[0][2])
+        assert timed[1] == (None, "sdpa", Normalizer(1.0))
 
     def test_losses_of_blocks_are_kept_and_give_an_interval(
         self, tables: tuple[pd.DataFrame, pd.DataFrame], store: Store

@@ -365,7 +365,7 @@ def test_two_settings_are_two_curves_not_one_broken_curve() -> None:
         (variant("v", "masked", 4.1, sparsity=0.0, alpha=1.0), None),
         (
             variant("v", "bucketed", 4.1, sparsity=0.5, latency_ms=40.0),
-            "slower than dense attention on this machine: v (0.50",
+            "slower than exact dense entmax on this machine: v (0.50",
         ),
         (variant("v", "masked", 4.1, sparsity=0.5, latency_ms=40.0), None),  # by definition
         (variant("v", "lsg", 4.1), None),

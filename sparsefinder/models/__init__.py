@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         get_normalizer,
         plugged,
         set_normalizer,
+        softmax,
     )
     from sparsefinder.models.remembering import REGISTERED
 
@@ -32,6 +33,7 @@ __all__ = [
     "load_with_head",
     "plugged",
     "set_normalizer",
+    "softmax",
 ]
 
 _ELSEWHERE = {"load_masked_lm": "loading", "load_with_head": "loading", "REGISTERED": "remembering"}

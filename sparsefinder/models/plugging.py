@@ -101,6 +101,19 @@ def get_normalizer(model: PreTrainedModel) -> Normalizer:
 
 
 @contextlib.contextmanager
+def softmax(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block every layer, sliding ones too, attends with transformers' own softmax attention, which is torch's SDPA."""
+    implementation, config = attention_name(model.config), model.config
+    remembered = {name: value for name, value in config.__dict__.items() if name == "attention_alpha"}
+    set_normalizer(model, Normalizer(1.0))
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(implementation)
+        config.__dict__.update(remembered)
+
+
+@contextlib.contextmanager
 def plugged(model: PreTrainedModel, attention: Attention) -> Iterator[None]:
     """Within the block every (global) self-attention layer calls ``attention(q, k, v, valid, layer) → output``.
 

@@ -175,7 +175,8 @@ def variant_lines(results: pd.DataFrame) -> pd.DataFrame:
         "computed_density": ("computed pairs", "{:.1%}".format, "not measured"),
         "output_error": ("output error", "{:.3f}".format, "not measured"),
         "latency_ms": ("latency, ms", "{:.1f}".format, "not measured"),
-        "speed_against_dense": ("speed against dense", "{:.2f} ×".format, "not measured"),
+        "speed_against_dense": ("speed against dense entmax", "{:.2f} ×".format, "not measured"),
+        "speed_against_softmax": ("speed against softmax (SDPA)", "{:.2f} ×".format, "not measured"),
         "predictor_share": ("predictor's share", "{:.0%}".format, "–"),
         "peak_memory_mb": ("peak memory, MB", "{:.0f}".format, "not measured"),
     }
@@ -273,7 +274,7 @@ def _about_variants(results: pd.DataFrame) -> list[str]:
     if slower:
         slowest = "; ".join(words for _, words in sorted(slower)[:_NAMED])
         rest = f"; and {len(slower) - _NAMED} more, see speed_against_dense" if len(slower) > _NAMED else ""
-        lines.append(f"slower than dense attention on this machine: {slowest}{rest}")
+        lines.append(f"slower than exact dense entmax on this machine: {slowest}{rest}")
     return lines
 
 

@@ -15,7 +15,16 @@ from tiny_models import save_tiny, tiny_batch, tiny_config, tiny_model
 from transformers import AttentionInterface, AutoModelForMaskedLM
 
 from sparsefinder.errors import UserError
-from sparsefinder.models import FAMILIES, REGISTERED, describe, get_normalizer, load_masked_lm, plugged, set_normalizer
+from sparsefinder.models import (
+    FAMILIES,
+    REGISTERED,
+    describe,
+    get_normalizer,
+    load_masked_lm,
+    plugged,
+    set_normalizer,
+    softmax,
+)
 from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.storage import hub
 
@@ -134,6 +143,19 @@ def test_sliding_layers_of_modernbert_keep_their_window():
         first, second = model(**batch).logits[0], model(**other).logits[0]
     torch.testing.assert_close(first[:9], second[:9], rtol=0, atol=1e-6)
     assert not torch.allclose(first[9:11], second[9:11])
+
+
+@pytest.mark.parametrize("family", ["roberta", "modernbert"])
+def test_softmax_for_a_while_is_transformers_own(family):
+    model, batch = tiny_model(family), tiny_batch()
+    expected = logits(model, batch)  # SDPA
+    set_normalizer(model, Normalizer(1.5))
+    entmax, before = logits(model, batch), model.config.to_dict()
+    with softmax(model):
+        assert torch.equal(logits(model, batch), expected)
+    assert model.config.to_dict() == before
+    assert torch.equal(logits(model, batch), entmax)
+    assert not torch.equal(entmax, expected)
 
 
 def test_everything_is_put_back_after_an_exception():
