@@ -36,17 +36,17 @@ def join(runs: list[str], table: str, out: Path) -> None:
     """Write ``out``.csv and ``out``.parquet, whole or not at all."""
     from sparsefinder.storage import sweep_points, tables
 
-    found = tables.collect_runs(runs, table)
+    joined = tables.collect_runs(runs, table)
     for point in dict.fromkeys(point for run in runs for point in sweep_points.not_done(Path(run))):
         print(f"not done, what is there of it is from an earlier time: {point}", file=sys.stderr)
     try:
         with tempfile.TemporaryDirectory(dir=out.parent) as folder:
-            tables.write(found, Path(folder), out.name)
+            tables.write(joined, Path(folder), out.name)
             for written in Path(folder).iterdir():
                 written.replace(out.parent / written.name)
     except OSError as error:
         raise UserError(f"cannot write {out}.csv: {error.strerror}; choose another --out") from error
-    print(f"{out}.csv and {out}.parquet: {len(found)} rows of {found['run'].nunique()} runs")
+    print(f"{out}.csv and {out}.parquet: {len(joined)} rows of {joined['run'].nunique()} runs")
 
 
 def command() -> None:

@@ -94,13 +94,13 @@ def comments_of(target: str) -> dict[str, str]:
         source = textwrap.dedent(inspect.getsource(kind))
         tokens = tokenize.generate_tokens(io.StringIO(source).readline)
         said = {token.start[0]: token for token in tokens if token.type == tokenize.COMMENT}
-        alone = {line for line, token in said.items() if not token.line[: token.start[1]].strip()}
+        whole_lines = {line for line, token in said.items() if not token.line[: token.start[1]].strip()}
         [definition] = ast.parse(source).body
         assert isinstance(definition, ast.ClassDef)
         for node in definition.body:
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
                 first, last = node.lineno, node.end_lineno or node.lineno
-                while first - 1 in alone:
+                while first - 1 in whole_lines:
                     first -= 1
                 text = " ".join(said[line].string.lstrip("# ") for line in range(first, last + 1) if line in said)
                 comments[node.target.id] = re.sub(r"\b(None|True|False)\b", lambda word: WORDS[word[1]], text)

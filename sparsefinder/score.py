@@ -237,7 +237,9 @@ def score(samples: Samples, settings: ScoreSettings, learned: Learned, indices: 
     indices = range(len(samples)) if indices is None else indices
     some = [indices[start : start + _AT_ONCE] for start in range(0, len(indices), _AT_ONCE)]
     # configurations that differ in nothing but their surroundings follow one another
-    groups = groupby(range(len(settings.configurations)), lambda place: settings.configurations[place].alone)
+    groups = groupby(
+        range(len(settings.configurations)), lambda place: settings.configurations[place].without_local_and_global
+    )
     predictions = [Prediction.of(alone, list(places), learned) for alone, places in groups]
     return Scores.cat([_score(samples, settings, predictions, part) for part in progress(some, "score")])
 
@@ -268,7 +270,7 @@ def _score(
 ) -> Scores:
     layers, heads, _ = samples.shape
     configurations = settings.configurations
-    surroundings = {configuration.around: configuration for configuration in configurations}
+    surroundings = {configuration.united_with: configuration for configuration in configurations}
     # in one place each: small tensors kept between large ones that come and go make the heap grow by gigabytes
     room = (len(configurations), layers, len(indices), heads)
     kept = {f.name: torch.zeros(room, dtype=torch.float64 if f.name == "mass" else torch.int64) for f in fields(Counts)}
@@ -282,7 +284,7 @@ def _score(
                 graph, buckets = predict(qk, layer)
                 shares = {} if buckets is None else balance(buckets, qk.valid)
                 for place in predict.places:
-                    pairs_near = near[configurations[place].around]
+                    pairs_near = near[configurations[place].united_with]
                     counts = count(graph if pairs_near is None else graph | pairs_near, gold, qk, pairs_near)
                     for name, room_of in kept.items():
                         room_of[place, layer, at] = getattr(counts, name)[0]

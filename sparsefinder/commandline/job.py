@@ -74,15 +74,15 @@ def store_of(cfg: DictConfig, stages: list[str], point: Point | None) -> Store:
     """The run directory, the artefacts named by path, and for a point of a sweep its own folder below."""
     run_dir = path_of(cfg, "run_dir")
     given: dict[str, str | Path] = {name: path_of(cfg, name) for name in INPUTS if cfg[name] is not None}
-    where: dict[str, Any] = {"run_dir": run_dir} if point is None else {"run_dir": point.folder, "base": run_dir}
+    folders: dict[str, Any] = {"run_dir": run_dir} if point is None else {"run_dir": point.folder, "base": run_dir}
     name = cfg.model.get("name_or_path")
     if name is not None and "finetune" not in stages:
-        finetuned = Store(**where).manifest("model")  # made from that very model, or it is another one
-        if finetuned is None or not same_place(finetuned.settings.get("model", {}).get("name_or_path"), str(name)):
+        finetuned = Store(**folders).manifest("model")  # made from that very model, or it is another one
+        if finetuned is None or not same_model(finetuned.settings.get("model", {}).get("name_or_path"), str(name)):
             given["model"] = Path(str(name)) if Path(str(name)).exists() else str(name)
-    return Store(**where, given=given, query_scale=plain(cfg.query_scale))
+    return Store(**folders, given=given, query_scale=plain(cfg.query_scale))
 
 
-def same_place(one: Any, other: str) -> bool:
+def same_model(one: Any, other: str) -> bool:
     """Whether two names of a model are the same: folder, ./folder and folder/ are."""
     return one is not None and Path(str(one)).absolute() == Path(other).absolute()

@@ -30,5 +30,5 @@ def one_line(error: BaseException) -> str:
     stands = "${KEY} stands for the value of another setting"
     if broken := re.match(r"Error merging override (.*)", text):
         return f"{broken[1]} cannot be read: {stands}"
-    message, _, where = text.partition(" full_key: ")
-    return f"{where.split()[0]}: {message}; {stands}" if "nterpolation" in message and where else message
+    message, _, key = text.partition(" full_key: ")
+    return f"{key.split()[0]}: {message}; {stands}" if "nterpolation" in message and key else message

@@ -95,16 +95,16 @@ def understood(arguments: Sequence[str], known: Known) -> Typed:
         argument = waiting.pop(0)
         if argument.startswith("-"):
             options += _option(argument, waiting, known)
-        elif argument.count("[") > argument.count("]") and any("]" in each for each in waiting):
-            rest = waiting[: next(i for i, each in enumerate(waiting) if "]" in each) + 1]
+        elif argument.count("[") > argument.count("]") and any("]" in word for word in waiting):
+            rest = waiting[: next(i for i, word in enumerate(waiting) if "]" in word) + 1]
             raise UserError(f"{argument!r} ends within a list: write it without blanks, {''.join([argument, *rest])}")
         else:
             settings.append(argument)
     if {"--resolve", "-p", "--package"} & {*options} and not {"-c", "--cfg", *HELP} & {*options}:
         raise UserError("--resolve and --package say how `--cfg job` prints: add --cfg job, or leave them out")
     sweeps = bool({*SWEEP} & {*options})
-    read = [each for setting in settings for each in _setting(setting, sweeps, known)]
-    return Typed(tuple(options), tuple(_without_repeats(read)))
+    readable = [override for setting in settings for override in _setting(setting, sweeps, known)]
+    return Typed(tuple(options), tuple(_without_repeats(readable)))
 
 
 def _option(argument: str, waiting: list[str], known: Known) -> list[str]:
@@ -158,7 +158,7 @@ def _setting(argument: str, sweeps: bool, known: Known) -> list[str]:
     if key in known.groups and value.lstrip().startswith("["):
         raise UserError(_no_list(key, value))
     values = list(_parts(value, ","))
-    if len(values) > 1 and not all(each.strip() for each in values):
+    if len(values) > 1 and not all(part.strip() for part in values):
         raise UserError(f"{argument}: nothing stands before or after a comma: give one value, or a list such as [a,b]")
     if len(values) > 1 and key == "stage":
         raise UserError(f"{argument}: nothing to sweep over; several stages are a list, stage=[score,evaluate]")
@@ -168,7 +168,7 @@ def _setting(argument: str, sweeps: bool, known: Known) -> list[str]:
         raise UserError(f"{argument}: several values are for sweeps: add --multirun, or -m{other}")
     if key == "model":
         return _model(argument, values, known)
-    return [f"{plus}{key}={','.join(_readable(each, key in PATHS) for each in values)}"]
+    return [f"{plus}{key}={','.join(_readable(part, key in PATHS) for part in values)}"]
 
 
 def _no_list(key: str, value: str) -> str:
@@ -180,14 +180,14 @@ def _no_list(key: str, value: str) -> str:
 
 def _model(argument: str, values: Sequence[str], known: Known) -> list[str]:
     """``model=PATH_OR_HUB_NAME`` for what is no file of conf/model: the pretrained model of that name."""
-    own = [each.strip() in known.groups["model"] or each.strip().startswith("..") for each in values]
-    if all(own):
+    are_files = [name.strip() in known.groups["model"] or name.strip().startswith("..") for name in values]
+    if all(are_files):
         return [argument]
-    if any(own):
+    if any(are_files):
         raise UserError(
             f"{argument}: sweep over files of conf/model, or over models by their path, not over both at once"
         )
-    return ["model=pretrained", f"model.name_or_path={','.join(_readable(each, True, True) for each in values)}"]
+    return ["model=pretrained", f"model.name_or_path={','.join(_readable(name, True, True) for name in values)}"]
 
 
 def _without_repeats(settings: Sequence[str]) -> Iterator[str]:
@@ -212,7 +212,7 @@ def _readable(value: str, name: bool, always: bool = False) -> str:
         return value
     for opening, closing in ("[]", "{}"):
         if value.startswith(opening) and value.endswith(closing):
-            inner = [_entry(each, name, opening) for each in _parts(value[1:-1], ",")]
+            inner = [_entry(part, name, opening) for part in _parts(value[1:-1], ",")]
             return f"{opening}{','.join(inner)}{closing}"
     home = os.path.expanduser(value) if value.startswith("~") else value
     needed = always or not _PLAIN.fullmatch(home) or (name and _NUMBER.fullmatch(home) is not None)
@@ -228,7 +228,7 @@ def _entry(text: str, name: bool, opening: str) -> str:
 
 def quoted(text: str) -> str:
     """In the quotes of Hydra's grammar: backslashes are doubled before a quote, and nowhere else."""
-    return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text) + "'"
+    return "'" + re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), text) + "'"
 
 
 def _is_quoted(text: str) -> bool:

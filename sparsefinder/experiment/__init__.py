@@ -1,1 +1,1 @@
-"""A pattern with everything around it; from settings to objects."""
+"""A pattern with all that it is run with; from settings to objects."""

@@ -1,4 +1,4 @@
-"""A pattern with everything around it: what one row of the tables is about."""
+"""A pattern with all that it is run with: what one row of the tables is about."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Dials:
 
 @dataclass(frozen=True)
 class Configuration:
-    """A pattern, the chunks it works on, and the fixed neighbourhood that its prediction is united with."""
+    """A pattern, the chunks it works on, and the local and global tokens that its prediction is united with."""
 
     name: str  # of the pattern's file in conf/pattern
     pattern: Any  # a pattern dataclass without its artefacts
@@ -83,17 +83,17 @@ class Configuration:
 
     @property
     def columns(self) -> dict[str, Any]:
-        """What tells this row of a table from the others: the pattern's settings and its surroundings."""
-        own = {
-            own.name: getattr(self.pattern, own.name)
-            for own in dataclasses.fields(self.pattern)
-            if own.name not in self.needs
+        """What tells this row of a table from the others: the pattern's settings, and what it is united with."""
+        settings = {
+            field.name: getattr(self.pattern, field.name)
+            for field in dataclasses.fields(self.pattern)
+            if field.name not in self.needs
         }
         if self.dials is not None:
-            own[self.pattern.sparsity_parameter] = None  # differs by head: see the settings, or calibration/dials
+            settings[self.pattern.sparsity_parameter] = None  # differs by head: see the settings, or calibration/dials
         return {
             "pattern": self.name,
-            **own,
+            **settings,
             "target": None if self.dials is None else self.dials.target,
             "window": self.window or None,
             "global_tokens": self.global_tokens,
@@ -114,13 +114,13 @@ class Configuration:
         return " ".join(parts + (["+ last"] if self.last_token else []))
 
     @property
-    def alone(self) -> Configuration:
-        """The same without its surroundings; those of one pattern share it."""
+    def without_local_and_global(self) -> Configuration:
+        """The same without local and global tokens: what configurations share that differ in these alone."""
         return replace(self, window=None, global_tokens=0, last_token=False)
 
     @property
-    def around(self) -> tuple[int | None, int, bool]:
-        """The surroundings alone."""
+    def united_with(self) -> tuple[int | None, int, bool]:
+        """The local and global tokens by themselves: window, global tokens, last token."""
         return self.window, self.global_tokens, self.last_token
 
     def near(self, qk: QK) -> Tensor | None:
@@ -128,13 +128,13 @@ class Configuration:
         return near_pairs(qk, local_and_global(self.window, self.global_tokens, self.last_token))
 
     def build(self, learned: Learned | None = None) -> Pattern:
-        """The pattern as it is run: its artefacts attached, in its space, on its blocks, united with its surroundings."""
-        found = {name: (learned or Learned()).get(name, self.name) for name in self.needs}
-        own = {its.name for its in dataclasses.fields(self.pattern)}
-        whole: Pattern = replace(self.pattern, **{name: value for name, value in found.items() if name in own})
+        """The pattern as it is run: its artefacts attached, in its space, on its blocks, united with local and global tokens."""
+        artefacts = {name: (learned or Learned()).get(name, self.name) for name in self.needs}
+        fields = {field.name for field in dataclasses.fields(self.pattern)}
+        whole: Pattern = replace(self.pattern, **{name: value for name, value in artefacts.items() if name in fields})
         if self.dials is not None:
             whole = PerHead(whole, self.dials.values)
-        for space in (value for value in found.values() if isinstance(value, Projections)):
+        for space in (value for value in artefacts.values() if isinstance(value, Projections)):
             whole = Projected(Blocked(whole, self.chunk) if self.chunk > 1 else whole, space)
         fixed = local_and_global(self.window, self.global_tokens, self.last_token)
         return Union((whole, *fixed)) if fixed else whole
@@ -207,9 +207,9 @@ class Learned:
 
     def sizes(self, needs: tuple[str, ...]) -> dict[str, Any]:
         """Columns of the tables: the size of the projected space, and the number of clusters."""
-        found = [self.artefacts[name] for name in needs if name in self.artefacts]
-        rounds = [artefact.layers[0].q.out_size for artefact in found if isinstance(artefact, Projections)]
-        clusters = [artefact.clusters for artefact in found if isinstance(artefact, Centroids)]
+        artefacts = [self.artefacts[name] for name in needs if name in self.artefacts]
+        rounds = [artefact.layers[0].q.out_size for artefact in artefacts if isinstance(artefact, Projections)]
+        clusters = [artefact.clusters for artefact in artefacts if isinstance(artefact, Centroids)]
         return {"rounds": rounds[0] if rounds else None, "n_clusters": clusters[0] if clusters else None}
 
 
@@ -223,7 +223,7 @@ def buildable(configurations: tuple[Configuration, ...], learned: Learned) -> tu
 
     A single one that cannot be built is an error: it was asked for.
     """
-    found = []
+    can_be_built = []
     for configuration in configurations:
         try:
             configuration.build(learned)
@@ -232,8 +232,8 @@ def buildable(configurations: tuple[Configuration, ...], learned: Learned) -> tu
                 raise
             log.warning("%s is left out: %s", configuration.label, error)
         else:
-            found.append(configuration)
-    return tuple(found)
+            can_be_built.append(configuration)
+    return tuple(can_be_built)
 
 
 def needed(configurations: tuple[Configuration, ...]) -> tuple[str, ...]:

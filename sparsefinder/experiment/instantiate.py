@@ -19,10 +19,10 @@ LARGEST = 2**63  # one more than torch takes
 INFINITE = "or infinite"  # ``Annotated[float, "or infinite"]`` says of a field that infinity has a meaning there
 
 
-def construct(kind: Any, values: dict[str, Any], place: str = "") -> Any:
+def construct(kind: Any, values: dict[str, Any], prefix: str = "") -> Any:
     """``kind(**values)``, or one clear line: a setting that it does not have, a value of another type or one that it refuses.
 
-    ``place``: where the settings stand on the command line, such as ``model``; empty where they stand alone.
+    ``prefix``: of the settings' names on the command line, such as ``model``; empty where there is none.
     """
     parameters = inspect.signature(kind).parameters
     unknown = [name for name in values if name not in parameters]
@@ -30,22 +30,22 @@ def construct(kind: Any, values: dict[str, Any], place: str = "") -> Any:
         raise UserError(
             f"{kind.__name__} has no setting {', '.join(unknown)}; {one_of(parameters, unknown[0], 'its settings are')}"
         )
-    prefix = f"{place}." if place else ""
+    before = f"{prefix}." if prefix else ""
     for name, parameter in parameters.items():
         many = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)  # *args, **kwargs: none is needed
         if name not in values and parameter.default is parameter.empty and not many:
-            raise UserError(f"{prefix}{name} is missing, which {kind.__name__} needs: set {prefix}{name}=VALUE")
+            raise UserError(f"{before}{name} is missing, which {kind.__name__} needs: set {before}{name}=VALUE")
     hints, annotated = (typing.get_type_hints(kind, include_extras=extras) for extras in (False, True))
     for name, value in values.items():
         if name in hints and not fits(value, hints[name]):
             kinds = " or ".join(in_words(k) for k in choices(hints[name]))
-            raise UserError(f"{prefix}{name} must be {kinds}, got {value!r}")
+            raise UserError(f"{before}{name} must be {kinds}, got {value!r}")
         if isinstance(value, int) and abs(value) >= LARGEST:
-            raise UserError(f"{prefix}{name}={value} is too large: give a whole number below 2**63")
-        if strange := [
+            raise UserError(f"{before}{name}={value} is too large: give a whole number below 2**63")
+        if not_finite := [
             x for x in numbers(value) if math.isnan(x) or (math.isinf(x) and not infinite(annotated.get(name)))
         ]:
-            raise UserError(f"{prefix}{name} must be a finite number, got {strange[0]}: set {prefix}{name}=NUMBER")
+            raise UserError(f"{before}{name} must be a finite number, got {not_finite[0]}: set {before}{name}=NUMBER")
     try:
         return kind(**values)
     except UserError:
@@ -54,18 +54,18 @@ def construct(kind: Any, values: dict[str, Any], place: str = "") -> Any:
         raise UserError(str(error)) from error
 
 
-def class_named(name: Any, place: str) -> Any:
-    """The class, or any function with settings, of that name: ``sparsefinder.attention.Masked``; ``place`` as in `construct`."""
+def class_named(name: Any, prefix: str) -> Any:
+    """The class, or any function with settings, of that name: ``sparsefinder.attention.Masked``; ``prefix`` as in `construct`."""
     try:
-        found = pkgutil.resolve_name(str(name))
-        inspect.signature(found)
+        kind = pkgutil.resolve_name(str(name))
+        inspect.signature(kind)
     except Exception as error:  # whatever a module of somebody else raises while it is imported
         reason = " ".join(str(error).split())
         raise UserError(
-            f"{place}._target_={name} cannot be used ({reason}): give the full name of a class, "
+            f"{prefix}._target_={name} cannot be used ({reason}): give the full name of a class, "
             "such as sparsefinder.attention.Masked"
         ) from error
-    return found
+    return kind
 
 
 def numbers(value: Any) -> Iterator[float]:
@@ -73,9 +73,9 @@ def numbers(value: Any) -> Iterator[float]:
     if isinstance(value, float):
         yield value
     elif isinstance(value, collections.abc.Mapping):
-        yield from (number for each in value.values() for number in numbers(each))
+        yield from (number for item in value.values() for number in numbers(item))
     elif isinstance(value, (list, tuple)):
-        yield from (number for each in value for number in numbers(each))
+        yield from (number for item in value for number in numbers(item))
 
 
 def infinite(hint: Any) -> bool:
@@ -90,12 +90,12 @@ def fits(value: Any, hint: Any) -> bool:
 
 def _is(value: Any, kind: Any) -> bool:
     of = typing.get_origin(kind)
-    within = [each for each in typing.get_args(kind) if each is not Ellipsis]
+    within = [item for item in typing.get_args(kind) if item is not Ellipsis]
     if of in (list, tuple, collections.abc.Sequence):
         listed = isinstance(value, (list, tuple))
-        return listed and (len(within) != 1 or all(fits(each, within[0]) for each in value))
+        return listed and (len(within) != 1 or all(fits(item, within[0]) for item in value))
     if of in (dict, collections.abc.Mapping):
-        return isinstance(value, collections.abc.Mapping) and all(fits(each, within[1]) for each in value.values())
+        return isinstance(value, collections.abc.Mapping) and all(fits(item, within[1]) for item in value.values())
     if kind in PLAIN:
         if isinstance(value, bool):
             return kind is bool
@@ -108,9 +108,9 @@ def in_words(kind: Any) -> str:
     """A type as the command line spells its values: ``null``, ``int``, ``a list of float``."""
     of, within = typing.get_origin(kind), typing.get_args(kind)
     if of in (list, tuple, collections.abc.Sequence):
-        return f"a list of {' or '.join(in_words(each) for each in choices(within[0]))}"
+        return f"a list of {' or '.join(in_words(option) for option in choices(within[0]))}"
     if of in (dict, collections.abc.Mapping):
-        return f"a mapping {{{in_words(within[0])}: {' or '.join(in_words(each) for each in choices(within[1]))}}}"
+        return f"a mapping {{{in_words(within[0])}: {' or '.join(in_words(option) for option in choices(within[1]))}}}"
     return "null" if kind is type(None) else str(getattr(kind, "__name__", kind))
 
 
