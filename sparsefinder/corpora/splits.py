@@ -34,9 +34,8 @@ def rows_of(split: str) -> list[Rows]:
     Raises:
         UserError: ``datasets`` would not understand it.
     """
-    if (
-        split.isidentifier()
-    ):  # a plain name, which is what most people give, need not wait for a library of a second and a half
+    # a plain name, which is what most people give, need not wait for a library that takes a second and a half to import
+    if split.isidentifier():
         return [Rows(split)]
     from datasets import ReadInstruction
 
