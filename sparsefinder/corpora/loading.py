@@ -16,7 +16,7 @@ def load_split(label: str, path: str, name: str | None, split: str, local: bool 
         name: Its configuration; None for the only one.
         split: In the syntax of ``datasets``.
         local: Whether it is read from files that are here, so that nothing is downloaded.
-        options: Handed to ``datasets.load_dataset``.
+        **options: Handed to ``datasets.load_dataset``.
 
     Raises:
         UserError: It cannot be loaded, in one line.

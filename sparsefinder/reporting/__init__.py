@@ -1,1 +1,1 @@
-"""From tables to figures, words and a page."""
+"""From tables to figures, words and HTML."""
