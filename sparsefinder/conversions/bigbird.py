@@ -5,8 +5,8 @@ sees its two neighbours and some random blocks. In full-attention mode (`attenti
 what RoBERTa does, and the conversion is exact on real tokens. What differs underneath, checked against transformers
 5.23:
 - Positions count from row 0, padding included: the two reserved rows are dropped, and inputs are padded on the right.
-- The activation comes from the source (BigBird's own default is gelu_new), embeddings are not rescaled, q, k and v
-have biases.
+- The activation comes from the source (BigBird's own default is gelu_new), embeddings are not rescaled, q, k and v have
+  biases.
 - Sparse mode needs more than `(5 + 2 num_random_blocks) block_size` tokens. A shorter batch switches the model to full
   attention, and transformers never switches back: `stay_sparse` does.
 - Outside training the random blocks are all block 0, and a block that is met twice counts twice: sparse BigBird in

@@ -8,8 +8,7 @@ has to be trained.
 What LED of transformers 5.23 lacks, and what becomes of it:
 - Token types: their first row is added to both position tables.
 - Reserved position rows: dropped. The encoder pads to whole windows inside and reads a row for each padding token, so
-its
-  table is rounded up to a multiple of the largest window; otherwise the longest inputs would index beyond it.
+  its table is rounded up to a multiple of the largest window; otherwise the longest inputs would index beyond it.
 - The layer in front of the masked-LM head, and the pooler: dropped. The head's bias becomes `final_logits_bias`.
 - `layer_norm_eps`: LED's is 1e-5. Where the source's is another, the encoder is close to the source and not equal.
 

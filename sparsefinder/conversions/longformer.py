@@ -72,9 +72,8 @@ def convert_roberta_to_longformer(
     inside, with padding tokens that read the padding row. Token i reads the source's row `i mod (source length)`. The
     result has the source's dtype, device and training mode.
 
-    Raises `UserError` for another family, a head that Longformer lacks, a tokenizer of another vocabulary, a length
-    below the source's, and a window that is odd, too small, too large or, among
-    several, does not divide the largest.
+    Raises `UserError` for another family, a head that Longformer lacks, a tokenizer of another vocabulary, a length below the
+    source's, and a window that is odd, too small, too large or, among several, does not divide the largest.
     """
     source = read_roberta(roberta_model, roberta_tokenizer, HEADS, "longformer")
     length = check_length(source.length, longformer_max_length, "longformer_max_length")

@@ -7,15 +7,14 @@ Nyströmformer (Xiong et al., 2021, arXiv:2102.03902) replaces softmax(QKᵀ/√
 where Q̃ and K̃ are means over segments of the input ("landmarks"), pinv is six steps of an iteration, and conv is a depthwise
 convolution over the tokens. The convolution starts at zero, so that the source's function is kept.
 
-What transformers 5.23 does, and what follows for the defaults here: - With as many landmarks as the configured length
-has tokens (`num_landmarks == segment_means_seq_len`) it computes the full
+What transformers 5.23 does, and what follows for the defaults here:
+
+- With as many landmarks as the configured length has tokens (`num_landmarks == segment_means_seq_len`) it computes the full
   softmax attention, for inputs of any length up to the maximum: then the conversion is exact, and quadratic. That is
   the default. (The published function leaves both at 64 and gets the same full attention without saying so.)
-- With fewer, each input must have exactly `segment_means_seq_len` tokens; another length fails, or, when batch times
-length
+- With fewer, each input must have exactly `segment_means_seq_len` tokens; another length fails, or, when batch times length
   happens to be a multiple of it, silently mixes the sentences of a batch. The model returned here refuses such inputs.
-- Landmarks are means over padding too, and the first two factors are not masked: below the full number of landmarks,
-outputs
+- Landmarks are means over padding too, and the first two factors are not masked: below the full number of landmarks, outputs
   depend on padding. The iteration does not run in half precision.
 """
 

@@ -38,9 +38,8 @@ def load_with_head(
     ``name_or_path``: a folder written by ``save_pretrained``, or a name on the Hugging Face hub. No remote code is ever run.
     ``options``: settings of the configuration, such as ``num_labels=3``; with these the head may have another size than in the
     checkpoint. A head or pooler that the checkpoint has not, or so not, is drawn from torch's global random state and named in
-    the log. Returns the model in evaluation mode and in
-    float32, whatever precision it was saved in. Raises a `UserError` in one line for everything that `checkpoints` refuses,
-    another family and a tokenizer without padding.
+    the log. Returns the model in evaluation mode and in float32, whatever precision it was saved in. Raises a `UserError` in
+    one line for everything that `checkpoints` refuses, another family and a tokenizer without padding.
     """
     checkpoint = open_checkpoint(name_or_path, label=f"model={name_or_path}")
     label, settings = checkpoint.label, checkpoint.settings
