@@ -1,4 +1,4 @@
-"""How well a predicted graph matches the gold graph: one definition of each number, in one place.
+"""How well a predicted graph matches the gold graph: one definition of each number, here and nowhere else.
 
 Counts are taken for each example and head, over **allowed pairs** only (both tokens real, no future where causal). Ratios
 are formed for each example and then averaged over examples (macro); the counts are kept, so any other grouping is exact

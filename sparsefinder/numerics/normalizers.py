@@ -12,7 +12,7 @@ lies between. Three promises hold for each of them, and none of them in the ``en
 3. whatever the dtype of the scores, the threshold, the support and the probabilities are float32 (float64 stays), since
    half precision loses 2 % of a row's sum. Cast the result to the values' dtype where it is multiplied.
 
-How the threshold is found, without sorting, is told in `sparsefinder.numerics.entmax_newton`; it is stopped when no row moves,
+How the threshold is found, without sorting, is said in `sparsefinder.numerics.entmax_newton`; it is stopped when no row moves,
 not after a fixed count.
 """
 

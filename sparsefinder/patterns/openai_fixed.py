@@ -28,7 +28,7 @@ class OpenAIFixed:
     """
 
     block: int = 8  # l, tokens in a block
-    columns: int = 1  # c, from 0 (blocks alone) to l (every pair)
+    columns: int = 1  # c, from 0 (blocks only) to l (every pair)
 
     sparsity_parameter: ClassVar[str | None] = "columns"
     needs: ClassVar[tuple[str, ...]] = ()

@@ -73,7 +73,7 @@ class PerHead:
 
 def _select(parts: Sequence[Tensor], taken: Sequence[int]) -> Tensor:
     """Head ``h`` of ``parts[taken[h]]``, each ``(B, H, ...)``."""
-    return torch.stack([parts[place][:, head] for head, place in enumerate(taken)], dim=1)
+    return torch.stack([parts[index][:, head] for head, index in enumerate(taken)], dim=1)
 
 
 def _each_head_its_own(buckets_of_values: Sequence[Buckets | None], taken: Sequence[int]) -> Buckets | None:

@@ -129,8 +129,8 @@ def _once(
     """Rows and columns of pairs that may be named several times, sorted and each once; in both directions where symmetric."""
     if symmetric:
         heads, queries, keys = heads.repeat(2), torch.cat([queries, keys]), torch.cat([keys, queries])
-    places = ((heads * tokens + queries) * tokens + keys)[(keys <= queries) | (not causal)].unique()
-    return places // tokens, places % tokens
+    pair_ids = ((heads * tokens + queries) * tokens + keys)[(keys <= queries) | (not causal)].unique()
+    return pair_ids // tokens, pair_ids % tokens
 
 
 def mean_of_heads(values: Tensor, heads: Tensor, count: int) -> Tensor:
