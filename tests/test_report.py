@@ -322,7 +322,7 @@ def test_compared_patterns_have_similar_density(metrics: pd.DataFrame) -> None:
     chosen = frontiers.comparable(frontiers.points(metrics))
     assert chosen["pattern"].is_unique
     assert not {"oracle", "full", "random"} & set(chosen["pattern"])
-    assert set(chosen["surroundings"]) == {""}
+    assert set(chosen["united_with"]) == {""}
     advantage = chosen["recall"] - chosen["density"]
     assert advantage.is_monotonic_decreasing
 

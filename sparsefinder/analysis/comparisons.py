@@ -29,7 +29,7 @@ class Step:
     what: str
     before: str
     after: str
-    around: bool = False  # whether the second one is united with a window or global tokens, and the first is not
+    united: bool = False  # whether the second one is united with a window or global tokens, and the first is not
 
 
 STEPS = (
@@ -37,15 +37,15 @@ STEPS = (
     Step("routed", "true scores → rank R", ANY_ORACLE, "lowrank"),
     Step("routed", "keys → clusters of keys", "lowrank", "routed"),
     Step("routed", "margin → budget for every query", "routed", "routed_budget"),
-    Step("routed", "window and global tokens", "routed", "routed", around=True),
+    Step("routed", "window and global tokens", "routed", "routed", united=True),
     Step("routed_budget", "true scores → routed with the same rule", TOP_K, "routed_budget"),
-    Step("routed_budget", "window and global tokens", "routed_budget", "routed_budget", around=True),
+    Step("routed_budget", "window and global tokens", "routed_budget", "routed_budget", united=True),
     Step("distance", "true scores → distance of learned projections", ANY_ORACLE, "distance"),
-    Step("distance", "window and global tokens", "distance", "distance", around=True),
+    Step("distance", "window and global tokens", "distance", "distance", united=True),
     Step("kmeans", "distance → clusters of queries and keys", "distance", "kmeans"),
-    Step("kmeans", "window and global tokens", "kmeans", "kmeans", around=True),
+    Step("kmeans", "window and global tokens", "kmeans", "kmeans", united=True),
     Step("quantize", "distance → bins of each coordinate", "distance", "quantize"),
-    Step("quantize", "window and global tokens", "quantize", "quantize", around=True),
+    Step("quantize", "window and global tokens", "quantize", "quantize", united=True),
 )
 COLUMNS = ("method", "step", "density", "recall_before", "recall_after", "change", "change_low", "change_high")
 
@@ -57,7 +57,7 @@ def error_budget(
     recalls = recall_table(points, levels)
     changes: list[dict[str, Any]] = []
     for step in STEPS:
-        before, after = _rows(recalls, step.before, around=False), _rows(recalls, step.after, around=step.around)
+        before, after = _rows(recalls, step.before, united=False), _rows(recalls, step.after, united=step.united)
         if before.empty or after.empty:
             continue
         for level in levels:
@@ -71,7 +71,9 @@ def error_budget(
 def ours_minus_published(
     points: pd.DataFrame, replicas: Replicas | None, levels: Sequence[float], measure: str = "recall"
 ) -> pd.DataFrame:
-    """The best sub-quadratic pattern of ours minus the best published one, each with the surroundings that help it most.
+    """The best sub-quadratic pattern of ours minus the best published one.
+
+    Each with or without window and global tokens, whichever helps it most.
 
     Args:
         points: `frontiers.points`.
@@ -104,7 +106,7 @@ def best_of(recalls: pd.DataFrame, levels: Sequence[float]) -> str | None:
     return str(recalls["pattern"][means.idxmax()])
 
 
-def _rows(recalls: pd.DataFrame, pattern: str, around: bool) -> pd.DataFrame:
+def _rows(recalls: pd.DataFrame, pattern: str, united: bool) -> pd.DataFrame:
     if recalls.empty:
         return recalls
     names = recalls["pattern"]
@@ -113,7 +115,7 @@ def _rows(recalls: pd.DataFrame, pattern: str, around: bool) -> pd.DataFrame:
         if pattern == ANY_ORACLE
         else names == pattern
     )
-    return recalls[is_it & ((recalls["surroundings"] != "") == around)]
+    return recalls[is_it & ((recalls["united_with"] != "") == united)]
 
 
 def _best(recalls: pd.DataFrame, level: float) -> dict[Any, Any] | None:
@@ -146,4 +148,4 @@ def _difference(
 
 
 def _name(row: dict[Any, Any]) -> str:
-    return f"{row['pattern']} + {row['surroundings']}" if row["surroundings"] else str(row["pattern"])
+    return f"{row['pattern']} + {row['united_with']}" if row["united_with"] else str(row["pattern"])

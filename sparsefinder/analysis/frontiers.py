@@ -21,8 +21,8 @@ MEASURES = (*RATIOS, *BALANCE)
 LEVELS = (0.02, 0.05, 0.1, 0.2, 0.3)  # shares of the allowed pairs at which patterns are compared
 
 _PLACE = ("run", "configuration", "layer", "head", "samples", "members")
-_SURROUNDINGS = ("window", "global_tokens", "last_token")
-_NOT_SETTINGS = {*MEASURES, *_PLACE, *_SURROUNDINGS, "pattern", "causal", "alpha", "quadratic"}
+_LOCAL_AND_GLOBAL = ("window", "global_tokens", "last_token")
+_NOT_SETTINGS = {*MEASURES, *_PLACE, *_LOCAL_AND_GLOBAL, "pattern", "causal", "alpha", "quadratic"}
 
 
 def points(metrics: pd.DataFrame) -> pd.DataFrame:
@@ -32,7 +32,7 @@ def points(metrics: pd.DataFrame) -> pd.DataFrame:
         metrics: ``score/metrics``; tables of several runs (`tables.collect`) may be given.
 
     Returns:
-        One row per configuration. Added are ``density`` (1 − sparsity), ``surroundings`` (the window and global tokens in
+        One row per configuration. Added are ``density`` (1 − sparsity), ``united_with`` (the window and global tokens in
         words, empty without them) and ``label`` (the pattern and those of its settings that vary).
 
     Raises:
@@ -66,16 +66,16 @@ def _over_seeds(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def described(table: pd.DataFrame) -> pd.DataFrame:
-    """A copy in which every row has a name for its ``pattern`` and its ``surroundings``, the words for its window and so on.
+    """A copy in which every row has a name for its ``pattern``, and in ``united_with`` its window and global tokens in words.
 
     A random number is no distance, so ``distance=random`` is the pattern random wherever it was asked for; an attention that
     brings its own graph stands for its pattern.
     """
     named = table.copy()
-    for name in _SURROUNDINGS:
+    for name in _LOCAL_AND_GLOBAL:
         values = named[name] if name in named else pd.Series(0, named.index)
         named[name] = [0 if pd.isna(value) else int(value) for value in values]
-    named["surroundings"] = [_in_words(*row) for row in named[list(_SURROUNDINGS)].itertuples(index=False)]
+    named["united_with"] = [_in_words(*row) for row in named[list(_LOCAL_AND_GLOBAL)].itertuples(index=False)]
     if "distance" in named:
         named["pattern"] = named["pattern"].mask([value == CHANCE for value in named["distance"]], CHANCE)
     if "attention" in named:
@@ -86,7 +86,7 @@ def described(table: pd.DataFrame) -> pd.DataFrame:
 
 def setting_columns(table: pd.DataFrame) -> list[str]:
     """Columns that hold settings of patterns, such as ``threshold``."""
-    return [str(name) for name in table.columns if name not in {*_NOT_SETTINGS, "density", "surroundings", "label"}]
+    return [str(name) for name in table.columns if name not in {*_NOT_SETTINGS, "density", "united_with", "label"}]
 
 
 def frontier(table: pd.DataFrame) -> pd.DataFrame:
@@ -167,17 +167,17 @@ def recall_table(table: pd.DataFrame, densities: Sequence[float]) -> pd.DataFram
         densities: Shares of the allowed pairs.
 
     Returns:
-        One row per pattern and surroundings. Columns ``(measure, density)`` hold NaN where the frontier does not come there;
-        ``rows`` are the indices of its points in the table. Patterns that always take every pair are left out.
+        One row per pattern and what it is united with. Columns ``(measure, density)`` hold NaN where the frontier does not
+        come there; ``rows`` are the indices of its points in the table. Patterns that always take every pair are left out.
     """
-    columns = ["pattern", "surroundings", "quadratic", "configurations", "defined", "rows"]
+    columns = ["pattern", "united_with", "quadratic", "configurations", "defined", "rows"]
     rows = []
     positions = pd.Series(range(len(table)), table.index)
-    for (surroundings, pattern), group in table.groupby(["surroundings", "pattern"], sort=False):
+    for (united_with, pattern), group in table.groupby(["united_with", "pattern"], sort=False):
         if group["density"].min() >= 1:
             continue
         known = group.dropna(subset=["sparsity", "recall"])
-        described_by = [pattern, surroundings, bool(group["quadratic"].any()), len(group), not known.empty]
+        described_by = [pattern, united_with, bool(group["quadratic"].any()), len(group), not known.empty]
         row: dict[Any, Any] = dict(zip(columns, [*described_by, tuple(positions[known.index])], strict=True))
         for measure in ("recall", "recall_far"):
             recalls = recalls_at(known, densities, measure).tolist()
@@ -199,8 +199,8 @@ def comparable(table: pd.DataFrame, most: int = 3) -> pd.DataFrame:
     usable = table[(table["pattern"].map(family_of) != BOUNDS) & table["density"].between(1e-4, 0.9)]
     if usable.empty:
         return usable
-    alone = usable.groupby("pattern")["surroundings"].transform(lambda words: (words == "").any())
-    usable = usable[~alone | (usable["surroundings"] == "")]
+    alone = usable.groupby("pattern")["united_with"].transform(lambda words: (words == "").any())
+    usable = usable[~alone | (usable["united_with"] == "")]
     best: tuple[float, pd.DataFrame] | None = None
     for density in np.geomspace(0.05, 0.5, 47):
         away = np.log(usable["density"] / density).abs()
@@ -231,7 +231,7 @@ def broken_curves(table: pd.DataFrame, tolerance: float = 0.01) -> list[str]:
         tolerance: By how much recall may rise, as a share of the gold edges.
     """
     lines = []
-    for (pattern, surroundings), group in table.groupby(["pattern", "surroundings"], sort=False):
+    for (pattern, united_with), group in table.groupby(["pattern", "united_with"], sort=False):
         settings = [name for name in setting_columns(group) if group[name].nunique(dropna=False) > 1]
         numeric = [name for name in settings if pd.api.types.is_numeric_dtype(group[name]) and name != "seed"]
         for name in numeric:
@@ -242,7 +242,7 @@ def broken_curves(table: pd.DataFrame, tolerance: float = 0.01) -> list[str]:
                 rise = ordered["recall"].iloc[::-1].cummax().iloc[::-1] - ordered["recall"]
                 if len(ordered) > 2 and rise.max() > tolerance:
                     at = ordered["sparsity"][rise.idxmax()]
-                    where = f" with {surroundings}" if surroundings else ""
+                    where = f" with {united_with}" if united_with else ""
                     lines.append(
                         f"{pattern}{where}, along {name}: a sparser graph recalls {rise.max():.3f} more than the one of "
                         f"sparsity {at:.3f}; a sparsity parameter should trade one for the other"
@@ -263,6 +263,6 @@ def _labels(table: pd.DataFrame) -> list[str]:
     labels = []
     for row in table.to_dict("records"):
         settings = [f"{name}={row[name]}" for name in varying[row["pattern"]] if pd.notna(row[name])]
-        around = [f"+ {row['surroundings']}"] if row["surroundings"] else []
-        labels.append(" ".join([row["pattern"], *settings, *around]))
+        united = [f"+ {row['united_with']}"] if row["united_with"] else []
+        labels.append(" ".join([row["pattern"], *settings, *united]))
     return labels

@@ -123,9 +123,9 @@ def _recall(points: pd.DataFrame, over: str, replicas: Replicas | None) -> Illus
         caption += (
             " In colour: the published patterns, the best of ours and of the others, the best that compares every pair."
         )
-    if (points["surroundings"] != "").any():
+    if (points["united_with"] != "").any():
         caption += " A window and global tokens count as predicted, so they raise recall and lower sparsity together."
-        if (points["surroundings"] == "").any():
+        if (points["united_with"] == "").any():
             caption += " Patterns that were run only without them are repeated in every panel."
     figure = recall_figures.recall_sparsity(points, replicas)
     return Illustration("recall_sparsity", "Recall against sparsity", figure, caption)

@@ -21,7 +21,7 @@ def loss_sparsity(results: pd.DataFrame) -> Figure:
     """Loss against sparsity of every variant that has a token graph; dense attention as horizontal lines.
 
     Colour: the pattern, of more than `FEW` only ours, the published ones and the bounds; marker: the attention that ran it. A
-    panel for each surroundings.
+    panel for each window with its global tokens.
 
     Args:
         results: ``evaluate/results``, as `frontiers.described` gives it.
@@ -34,15 +34,15 @@ def loss_sparsity(results: pd.DataFrame) -> Figure:
     with style():
         figure = blank(3.6 * min(2, len(panels)) + 0.8, 3.2 * math.ceil(len(panels) / 2) + 1.0)
         grid = figure.subplots(math.ceil(len(panels) / 2), min(2, len(panels)), squeeze=False, sharey=True)
-        for axes, surroundings in zip(grid.flat, panels, strict=False):
-            for row in variants[variants["surroundings"] == surroundings].to_dict("records"):
+        for axes, united_with in zip(grid.flat, panels, strict=False):
+            for row in variants[variants["united_with"] == united_with].to_dict("records"):
                 marker, size, filled = looks[row["attention"]]
                 colour = colours.get(row["pattern"], GREY)
                 look = {"fc": colour if filled else "none", "ec": colour, "zorder": 2 if colour == GREY else 3}
                 axes.scatter(row["sparsity"], row["loss"], s=size, marker=marker, lw=1.3, **look)
             for text, loss, dashes in dense_losses(results):
                 axes.axhline(loss, color="#333333", lw=1.1, ls=dashes, zorder=1, label=text)
-            axes.set(xlim=(-0.03, 1.03), title=panel_title(surroundings, len(panels)))
+            axes.set(xlim=(-0.03, 1.03), title=panel_title(united_with, len(panels)))
             axes.set_xlabel("sparsity of the executed graph  (sparser →)")
         for axes in list(grid.flat)[len(panels) :]:
             axes.remove()

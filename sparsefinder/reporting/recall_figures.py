@@ -45,7 +45,7 @@ _TICKS = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005)
 
 
 def recall_sparsity(points: pd.DataFrame, replicas: Replicas | None = None) -> Figure:
-    """Every configuration and the frontier of each pattern; a panel for each surroundings.
+    """Every configuration and the frontier of each pattern; a panel for each window with its global tokens.
 
     Of more than `FEW` patterns only those of `highlighted` have colours. Patterns that were run without window and global
     tokens only (oracle, random, …) appear in every panel. Open markers and dashed lines: the pattern compares every pair.
@@ -58,8 +58,8 @@ def recall_sparsity(points: pd.DataFrame, replicas: Replicas | None = None) -> F
     panels = panels_of(points)
     with style():
         figure, grid = _grid(len(panels))
-        for axes, surroundings in zip(grid, panels, strict=False):
-            shown = _shown(points, surroundings)
+        for axes, united_with in zip(grid, panels, strict=False):
+            shown = _shown(points, united_with)
             for pattern, group in shown.groupby("pattern", sort=False):
                 name = str(pattern)
                 if family_of(name) == BOUNDS:
@@ -67,7 +67,7 @@ def recall_sparsity(points: pd.DataFrame, replicas: Replicas | None = None) -> F
                 look = _look(name, group) if name in chosen else _pale(group)
                 _draw(axes, points, group, look, replicas if name in chosen else None, name in chosen)
             _draw_bounds(axes, points, shown, replicas)
-            _finish(axes, points, panel_title(surroundings, len(panels)))
+            _finish(axes, points, panel_title(united_with, len(panels)))
         _shared_words(figure, grid)
         figure.legend(
             handles=_legend(points, chosen), loc="outside lower center", ncols=4 if len(grid) > 1 else 2, frameon=False
@@ -84,8 +84,8 @@ def recall_by_family(points: pd.DataFrame, replicas: Replicas | None = None) -> 
         points: `frontiers.points`.
         replicas: Of the points, for bands of 95 % intervals; None leaves them out.
     """
-    alone = points.groupby("pattern")["surroundings"].transform(lambda words: (words == "").any())
-    shown = points[~alone | (points["surroundings"] == "")]
+    alone = points.groupby("pattern")["united_with"].transform(lambda words: (words == "").any())
+    shown = points[~alone | (points["united_with"] == "")]
     families = [name for name in FAMILIES if name in set(shown["pattern"].map(family_of))]
     with style():
         figure, grid = _grid(len(families), extra=0.6)
@@ -231,10 +231,10 @@ def _shared_words(figure: Figure, grid: Sequence[Axes], below: bool = True) -> N
         figure.suptitle("recall against the share of pairs predicted, log scale  (sparser →)", fontsize=9)
 
 
-def _shown(points: pd.DataFrame, surroundings: str) -> pd.DataFrame:
+def _shown(points: pd.DataFrame, united_with: str) -> pd.DataFrame:
     """The points of a panel: its own, and the patterns that were only run alone."""
-    here = points[points["surroundings"] == surroundings]
-    everywhere = points[(points["surroundings"] == "") & ~points["pattern"].isin(here["pattern"])]
+    here = points[points["united_with"] == united_with]
+    everywhere = points[(points["united_with"] == "") & ~points["pattern"].isin(here["pattern"])]
     return pd.concat([here, everywhere])
 
 

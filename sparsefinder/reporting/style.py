@@ -102,15 +102,15 @@ def marker_of(pattern: str) -> str:
 
 
 def panels_of(table: pd.DataFrame) -> list[str]:
-    """The surroundings in a table, a panel for each; without any first."""
-    names = list(dict.fromkeys(table["surroundings"]))
+    """What patterns are united with in a table, a panel for each; nothing first."""
+    names = list(dict.fromkeys(table["united_with"]))
     return sorted(names, key=lambda words: words != "") or [""]
 
 
-def panel_title(surroundings: str, panels: int) -> str:
+def panel_title(united_with: str, panels: int) -> str:
     """The words above one of so many panels."""
-    if surroundings:
-        return f"united with {surroundings}"
+    if united_with:
+        return f"united with {united_with}"
     return "without window or global tokens" if panels > 1 else ""
 
 

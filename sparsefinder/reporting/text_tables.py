@@ -51,7 +51,7 @@ def recall_lines(
     lines = pd.DataFrame(
         {
             "pattern": numbers["pattern"] + numbers["quadratic"].map({True: " *", False: ""}),
-            "united with": numbers["surroundings"].replace("", "–"),
+            "united with": numbers["united_with"].replace("", "–"),
             "configurations": numbers["configurations"].astype(str),
         }
     )
@@ -62,8 +62,8 @@ def recall_lines(
 
 
 def one_each(table: pd.DataFrame) -> bool:
-    """Whether every pattern and surroundings has one configuration alone: a point, and no frontier to read recall from."""
-    return not table.duplicated(["pattern", "surroundings"]).any()
+    """Whether each pattern, with what it is united with, has one configuration: a point, no frontier to read recall from."""
+    return not table.duplicated(["pattern", "united_with"]).any()
 
 
 def measured_lines(table: pd.DataFrame) -> pd.DataFrame:
@@ -86,11 +86,12 @@ def measured_lines(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def recall_numbers(table: pd.DataFrame, densities: Sequence[float], replicas: Replicas | None) -> pd.DataFrame:
-    """The numbers of `recall_lines`: one row per pattern × surroundings × density, with the ends of the intervals."""
+    """The numbers of `recall_lines`: one row per pattern × what it is united with × density, with the ends of the intervals."""
     numbers = with_intervals(recall_table(table, densities), replicas, densities)
     measures = [f"{name}{end}" for name in ("recall", "recall_far") for end in ("", "_low", "_high")]
     rows = [
-        {name: row[name] for name in ("pattern", "surroundings", "quadratic", "configurations")}
+        {"pattern": row["pattern"], "surroundings": row["united_with"]}  # the column's name in files from the beginning
+        | {name: row[name] for name in ("quadratic", "configurations")}
         | {"density": density}
         | {name: row.get((name, density), float("nan")) for name in measures}
         for row in numbers.to_dict("records")
@@ -128,17 +129,19 @@ def budget_lines(budget: pd.DataFrame) -> pd.DataFrame:
 
 
 def calibration_lines(dials: pd.DataFrame) -> pd.DataFrame:
-    """``calibration/dials`` with a row for each pattern and surroundings: what was asked for, and what came."""
+    """``calibration/dials`` with a row for each pattern and what it is united with: what was asked for, and what came."""
     rows = []
     named = frontiers.described(dials)
-    for (pattern, *around), group in named.groupby(["pattern", "surroundings", "dial", "settings"], sort=False):
+    for (pattern, united_with, parameter, _), group in named.groupby(
+        ["pattern", "united_with", "dial", "settings"], sort=False
+    ):
         least, most = group["value"].min(), group["value"].max()
         rows.append(
             {
                 "pattern": pattern,
-                "united with": around[0] or "–",
+                "united with": united_with or "–",
                 "target": group["target"].iloc[0],
-                "dial": f"{around[1]} = {least:.4g}" + (f" … {most:.4g}" if most > least else ""),
+                "dial": f"{parameter} = {least:.4g}" + (f" … {most:.4g}" if most > least else ""),
                 "density": f"{group['density'].mean():.3f}",
                 "held out": f"{group['density_held_out'].mean():.3f}",
                 "recall": f"{group['recall'].mean():.3f}",
@@ -286,7 +289,7 @@ def _recall(row: Mapping[Any, Any], density: float, show_far: bool) -> str:
         return "not reached"
     low, high = (row.get((f"recall_{end}", density)) for end in ("low", "high"))
     text = f"{recall:.3f}" if low is None or pd.isna(low) else f"{recall:.3f} ±{(high - low) / 2:.3f}"
-    return f"{text} ({far:.3f})" if show_far and row["surroundings"] and pd.notna(far) else text
+    return f"{text} ({far:.3f})" if show_far and row["united_with"] and pd.notna(far) else text
 
 
 def _change(row: Mapping[Any, Any]) -> str:

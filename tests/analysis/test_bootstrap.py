@@ -212,7 +212,7 @@ class TestManyPatterns:
     def test_every_point_is_drawn(self, many: pd.DataFrame) -> None:
         axes = recall_figures.recall_sparsity(many).axes[0]
         drawn = {tuple(np.round(xy, 6)) for line in axes.lines for xy in line.get_xydata() if line.get_marker() != ""}
-        alone = many[many["surroundings"] == ""]
+        alone = many[many["united_with"] == ""]
         assert {tuple(pair) for pair in alone[["density", "recall"]].round(6).to_numpy()} <= drawn
 
     def test_the_bounds_are_drawn_even_where_they_were_not_run(self, many: pd.DataFrame) -> None:
