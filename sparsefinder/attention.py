@@ -160,7 +160,7 @@ class Dense:
       work of dense attention.
 
     ``auto`` is ``native`` wherever it works, which on a CPU needs a C++ compiler the first time. Softmax (α = 1) is torch's
-    ``scaled_dot_product_attention`` with either. ``native`` can be differentiated once, not twice.
+    ``scaled_dot_product_attention`` with either, but for a window in C++. ``native`` can be differentiated once, not twice.
     """
 
     normalizer: Normalizer | PerHead = _ENTMAX15  # how scores become probabilities; α may differ from head to head
@@ -208,7 +208,7 @@ class Dense:
     def explain(self, q: Tensor, *others: Tensor) -> str:
         """Which executor multiplies these queries (and keys and values) and why no other one does: a line for each."""
         if self._is_softmax:
-            return "softmax: torch's scaled_dot_product_attention, with any executor"
+            return "softmax: torch's scaled_dot_product_attention; a window in C++ where that works"
         return explain(_DENSE_EXECUTORS, self.executor, Work.of(q, *others))
 
     @torch.no_grad()
@@ -222,6 +222,9 @@ class Dense:
         return self.graph(qk, layer).sum((-2, -1))
 
     def _softmax(self, q: Tensor, k: Tensor, v: Tensor, pairs: Pairs) -> Tensor:
+        if self._is_banded(q, k, pairs):
+            qk = QK(q, k, pairs.key_valid, self.causal)
+            return NativeExecutor().attend(qk, v, Layout(window=self.window), Normalizer(1.0))
         plain = pairs.mask is None and not self.window and bool(pairs.key_valid.all())
         mask = None if plain else pairs.allowed(0, q.shape[2])
         out = F.scaled_dot_product_attention(
@@ -229,6 +232,12 @@ class Dense:
         )
         present = pairs.query_valid[:, None, :, None]
         return out.masked_fill(~(present if mask is None else present & mask.any(-1, keepdim=True)), 0.0)
+
+    def _is_banded(self, q: Tensor, k: Tensor, pairs: Pairs) -> bool:
+        """Whether softmax multiplies a band alone: torch has none, and with a mask it takes all products."""
+        same = pairs.query_valid is pairs.key_valid and q.shape == k.shape and pairs.mask is None
+        able = self.executor != TilesExecutor.name and not NativeExecutor().why_not(Work.of(q, k))
+        return bool(self.window) and same and able and not self.dropout
 
     @property
     def _is_softmax(self) -> bool:

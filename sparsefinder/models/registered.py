@@ -11,6 +11,7 @@ silently. What `attend` does is decided by the module that it is called from:
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from sparsefinder.attention import Dense
 from sparsefinder.errors import UserError
+from sparsefinder.models.sliding import window_of
 from sparsefinder.models.transformers_internals import weights_are_collected
 from sparsefinder.numerics.normalizers import Normalizer, is_recorded
 
@@ -63,7 +65,24 @@ def attend(
         return _with_probabilities(query, key, value, attention_mask, dense)
     # float32 also under autocast: the support and the sum of a row do not survive half precision
     with torch.autocast(query.device.type, enabled=False):
-        return dense.attend(query, key, value, attention_mask).transpose(1, 2).contiguous(), None
+        return _attend(module, query, key, value, attention_mask, dense).transpose(1, 2).contiguous(), None
+
+
+def _attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dense: Dense) -> Tensor:
+    """Dense attention under a boolean mask; of a sliding layer the band alone."""
+    size = getattr(module, "sliding_window", None)
+    reach = (
+        0 if size is None else size - 1
+    )  # as transformers' own layers count: the token itself is one of `sliding_window`
+    band = window_of(mask, reach) if reach > 0 else None
+    if band is None:
+        return dense.attend(q, k, v, mask)
+    valid, causal = band
+    banded = replace(dense, causal=causal, window=2 * reach + 1)
+    if dense.normalizer.sparse:
+        return banded.attend(q, k, v, valid[:, None, None])
+    # softmax is ours only while something is plugged in, and then padded queries get zeros in the other layers too
+    return banded(q, k, v, valid.expand(q.shape[0], -1))
 
 
 def _adds(mask: Tensor | None) -> bool:
