@@ -1,6 +1,6 @@
 """transformers' own common model tests, on LSG models of every family: which fail, beside those that the plain models fail too.
 
-    python benchmarks/transformers_tests.py                      # ten families, one after another; half an hour on two cores
+    python benchmarks/transformers_tests.py                      # every family, one after another; half an hour on two cores
     python benchmarks/transformers_tests.py roberta bart
 
 The tests come with the source distribution of the installed transformers, which pip fetches into a folder that is thrown away;

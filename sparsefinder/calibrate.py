@@ -54,12 +54,12 @@ class Target:
         """``density=0.1`` or ``recall=0.95``; anything else is a `UserError`."""
         measure, _, number = text.partition("=")
         try:
-            found = cls(measure.strip(), float(number))
+            target = cls(measure.strip(), float(number))
         except ValueError:
-            found = cls(measure, float("nan"))
-        if found.measure not in MEASURES or not 0 < found.value <= 1:
+            target = cls(measure, float("nan"))
+        if target.measure not in MEASURES or not 0 < target.value <= 1:
             raise UserError(f"target={text}: give density=D or recall=R with a number above 0 and at most 1, or null")
-        return found
+        return target
 
     def choose(self, curve: Curve) -> Any:
         """The value of the sparsity parameter that a head takes."""
@@ -77,9 +77,9 @@ class Target:
         return recall >= self.value
 
     def between(self, curve: Curve, whole: bool) -> Any | None:
-        """A value to try next: between the two neighbours around the target, where a straight line would meet it."""
-        place = MEASURES.index(self.measure)
-        known = sorted((value, found[place] - self.value) for value, found in curve.items())
+        """A value to try next: between the two neighbours of the target, where a straight line would meet it."""
+        index = MEASURES.index(self.measure)
+        known = sorted((value, measured[index] - self.value) for value, measured in curve.items())
         for (low, below), (high, above) in itertools.pairwise(known):
             if below * above < 0:
                 share = min(max(below / (below - above), 0.1), 0.9)  # a bent curve would never narrow its bracket
@@ -90,8 +90,8 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Dialled:
-    """A pattern with its surroundings, and the values of its sparsity parameter to begin with."""
+class Swept:
+    """A pattern with its local and global tokens, and the values of its sparsity parameter to begin with."""
 
     configuration: Configuration
     values: tuple[Any, ...]
@@ -101,7 +101,7 @@ class Dialled:
 class CalibrateSettings:
     """Settings of the stage ``calibrate``."""
 
-    dialled: tuple[Dialled, ...]
+    dialled: tuple[Swept, ...]
     target: str | None = None  # density=D or recall=R, for every head; None leaves the stage out
     alpha: float = 1.5  # of the entmax whose support is gold
     causal: bool = False
@@ -131,7 +131,7 @@ class CalibrateSettings:
 
 
 def run(settings: CalibrateSettings, store: Store) -> None:
-    """Make ``calibration``: the table ``dials``, one row per pattern × surroundings × layer × head."""
+    """Make ``calibration``: the table ``dials``, one row per pattern × local and global tokens × layer × head."""
     assert settings.target is not None  # otherwise the pipeline leaves the stage out
     target = Target.parse(settings.target)
     training, held_out = training_samples(store), validation_samples(store)
@@ -149,19 +149,19 @@ def run(settings: CalibrateSettings, store: Store) -> None:
     rows: list[dict[str, Any]] = []
     chosen = []
     layers, heads, _ = training.shape
-    for place, each in enumerate(dialled):
-        if not curves[place, 0, 0]:
+    for index, each in enumerate(dialled):
+        if not curves[index, 0, 0]:
             raise UserError(
                 f"{each.configuration.label}: none of its values {each.values} can be had; give another sweep"
             )
         values = tuple(
-            tuple(target.choose(curves[place, layer, head]) for head in range(heads)) for layer in range(layers)
+            tuple(target.choose(curves[index, layer, head]) for head in range(heads)) for layer in range(layers)
         )
         chosen.append(replace(each.configuration, dials=Dials(settings.target, values)))
     checked = _measure(held_out, {(p, 0): c.build(learned) for p, c in enumerate(chosen)}, None, settings)
-    for place, configuration in enumerate(chosen):
+    for index, configuration in enumerate(chosen):
         own = [
-            _row(configuration, layer, head, curves[place, layer, head], checked[place, 0, layer][head], settings)
+            _row(configuration, layer, head, curves[index, layer, head], checked[index, 0, layer][head], settings)
             for layer in range(layers)
             for head in range(heads)
         ]
@@ -181,36 +181,36 @@ def run(settings: CalibrateSettings, store: Store) -> None:
 
 
 def measured_curves(
-    samples: Samples, dialled: Sequence[Dialled], target: Target, settings: CalibrateSettings, learned: Learned
+    samples: Samples, dialled: Sequence[Swept], target: Target, settings: CalibrateSettings, learned: Learned
 ) -> dict[tuple[int, int, int], dict[Any, tuple[float, float]]]:
-    """Density and recall by the value of the sparsity parameter, for each ``(place in dialled, layer, head)``."""
+    """Density and recall by the value of the sparsity parameter, for each ``(index in dialled, layer, head)``."""
     layers, heads, _ = samples.shape
     curves: dict[tuple[int, int, int], dict[Any, tuple[float, float]]] = {
-        (place, layer, head): {} for place in range(len(dialled)) for layer in range(layers) for head in range(heads)
+        (index, layer, head): {} for index in range(len(dialled)) for layer in range(layers) for head in range(heads)
     }
-    asked = {(place, layer): set(each.values) for place, each in enumerate(dialled) for layer in range(layers)}
+    asked = {(index, layer): set(each.values) for index, each in enumerate(dialled) for layer in range(layers)}
     for _ in range(1 + settings.refinements):
         patterns: dict[tuple[int, Any], Pattern] = {}
-        for (place, _layer), values in asked.items():
+        for (index, _layer), values in asked.items():
             for value in list(values):
-                turned = _turned(dialled[place].configuration, value, learned)
+                turned = _turned(dialled[index].configuration, value, learned)
                 if turned is None:
                     values.discard(value)
                 else:
-                    patterns[place, value] = turned
+                    patterns[index, value] = turned
         only = {key: values for key, values in asked.items() if values}
         if not only:
             break
-        for (place, value, layer), found in _measure(samples, patterns, only, settings).items():
+        for (index, value, layer), measured in _measure(samples, patterns, only, settings).items():
             for head in range(heads):
-                curves[place, layer, head][value] = found[head]
+                curves[index, layer, head][value] = measured[head]
         asked = {
-            (place, layer): {
+            (index, layer): {
                 value
                 for head in range(heads)
-                if (value := _next(dialled[place], curves[place, layer, head], target)) is not None
+                if (value := _next(dialled[index], curves[index, layer, head], target)) is not None
             }
-            for place, layer in asked
+            for index, layer in asked
         }
     return curves
 
@@ -222,19 +222,19 @@ def _measure(
     only: Mapping[tuple[int, int], set[Any]] | None,
     settings: CalibrateSettings,
 ) -> dict[tuple[int, Any, int], list[tuple[float, float]]]:
-    """Density and recall of every head for each ``(place, value, layer)``; ``only`` those values of a place and layer."""
+    """Density and recall of every head for each ``(index, value, layer)``; ``only`` those values of an index and layer."""
     counts: dict[tuple[int, Any, int], list[Counts]] = {}
-    for index in progress(range(len(samples)), "calibrate"):
-        for layer, qk in enumerate(samples.layers(index, settings.causal)):
+    for sample in progress(range(len(samples)), "calibrate"):
+        for layer, qk in enumerate(samples.layers(sample, settings.causal)):
             gold = Gold.of(qk, settings.alpha)
-            for (place, value), pattern in patterns.items():
-                if only is None or value in only.get((place, layer), ()):
-                    counts.setdefault((place, value, layer), []).append(count(pattern(qk, layer), gold, qk))
-    found = {}
+            for (index, value), pattern in patterns.items():
+                if only is None or value in only.get((index, layer), ()):
+                    counts.setdefault((index, value, layer), []).append(count(pattern(qk, layer), gold, qk))
+    measured = {}
     for key, parts in counts.items():
         means = Counts.cat(parts).macro()
-        found[key] = list(zip((1 - means["sparsity"]).tolist(), means["recall"].tolist(), strict=True))
-    return found
+        measured[key] = list(zip((1 - means["sparsity"]).tolist(), means["recall"].tolist(), strict=True))
+    return measured
 
 
 def _turned(configuration: Configuration, value: Any, learned: Learned) -> Pattern | None:
@@ -246,7 +246,7 @@ def _turned(configuration: Configuration, value: Any, learned: Learned) -> Patte
         return None
 
 
-def _next(dialled: Dialled, curve: Curve, target: Target) -> Any | None:
+def _next(dialled: Swept, curve: Curve, target: Target) -> Any | None:
     """The next value for a head to try. Where a sparsity parameter takes odd numbers only, the one above an even number."""
     pattern = dialled.configuration.pattern
     whole = whole_numbered(pattern)
@@ -299,9 +299,10 @@ def _row(
 
 
 def calibrated(configurations: Iterable[Configuration], folder: Path | str, target: str) -> tuple[Configuration, ...]:
-    """Each pattern and surroundings of ``configurations`` once, at the values that ``folder`` (``calibration/``) has for it.
+    """Each pattern of ``configurations`` at its calibrated values; once for each set of local and global tokens.
 
-    Patterns without a sparsity parameter are left out, and so are those that were not calibrated, which the log says.
+    The values are those of ``folder`` (``calibration/``). Patterns without a sparsity parameter are left out, and so are those
+    that were not calibrated, which the log says.
     """
     folder = Path(folder)
     path = folder / "dials.parquet"
@@ -318,9 +319,9 @@ def calibrated(configurations: Iterable[Configuration], folder: Path | str, targ
         _comparable(dict(zip(names, key, strict=True))): group
         for key, group in table.groupby(names, dropna=False, sort=False)
     }
-    found: dict[Any, Configuration] = {}
+    chosen: dict[Any, Configuration] = {}
     for configuration in configurations:
-        if configuration.pattern.sparsity_parameter is None or (key := _comparable(_key(configuration))) in found:
+        if configuration.pattern.sparsity_parameter is None or (key := _comparable(_key(configuration))) in chosen:
             continue
         if key not in groups:
             log.warning("%s has no calibration with these settings: run stage=calibrate", configuration.name)
@@ -328,15 +329,15 @@ def calibrated(configurations: Iterable[Configuration], folder: Path | str, targ
         kind = int if whole_numbered(configuration.pattern) else float
         grid = groups[key].pivot(index="layer", columns="head", values="value")
         values = tuple(tuple(kind(value) for value in row) for row in grid.to_numpy())
-        found[key] = replace(configuration, dials=Dials(target, values))
-    return tuple(found.values())
+        chosen[key] = replace(configuration, dials=Dials(target, values))
+    return tuple(chosen.values())
 
 
 _KEY = ("pattern", "settings", "window", "global_tokens", "last_token", "block_size")
 
 
 def _key(configuration: Configuration) -> dict[str, Any]:
-    """What a calibration belongs to: the pattern with all settings but its sparsity parameter, and its surroundings."""
+    """What a calibration belongs to: a pattern without its sparsity parameter, and its local and global tokens."""
     pattern = configuration.pattern
     own = {
         field.name: getattr(pattern, field.name)
@@ -344,8 +345,8 @@ def _key(configuration: Configuration) -> dict[str, Any]:
         if field.name != pattern.sparsity_parameter and field.name not in configuration.needs
     }
     values = (configuration.name, json.dumps(own, sort_keys=True), configuration.window or 0)
-    around = (configuration.global_tokens, configuration.last_token, configuration.block_size)
-    return dict(zip(_KEY, (*values, *around), strict=True))
+    tokens = (configuration.global_tokens, configuration.last_token, configuration.block_size)
+    return dict(zip(_KEY, (*values, *tokens), strict=True))
 
 
 def _comparable(key: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -99,13 +99,13 @@ class EvaluateSettings:
     @property
     def items(self) -> tuple[Item, ...]:
         """What is to be measured, beside dense attention: attentions with their patterns, and conversions."""
-        found = [self.item(Variant(each, None, Normalizer())) for each in self.attentions if not each.takes_pattern]
+        items = [self.item(Variant(each, None, Normalizer())) for each in self.attentions if not each.takes_pattern]
         for attention in self.attentions:
             for configuration in self.configurations if attention.takes_pattern else ():
                 target = self.target if configuration.pattern.sparsity_parameter is not None else None
-                found.append(self.item(Variant(attention, configuration, Normalizer()), target))
-        found += [_item({"conversions": plain(each)}, ("model",)) for each in self.conversions]
-        return tuple({item.key: item for item in found}.values())
+                items.append(self.item(Variant(attention, configuration, Normalizer()), target))
+        items += [_item({"conversions": plain(each)}, ("model",)) for each in self.conversions]
+        return tuple({item.key: item for item in items}.values())
 
     @property
     def shared(self) -> dict[str, Any]:
@@ -158,9 +158,10 @@ def run(settings: EvaluateSettings, store: Store) -> None:
     as_typed = dict(zip(map(id, settings.configurations), typed, strict=True))
 
     def item_of(variant: Variant) -> Item | None:
-        found = as_typed.get(id(variant.configuration), variant.configuration)
-        target = settings.target if found is not None and found.pattern.sparsity_parameter is not None else None
-        return wanted.get(settings.item(replace(variant, configuration=found), target).key)
+        as_given = as_typed.get(id(variant.configuration), variant.configuration)
+        has_parameter = as_given is not None and as_given.pattern.sparsity_parameter is not None
+        target = settings.target if has_parameter else None
+        return wanted.get(settings.item(replace(variant, configuration=as_given), target).key)
 
     configurations = _at_target(settings, store, learned)
     sparse = crossed(settings.attentions, configurations, normalizer, learned, shape.head_size)
@@ -243,11 +244,11 @@ def _asked(settings: EvaluateSettings, store: Store, model: Any, tokenizer: Any,
 
 def _at_target(settings: EvaluateSettings, store: Store, learned: Learned) -> tuple[Configuration, ...]:
     """The configurations that can be built; with a target, those with a sparsity parameter as they are calibrated for it."""
-    found = buildable(settings.configurations, learned)
+    possible = buildable(settings.configurations, learned)
     if settings.target is None:
-        return found
-    dialled = calibrated(found, store.path("calibration"), settings.target)
-    return (*(each for each in found if each.pattern.sparsity_parameter is None), *dialled)
+        return possible
+    at_target = calibrated(possible, store.path("calibration"), settings.target)
+    return (*(each for each in possible if each.pattern.sparsity_parameter is None), *at_target)
 
 
 @dataclass(frozen=True)
@@ -284,7 +285,7 @@ def evaluate_variant(
     row |= quality
     observer = Observer(attention, variant.configuration, own)
     measure_graphs(model, observer, held_out, settings.measured)
-    layers = [{**variant.columns, **found} for found in observer.rows()]
+    layers = [{**variant.columns, **row} for row in observer.rows()]
     return Outcome(row | observer.means(), layers, blocks)
 
 

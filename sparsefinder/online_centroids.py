@@ -69,12 +69,12 @@ def run(settings: OnlineSettings, store: Store) -> None:
 def fit_online(samples: Samples, projections: Projections, settings: OnlineSettings) -> Centroids:
     """Centroids ``(H, 1, C, R)`` of unit length for each layer; the tokens of one layer are in memory at a time."""
     layers = samples.shape[0]
-    found = [
+    centroids = [
         train_online(list(_directions(samples, projections, layer, settings.block_size)), settings, layer)
         for layer in progress(range(layers), "cluster_online", layers)
     ]
     log.info("moved %d centroids of %d layers × %d heads", settings.n_clusters, layers, samples.shape[1])
-    return Centroids(found)
+    return Centroids(centroids)
 
 
 def train_online(points: Sequence[Tensor], settings: OnlineSettings, layer: int = 0) -> Tensor:

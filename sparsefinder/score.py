@@ -1,4 +1,4 @@
-"""The stage ``score``: measure patterns on recorded queries and keys alone; no model is needed.
+"""The stage ``score``: measure patterns on recorded queries and keys; no model is needed.
 
 Samples are taken one by one and layer by layer. The gold graph of a layer is computed once and shared by all configurations,
 so a frontier of a hundred configurations costs a hundred predictions and one dense attention.
@@ -79,14 +79,14 @@ class ScoreSettings:
     @property
     def items(self) -> tuple[Item, ...]:
         """What is to be scored: each configuration, and with a target also as it is calibrated for that."""
-        dialled = (
+        swept = (
             [each for each in self.configurations if each.pattern.sparsity_parameter is not None] if self.target else []
         )
-        found = [
+        items = [
             *(self.item(each, None) for each in self.configurations),
-            *(self.item(e, self.target) for e in dialled),
+            *(self.item(e, self.target) for e in swept),
         ]
-        return tuple({item.key: item for item in found}.values())
+        return tuple({item.key: item for item in items}.values())
 
     @property
     def shared(self) -> dict[str, Any]:
@@ -236,26 +236,26 @@ def score(samples: Samples, settings: ScoreSettings, learned: Learned, indices: 
     """
     indices = range(len(samples)) if indices is None else indices
     some = [indices[start : start + _AT_ONCE] for start in range(0, len(indices), _AT_ONCE)]
-    # configurations that differ in nothing but their surroundings follow one another
+    # configurations that differ in nothing but their local and global tokens follow one another
     groups = groupby(
-        range(len(settings.configurations)), lambda place: settings.configurations[place].without_local_and_global
+        range(len(settings.configurations)), lambda index: settings.configurations[index].without_local_and_global
     )
-    predictions = [Prediction.of(alone, list(places), learned) for alone, places in groups]
+    predictions = [Prediction.of(shared, list(members), learned) for shared, members in groups]
     return Scores.cat([_score(samples, settings, predictions, part) for part in progress(some, "score")])
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A pattern without surroundings, and the configurations (by place) that unite it with theirs: it is run once for all."""
+    """A pattern without local and global tokens, run once for the configurations (by index) that unite it with theirs."""
 
     pattern: Pattern
     as_graph: bool  # it has no bucketed form
-    places: Sequence[int]
+    indices: Sequence[int]
 
     @classmethod
-    def of(cls, alone: Configuration, places: Sequence[int], learned: Learned) -> Prediction:
-        """What `alone` builds from what was learned; it fills the columns `places` of the counts."""
-        return cls(alone.build(learned), alone.quadratic or alone.dials is not None, places)
+    def of(cls, shared: Configuration, indices: Sequence[int], learned: Learned) -> Prediction:
+        """What `shared` builds from what was learned; it fills the columns `indices` of the counts."""
+        return cls(shared.build(learned), shared.quadratic or shared.dials is not None, indices)
 
     def __call__(self, qk: QK, layer: int) -> tuple[Tensor, Buckets | None]:
         """The graph ``(B, H, N, N)`` bool, and its buckets where it has any."""
@@ -270,8 +270,8 @@ def _score(
 ) -> Scores:
     layers, heads, _ = samples.shape
     configurations = settings.configurations
-    surroundings = {configuration.united_with: configuration for configuration in configurations}
-    # in one place each: small tensors kept between large ones that come and go make the heap grow by gigabytes
+    unions = {configuration.united_with: configuration for configuration in configurations}
+    # in one tensor each: small tensors kept between large ones that come and go make the heap grow by gigabytes
     room = (len(configurations), layers, len(indices), heads)
     kept = {f.name: torch.zeros(room, dtype=torch.float64 if f.name == "mass" else torch.int64) for f in fields(Counts)}
     balances = {name: torch.zeros(room, dtype=torch.float64) for name in BALANCE}
@@ -279,23 +279,23 @@ def _score(
     for at, index in enumerate(indices):
         for layer, qk in enumerate(samples.layers(index, settings.causal)):
             gold = Gold.of(qk, settings.alpha)
-            near = {around: any_with_it.near(qk) for around, any_with_it in surroundings.items()}
+            near = {tokens: any_with_them.near(qk) for tokens, any_with_them in unions.items()}
             for predict in predictions:
                 graph, buckets = predict(qk, layer)
                 shares = {} if buckets is None else balance(buckets, qk.valid)
-                for place in predict.places:
-                    pairs_near = near[configurations[place].united_with]
+                for row in predict.indices:
+                    pairs_near = near[configurations[row].united_with]
                     counts = count(graph if pairs_near is None else graph | pairs_near, gold, qk, pairs_near)
                     for name, room_of in kept.items():
-                        room_of[place, layer, at] = getattr(counts, name)[0]
+                        room_of[row, layer, at] = getattr(counts, name)[0]
                     if shares:
-                        balanced.add((place, layer))
+                        balanced.add((row, layer))
                     for name, share in shares.items():
-                        balances[name][place, layer, at] = share[0]
+                        balances[name][row, layer, at] = share[0]
     return Scores(
         {
-            (place, layer): Counts(**{name: values[place, layer] for name, values in kept.items()})
-            for place in range(len(configurations))
+            (row, layer): Counts(**{name: values[row, layer] for name, values in kept.items()})
+            for row in range(len(configurations))
             for layer in range(layers)
         },
         {key: {name: values[key] for name, values in balances.items()} for key in sorted(balanced)},
@@ -305,10 +305,10 @@ def _score(
 def metrics_table(scores: Scores, settings: ScoreSettings, learned: Learned) -> pd.DataFrame:
     """One row per configuration × layer × head; metrics are means over samples (see `sparsefinder.metrics`)."""
     rows = []
-    for (place, layer), counts in scores.counts.items():
-        configuration = settings.configurations[place]
+    for (index, layer), counts in scores.counts.items():
+        configuration = settings.configurations[index]
         means = counts.macro() | {
-            name: values.nanmean(0) for name, values in scores.balance.get((place, layer), {}).items()
+            name: values.nanmean(0) for name, values in scores.balance.get((index, layer), {}).items()
         }
         own = configuration.columns
         if "alpha" in own:  # not the one of the gold graph
@@ -316,7 +316,7 @@ def metrics_table(scores: Scores, settings: ScoreSettings, learned: Learned) -> 
         sizes = {name: size for name, size in learned.sizes(configuration.needs).items() if own.get(name) is None}
         for head in range(counts.gold.shape[1]):
             rows.append(
-                {"configuration": place, **own, **sizes}
+                {"configuration": index, **own, **sizes}
                 | {"causal": settings.causal, "alpha": settings.alpha, "quadratic": configuration.quadratic}
                 | {"samples": counts.gold.shape[0], "layer": layer, "head": head}
                 | {name: means[name][head].item() for name in (*RATIOS, *BALANCE) if name in means}
@@ -337,12 +337,12 @@ def write_counts(scores: Scores, path: Path, grown: Table) -> None:
             for group in range(old.num_row_groups):
                 part = old.read_row_group(group)
                 writer.write_table(part.filter(pc.is_in(part["configuration"], pa.array(grown.rows, pa.int64()))))
-        for (place, layer), counts in scores.counts.items():
+        for (index, layer), counts in scores.counts.items():
             samples, heads = counts.gold.shape
             grid = np.indices((samples, heads)).reshape(2, -1)
             columns = {f.name: getattr(counts, f.name).flatten().numpy() for f in fields(Counts)}
             frame = pd.DataFrame(
-                {"configuration": grown.first + place, "layer": layer, "head": grid[1], "sample": grid[0], **columns}
+                {"configuration": grown.first + index, "layer": layer, "head": grid[1], "sample": grid[0], **columns}
             )
             table = pa.Table.from_pandas(frame, preserve_index=False)
             writer = writer or stack.enter_context(pq.ParquetWriter(path, table.schema))

@@ -13,7 +13,7 @@ import torch
 from small_runs import TRAINING, make_learned
 
 from sparsefinder import calibrate, score
-from sparsefinder.calibrate import CalibrateSettings, Dialled, Target
+from sparsefinder.calibrate import CalibrateSettings, Swept, Target
 from sparsefinder.errors import UserError
 from sparsefinder.experiment.configuration import Configuration, Dials, Learned
 from sparsefinder.graphs import Pattern
@@ -188,11 +188,11 @@ class TestTarget:
 
 
 DIALLED = (
-    Dialled(Configuration("distance", Distance("l2", 1.0)), (0.1, 1.0, 10.0)),
-    Dialled(Configuration("distance", Distance("l2", 1.0), window=3), (0.1, 1.0, 10.0)),
-    Dialled(Configuration("random", Distance("random", 0.2)), (0.05, 0.5)),
-    Dialled(Configuration("window", Window(3)), (1, 15)),
-    Dialled(Configuration("kmeans", KMeans(1)), (1, 2)),
+    Swept(Configuration("distance", Distance("l2", 1.0)), (0.1, 1.0, 10.0)),
+    Swept(Configuration("distance", Distance("l2", 1.0), window=3), (0.1, 1.0, 10.0)),
+    Swept(Configuration("random", Distance("random", 0.2)), (0.05, 0.5)),
+    Swept(Configuration("window", Window(3)), (1, 15)),
+    Swept(Configuration("kmeans", KMeans(1)), (1, 2)),
 )
 
 

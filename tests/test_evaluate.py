@@ -14,7 +14,7 @@ import torch
 
 from sparsefinder import calibrate, evaluate, extract, kmeans_centroids, models, pipeline, quantization, report
 from sparsefinder.attention import Bucketed, Dense, Masked
-from sparsefinder.calibrate import CalibrateSettings, Dialled
+from sparsefinder.calibrate import CalibrateSettings, Swept
 from sparsefinder.corpora import TextFiles, token_blocks
 from sparsefinder.corpora.blocks import draw
 from sparsefinder.errors import UserError
@@ -223,7 +223,7 @@ class TestEvaluate:
         names = ("model", "qk", "qk_validation", "projections", "centroids")
         given = Store(tmp_path, {name: store.path(name) for name in names})
         kinds = (Configuration("kmeans", KMeans(1)), Configuration("window", Window(3)))
-        dialled = (Dialled(kinds[0], (1, 2, 3)), Dialled(kinds[1], (1, 3, 9)))
+        dialled = (Swept(kinds[0], (1, 2, 3)), Swept(kinds[1], (1, 3, 9)))
         calibrate.run(CalibrateSettings(dialled, "density=0.4", samples=3), given)
         given.finish("calibration", "calibrate", {}, {}, 0)
         configurations = (*kinds, Configuration("oracle", Oracle()))

@@ -9,7 +9,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from sparsefinder.calibrate import Dialled
+from sparsefinder.calibrate import Swept
 from sparsefinder.commandline.composition import build, plain, without
 from sparsefinder.commandline.conf_folder import CONF
 from sparsefinder.errors import UserError, one_of
@@ -71,7 +71,7 @@ def all_configurations(cfg: DictConfig, sweep: bool) -> Iterable[Configuration]:
             yield from chosen_pattern.united(variant, dials)
 
 
-def dialled(cfg: DictConfig) -> Iterable[Dialled]:
+def dialled(cfg: DictConfig) -> Iterable[Swept]:
     """The patterns of `all_configurations` that have a sparsity parameter, with the values of their sweep."""
     for chosen_pattern in patterns(cfg):
         pattern, dials = chosen_pattern.build()
@@ -82,7 +82,7 @@ def dialled(cfg: DictConfig) -> Iterable[Dialled]:
             )
         if getattr(pattern, "sparsity_parameter", None) is not None and chosen_pattern.sweep:
             values = tuple(chosen_pattern.sweep)
-            yield from (Dialled(configuration, values) for configuration in chosen_pattern.united(pattern))
+            yield from (Swept(configuration, values) for configuration in chosen_pattern.united(pattern))
 
 
 def patterns(cfg: DictConfig) -> Iterable[ChosenPattern]:

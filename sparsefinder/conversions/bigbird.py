@@ -89,9 +89,9 @@ def convert_roberta_to_bigbird(
     `roberta_model` is a RoBERTa, XLM-RoBERTa or CamemBERT of any size, without a head or with one of `HEADS`; it is
     left as it is. Token i reads the source's row `i mod (source length)`. Sparse mode pads inputs to whole blocks
     inside, so the position table is rounded up to a multiple of `block_size`; the tokenizer cuts at
-    `bigbird_max_length`. The model that is returned stays sparse (`stay_sparse`); one that is loaded later has to be
-    told. Some of BigBird's heads carry a pooler that they never use and RoBERTa's lack: it is new, and frozen. A
-    decoder becomes `attention_type="original_full"`.
+    `bigbird_max_length`. The model that is returned stays sparse (`stay_sparse`); call that again for one that is loaded
+    later. Some of BigBird's heads carry a pooler that they never use and RoBERTa's lack: it is new, and frozen. A decoder
+    becomes `attention_type="original_full"`.
 
     Raises `UserError` for another family, a tokenizer of another vocabulary, a length below the source's, an
     attention type, block size or number of random blocks that BigBird does not know, and a decoder where transformers
@@ -231,7 +231,7 @@ def _bigbird_state(source: Source, prefix: str, config: PretrainedConfig) -> dic
 def _new_weights(source: Source, model: PreTrainedModel) -> dict[str, Tensor]:
     """Weights of BigBird's heads that RoBERTa has no counterpart for, so that they do as little as they can.
 
-    Poolers keep their fresh values. The layer in front of the question-answering head, LN(W₂ act(W₁ x) + x), gets W₂ =
+    Poolers keep their fresh values. The layer before the question-answering head, LN(W₂ act(W₁ x) + x), gets W₂ =
     0, and a norm whose scale and shift are about those of its input x = g ⊙ n + b, the output of the last layer's
     norm: √(mean(g²) + var(b)) and mean(b).
     """

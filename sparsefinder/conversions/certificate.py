@@ -33,7 +33,7 @@ class Check:
     name: str
     """What was looked at, as a phrase."""
     measured: Value
-    """What was found."""
+    """What came out."""
     bound: Value
     """What was allowed; None for a figure that is stated without a bound."""
     passed: bool

@@ -11,18 +11,18 @@ from sparsefinder.conversions.certificate import Check, at_most, equals
 from sparsefinder.conversions.positions import PositionAudit
 
 
-def max_difference(expected: Tensor, found: Tensor, valid: Tensor | None = None) -> float:
+def max_difference(expected: Tensor, measured: Tensor, valid: Tensor | None = None) -> float:
     """Largest absolute difference of two `(B, N, …)` tensors, over real tokens `valid (B, N)` if given, in float64.
 
     NaN if either holds one there; infinity if the shapes differ, so that a check of it fails.
     """
-    if expected.shape != found.shape:
+    if expected.shape != measured.shape:
         return math.inf
     if valid is not None:
-        expected, found = expected[valid.bool()], found[valid.bool()]
+        expected, measured = expected[valid.bool()], measured[valid.bool()]
     if not expected.numel():
         return 0.0
-    return float((expected.detach().double().cpu() - found.detach().double().cpu()).abs().max())
+    return float((expected.detach().double().cpu() - measured.detach().double().cpu()).abs().max())
 
 
 def check_finite(name: str, tensors: Iterable[Tensor], note: str = "") -> Check:

@@ -96,20 +96,21 @@ def _convert(
 def _load_source(checkpoint: Checkpoint, architecture: str | None) -> PreTrainedModel:
     families = (*SOURCE_FAMILIES, "Longformer")
     wanted = architecture or next(iter(checkpoint.settings.get("architectures") or ()), None)
-    found: Any = getattr(transformers, wanted, None) if wanted else None
-    is_model = isinstance(found, type) and issubclass(found, PreTrainedModel)  # and no tokenizer or configuration
+    model_class: Any = getattr(transformers, wanted, None) if wanted else None
+    # a tokenizer or a configuration is no model
+    is_model = isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)
     if not is_model or not str(wanted).startswith(families):
         names = ", ".join([*SOURCE_FAMILIES.values(), "longformer"])
         raise UserError(f"architecture {wanted} of {checkpoint.name} cannot be converted; needed: a class of {names}")
     family = checkpoint.settings["model_type"]
-    if found.config_class.model_type != family:
+    if model_class.config_class.model_type != family:
         raise UserError(
             f"architecture {wanted} does not load a {family} checkpoint; leave it out, or give a class of it"
         )
     config = load_config(checkpoint)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # for a head that the checkpoint has not
-        source, _ = load_model(checkpoint, found, config=config)
+        source, _ = load_model(checkpoint, model_class, config=config)
     check_that_it_runs(source, checkpoint.label)
     checked: PreTrainedModel = source
     return checked

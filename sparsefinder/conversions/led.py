@@ -9,7 +9,7 @@ What LED of transformers 5.23 lacks, and what becomes of it:
 - Token types: their first row is added to both position tables.
 - Reserved position rows: dropped. The encoder pads to whole windows inside and reads a row for each padding token, so
   its table is rounded up to a multiple of the largest window; otherwise the longest inputs would index beyond it.
-- The layer in front of the masked-LM head, and the pooler: dropped. The head's bias becomes `final_logits_bias`.
+- The layer before the masked-LM head, and the pooler: dropped. The head's bias becomes `final_logits_bias`.
 - `layer_norm_eps`: LED's is 1e-5. Where the source's is another, the encoder is close to the source and not equal.
 
 Differences from LennartKeller/roberta2longformer (`longformer2led.py`): token types and embedding norms come along,
@@ -136,7 +136,7 @@ def _led_config(source: Any, windows: list[int], inputs: int, outputs: int) -> L
 
 
 def _led_state(model: PreTrainedModel, reserved: int, inputs: int, outputs: int) -> tuple[dict[str, Tensor], set[str]]:
-    """LED's weights by name, and the names of those that have no place in it."""
+    """LED's weights by name, and the names of those that it has no counterpart for."""
     base = base_of(model)
     longformer = "" if base is model else "longformer."
     led = "" if base is model else "led."
@@ -149,11 +149,11 @@ def _led_state(model: PreTrainedModel, reserved: int, inputs: int, outputs: int)
             number, _, rest = short.removeprefix("encoder.layer.").partition(".")
             part, _, kind = rest.rpartition(".")
             for side, parts in (("encoder", _ENCODER_PARTS), ("decoder", _DECODER_PARTS)):
-                for place in parts.get(part, ()):
-                    state[f"{led}{side}.layers.{number}.{place}.{kind}"] = tensor
+                for module in parts.get(part, ()):
+                    state[f"{led}{side}.layers.{number}.{module}.{kind}"] = tensor
         elif short == "embeddings.word_embeddings.weight":
-            for place in ("shared", "encoder.embed_tokens", "decoder.embed_tokens"):
-                state[f"{led}{place}.weight"] = tensor
+            for module in ("shared", "encoder.embed_tokens", "decoder.embed_tokens"):
+                state[f"{led}{module}.weight"] = tensor
         elif short.startswith("embeddings.LayerNorm."):
             for side in ("encoder", "decoder"):
                 state[f"{led}{side}.layernorm_embedding.{short.rpartition('.')[2]}"] = tensor

@@ -24,10 +24,10 @@ class LengthGuard:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Look at `input_ids (B, N)` or `inputs_embeds (B, N, E)`; raises `UserError` for a wrong N."""
         cache = kwargs.get("past_key_values")
-        found = input_length(args, kwargs) + (0 if cache is None else cache.get_seq_length())
-        if found > self.length:
+        length = input_length(args, kwargs) + (0 if cache is None else cache.get_seq_length())
+        if length > self.length:
             raise UserError(
-                f"input of {found} tokens, and the model's longest is {self.length}; cut it (truncation=True) or "
+                f"input of {length} tokens, and the model's longest is {self.length}; cut it (truncation=True) or "
                 "convert the model for longer inputs"
             )
 

@@ -154,10 +154,10 @@ def needed_length(model: nn.Module) -> int | None:
 
 
 def _refuse_other_lengths(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    needed, found = needed_length(base), input_length(args, kwargs)
-    if needed is not None and found != needed:
+    needed, given = needed_length(base), input_length(args, kwargs)
+    if needed is not None and given != needed:
         raise UserError(
-            f"input of {found} tokens, and with its landmarks this Nyströmformer needs exactly {needed}; pad it "
+            f"input of {given} tokens, and with its landmarks this Nyströmformer needs exactly {needed}; pad it "
             f"(padding='max_length', max_length={needed})"
         )
 

@@ -30,7 +30,7 @@ POSITION_BUFFERS = ("position_ids", "token_type_ids")
 
 @dataclass(frozen=True)
 class PositionAudit:
-    """What `audit` found: how many rows it compared, which differ, and by how much at most."""
+    """The outcome of `audit`: how many rows it compared, which differ, and by how much at most."""
 
     rows_checked: int
     """Rows of the target table that were compared with the row they must hold."""
@@ -58,7 +58,7 @@ def tile_rows(table: Tensor, length: int, *, reserved: int, target_reserved: int
     """A table for `length` tokens, made by repeating the rows of tokens in `table`.
 
     `table (reserved + source_length, E)` of any dtype -> `(target_reserved + length, E)`, same dtype and device, new
-    memory; row `target_reserved + i` is `table[reserved + i % source_length]`. The reserved rows stay in front as they
+    memory; row `target_reserved + i` is `table[reserved + i % source_length]`. The reserved rows stay at the beginning as they
     are; when the target family reserves more of them (`target_reserved`, by default `reserved`) the additional ones
     are zero, when it reserves fewer the last of them are kept. Raises `UserError` when `length` is below
     `source_length`.
@@ -70,11 +70,11 @@ def tile_rows(table: Tensor, length: int, *, reserved: int, target_reserved: int
         raise ValueError(f"a table of {len(table)} rows with {reserved} reserved has no row for a token")
     check_target_length(source_length, length)
     tiled = rows_of_tokens[torch.arange(length, device=table.device) % source_length]
-    front = table.new_zeros(target_reserved, table.shape[1])
+    leading = table.new_zeros(target_reserved, table.shape[1])
     kept = min(reserved, target_reserved)
     if kept:
-        front[-kept:] = table[reserved - kept : reserved]
-    return torch.cat([front, tiled])
+        leading[-kept:] = table[reserved - kept : reserved]
+    return torch.cat([leading, tiled])
 
 
 def sinusoidal_rows(length: int, size: int, *, layout: SinusoidLayout) -> Tensor:

@@ -85,8 +85,8 @@ def _difference_checks(target: Any, source: Any, tokenizer: Any, comparison: Com
         for length in lengths:
             ids, valid = _tokens(target, tokenizer, length, padded=True)
             with comparison.equal_mode(length):
-                found = _states(target, ids, valid, marked)
-            worst = max(worst, max_difference(_states(source, ids, valid, marked), found, valid))
+                states_of_target = _states(target, ids, valid, marked)
+            worst = max(worst, max_difference(_states(source, ids, valid, marked), states_of_target, valid))
         name = "short-input difference of hidden states" + (", first token global" if marked else "")
         note = f"{comparison.mode}; lengths {lengths}, one of two rows padded"
         yield at_most(name, worst, EXACT, note)
@@ -103,9 +103,9 @@ def _difference_checks(target: Any, source: Any, tokenizer: Any, comparison: Com
     if logits is None or target.config.is_encoder_decoder:
         return
     with comparison.equal_mode(lengths[-1]):
-        found_logits = _logits(target, *_tokens(target, tokenizer, lengths[-1]))
-    assert found_logits is not None
-    difference = max_difference(logits, found_logits)
+        logits_of_target = _logits(target, *_tokens(target, tokenizer, lengths[-1]))
+    assert logits_of_target is not None
+    difference = max_difference(logits, logits_of_target)
     if comparison.head_exact:
         yield at_most("short-input difference of logits", difference, EXACT * max(1.0, float(logits.abs().max())))
     else:

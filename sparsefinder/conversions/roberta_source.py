@@ -144,12 +144,12 @@ def check_tokenizer(model: PreTrainedModel, tokenizer: Any) -> None:
             "give the tokenizer that the model was trained with"
         )
     for role in ("pad", "bos", "eos"):
-        expected, found = getattr(model.config, f"{role}_token_id", None), getattr(tokenizer, f"{role}_token_id")
+        expected, given = getattr(model.config, f"{role}_token_id", None), getattr(tokenizer, f"{role}_token_id")
         known = [expected] if isinstance(expected, int) else expected
         # Without padding there is nothing to contradict, unless positions count on it.
-        if known and (found is not None or role == "pad") and found not in known:
+        if known and (given is not None or role == "pad") and given not in known:
             raise UserError(
-                f"the tokenizer has another vocabulary: its {role}_token_id is {found} and the model's is {expected}; "
+                f"the tokenizer has another vocabulary: its {role}_token_id is {given} and the model's is {expected}; "
                 "give the tokenizer that the model was trained with"
             )
 

@@ -21,7 +21,7 @@ class Account:
     added: tuple[str, ...]
     """Tensors of the target that the source has no counterpart for."""
     dropped: tuple[str, ...]
-    """Tensors of the source that the target has no place for."""
+    """Tensors of the source that the target has no counterpart for."""
 
 
 def load_in_two_passes(
@@ -36,15 +36,17 @@ def load_in_two_passes(
     shapes = {name: tensor.shape for name, tensor in target.state_dict().items()}
     wrong = [name for name, tensor in state.items() if name in shapes and tensor.shape != shapes[name]]
     if wrong:
-        found = ", ".join(f"{name} {tuple(state[name].shape)} for {tuple(shapes[name])}" for name in wrong)
-        raise UserError(f"weights of another shape than the target's: {found}; check the source's configuration")
+        shown = ", ".join(f"{name} {tuple(state[name].shape)} for {tuple(shapes[name])}" for name in wrong)
+        raise UserError(f"weights of another shape than the target's: {shown}; check the source's configuration")
     missing, unexpected = target.load_state_dict(dict(state), strict=False)
     unaccounted = sorted({*missing} ^ {*added})
     if unaccounted:
         raise UserError(f"the source lacks weights that the target needs: {', '.join(unaccounted)}; is it complete?")
     foreign = sorted({*unexpected} - {*dropped})
     if foreign:
-        raise UserError(f"the source has weights that the target has no place for: {', '.join(foreign)}; remove them")
+        raise UserError(
+            f"the source has weights that the target has no counterpart for: {', '.join(foreign)}; remove them"
+        )
     kept = {name: tensor for name, tensor in state.items() if name not in unexpected}
     target.load_state_dict({**kept, **added}, strict=True)
     return Account(len(kept), tuple(added), tuple(sorted(unexpected)))

@@ -1,6 +1,6 @@
 """Converted models as rows of `evaluate`: the finetuned model as a Longformer, BigBird or Nyströmformer.
 
-These architectures have softmax attention of their own and no place to plug another one in, so such a row is a whole model: the
+These architectures have softmax attention of their own and no way to plug another one in, so such a row is a whole model: the
 same weights, the same masked positions. The finetuned model's attention was trained with entmax; compare the row with dense
 softmax too, and give it `adapt_steps`.
 """

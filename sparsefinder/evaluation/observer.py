@@ -76,8 +76,8 @@ class Observer:
     def means(self) -> dict[str, float]:
         """Means over layers and heads; metrics of a graph only where there is one."""
         rows = pd.DataFrame(self.rows())
-        found: dict[str, float] = rows.drop(columns=["layer", "head"]).mean().to_dict()
-        return found
+        means: dict[str, float] = rows.drop(columns=["layer", "head"]).mean().to_dict()
+        return means
 
 
 @torch.inference_mode()

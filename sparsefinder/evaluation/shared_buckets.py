@@ -32,7 +32,7 @@ def shared_buckets(
     in the projected space (one of `PAIRWISE`), and the share of these pairs that are gold edges.
     """
     rows: list[dict[str, Any]] = []
-    for place, configuration in _quantizations(configurations):
+    for row, configuration in _quantizations(configurations):
         projections = learned.get("projections", configuration.name)
         for layer in range(samples.shape[0]):
             rounds = projections.layers[layer].q.out_size or samples.shape[2]
@@ -44,7 +44,7 @@ def shared_buckets(
             for shared, (pairs, apart, edges) in enumerate(totals.T.tolist()):
                 if pairs:
                     rows.append(
-                        {"configuration": place, "bucket_size": configuration.pattern.bucket_size}
+                        {"configuration": row, "bucket_size": configuration.pattern.bucket_size}
                         | {"same_size": configuration.pattern.same_size, "layer": layer, "shared": shared}
                         | {"pairs": int(pairs), "distance": apart / pairs, "gold_share": edges / pairs}
                     )
@@ -67,23 +67,23 @@ def distance_histogram(
     Over all layers and heads of the first ``most`` samples; bins are equally wide, from zero to the largest distance.
     """
     rows: list[dict[str, Any]] = []
-    for place, configuration in _quantizations(configurations):
+    for row, configuration in _quantizations(configurations):
         projections = learned.get("projections", configuration.name)
-        found = [
+        measured = [
             _shared_and_apart(qk, projections(qk, layer), configuration.pattern, layer, distance)
             for index in range(min(most, len(samples)))
             for layer, qk in enumerate(samples.layers(index, causal))
         ]
-        widest = max(float(apart.max()) for _, apart in found) or 1.0
-        numbers = 1 + max(int(shared.max()) for shared, _ in found)
+        widest = max(float(apart.max()) for _, apart in measured) or 1.0
+        numbers = 1 + max(int(shared.max()) for shared, _ in measured)
         counts = torch.zeros(numbers * bins, dtype=torch.int64)
-        for shared, apart in found:
+        for shared, apart in measured:
             bin_of = (apart / widest * bins).long().clamp(0, bins - 1)
             counts += torch.bincount(shared * bins + bin_of, minlength=numbers * bins)
         edges = torch.linspace(0, widest, bins + 1, dtype=torch.float64).tolist()
         for number, row in enumerate(counts.view(numbers, bins).tolist()):
             rows += [
-                {"configuration": place, "bucket_size": configuration.pattern.bucket_size}
+                {"configuration": row, "bucket_size": configuration.pattern.bucket_size}
                 | {"same_size": configuration.pattern.same_size, "shared": number}
                 | {"low": edges[at], "high": edges[at + 1], "pairs": pairs}
                 for at, pairs in enumerate(row)
@@ -93,11 +93,11 @@ def distance_histogram(
 
 
 def _quantizations(configurations: Sequence[Configuration]) -> Iterator[tuple[int, Configuration]]:
-    """Those of the configurations that put single tokens into bins, alone, at one setting for all heads; with their places."""
-    for place, configuration in enumerate(configurations):
-        alone = not configuration.window and configuration.dials is None and configuration.chunk == 1
-        if isinstance(configuration.pattern, Quantize) and alone:
-            yield place, configuration
+    """Those of the configurations that put single tokens into bins, plain, at one setting for all heads; with their indices."""
+    for index, configuration in enumerate(configurations):
+        plain = not configuration.window and configuration.dials is None and configuration.chunk == 1
+        if isinstance(configuration.pattern, Quantize) and plain:
+            yield index, configuration
 
 
 def _shared_and_apart(qk: QK, projected: QK, pattern: Quantize, layer: int, distance: str) -> tuple[Tensor, Tensor]:
@@ -110,7 +110,7 @@ def _shared_and_apart(qk: QK, projected: QK, pattern: Quantize, layer: int, dist
 
 
 def _by_shared(qk: QK, projected: QK, pattern: Quantize, layer: int, alpha: float, width: int, distance: str) -> Tensor:
-    places, apart = _shared_and_apart(qk, projected, pattern, layer, distance)
+    shared, apart = _shared_and_apart(qk, projected, pattern, layer, distance)
     gold = Normalizer(alpha)(qk.scores()) > 0
-    values = (torch.ones(places.shape), apart, gold[qk.allowed.expand(gold.shape)])
-    return torch.stack([torch.bincount(places, weights=value.double(), minlength=width) for value in values])
+    values = (torch.ones(shared.shape), apart, gold[qk.allowed.expand(gold.shape)])
+    return torch.stack([torch.bincount(shared, weights=value.double(), minlength=width) for value in values])

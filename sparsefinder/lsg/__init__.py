@@ -1,4 +1,4 @@
-"""LSG attention (local + sparse + global): the attention, models of ten families, and the conversion into them.
+"""LSG attention (local + sparse + global): the attention, models of every family in `families`, and the conversion into them.
 
     from sparsefinder.lsg import convert, from_pretrained
 

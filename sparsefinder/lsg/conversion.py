@@ -164,11 +164,11 @@ def _global_tokens(
     model: Any, tokenizer: Any, family: Family, drawn: bool, stride: int, use_token_ids: bool, seed: int
 ) -> torch.Tensor:
     config = model.config
-    starts = (
+    first_tokens = (
         tokenizer.bos_token_id, tokenizer.cls_token_id, config.bos_token_id,
         getattr(config, "decoder_start_token_id", None), config.pad_token_id,
     )  # fmt: skip
-    bos_id = next((token_id for token_id in starts if token_id is not None), 0)
+    bos_id = next((token_id for token_id in first_tokens if token_id is not None), 0)
     if not drawn and tokenizer.mask_token_id is None:
         raise UserError("the tokenizer has no mask token to build global tokens from; use random_global_init")
     positions = next(iter(position_tables(model, family).values())).weight.data[family.reserved(config) :]

@@ -54,8 +54,8 @@ def global_rows(table: nn.Embedding, count: int, like: Tensor) -> Tensor:
 def put_globals_in_front(config: Any, embeddings: Any, args: Any, output: Tensor) -> Tensor:
     """Hook of BERT-like embeddings: layer norm and dropout work on each token alone, so the global ones get theirs here."""
     rows = global_rows(embeddings.global_embeddings, config.num_global_tokens, output)
-    front = embeddings.dropout(embeddings.LayerNorm(rows))
-    return torch.cat([front.expand(output.shape[0], -1, -1).to(output.dtype), output], dim=1)
+    globals_ = embeddings.dropout(embeddings.LayerNorm(rows))
+    return torch.cat([globals_.expand(output.shape[0], -1, -1).to(output.dtype), output], dim=1)
 
 
 def fill_up(stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:

@@ -1,6 +1,6 @@
 """The model families that LSG attention is built into: one row each.
 
-A row says what differs between families; everything else is found in transformers' own tables. To add a family, add a row.
+A row says what differs between families; everything else stands in transformers' own tables. To add a family, add a row.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""LSG models: transformers' own classes with global tokens in front and LSG attention in the encoder.
+"""LSG models: transformers' own classes with global tokens before the text and LSG attention in the encoder.
 
 `LSGRobertaModel`, `LSGRobertaForMaskedLM`, … are made on demand from the rows of `families`. Nothing of a plain model is
 copied. Its encoder gets three things:
 
-1. a table of learned global tokens (512 rows, the first `num_global_tokens` are used), put in front of the embedded text,
+1. a table of learned global tokens (512 rows, the first `num_global_tokens` are used), put before the embedded text,
    before the layer norm of the embeddings where there is one;
 2. LSG attention in its self-attention modules, through transformers' attention interface;
 3. an end that takes the global tokens off again, or hands them to the decoder.
@@ -94,7 +94,7 @@ class LSGPreTrained:
 
 
 class LSGEncoderModel(LSGPreTrained):
-    """Base model of an encoder family (BERT and its kin)."""
+    """Base model of an encoder family (BERT and its relatives)."""
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
@@ -142,7 +142,7 @@ class LSGEncoderModel(LSGPreTrained):
 
 
 class LSGEncoderStack(LSGPreTrained):
-    """Encoder of an encoder-decoder family (BART and its kin)."""
+    """Encoder of an encoder-decoder family (BART and its relatives)."""
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
@@ -159,7 +159,7 @@ class LSGEncoderStack(LSGPreTrained):
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As the plain encoder's; with `pass_global_tokens_to_decoder` the global tokens are in front of the output."""
+        """As the plain encoder's; with `pass_global_tokens_to_decoder` the global tokens precede the output."""
         refuse_attentions(self.config, kwargs)
         count = self.config.num_global_tokens
         valid = real_tokens(self.config, self.lsg_family.tokens(self.config), input_ids, inputs_embeds, attention_mask)
@@ -177,10 +177,10 @@ class LSGEncoderStack(LSGPreTrained):
             token = torch.full((1, 1), self.config.pad_token_id, device=inputs_embeds.device)
             after = self.embed_tokens(token) * (scale if input_ids is not None else 0.0)
             inputs_embeds = torch.cat([inputs_embeds, after.expand(valid.shape[0], fill, -1)], dim=1)
-        front = global_rows(self.global_embeddings, count, inputs_embeds).expand(inputs_embeds.shape[0], -1, -1)
+        globals_ = global_rows(self.global_embeddings, count, inputs_embeds).expand(inputs_embeds.shape[0], -1, -1)
         as_tuple = not _returns_dict(self.config, kwargs)
         output = super().forward(  # type: ignore[misc]
-            inputs_embeds=torch.cat([front.to(inputs_embeds.dtype), inputs_embeds], dim=1),
+            inputs_embeds=torch.cat([globals_.to(inputs_embeds.dtype), inputs_embeds], dim=1),
             attention_mask=F.pad(F.pad(valid, (count, 0), value=True), (0, fill))[:, None, None],
             return_dict=True,
             **kwargs,
@@ -259,7 +259,7 @@ class LSGHead(LSGPreTrained):
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         family = self.lsg_family
         plain = getattr(self, self.base_model_prefix)
-        if type(plain) is plain_class(family.base):  # the decoders of BART and its kin have no LSG part
+        if type(plain) is plain_class(family.base):  # the decoders of BART and its relatives have no LSG part
             if checkpointing:  # the plain model has taken it off the configuration
                 config.gradient_checkpointing = True
             without_pooler = {"add_pooling_layer": False} if getattr(plain, "pooler", self) is None else {}
@@ -277,7 +277,7 @@ class LSGGeneratingHead(LSGHead):
         return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def prepare_inputs_for_generation(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As in transformers, but RoBERTa's kin count positions themselves: `generate` forgets their reserved rows."""
+        """As in transformers, but RoBERTa counts positions itself, as do its relatives: `generate` forgets reserved rows."""
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
         if self.lsg_family.positions == "after_padding":
             inputs.pop("position_ids", None)
@@ -304,7 +304,7 @@ def _returns_dict(config: Any, kwargs: dict[str, Any]) -> bool:
 
 
 def named_as(plain: Callable[..., Any], forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward`, which takes its arguments by name, with the signature of `plain`: arguments by place, and tools that read it."""
+    """`forward`, which takes its arguments by name, with the signature of `plain`: for callers by position and for tools."""
     names = tuple(signature(plain).parameters)
 
     @wraps(plain)

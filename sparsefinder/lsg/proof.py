@@ -108,13 +108,13 @@ class _TextOnly:
     """Dense attention of the tokens after the global ones."""
 
     def __init__(self, attention: LSGAttention, normalizer: Normalizer) -> None:
-        self.front = attention.num_global_tokens
+        self.num_globals = attention.num_global_tokens
         self.causal = attention.causal
         self.normalizer = normalizer
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, layer: int = 0, dropout: float = 0.0) -> Tensor:
         seen = valid.clone()
-        seen[:, : self.front] = False
+        seen[:, : self.num_globals] = False
         dense = LSGAttention(
             "none", block_size=q.shape[2], sparsity_factor=1, normalizer=self.normalizer, causal=self.causal
         )
@@ -137,8 +137,8 @@ def _short_inputs(model: Any, source: Any, family: Family) -> Iterator[Check]:
         if own != sources:
             with without_globals(model):
                 apart = max(apart, max_difference(expected, output_states(model, ids, mask), mask))
-        found = output_states(model, ids, mask)[:, -length:]
-        in_view = max(in_view, max_difference(expected, found, mask))
+        with_globals = output_states(model, ids, mask)[:, -length:]
+        in_view = max(in_view, max_difference(expected, with_globals, mask))
     note = f"hidden states, {lengths} tokens, one of two rows padded"
     bound = scale * max(1e-4, 64 * torch.finfo(model.dtype).eps if model.dtype != torch.float32 else 0.0)
     name = "short-input difference to the source, global tokens out of view"
@@ -159,12 +159,12 @@ def _positions(model: Any, source: Any, family: Family) -> Iterator[Check]:
     for name, table in position_tables(model, family).items():
         before, after = sources[name].weight, table.weight
         if family.positions == "sinusoidal":
-            found = audit_sinusoidal(
+            result = audit_sinusoidal(
                 before, after, layout="halves", tolerance=1e-6 if after.dtype == torch.float32 else 1e-2
             )
         else:
-            found = audit(before, after, reserved=reserved)
-        yield check_positions(found, f"{name}, rows that differ")
+            result = audit(before, after, reserved=reserved)
+        yield check_positions(result, f"{name}, rows that differ")
 
 
 def _lengths(model: Any, tokenizer: Any, family: Family) -> Iterator[Check]:

@@ -28,8 +28,10 @@ def try_heads(folder: str | Path) -> Iterator[str]:
     checkpoint = open_checkpoint(folder)
     family = family_of(checkpoint.settings["model_type"])
     saved = next(iter(checkpoint.settings.get("architectures") or ()), "")
-    alone = family.encoder_decoder and saved.endswith("ForCausalLM")
-    autos = {auto: name for auto, name in family.auto_classes().items() if not alone or auto == "AutoModelForCausalLM"}
+    decoder_only = family.encoder_decoder and saved.endswith("ForCausalLM")
+    autos = {
+        auto: name for auto, name in family.auto_classes().items() if not decoder_only or auto == "AutoModelForCausalLM"
+    }
     failed = []
     for auto, name in autos.items():
         try:

@@ -27,26 +27,26 @@ _DOWNLOAD = "download it again"
 
 def wrong_weights(folder: Path) -> str | None:
     """What is wrong with the weights in ``folder``, and what to do; None where nothing is seen from outside."""
-    found = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
-    if found is None:
+    weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if weights is None:
         others = sorted(
             path.name for path in folder.glob("*") if path.suffix in (".bin", ".safetensors", ".h5", ".dat")
         )
         seen = f" but {', '.join(others[:3])}" if others else ""
         return f"it has no weights, {WEIGHTS[0]} or {WEIGHTS[2]},{seen}: save the model with save_pretrained"
-    if found.name.endswith(".index.json"):
-        return wrong_file(found) or _wrong_shards(found)
-    return wrong_file(found)
+    if weights.name.endswith(".index.json"):
+        return wrong_file(weights) or _wrong_shards(weights)
+    return wrong_file(weights)
 
 
 def wrong_vocabulary(folder: Path) -> str | None:
     """As `wrong_weights`, of the tokenizer's files."""
-    found = [folder / name for name in VOCABULARIES if (folder / name).is_file()]
-    if not found:
+    vocabularies = [folder / name for name in VOCABULARIES if (folder / name).is_file()]
+    if not vocabularies:
         return "it has no tokenizer (tokenizer.json, or the files of its vocabulary): save one into it with save_pretrained"
     settings = [path for path in (folder / "tokenizer_config.json",) if path.is_file()]
     # beside a tokenizer.json the older files are not read
-    return next((wrong for path in (*found[:1], *settings) if (wrong := wrong_file(path))), None)
+    return next((wrong for path in (*vocabularies[:1], *settings) if (wrong := wrong_file(path))), None)
 
 
 def wrong_file(path: Path) -> str | None:

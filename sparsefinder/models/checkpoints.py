@@ -50,7 +50,7 @@ class Checkpoint:
     settings: dict[str, Any]
     """The content of its `config.json`."""
     where: dict[str, Any] = field(default_factory=dict)
-    """What every loader is told: whether to ask the hub, and for which revision."""
+    """What every loader is given: whether to ask the hub, and for which revision."""
 
     @property
     def folder(self) -> Path | None:
@@ -114,16 +114,16 @@ def load_model(
         raise UserError(f"{checkpoint.label}: cannot read its weights: {wrong}")
     options = {"trust_remote_code": False, "weights_only": True, **checkpoint.where, **options}
     with quiet():
-        model, found = _guarded(
+        model, loading_info = _guarded(
             *(checkpoint, "weights"),
             lambda: cls.from_pretrained(
                 checkpoint.name, output_loading_info=True, ignore_mismatched_sizes=new_head, **options
             ),
         )
-    resized = {key for key, *_ in found["mismatched_keys"]}
-    missing = {*found["missing_keys"]}
+    resized = {key for key, *_ in loading_info["mismatched_keys"]}
+    missing = {*loading_info["missing_keys"]}
     lacked = {key for key in missing if not may_lack(key)}
-    _check_fit(checkpoint, model, lacked, resized, found["unexpected_keys"])
+    _check_fit(checkpoint, model, lacked, resized, loading_info["unexpected_keys"])
     if lacked or resized:
         log.warning("%s has no %s: drawn anew, train them", checkpoint.name, ", ".join(sorted(lacked | resized)))
     return model, missing | resized

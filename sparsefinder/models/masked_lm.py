@@ -14,6 +14,7 @@ from sparsefinder.corpora import Batch
 from sparsefinder.corpora.masking import IGNORED
 from sparsefinder.executors.support import support
 from sparsefinder.graphs import QK
+from sparsefinder.models.watching import Watched
 
 
 def masked_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -65,21 +66,19 @@ def gold_sparsity(model: Any, batches: Sequence[Batch]) -> float:
     layers and heads, on inputs without masks."""
     model.eval()
     normalizer = models.get_normalizer(model)
-    dense = Dense(normalizer)
-    found: list[Tensor] = []
+    sparsities: list[Tensor] = []
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor, layer: int) -> Tensor:
-        gold = support(QK(q.float(), k.float(), valid), normalizer.alpha).counts.sum(-1)
-        found.append(1.0 - gold / valid.sum(-1, keepdim=True).square())
-        return dense(q, k, v, valid, layer)
+    def look(layer: int, qk: QK, v: Tensor, output: Tensor) -> None:
+        gold = support(qk.with_vectors(qk.q.float(), qk.k.float()), normalizer.alpha).counts.sum(-1)
+        sparsities.append(1.0 - gold / qk.valid.sum(-1, keepdim=True).square())
 
-    with models.plugged(model, attention):
+    with models.plugged(model, Watched(Dense(normalizer), look)):
         for batch in batches:
             on_device = _on(batch, model.device)
             labels = on_device["labels"]
             whole = torch.where(labels == IGNORED, on_device["input_ids"], labels)
             model.base_model(input_ids=whole, attention_mask=on_device["attention_mask"])
-    return torch.cat([sparsity.flatten() for sparsity in found]).mean().item()
+    return torch.cat([sparsity.flatten() for sparsity in sparsities]).mean().item()
 
 
 def _on(batch: Batch, device: torch.device) -> Batch:

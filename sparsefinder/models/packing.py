@@ -20,7 +20,7 @@ from sparsefinder.models.registered import split_mask
 class Sentences:
     """The sentences of a batch: ``S`` of them, the longest of ``M`` tokens."""
 
-    index: Tensor  # (S, M) int64, places of their tokens among B·N; any place where they are shorter
+    index: Tensor  # (S, M) int64, positions of their tokens among B·N; any position where they are shorter
     valid: Tensor  # (S, M) bool
 
     def apart(self, x: Tensor) -> Tensor:
@@ -75,9 +75,9 @@ def read_mask(mask: Tensor | None, q: Tensor, k: Tensor, causal: bool) -> tuple[
     of, lengths = torch.unique(key, return_inverse=True, return_counts=True)[1:]
     if len(lengths) == int(valid.any(-1).sum()):
         return valid, None
-    place = torch.arange(len(key), device=key.device)
+    position = torch.arange(len(key), device=key.device)
     order = torch.argsort(of, stable=True)
-    starts = lengths.cumsum(0) - lengths
+    first = lengths.cumsum(0) - lengths
     index = torch.zeros(len(lengths), int(lengths.max()), dtype=torch.int64, device=key.device)
-    index[of[order], place - starts[of[order]]] = valid.flatten().nonzero()[:, 0][order]
+    index[of[order], position - first[of[order]]] = valid.flatten().nonzero()[:, 0][order]
     return valid, Sentences(index, torch.arange(index.shape[1], device=key.device) < lengths[:, None])

@@ -12,7 +12,7 @@ into the configuration, and `sparsefinder.models.remembering` makes every model 
 Layers are counted by *calls*: a model is run once on two tokens, and the modules that call the attention, in order, are its
 layers. So ALBERT, which shares one module over its depth, has as many layers as it is deep, and a model that accepts an
 attention and never calls it is found out. Layers that look through a sliding window of their own (two of three in
-ModernBERT) are no places to predict a sparse graph: they keep their window, with the model's normalizer, are never given
+ModernBERT) are not where a sparse graph is predicted: they keep their window, with the model's normalizer, are never given
 to a plugged attention, and are not counted; ``layer`` numbers the global ones, and `ModelShape.depths` says where they are.
 """
 
@@ -240,10 +240,10 @@ def _check_length(model: PreTrainedModel, ids: Tensor | None, named: dict[str, A
         return
     reserved = reserved_rows_of(config)
     tokens = ids if ids is not None else named.get("inputs_embeds")
-    places = named.get("position_ids")
+    positions = named.get("position_ids")
     length = 0 if tokens is None else tokens.shape[1]
-    if places is not None:
-        length = int(places.max()) + 1 - reserved if places.numel() else 0
+    if positions is not None:
+        length = int(positions.max()) + 1 - reserved if positions.numel() else 0
     if length > config.max_position_embeddings - reserved:
         raise UserError(
             f"this text has {length} tokens, and the model reads {config.max_position_embeddings - reserved} at most: cut it "

@@ -1,4 +1,4 @@
-"""A start for small models on small budgets: what can be counted need not be learned.
+"""An initialisation for small models on small budgets: what can be counted need not be learned.
 
 A masked language model that starts from plain random weights first spends most of a short training on its word frequencies,
 and then sits on a plateau until its embeddings mean something and its attention passes anything useful on. Six things can be
@@ -97,16 +97,16 @@ def word_vectors(blocks: TokenBlocks, words: Tensor, size: int) -> Tensor:
 def cooccurrences(blocks: TokenBlocks, words: Tensor) -> Tensor:
     """How often two of ``words`` stand within four positions of one block, by 1 / distance: symmetric ``(W, W)``."""
     count = len(words)
-    place = torch.full((max(int(blocks.ids.max()), int(words.max())) + 1,), -1)
-    place[words] = torch.arange(count)
-    ids = place[blocks.ids.long()]
+    rank = torch.full((max(int(blocks.ids.max()), int(words.max())) + 1,), -1)
+    rank[words] = torch.arange(count)
+    ids = rank[blocks.ids.long()]
     block = torch.repeat_interleave(torch.arange(len(blocks)), blocks.lengths)
-    found = torch.zeros(count * count)
+    counted = torch.zeros(count * count)
     for distance in range(1, _REACH + 1):
         left, right = ids[:-distance], ids[distance:]
         pairs = (block[:-distance] == block[distance:]) & (left >= 0) & (right >= 0)
-        found += (left[pairs] * count + right[pairs]).bincount(minlength=count * count) / distance
-    matrix = found.view(count, count)
+        counted += (left[pairs] * count + right[pairs]).bincount(minlength=count * count) / distance
+    matrix = counted.view(count, count)
     return matrix + matrix.T
 
 

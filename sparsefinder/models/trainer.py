@@ -126,24 +126,24 @@ def train(
     trainer.remove_callback(PrinterCallback)
     if arguments.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
-    found = distributed.once(lambda: last_checkpoint(folder))
-    if found is not None:
-        log.info("finetune: going on from %s", found.name)
-    trainer.train(resume_from_checkpoint=None if found is None else str(found))
+    checkpoint = distributed.once(lambda: last_checkpoint(folder))
+    if checkpoint is not None:
+        log.info("finetune: going on from %s", checkpoint.name)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     models.set_normalizer(model, Normalizer(settings.alpha))
     return model
 
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint; one that a kill left half written is removed."""
-    found = []
+    complete = []
     for path in folder.glob("checkpoint-*"):
         try:
             json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))  # the Trainer writes it last
-            found.append(path)
+            complete.append(path)
         except (OSError, ValueError):
             remove(path)
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 class OneDevice(TrainingArguments):
@@ -246,6 +246,6 @@ class Reporting(TrainerCallback):
     ) -> None:
         """Called by the Trainer with numbers: a line of the losses among them."""
         names = {"loss": "training loss", "eval_loss": "validation loss"}
-        found = [f"{title} {logs[name]:.3f}" for name, title in names.items() if name in (logs or {})]
-        if found:
-            log.info("%s: step %d of %d: %s", self.what, state.global_step, state.max_steps, ", ".join(found))
+        figures = [f"{title} {logs[name]:.3f}" for name, title in names.items() if name in (logs or {})]
+        if figures:
+            log.info("%s: step %d of %d: %s", self.what, state.global_step, state.max_steps, ", ".join(figures))

@@ -29,8 +29,8 @@ _AUTO_TABLES = {
 def auto_classes(model_type: str) -> dict[str, str]:
     """The class behind each Auto class of a `model_type`: ``{"AutoModelForMaskedLM": "RobertaForMaskedLM", …}``."""
     tables = import_module("transformers.models.auto.modeling_auto")
-    found = {auto: getattr(tables, table).get(model_type) for auto, table in _AUTO_TABLES.items()}
-    return {auto: name for auto, name in found.items() if name is not None}
+    names = {auto: getattr(tables, table).get(model_type) for auto, table in _AUTO_TABLES.items()}
+    return {auto: name for auto, name in names.items() if name is not None}
 
 
 def trackers() -> dict[str, bool]:
@@ -49,8 +49,8 @@ def class_beside(made: type, name: str) -> Any:
 def nystromformer_attention() -> type:
     """The self-attention of Nyströmformer, which holds its number of landmarks."""
     module = import_module("transformers.models.nystromformer.modeling_nystromformer")
-    found: type = module.NystromformerSelfAttention
-    return found
+    attention: type = module.NystromformerSelfAttention
+    return attention
 
 
 def activations() -> Any:
@@ -84,7 +84,7 @@ def copy_with_attention(config: Any, name: str) -> Any:
 
 
 def weights_are_collected() -> bool:
-    """Whether the model that is running was asked for its attention weights; True where that cannot be told."""
+    """Whether the model that is running was asked for its attention weights; True where that is not known."""
     try:
         collector = import_module("transformers.utils.output_capturing")._active_collector.get()
     except (ImportError, AttributeError):

@@ -57,10 +57,10 @@ class LabelledData:
         """The rows of ``corpus=datasets`` where no ``path`` is given; with none at all, `path` stays None."""
         if self.path is not None or not isinstance(corpus, AnyDataset):
             return self
-        places = {name: getattr(corpus, name) for name in ("path", "name", "revision", "data_files", "streaming")}
+        where = {name: getattr(corpus, name) for name in ("path", "name", "revision", "data_files", "streaming")}
         most = self.max_examples or corpus.max_documents
         test = corpus.test or corpus.validation
-        return replace(self, **places, train=corpus.train, test=test, text=corpus.column, max_examples=most)
+        return replace(self, **where, train=corpus.train, test=test, text=corpus.column, max_examples=most)
 
     def fingerprint(self) -> str:
         """Changes with the settings and the bytes of local files; empty where there is no data set."""
@@ -70,7 +70,7 @@ class LabelledData:
         return hashlib.sha256(json.dumps([files, asdict(self)], default=str).encode()).hexdigest()
 
     def _source(self, path: str, held_out: str) -> AnyDataset:
-        """The place of the rows, which knows what its splits share and whether its files changed."""
+        """Where the rows are, which knows what its splits share and whether its files changed."""
         known = {name: getattr(self, name) for name in ("name", "revision", "data_files", "train")}
         return AnyDataset(path, **known, validation=held_out, streaming=False)
 
@@ -85,12 +85,12 @@ class LabelledData:
         options: dict[str, Any] = {"streaming": self.streaming, "revision": self.revision}
         if self.data_files is not None:
             options["data_files"] = dict(self.data_files)
-        found = load_split(label, str(self.path), self.name, name, bool(self.data_files), **options)
+        loaded = load_split(label, str(self.path), self.name, name, bool(self.data_files), **options)
         columns = {role: getattr(self, setting) for role, setting in roles.items()}
-        names = {role: class_names((found.features or {}).get(column)) for role, column in columns.items()}
+        names = {role: class_names((loaded.features or {}).get(column)) for role, column in columns.items()}
         kept: list[Row] = []
         count = 0
-        for row in _read(itertools.islice(found, self.max_examples), label):
+        for row in _read(itertools.islice(loaded, self.max_examples), label):
             count += 1
             for role, column in columns.items():
                 if column not in row:

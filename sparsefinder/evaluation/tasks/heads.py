@@ -71,7 +71,7 @@ def with_head(model: PreTrainedModel, head: str, classes: Sequence[str], seed: i
     config = copy.deepcopy(model.config)
     if classes:
         config.id2label = dict(enumerate(classes))  # which sets num_labels too
-        config.label2id = {name: place for place, name in enumerate(classes)}
+        config.label2id = {name: index for index, name in enumerate(classes)}
         config.problem_type = "single_label_classification"
     else:
         config.num_labels = 2  # the start and the end of a span
@@ -81,9 +81,9 @@ def with_head(model: PreTrainedModel, head: str, classes: Sequence[str], seed: i
         made: PreTrainedModel = getattr(transformers, head).from_config(config)
     except ValueError as error:  # no class of that kind in this family
         raise UserError(f"a {config.model_type} has no {head} in transformers: choose another task or model") from error
-    found = made.base_model.load_state_dict(model.base_model.state_dict(), strict=False)
-    lost = [key for key in found.missing_keys if not key.startswith("pooler.")]  # a masked language model has none
-    if lost or found.unexpected_keys:
+    keys = made.base_model.load_state_dict(model.base_model.state_dict(), strict=False)
+    lost = [key for key in keys.missing_keys if not key.startswith("pooler.")]  # a masked language model has none
+    if lost or keys.unexpected_keys:
         raise UserError(f"the weights of {config.model_type} do not fit into {type(made).__name__}: {lost[:3]}")
     models.set_normalizer(made, models.get_normalizer(model))
     return made.eval()
@@ -159,10 +159,10 @@ def _train(
     trainer.remove_callback(PrinterCallback)
     if arguments.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
-    found = distributed.once(lambda: last_checkpoint(folder))
-    if found is not None:
-        log.info("%s: going on from %s", name, found.name)
-    trainer.train(resume_from_checkpoint=None if found is None else str(found))
+    checkpoint = distributed.once(lambda: last_checkpoint(folder))
+    if checkpoint is not None:
+        log.info("%s: going on from %s", name, checkpoint.name)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     nn.Module.to(model, device)  # variants are measured where the model was, on whatever the Trainer has put it
 
 

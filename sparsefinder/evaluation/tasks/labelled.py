@@ -49,7 +49,7 @@ class Reader:
     tokenizer: Any
     length: int  # most tokens of an example, special ones included
     segments: bool  # whether the model tells two texts apart by token types
-    classes: tuple[str, ...] = ()  # of the task; a label is a place among them
+    classes: tuple[str, ...] = ()  # of the task; a label is an index into them
 
     def __call__(self, *texts: str, **options: Any) -> Any:
         """The encoding of one text or of a pair, at most `length` tokens."""
@@ -169,26 +169,26 @@ def encoded(task: LabelledTask, rows: Sequence[Row], most: int, seed: int, read:
 
     Those whose answer lies beyond the model's length are left out, and counted in the log.
     """
-    found: list[Feature] = []
+    features: list[Feature] = []
     met = 0
     for index in torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist():
-        if len(found) == most:
+        if len(features) == most:
             break
         met += 1
         feature = task.encode(rows[index], read)
         if feature is not None:
-            found.append(feature)
-    if met > len(found):
+            features.append(feature)
+    if met > len(features):
         log.warning(
             "%s: %d of %d examples %s do not fit in %d tokens with what is asked for, and are left out",
-            *(task.name, met - len(found), met, which, read.length),
+            *(task.name, met - len(features), met, which, read.length),
         )
-    if not found:
+    if not features:
         raise UserError(
             f"evaluate.task={task.name}: none of {met} examples {which} fits in {read.length} tokens; "
             "give shorter texts, or a model of more tokens"
         )
-    return found
+    return features
 
 
 def collate(features: Sequence[Feature], pad_token_id: int) -> Batch:

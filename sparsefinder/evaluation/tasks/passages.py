@@ -18,8 +18,8 @@ def sides(documents: Iterable[str]) -> tuple[list[str], list[str]]:
     """Passages to learn from and passages held out, of different documents."""
     training: list[str] = []
     held_out: list[str] = []
-    for place, document in enumerate(documents):
-        (held_out if place % _HELD_OUT == _HELD_OUT - 1 else training).extend(passages(document))
+    for index, document in enumerate(documents):
+        (held_out if index % _HELD_OUT == _HELD_OUT - 1 else training).extend(passages(document))
     return training, held_out
 
 
@@ -45,4 +45,4 @@ def of_split(corpus: Corpus, split: str, cache: Path) -> Iterator[str]:
 def spread(items: Sequence[T], most: int) -> list[T]:
     """At most so many of them, at equal distances: of a corpus not its beginning, but something from everywhere."""
     count = min(most, len(items))
-    return [items[place * len(items) // count] for place in range(count)]
+    return [items[index * len(items) // count] for index in range(count)]

@@ -70,14 +70,14 @@ class QuestionAnswering:
         if len(read.tokenizer(question, add_special_tokens=False, verbose=False)["input_ids"]) + special >= read.length:
             return None
         tokens = read(question, context, truncation="only_second", return_offsets_mapping=True)
-        places = [place for place, which in enumerate(tokens.sequence_ids()) if which == 1]
-        offsets = [tokens["offset_mapping"][place] for place in places]
+        positions = [position for position, which in enumerate(tokens.sequence_ids()) if which == 1]
+        offsets = [tokens["offset_mapping"][position] for position in positions]
         for text, begin in answers:
             end = begin + len(text)
-            inside = [place for place, (b, e) in zip(places, offsets, strict=True) if e > begin and b < end]
+            inside = [position for position, (b, e) in zip(positions, offsets, strict=True) if e > begin and b < end]
             if inside and offsets[-1][1] >= end:
                 labels = {"start_positions": inside[0], "end_positions": inside[-1]}
-                reference = Reference(context, places[0], offsets, [text for text, _ in answers])
+                reference = Reference(context, positions[0], offsets, [text for text, _ in answers])
                 return Feature(tokens["input_ids"], dict(labels), tokens.get("token_type_ids"), reference)
         return None
 
@@ -148,23 +148,23 @@ def recurring(passage: str) -> Row | None:
     sentences = _SENTENCE.split(passage)
     for size in _RUNS:
         met: dict[str, int] = {}
-        for place, sentence in enumerate(sentences):
+        for index, sentence in enumerate(sentences):
             words = list(_WORD.finditer(sentence))
             for run in zip(*(words[at:] for at in range(size)), strict=False):
                 span = sentence[run[0].start() : run[-1].end()]
                 if min(len(run[0][0]), len(run[-1][0])) < _LETTERS or not _SPAN.fullmatch(span):
                     continue
-                if met.setdefault(span.lower(), place) < place:
-                    return _question(sentences, place, span, run[0].start())
+                if met.setdefault(span.lower(), index) < index:
+                    return _question(sentences, index, span, run[0].start())
     return None
 
 
-def _question(sentences: Sequence[str], place: int, span: str, begin: int) -> Row:
-    sentence = sentences[place]
-    context = " ".join(each for other, each in enumerate(sentences) if other != place)
-    found = [match.start() for match in re.finditer(rf"\b{re.escape(span)}\b", context, re.IGNORECASE)]
+def _question(sentences: Sequence[str], index: int, span: str, begin: int) -> Row:
+    sentence = sentences[index]
+    context = " ".join(each for other, each in enumerate(sentences) if other != index)
+    begins = [match.start() for match in re.finditer(rf"\b{re.escape(span)}\b", context, re.IGNORECASE)]
     return {
         "question": f"{sentence[:begin]}{WHAT}{sentence[begin + len(span) :]}",
         "context": context,
-        "answers": {"text": [context[at : at + len(span)] for at in found], "answer_start": found},
+        "answers": {"text": [context[at : at + len(span)] for at in begins], "answer_start": begins},
     }

@@ -36,19 +36,19 @@ class SequenceClassification:
         if not isinstance(corpus, Docstrings):
             raise UserError(
                 f"evaluate.task={self.name} needs labels: give evaluate.labels.path=DATASET and the names of its columns, or "
-                "corpus=docstrings, whose passages are told apart by their package"
+                "corpus=docstrings, whose passages are distinguished by their package"
             )
         documents: dict[str, list[str]] = {}
         for part in ("train", "validation", "test"):
             for package, document in corpus.by_package(part, cache):
                 documents.setdefault(package, []).append(document)
-        found: tuple[list[Row], list[Row]] = ([], [])
+        parts: tuple[list[Row], list[Row]] = ([], [])
         for package, own in documents.items():
             both = sides(own)
             if all(both):  # a package of one document cannot be on both sides
-                for rows, part_of, most in zip(found, both, _MOST, strict=True):
+                for rows, part_of, most in zip(parts, both, _MOST, strict=True):
                     rows.extend({"text": text, "label": package} for text in spread(part_of, most))
-        return found
+        return parts
 
     def classes(self, training: Sequence[Row], held_out: Sequence[Row]) -> tuple[str, ...]:
         """As `LabelledTask`."""

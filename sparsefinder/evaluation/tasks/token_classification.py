@@ -2,7 +2,7 @@
 
 Without labelled data: **how a word is written**. The words of a passage of any corpus are read in lower case, and the model
 tells which was ``lower``, ``Capital``, ``UPPER`` or ``miXed``; a word without letters is not asked for. What begins a sentence,
-and which words are names, is in the words around.
+and which words are names, is in the neighbouring words.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ class TokenClassification:
         tokens = read(" ".join(words), return_offsets_mapping=True)
         labels = [IGNORED] * len(tokens["input_ids"])
         met = -1
-        for place, (begin, end) in enumerate(tokens["offset_mapping"]):
+        for index, (begin, end) in enumerate(tokens["offset_mapping"]):
             word = bisect.bisect_right(starts, end - 1) - 1  # by its last character: the first may be the space before
             if end > begin and word > met:
                 met = word
-                labels[place] = (
+                labels[index] = (
                     IGNORED if tags[word] == IGNORED else read.classes.index(as_class(tags[word], self.name))
                 )
         if all(label == IGNORED for label in labels):
