@@ -151,7 +151,7 @@ class Bucketed:
 class Dense:
     """Dense attention, exact, executed without a matrix of N × N: ``Masked(Full(), normalizer)`` to rounding.
 
-    Entmax gives most keys a probability of zero, and which ones can be told from their scores long before they are normalized;
+    Entmax gives most keys a probability of zero, and which ones is known from their scores long before they are normalized;
     only the others take part in the threshold, in the product with ``v`` and in the gradients. Memory is linear in N. Executors:
 
     - ``native``, C++ on a CPU (`sparsefinder.executors.native.dense`): exact, and faster than softmax from some hundred tokens
@@ -182,10 +182,16 @@ class Dense:
         return self._attend(q, k, v, self._pairs(valid, valid))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        """``q (B, H, N_q, D)``, ``k``, ``v (B, H_k, N_k, D)`` → ``(B, H, N_q, D)`` in the dtype of ``v``.
+        """Keys of another number, heads that are shared, and a mask of any kind; a query without a key gets zeros.
 
-        ``H`` is a multiple of ``H_k``: as many heads of queries share one of keys. ``mask``: None, or bool, True where a query
-        may attend, ``(B, H, N_q, N_k)`` where each of the first three may be 1. A query without a key gets zeros.
+        Args:
+            q: ``(B, H, N_q, D)``.
+            k: ``(B, H_k, N_k, D)``, ``H`` a multiple of ``H_k``: as many heads of queries share one of keys.
+            v: of the shape of ``k``.
+            mask: None, or bool, True where a query may attend, ``(B, H, N_q, N_k)`` where each of the first three may be 1.
+
+        Returns:
+            ``(B, H, N_q, D)`` in the dtype of ``v``.
         """
         queries, keys = (  # all real
             torch.ones(x.shape[0], x.shape[2], dtype=torch.bool, device=x.device) for x in (q, k)

@@ -25,8 +25,12 @@ class Work:
 class Pairs:
     """Which pairs there are: ``query_valid (B, N_q)`` × ``key_valid (B, N_k)``, within a band, and where ``mask`` is True.
 
-    ``back``, ``ahead``: query ``i`` sees keys ``i − back … i + ahead``; None for all of that side. ``mask``: None, or bool
-    ``(B, H, N_q, N_k)`` where each of the first three may be 1.
+    Args:
+        query_valid: ``(B, N_q)`` bool.
+        key_valid: ``(B, N_k)`` bool.
+        back: query ``i`` sees keys from ``i − back`` on; None for all of that side.
+        ahead: and up to ``i + ahead``.
+        mask: None, or bool ``(B, H, N_q, N_k)`` where each of the first three may be 1.
     """
 
     query_valid: Tensor

@@ -46,7 +46,7 @@ kernels = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed: pi
 
 def counted(side: Side, other: Side, ids: Tensor, other_ids: Tensor, causal_sign: int) -> Tensor:
     """How often each pair of flat tokens counts, walking the blocks of one side as the kernels do: ``(M, M)``."""
-    total = torch.zeros(len(side.places), len(side.places), dtype=torch.int64)
+    total = torch.zeros(len(side.positions), len(side.positions), dtype=torch.int64)
     for start, count, first, number, limit, reach in side.blocks.tolist():
         mine, theirs = side.order[start : start + count].long(), other.order[first : first + number].long()
         mine, theirs = mine[mine >= 0], theirs[theirs >= 0]
@@ -81,16 +81,16 @@ def test_every_pair_of_the_graph_is_in_exactly_one_block(name: str, causal: bool
         assert (made.pairs >= LAYOUTS[name](qk, 0).sum((-1, -2))).all()
 
 
-def test_places_are_where_tokens_are_listed() -> None:
+def test_positions_are_where_tokens_are_listed() -> None:
     q, k, _ = vectors(2, 2, TOKENS)
     qk = QK(q, k, right_padded([75, 50], TOKENS))
     made = plan(LAYOUTS["clusters, window, globals"].layout(qk, 0), qk, 16)
     for side in (made.q, made.k):
-        listed = [[] for _ in side.places]
-        for place, token in enumerate(side.order.tolist()):
+        listed = [[] for _ in side.positions]
+        for position, token in enumerate(side.order.tolist()):
             if token >= 0:
-                listed[token].append(place)
-        assert listed == [sorted(p for p in row if p >= 0) for row in side.places.tolist()]
+                listed[token].append(position)
+        assert listed == [sorted(p for p in row if p >= 0) for row in side.positions.tolist()]
 
 
 def test_blocks_are_linear_in_tokens() -> None:
@@ -99,7 +99,7 @@ def test_blocks_are_linear_in_tokens() -> None:
         qk = QK(*vectors(1, 1, tokens)[:2], torch.ones(1, tokens, dtype=torch.bool))
         pattern = Fixed(same_buckets(ids, ids, tokens // 64), 11, positions(tokens, [0]))
         made: Plan = plan(pattern.layout(qk, 0), qk, 64)
-        return int(made.pairs), sum(x.numel() for s in (made.q, made.k) for x in (s.order, s.places, s.blocks))
+        return int(made.pairs), sum(x.numel() for s in (made.q, made.k) for x in (s.order, s.positions, s.blocks))
 
     (pairs, memory), (more_pairs, more_memory) = size(1024), size(8192)
     assert more_pairs <= 8.5 * pairs

@@ -68,7 +68,7 @@ class _BandScores(torch.autograd.Function):
         ctx.save_for_backward(q, k)
         ctx.band = first, last
         tiles = _whole_tiles(q).view(-1, TILE, q.shape[1])
-        products = torch.bmm(tiles, _surroundings(k, first, last).transpose(1, 2))
+        products = torch.bmm(tiles, _keys_of_tiles(k, first, last).transpose(1, 2))
         return _diagonals(products).reshape(-1, last - first + 1)[: q.shape[0]]
 
     @staticmethod
@@ -84,10 +84,10 @@ class _BandApply(torch.autograd.Function):
     def forward(ctx: Any, weights: Tensor, v: Tensor, first: int, last: int) -> Tensor:
         ctx.save_for_backward(weights, v)
         ctx.band = first, last
-        surroundings = _surroundings(v, first, last)
-        matrices = weights.new_zeros(surroundings.shape[0], TILE, surroundings.shape[1])
+        keys_of_tiles = _keys_of_tiles(v, first, last)
+        matrices = weights.new_zeros(keys_of_tiles.shape[0], TILE, keys_of_tiles.shape[1])
         _diagonals(matrices).copy_(_whole_tiles(weights).view(-1, TILE, last - first + 1))
-        return torch.bmm(matrices, surroundings).view(-1, v.shape[1])[: v.shape[0]]
+        return torch.bmm(matrices, keys_of_tiles).view(-1, v.shape[1])[: v.shape[0]]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
@@ -120,7 +120,7 @@ def _diagonals(matrices: Tensor) -> Tensor:
     return matrices.as_strided((tiles, height, width - height + 1), (height * width, width + 1, 1))
 
 
-def _surroundings(x: Tensor, first: int, last: int) -> Tensor:
+def _keys_of_tiles(x: Tensor, first: int, last: int) -> Tensor:
     """Overlapping views ``(tiles, T + W − 1, D)``: row ``r`` of tile ``t`` is ``x[t·T + first + r]``."""
     rows, size = x.shape
     tiles = -(-rows // TILE)

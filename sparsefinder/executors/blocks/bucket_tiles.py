@@ -23,38 +23,48 @@ STEP = 16  # sizes are multiples of it; 16 scores are also the unit in which `ro
 
 @dataclass(frozen=True)
 class Members:
-    """Queries or keys laid out by bucket, each bucket on a run of places.
+    """Queries or keys laid out by bucket, each bucket on a run of positions.
 
-    ``tokens``: ``(places, 1)`` int64, the token on each place, -1 on filling. ``places``: ``(M, P)`` int64, where each of a
-    token's memberships lies, -1 where nobody of the other side is in that bucket.
+    Args:
+        tokens: ``(positions, 1)`` int64, the token on each position, -1 on filling.
+        positions: ``(M, P)`` int64, where each of a token's memberships lies, -1 where nobody of the other side is in that
+            bucket.
     """
 
     tokens: Tensor
-    places: Tensor
+    positions: Tensor
 
     def lay_out(self, x: Tensor) -> Tensor:
-        """Vectors ``(M, D)`` → ``(places, D)``, zeros on filling."""
-        return gather(x, self.tokens, self.places)
+        """Vectors ``(M, D)`` → ``(positions, D)``, zeros on filling."""
+        return gather(x, self.tokens, self.positions)
 
     def collect(self, x: Tensor) -> Tensor:
-        """``(places, D)`` → ``(M, D)``, the sum over each token's places."""
-        return gather(x, self.places, self.tokens)
+        """``(positions, D)`` → ``(M, D)``, the sum over each token's positions."""
+        return gather(x, self.positions, self.tokens)
 
     def look_up(self, values: Tensor, filling: int) -> Tensor:
-        """Integers ``(M, ...)`` of the token on each place, ``filling`` where there is none: ``(places, ...)``."""
+        """Integers ``(M, ...)`` of the token on each position, ``filling`` where there is none: ``(positions, ...)``."""
         tokens = self.tokens.squeeze(-1)
-        found = values[tokens.clamp_min(0)]
-        found[tokens < 0] = filling
-        return found
+        result = values[tokens.clamp_min(0)]
+        result[tokens < 0] = filling
+        return result
 
 
 @dataclass(frozen=True)
 class Tiles:
     """The blocks of all buckets that hold both queries and keys, in the order of their sizes.
 
-    ``count``: bucket ids in all. ``buckets``: ``(A,)`` int64, id of each. ``q_sizes``, ``k_sizes``: ``(A,)`` int64, places of
-    each. ``shapes``: for each pair of sizes ``(buckets, queries, keys)``. ``hidden``: for each of ``shapes`` a flat bool, True on
-    pairs that do not count; None where only filling does not. Scores are flat too: block after block, each row by row.
+    Scores are flat: block after block, each row by row.
+
+    Args:
+        count: bucket ids in all.
+        buckets: ``(A,)`` int64, id of each.
+        q_sizes: ``(A,)`` int64, positions of each on the side of the queries.
+        k_sizes: the same of the keys.
+        q: the queries.
+        k: the keys.
+        shapes: for each pair of sizes ``(buckets, queries, keys)``.
+        hidden: for each of ``shapes`` a flat bool, True on pairs that do not count; None where only filling does not.
     """
 
     count: int
@@ -96,16 +106,21 @@ class Tiles:
         return self.q.collect(torch.cat(outputs) if outputs else v[:0])
 
     def hide(
-        self, q_ids: Tensor, k_ids: Tensor, slots: Sequence[tuple[int, int]], positions: Tensor | None = None
+        self, q_ids: Tensor, k_ids: Tensor, slots: Sequence[tuple[int, int]], order: Tensor | None = None
     ) -> Tiles:
         """The same tiles with each pair counted once, and without later keys.
 
-        A pair counts where its bucket is the smallest that it shares. ``q_ids``, ``k_ids``: ``(M, P)`` int64. ``slots``: the
-        pairs of slots that can name the same bucket. ``positions``: ``(M,)`` int64 where attention is causal.
+        A pair counts where its bucket is the smallest that it shares.
+
+        Args:
+            q_ids: ``(M, P)`` int64, buckets of each query.
+            k_ids: the same of the keys.
+            slots: the pairs of slots that can name the same bucket.
+            order: of the tokens in their text, ``(M,)`` int64, where attention is causal.
         """
         # a pair needs two slots on either side to share two buckets
         slots = slots if min(len({q for q, _ in slots}), len({k for _, k in slots})) > 1 else []
-        if not self.shapes or (not slots and positions is None):
+        if not self.shapes or (not slots and order is None):
             return self
         smaller = self.q.look_up(q_ids, -1)
         smaller[smaller >= self.buckets.repeat_interleave(self.q_sizes)[:, None]] = -1
@@ -118,8 +133,8 @@ class Tiles:
             for q_slot, k_slot in slots:
                 mask |= q_block[:, :, None, q_slot] == k_block[:, None, :, k_slot]
             masks.append(mask)
-        if positions is not None:
-            q_at, k_at = self._q_blocks(self.q.look_up(positions, 0)), self._k_blocks(self.k.look_up(positions, 0))
+        if order is not None:
+            q_at, k_at = self._q_blocks(self.q.look_up(order, 0)), self._k_blocks(self.k.look_up(order, 0))
             for mask, q_block, k_block in zip(masks, q_at, k_at, strict=True):
                 mask |= q_block[:, :, None] < k_block[:, None, :]
         return replace(self, hidden=tuple(mask.view(-1) for mask in masks))
@@ -127,13 +142,13 @@ class Tiles:
     def row_segments(self) -> tuple[Tensor, Tensor]:
         """Where the scores of each membership of a query lie, in units of ``STEP``: starts and counts, ``(M, P)`` int64."""
         counts = self.k_sizes // STEP
-        count_of_place = counts.repeat_interleave(self.q_sizes)
-        start_of_place = count_of_place.cumsum(0) - count_of_place
-        absent = self.q.places < 0
-        if not count_of_place.numel():
-            return torch.zeros_like(self.q.places), torch.zeros_like(self.q.places)
-        at = self.q.places.clamp_min(0)
-        return start_of_place[at].masked_fill_(absent, 0), count_of_place[at].masked_fill_(absent, 0)
+        count_of_position = counts.repeat_interleave(self.q_sizes)
+        start_of_position = count_of_position.cumsum(0) - count_of_position
+        absent = self.q.positions < 0
+        if not count_of_position.numel():
+            return torch.zeros_like(self.q.positions), torch.zeros_like(self.q.positions)
+        at = self.q.positions.clamp_min(0)
+        return start_of_position[at].masked_fill_(absent, 0), count_of_position[at].masked_fill_(absent, 0)
 
     def _q_blocks(self, x: Tensor) -> list[Tensor]:
         return _blocks(x, [(number, rows) for number, rows, _ in self.shapes])
@@ -192,20 +207,20 @@ def round_up(sizes: Tensor, step: int) -> Tensor:
 
 
 def _members(ids: Tensor, counts: Tensor, buckets: Tensor, sizes: Tensor, tokens: int) -> Members:
-    """Places for the flat memberships ``ids (M·P,)``, given the members of each bucket and the sizes of the kept ones."""
+    """Positions for the flat memberships ``ids (M·P,)``, given the members of each bucket and the sizes of the kept ones."""
     slots = len(ids) // max(tokens, 1)
     ordered, order = ids.sort(stable=True)
     shift = torch.full((len(counts) + 1,), -1, device=ids.device)
-    shift[buckets] = sizes.cumsum(0) - sizes  # first place of each bucket
+    shift[buckets] = sizes.cumsum(0) - sizes  # first position of each bucket
     first_member = counts.cumsum(0) - counts
     kept = (shift[ordered] >= 0).nonzero().squeeze(-1)
     ordered, order = ordered[kept], order[kept]
     at = shift[ordered] + kept - first_member[ordered]
-    places = torch.full_like(ids, -1)
-    places[order] = at
-    on_place = torch.full((int(sizes.sum()), 1), -1, device=ids.device)
-    on_place[at, 0] = order // max(slots, 1)
-    return Members(on_place, places.view(tokens, slots))
+    positions = torch.full_like(ids, -1)
+    positions[order] = at
+    on_position = torch.full((int(sizes.sum()), 1), -1, device=ids.device)
+    on_position[at, 0] = order // max(slots, 1)
+    return Members(on_position, positions.view(tokens, slots))
 
 
 def _blocks(x: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:

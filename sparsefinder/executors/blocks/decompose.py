@@ -1,4 +1,4 @@
-"""A layout cut into pieces that dense products can work on, every pair in exactly one of them.
+"""A layout decomposed into blocks that dense products can work on, every pair in exactly one of them.
 
 - ``Globals``: all queries × the global keys, and the global queries × all keys;
 - ``Tiles`` (`sparsefinder.executors.blocks.bucket_tiles`): the queries × the keys of each bucket, for tokens that are not global;
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sparsefinder.executors.blocks.banded import TILE, Band, neighbours
 from sparsefinder.executors.blocks.bucket_tiles import STEP, Tiles, lay_out_tiles, slots_in_common
-from sparsefinder.executors.blocks.row_packing import Rows, lay_out_rows
+from sparsefinder.executors.blocks.row_packing import PackedRows, lay_out_rows
 from sparsefinder.graphs import QK, Layout, shifted
 
 
@@ -26,8 +26,10 @@ from sparsefinder.graphs import QK, Layout, shifted
 class Globals:
     """Tokens that attend to all and are attended by all, as two strips.
 
-    ``tokens``: ``(B, G)`` int64 positions, all different; ``G`` is what the fullest example needs. ``as_keys``:
-    ``(B, 1, 1 or N, G)`` and ``as_queries``: ``(B, 1, G, N)`` bool, allowed pairs; an example's surplus tokens have none.
+    Args:
+        tokens: ``(B, G)`` int64 positions, all different; ``G`` is what the fullest example needs.
+        as_keys: ``(B, 1, 1 or N, G)`` bool, allowed pairs; an example's surplus tokens have none.
+        as_queries: ``(B, 1, G, N)`` bool, the same.
     """
 
     tokens: Tensor
@@ -61,11 +63,17 @@ class Globals:
 
 
 @dataclass(frozen=True)
-class Pieces:
-    """A layout on the tokens of one batch, ready to multiply; ``M = B·H·N`` counts the queries of all heads.
+class Blocks:
+    """A layout on the tokens of one batch, ready to be multiplied; ``M = B·H·N`` counts the queries of all heads.
 
-    ``alive``: ``(M,)`` bool, tokens that are real and not global: those whose scores lie in several pieces and need ``rows``.
-    Flat scores are first a *front* of ``(M, F)``, global keys, then band, then filling; and then the tiles.
+    Flat scores are first a *prefix* of ``(M, F)``, global keys, then band, then filling; and then the tiles.
+
+    Args:
+        shape: ``(B, H, N, D)``.
+        alive: ``(M,)`` bool, tokens that are real and not global: those whose scores are packed into one row.
+        globals: None where no token is global.
+        band: None where there is no window.
+        tiles: None where there are no buckets.
     """
 
     shape: torch.Size  # (B, H, N, D)
@@ -75,22 +83,24 @@ class Pieces:
     tiles: Tiles | None
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        """``q, k (B, H, N, D)`` → flat products of all pieces, ``-inf`` on pairs that do not count."""
+        """``q, k (B, H, N, D)`` → flat products of all of them, ``-inf`` on pairs that do not count."""
         flat_q, flat_k = q.flatten(0, 2), k.flatten(0, 2)
-        front = []
+        prefix = []
         if self.globals is not None:
-            front.append(self.globals.key_scores(q, k).flatten(0, 2))
+            prefix.append(self.globals.key_scores(q, k).flatten(0, 2))
         if self.band is not None:
-            front.append(self.band.scores(flat_q, flat_k))
-        front.append(flat_q.new_full((len(flat_q), self._front - sum(part.shape[1] for part in front)), -math.inf))
-        scores = torch.cat(front, dim=1).view(-1)
+            prefix.append(self.band.scores(flat_q, flat_k))
+        prefix.append(
+            flat_q.new_full((len(flat_q), self._prefix_width - sum(part.shape[1] for part in prefix)), -math.inf)
+        )
+        scores = torch.cat(prefix, dim=1).view(-1)
         return scores if self.tiles is None else torch.cat([scores, *self.tiles.scores(flat_q, flat_k)])
 
     def apply(self, weights: Tensor, v: Tensor) -> Tensor:
         """Flat ``weights`` (zeros on pairs that do not count), ``v (B, H, N, D)`` → ``(B, H, N, D)`` sums."""
         flat_v = v.flatten(0, 2)
-        front, in_tiles = weights.split([len(flat_v) * self._front, self._tile_scores])
-        on_globals, on_band, _ = front.view(len(flat_v), self._front).split(self._front_parts, dim=1)
+        prefix, in_tiles = weights.split([len(flat_v) * self._prefix_width, self._tile_scores])
+        on_globals, on_band, _ = prefix.view(len(flat_v), self._prefix_width).split(self._prefix_widths, dim=1)
         sums = []
         if self.tiles is not None:
             sums.append(self.tiles.apply(in_tiles, flat_v).view(v.shape))
@@ -100,9 +110,9 @@ class Pieces:
             sums.append(self.band.apply(on_band, flat_v).view(v.shape))
         return reduce(torch.add, sums) if sums else v * 0.0
 
-    def rows(self) -> Rows:
+    def packed_rows(self) -> PackedRows:
         """Where the scores of each query lie in the flat products."""
-        segments = self._front // STEP
+        segments = self._prefix_width // STEP
         starts = torch.arange(len(self.alive), device=self.alive.device)[:, None] * segments
         counts = self.alive[:, None] * segments
         if self.tiles is not None:
@@ -127,13 +137,13 @@ class Pieces:
         return pairs.view(batch, heads)
 
     @property
-    def _front_parts(self) -> list[int]:
-        parts = [0 if piece is None else piece.width for piece in (self.globals, self.band)]
+    def _prefix_widths(self) -> list[int]:
+        parts = [0 if part is None else part.width for part in (self.globals, self.band)]
         return [*parts, -sum(parts) % STEP]
 
     @property
-    def _front(self) -> int:
-        return sum(self._front_parts)
+    def _prefix_width(self) -> int:
+        return sum(self._prefix_widths)
 
     @property
     def _tile_scores(self) -> int:
@@ -141,8 +151,8 @@ class Pieces:
 
 
 @torch.no_grad()
-def cut(layout: Layout, qk: QK) -> Pieces:
-    """The pieces of a layout; work and memory grow with N and with the pairs in the layout."""
+def decompose(layout: Layout, qk: QK) -> Blocks:
+    """The blocks of a layout; work and memory grow with N and with the pairs in the layout."""
     batch, heads, tokens, _ = qk.q.shape
     device = qk.q.device
     is_global = None if layout.is_global is None else layout.is_global & qk.valid
@@ -169,7 +179,7 @@ def cut(layout: Layout, qk: QK) -> Pieces:
             hidden |= q_ids[:, q_slot, None] == neighbours(keys_in, first, last, -2)
         band = Band(first, last, hidden)
     chosen = None if is_global is None or not bool(is_global.any()) else _globals(is_global, qk)
-    return Pieces(qk.q.shape, flat_alive, chosen, band, tiles)
+    return Blocks(qk.q.shape, flat_alive, chosen, band, tiles)
 
 
 def _globals(is_global: Tensor, qk: QK) -> Globals:

@@ -51,11 +51,21 @@ def attend(
     dropout: float = 0.0,
     at_once: int = AT_ONCE,
 ) -> Tensor:
-    """``q (B, H, N_q, D)``, ``k``, ``v (B, H_k, N_k, D)`` → ``(B, H, N_q, D)``; float32 or float64 on any device.
+    """Dense attention, float32 or float64, on any device.
 
-    ``allowed(start, end)``: which pairs there are for these queries, bool that broadcasts to ``(B, H, end − start, N_k)``.
-    ``normalizer``: ``(B, H, n, N_k)`` scores, ``-inf`` where absent, to probabilities of that shape; zeros for a row without
-    keys.
+    Args:
+        q: ``(B, H, N_q, D)``.
+        k: ``(B, H_k, N_k, D)``, ``H`` a multiple of ``H_k``.
+        v: of the shape of ``k``.
+        allowed: ``(start, end)`` → which pairs there are for these queries, bool that broadcasts to
+            ``(B, H, end − start, N_k)``.
+        normalizer: scores ``(B, H, n, N_k)``, ``-inf`` where absent, to probabilities of that shape; zeros for a row without
+            keys.
+        dropout: share of the probabilities that are set to zero.
+        at_once: scores in memory at one time.
+
+    Returns:
+        ``(B, H, N_q, D)``.
     """
     batch, heads, queries, size = q.shape
     k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from sparsefinder.errors import UserError
-from sparsefinder.executors.blocks.decompose import Pieces, cut
-from sparsefinder.executors.blocks.head_chunks import Shares, shares_of
+from sparsefinder.executors.blocks.decompose import Blocks, decompose
+from sparsefinder.executors.blocks.head_chunks import HeadChunks, chunk_heads
 from sparsefinder.executors.work import Work
 from sparsefinder.graphs import QK, Layout
 from sparsefinder.numerics.normalizers import Normalizer
@@ -35,30 +35,30 @@ class BlocksExecutor:
 
     def attend(self, qk: QK, v: Tensor, layout: Layout, normalizer: Normalizer) -> Tensor:
         """``v (B, H, N, D)`` and vectors without what padding contained → ``(B, H, N, D)`` in the dtype of ``v``."""
-        shares = self._shares(qk, layout)
-        vectors = (shares.split(x) for x in (at_least_float32(qk.q), at_least_float32(qk.k), v))
-        parts = zip(shares.split_layout(layout, qk), *vectors, strict=True)
-        return shares.join([_attend(cut(*part), q, k, v, normalizer) for part, q, k, v in parts])
+        chunks = self._chunks(qk, layout)
+        vectors = (chunks.split(x) for x in (at_least_float32(qk.q), at_least_float32(qk.k), v))
+        parts = zip(chunks.split_layout(layout, qk), *vectors, strict=True)
+        return chunks.join([_attend(decompose(*part), q, k, v, normalizer) for part, q, k, v in parts])
 
     def computed_pairs(self, qk: QK, layout: Layout) -> Tensor:
         """Pairs that are multiplied, ``(B, H)`` int64."""
-        shares = self._shares(qk, layout)
-        return shares.join([cut(*part).computed_pairs() for part in shares.split_layout(layout, qk)])
+        chunks = self._chunks(qk, layout)
+        return chunks.join([decompose(*part).computed_pairs() for part in chunks.split_layout(layout, qk)])
 
     @torch.no_grad()
-    def _shares(self, qk: QK, layout: Layout) -> Shares:
+    def _chunks(self, qk: QK, layout: Layout) -> HeadChunks:
         times = 1.0  # that a query is multiplied, once for each of its buckets
         if layout.buckets is not None and layout.buckets.q_ids.numel():
             times = max((layout.buckets.q_ids >= 0).sum(-1).double().mean().item(), 1.0)
-        return shares_of(qk, max(int(self.queries_at_once / times), 1))
+        return chunk_heads(qk, max(int(self.queries_at_once / times), 1))
 
 
-def _attend(pieces: Pieces, q: Tensor, k: Tensor, v: Tensor, normalizer: Normalizer) -> Tensor:
+def _attend(blocks: Blocks, q: Tensor, k: Tensor, v: Tensor, normalizer: Normalizer) -> Tensor:
     q = q / math.sqrt(q.shape[-1])
-    rows = pieces.rows()
-    probabilities = normalizer.each(rows.pack(pieces.scores(q, k)))
-    out = pieces.apply(rows.unpack(probabilities).to(v.dtype), v)
-    if pieces.globals is None:
+    rows = blocks.packed_rows()
+    probabilities = normalizer.each(rows.pack(blocks.scores(q, k)))
+    out = blocks.apply(rows.unpack(probabilities).to(v.dtype), v)
+    if blocks.globals is None:
         return out
-    probabilities_of_globals = normalizer(pieces.globals.query_scores(q, k))
-    return pieces.globals.add(out, probabilities_of_globals.to(v.dtype) @ v)
+    probabilities_of_globals = normalizer(blocks.globals.query_scores(q, k))
+    return blocks.globals.add(out, probabilities_of_globals.to(v.dtype) @ v)

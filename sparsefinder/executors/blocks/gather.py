@@ -1,6 +1,6 @@
-"""Move rows of a tensor to known places, with the way back known as well.
+"""Move rows of a tensor to known positions, with the way back known as well.
 
-Indexing is cheap forward and slow backward: autograd adds gradients up one index at a time. Where every copy's place is
+Indexing is cheap forward and slow backward: autograd adds gradients up one index at a time. Where every copy's position is
 listed for every source row, the backward pass is a gather too: parallel, and the same on every run.
 """
 
@@ -15,9 +15,15 @@ from torch import Tensor
 def gather(x: Tensor, sources: Tensor, copies: Tensor, missing: float = 0.0) -> Tensor:
     """``out[a] = Σ_c x[sources[a, c]]``, where a source of -1 adds nothing; a row without any source gets ``missing``.
 
-    ``x``: ``(X, D)``. ``sources``: ``(A, C)`` int64, rows of ``x``. ``copies``: ``(X, E)`` int64, the rows of ``out`` that each
-    row of ``x`` was added to, -1 for none: the adjoint of ``sources``, which the gradient is gathered with. ``missing`` other
-    than 0 needs ``C = 1``. Returns ``(A, D)``.
+    Args:
+        x: ``(X, D)``.
+        sources: ``(A, C)`` int64, rows of ``x``.
+        copies: ``(X, E)`` int64, the rows of ``out`` that each row of ``x`` was added to, -1 for none: the adjoint of
+            ``sources``, which the gradient is gathered with.
+        missing: other than 0 needs ``C = 1``.
+
+    Returns:
+        ``(A, D)``.
     """
     result: Tensor = _Gather.apply(x, sources, copies, missing)
     return result

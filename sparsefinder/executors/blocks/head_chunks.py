@@ -16,7 +16,7 @@ from sparsefinder.graphs import QK, Buckets, Layout
 
 
 @dataclass(frozen=True)
-class Shares:
+class HeadChunks:
     """Parts of a batch of ``heads`` heads, each of at most ``some_examples`` × ``some_heads``."""
 
     heads: int
@@ -51,9 +51,9 @@ class Shares:
         return [part[:, 0] for part in self.split(x[:, None].expand(-1, self.heads, -1))]
 
 
-def shares_of(qk: QK, queries: int) -> Shares:
+def chunk_heads(qk: QK, queries: int) -> HeadChunks:
     """Parts of at most ``queries`` queries, or of one head of one example where that has more."""
     batch, heads, tokens, _ = qk.q.shape
     tokens = max(tokens, 1)
     some_examples = min(max(queries // tokens, 1), batch)
-    return Shares(heads, some_examples, min(max(queries // (tokens * some_examples), 1), heads))
+    return HeadChunks(heads, some_examples, min(max(queries // (tokens * some_examples), 1), heads))

@@ -1,6 +1,6 @@
-"""One contiguous row of scores per query, from scores that several products left in pieces.
+"""One contiguous row of scores per query, from scores that several products left apart.
 
-A normalizer needs all scores of a query together. The pieces are cut into segments of ``STEP`` scores, and the segments of a
+A normalizer needs all scores of a query together. Flat scores are cut into segments of ``STEP`` scores, and the segments of a
 query are gathered side by side; queries with equally long rows form one rectangle, so that any normalizer of
 `sparsefinder.numerics.normalizers` works on them as it is.
 """
@@ -18,33 +18,41 @@ from sparsefinder.executors.blocks.gather import gather
 
 
 @dataclass(frozen=True)
-class Rows:
-    """``sources``: ``(row segments, 1)`` int64, the segment of the pieces at each segment of the rows, -1 on filling.
+class PackedRows:
+    """Which segments of the flat scores lie side by side in each query's row.
 
-    ``copies``: ``(segments of the pieces, 1)``, the way back, -1 for scores that nobody needs. ``shapes``: ``(rows, width)`` of
-    each rectangle.
+    Args:
+        sources: ``(row segments, 1)`` int64, the segment of the flat scores at each segment of the rows, -1 on filling.
+        copies: ``(segments of the flat scores, 1)``, the way back, -1 for scores that nobody needs.
+        shapes: ``(rows, width)`` of each rectangle.
     """
 
     sources: Tensor
     copies: Tensor
     shapes: tuple[tuple[int, int], ...]
 
-    def pack(self, pieces: Tensor) -> list[Tensor]:
+    def pack(self, scores: Tensor) -> list[Tensor]:
         """Flat scores → rectangles, ``-inf`` on filling."""
-        packed = gather(pieces.view(-1, STEP), self.sources, self.copies, missing=-math.inf)
+        packed = gather(scores.view(-1, STEP), self.sources, self.copies, missing=-math.inf)
         parts = packed.split([rows * width // STEP for rows, width in self.shapes])
         return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
     def unpack(self, rectangles: list[Tensor]) -> Tensor:
-        """Rectangles → flat pieces, zeros for scores that were in no row."""
+        """Rectangles → flat scores, zeros for scores that were in no row."""
         if not rectangles:
             return torch.zeros(len(self.copies) * STEP, device=self.copies.device)
         packed = torch.cat([rectangle.view(-1, STEP) for rectangle in rectangles])
         return gather(packed, self.copies, self.sources).view(-1)
 
 
-def lay_out_rows(starts: Tensor, counts: Tensor, segments: int) -> Rows:
-    """Rows of ``(M, S)`` int64 stretches of segments: from each of ``starts``, ``counts`` many; ``segments`` in all pieces."""
+def lay_out_rows(starts: Tensor, counts: Tensor, segments: int) -> PackedRows:
+    """Rows from stretches of segments.
+
+    Args:
+        starts: ``(M, S)`` int64, the first segment of each stretch of each row.
+        counts: ``(M, S)`` int64, how many segments it has.
+        segments: how many there are in all.
+    """
     lengths = counts.sum(-1)
     widths = round_up(lengths, 1)
     order = widths.argsort(stable=True)
@@ -60,4 +68,4 @@ def lay_out_rows(starts: Tensor, counts: Tensor, segments: int) -> Rows:
     copies[sources[real]] = real
     width, rows = widths[order].unique_consecutive(return_counts=True)
     shapes = tuple((n, w * STEP) for n, w in zip(rows.tolist(), width.tolist(), strict=True))
-    return Rows(sources[:, None], copies[:, None], shapes)
+    return PackedRows(sources[:, None], copies[:, None], shapes)

@@ -1,7 +1,7 @@
 """LSG attention on bare tensors: local blocks, sparse keys and global tokens.
 
 Condevaux and Harispe 2022 (https://arxiv.org/abs/2210.15497). Of a sequence of N tokens the first `num_global_tokens` are
-global: in an LSG model they are learned vectors put in front of the text; inside a model that has none, its own first
+global: in an LSG model they are learned vectors put before the text; inside a model that has none, its own first
 tokens serve (usually [CLS]). The others are cut into blocks. A query sees its own block and both neighbours, the sparse
 keys on either side of these (`sparse_keys`), and the global tokens; a global token sees everything. Up to two blocks that
 is all there is, so attention is then dense, as published, and `computed_pairs` says so.
@@ -43,11 +43,20 @@ class LSGAttention(LSGSettings):
     """A query sees no later key."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, layer: int = 0, dropout: float = 0.0) -> Tensor:
-        """`q`, `k`, `v`: `(B, H, N, D)`; `valid`: `(B, N)` bool → `(B, H, N, D)`, zeros on padding.
+        """Padding may lie anywhere and hold anything: real tokens are brought together first.
 
-        Padding may lie anywhere and hold anything: real tokens are brought together first. `layer` names the random
-        projections of `lsh`; `dropout` is applied to probabilities. (With `padding_in_pools`, padding must be finite and on
-        the right, and gets outputs too.)
+        (With `padding_in_pools`, padding must be finite and on the right, and gets outputs too.)
+
+        Args:
+            q: `(B, H, N, D)`.
+            k: `(B, H, N, D)`.
+            v: `(B, H, N, D)`.
+            valid: `(B, N)` bool.
+            layer: names the random projections of `lsh`.
+            dropout: share of the probabilities that are set to zero.
+
+        Returns:
+            `(B, H, N, D)`, zeros on padding.
         """
         tokens = q.shape[2]
         if self.pools_padding and not self._dense(tokens):
@@ -84,9 +93,9 @@ class LSGAttention(LSGSettings):
         if self._dense(tokens):
             pairs = tokens * tokens
         else:
-            front = self.num_global_tokens
-            padded = -(-(tokens - front) // self.block_size) * self.block_size
-            pairs = padded * view_size(self, front, self.causal) + front * (front if self.causal else tokens)
+            prefix = self.num_global_tokens
+            padded = -(-(tokens - prefix) // self.block_size) * self.block_size
+            pairs = padded * view_size(self, prefix, self.causal) + prefix * (prefix if self.causal else tokens)
         return torch.full(qk.k.shape[:2], pairs, dtype=torch.int64, device=qk.k.device)
 
     def _dense(self, tokens: int) -> bool:
@@ -111,23 +120,25 @@ class LSGAttention(LSGSettings):
         if self._dense(q.shape[2]):
             mask = self._allowed(valid) if self.causal else mask
             return attend(q, k, v, mask, self.normalizer, dropout)
-        front = self.num_global_tokens
+        prefix = self.num_global_tokens
         parts = [self._blocks(q, k, v, seen, layer, dropout)]
-        if front and self.causal:
-            corner = self._allowed(valid)[..., :front, :front]
-            parts.insert(0, attend(q[:, :, :front], k[:, :, :front], v[:, :, :front], corner, self.normalizer, dropout))
-        elif front:
-            parts.insert(0, attend(q[:, :, :front], k, v, mask, self.normalizer, dropout))
+        if prefix and self.causal:
+            corner = self._allowed(valid)[..., :prefix, :prefix]
+            parts.insert(
+                0, attend(q[:, :, :prefix], k[:, :, :prefix], v[:, :, :prefix], corner, self.normalizer, dropout)
+            )
+        elif prefix:
+            parts.insert(0, attend(q[:, :, :prefix], k, v, mask, self.normalizer, dropout))
         return torch.cat(parts, dim=2)
 
     def _blocks(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor, layer: int, dropout: float) -> Tensor:
         """Output of the tokens after the global ones, `(B, H, N − G, D)`."""
         batch, heads, tokens, size = q.shape
-        front = self.num_global_tokens
-        fill = -(tokens - front) % self.block_size
-        head = (k[:, :, :front].flatten(0, 1), v[:, :, :front].flatten(0, 1))
-        q, k, v = (F.pad(x[:, :, front:], (0, 0, 0, fill)) if fill else x[:, :, front:] for x in (q, k, v))
-        seen = F.pad(seen[:, front:], (0, fill))
+        prefix = self.num_global_tokens
+        fill = -(tokens - prefix) % self.block_size
+        head = (k[:, :, :prefix].flatten(0, 1), v[:, :, :prefix].flatten(0, 1))
+        q, k, v = (F.pad(x[:, :, prefix:], (0, 0, 0, fill)) if fill else x[:, :, prefix:] for x in (q, k, v))
+        seen = F.pad(seen[:, prefix:], (0, fill))
         rows = seen[:, None].expand(-1, heads, -1).flatten(0, 1)
         if self.has_sparse:
             sparse = choose(q, k, v, seen, self, layer)
@@ -139,40 +150,43 @@ class LSGAttention(LSGSettings):
             q.flatten(0, 1),
             k.flatten(0, 1),
             v.flatten(0, 1),
-            key_mask=visible(rows, sparse_valid, front, self, self.causal),
+            key_mask=visible(rows, sparse_valid, prefix, self, self.causal),
             sparse=pair,
-            front=head,
+            global_prefix=head,
             settings=self,
             normalizer=self.normalizer,
             causal=self.causal,
             dropout=dropout,
         )
-        return output.view(batch, heads, -1, size)[:, :, : tokens - front]
+        return output.view(batch, heads, -1, size)[:, :, : tokens - prefix]
 
     def view(self, k: Tensor, valid: Tensor) -> Tensor:
         """Keys after the global ones that each block of queries sees, `(B, H, blocks, T)` bool, `T` the text in whole blocks.
 
-        For types that pick tokens. `k (B, H, N, D)`, `valid (B, N)`: real tokens together, see `pack`. Padding and causality
-        inside the local blocks are not taken out yet.
+        For types that pick tokens. Padding and causality inside the local blocks are not taken out yet.
+
+        Args:
+            k: `(B, H, N, D)`, real tokens together, see `pack`.
+            valid: `(B, N)` bool, the same.
         """
-        front, block = self.num_global_tokens, self.block_size
-        fill = -(k.shape[2] - front) % block
-        text = k.shape[2] - front + fill
+        prefix, block = self.num_global_tokens, self.block_size
+        fill = -(k.shape[2] - prefix) % block
+        text = k.shape[2] - prefix + fill
         block_of = torch.arange(text, device=k.device) // block
         each = torch.arange(text // block, device=k.device)
         local = ((each[:, None] - block_of).abs() <= 1).expand(*k.shape[:2], -1, -1)
         if not self.has_sparse:
             return local
-        seen = F.pad(self._visible_keys(valid)[:, front:], (0, fill))
-        return local | self._sparse_view(pick(F.pad(k[:, :, front:], (0, 0, 0, fill)), seen, self), text)
+        seen = F.pad(self._visible_keys(valid)[:, prefix:], (0, fill))
+        return local | self._sparse_view(pick(F.pad(k[:, :, prefix:], (0, 0, 0, fill)), seen, self), text)
 
     def _block_graph(self, k: Tensor, valid: Tensor) -> Tensor:
         """Edges of global, local and sparse keys before padding and causality are taken out, `(B, H, N, N)` bool."""
         batch, heads, tokens, _ = k.shape
-        front = self.num_global_tokens
+        prefix = self.num_global_tokens
         edges = self.view(k, valid).repeat_interleave(self.block_size, dim=2)
         graph = edges.new_ones(batch, heads, tokens, tokens)
-        graph[:, :, front:, front:] = edges[:, :, : tokens - front, : tokens - front]
+        graph[:, :, prefix:, prefix:] = edges[:, :, : tokens - prefix, : tokens - prefix]
         return graph
 
     def _sparse_view(self, picked: Tensor, text: int) -> Tensor:
@@ -190,7 +204,7 @@ class LSGAttention(LSGSettings):
 
 
 class _Packed(NamedTuple):
-    """Real tokens moved to the front, and the way back."""
+    """Real tokens brought together, and the way back."""
 
     valid: Tensor
     bring: Callable[[Tensor], Tensor]

@@ -29,7 +29,13 @@ def attend(
 ) -> Tensor:
     """`normalizer(q·k / √D) v` on the pairs of `mask`; a query without a key gives zeros.
 
-    `q (…, Q, D)`, `k`, `v (…, K, D)`, `mask (…, 1 or Q, K)` bool, True = may attend, None for all.
+    Args:
+        q: `(…, Q, D)`.
+        k: `(…, K, D)`.
+        v: `(…, K, D)`.
+        mask: `(…, 1 or Q, K)` bool, True = may attend, None for all.
+        normalizer: scores to probabilities.
+        dropout: share of the probabilities that are set to zero.
     """
     if normalizer.alpha != 1.0:
         # float32 also under autocast: the support and the sum of a row do not survive half precision
@@ -53,7 +59,7 @@ def local_attention(
     v: Tensor,
     key_mask: Tensor,
     sparse: tuple[Tensor, Tensor],
-    front: tuple[Tensor, Tensor],
+    global_prefix: tuple[Tensor, Tensor],
     settings: LSGSettings,
     normalizer: Normalizer,
     causal: bool,
@@ -61,8 +67,20 @@ def local_attention(
 ) -> Tensor:
     """Attention of every block of queries to the keys in view.
 
-    `q`, `k`, `v (R, N, D)`, one row for each head of each example, N whole blocks; `sparse`: keys and values
-    `(R, S, D)`; `front`: those of the global tokens `(R, G, D)`; `key_mask`: `visible(…)`. Returns `(R, N, D)`.
+    Args:
+        q: `(R, N, D)`, one row for each head of each example, N whole blocks.
+        k: `(R, N, D)`.
+        v: `(R, N, D)`.
+        key_mask: `visible(…)`.
+        sparse: keys and values `(R, S, D)`.
+        global_prefix: keys and values of the global tokens `(R, G, D)`.
+        settings: of the layer.
+        normalizer: scores to probabilities.
+        causal: whether a query sees no later key.
+        dropout: share of the probabilities that are set to zero.
+
+    Returns:
+        `(R, N, D)`.
     """
     rows, tokens, size = q.shape
     block = settings.block_size
@@ -74,8 +92,8 @@ def local_attention(
     parts = [slice(None)] if recorded() else [slice(start, start + step) for start in range(0, rows, step)]
     outputs = []
     for part in parts:
-        keys = lay_out(k[part], sparse[0][part], front[0][part], settings, causal).flatten(0, 1)[:, None]
-        values = lay_out(v[part], sparse[1][part], front[1][part], settings, causal).flatten(0, 1)[:, None]
+        keys = lay_out(k[part], sparse[0][part], global_prefix[0][part], settings, causal).flatten(0, 1)[:, None]
+        values = lay_out(v[part], sparse[1][part], global_prefix[1][part], settings, causal).flatten(0, 1)[:, None]
         mask = key_mask[part].flatten(0, 1)[:, None, None]
         if causal:
             mask = torch.cat([mask[..., :-block].expand(-1, -1, block, -1), mask[..., -block:] & own], dim=-1)
@@ -85,19 +103,38 @@ def local_attention(
 
 
 def visible(valid: Tensor, sparse_valid: Tensor, num_global: int, settings: LSGSettings, causal: bool) -> Tensor:
-    """Which of the keys in view exist: `valid (R, N)`, `sparse_valid (R, S)` bool → `(R, N / block_size, K)` bool."""
-    front = valid.new_ones(valid.shape[0], num_global, 1)
-    return lay_out(valid[..., None], sparse_valid[..., None], front, settings, causal)[..., 0]
+    """Which of the keys in view exist.
+
+    Args:
+        valid: `(R, N)` bool.
+        sparse_valid: `(R, S)` bool.
+        num_global: global tokens, all of which exist.
+        settings: of the layer.
+        causal: whether a query sees no later key.
+
+    Returns:
+        `(R, N / block_size, K)` bool.
+    """
+    global_prefix = valid.new_ones(valid.shape[0], num_global, 1)
+    return lay_out(valid[..., None], sparse_valid[..., None], global_prefix, settings, causal)[..., 0]
 
 
-def lay_out(local: Tensor, sparse: Tensor, front: Tensor, settings: LSGSettings, causal: bool) -> Tensor:
-    """Keys (or values, or their mask) that each block sees: `(R, N, D)`, `(R, S, D)`, `(R, G, D)` → `(R, blocks, K, D)`.
+def lay_out(local: Tensor, sparse: Tensor, global_prefix: Tensor, settings: LSGSettings, causal: bool) -> Tensor:
+    """Keys (or values, or their mask) that each block sees; beyond the ends of the text there are zeros.
 
-    Beyond the ends of the text there are zeros.
+    Args:
+        local: `(R, N, D)`.
+        sparse: `(R, S, D)`.
+        global_prefix: `(R, G, D)`.
+        settings: of the layer.
+        causal: whether a query sees no later key.
+
+    Returns:
+        `(R, blocks, K, D)`.
     """
     block, width, per_block = settings.block_size, settings.sparse_block_size, settings.sparse_per_block
     blocks = local.shape[1] // block
-    parts = [front[:, None].expand(-1, blocks, -1, -1)]
+    parts = [global_prefix[:, None].expand(-1, blocks, -1, -1)]
     if per_block:
         margin = per_block + width
         padded = F.pad(sparse, (0, 0, margin, margin))

@@ -32,8 +32,15 @@ class SparseKeys(NamedTuple):
 def choose(q: Tensor, k: Tensor, v: Tensor, valid: Tensor, settings: LSGSettings, layer: int) -> SparseKeys:
     """The sparse keys of `settings.sparsity_type`.
 
-    `q`, `k`, `v`: `(B, H, N, D)` without global tokens, `N` a multiple of `block_size` and zeros on padding; `valid`:
-    `(B, N)` bool, the keys that may be seen. Gradients flow through keys and values, never through the choice.
+    Gradients flow through keys and values, never through the choice.
+
+    Args:
+        q: `(B, H, N, D)` without global tokens, `N` a multiple of `block_size` and zeros on padding.
+        k: the same.
+        v: the same.
+        valid: `(B, N)` bool, the keys that may be seen.
+        settings: of the layer.
+        layer: names the random projections of `lsh`.
     """
     if settings.sparsity_factor == 1:
         return SparseKeys(k, v, valid[:, None].expand(-1, k.shape[1], -1))

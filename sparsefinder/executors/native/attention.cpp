@@ -40,7 +40,7 @@ struct Head {
 };
 
 // where the members of each bucket begin, those of none behind the last, by the first `used` of the slots
-std::vector<int32_t> starts(const Graph &g, const int64_t *ids, int64_t slots, int64_t used, const uint8_t *valid) {
+std::vector<int32_t> offsets(const Graph &g, const int64_t *ids, int64_t slots, int64_t used, const uint8_t *valid) {
     std::vector<int32_t> first(g.buckets + 2, 0);
     for (int64_t i = 0; i < g.tokens; ++i)
         for (int64_t p = 0; p < used && valid[i]; ++p) ++first[bucket(g, ids[i * slots + p]) + 1];
@@ -52,7 +52,7 @@ Head prepare(const Graph &g, int64_t example, int64_t head) {
     const uint8_t *valid = g.valid + example * g.tokens, *is_global = g.is_global + example * g.tokens;
     const int64_t *q_ids = g.q_ids + head * g.tokens * g.q_slots, *k_ids = g.k_ids + head * g.tokens * g.k_slots;
     Head h;
-    h.first = starts(g, k_ids, g.k_slots, g.k_slots, valid);
+    h.first = offsets(g, k_ids, g.k_slots, g.k_slots, valid);
     h.members.resize(h.first.back());
     auto at = h.first;
     for (int64_t j = 0; j < g.tokens; ++j) {
@@ -61,11 +61,11 @@ Head prepare(const Graph &g, int64_t example, int64_t head) {
     }
     // by the first slot, which is filled before the others
     const int64_t used = std::min<int64_t>(g.q_slots, 1);
-    auto place = starts(g, q_ids, g.q_slots, used, valid);
+    auto next_of = offsets(g, q_ids, g.q_slots, used, valid);
     h.order.resize(std::count(valid, valid + g.tokens, 1));
     int32_t next = 0;
     for (int64_t i = 0; i < g.tokens; ++i)
-        if (valid[i]) h.order[used ? place[bucket(g, q_ids[i * g.q_slots])]++ : next++] = i;
+        if (valid[i]) h.order[used ? next_of[bucket(g, q_ids[i * g.q_slots])]++ : next++] = i;
     return h;
 }
 

@@ -64,8 +64,16 @@ class NativeExecutor:
 def attend(qk: QK, v: Tensor, layout: Layout, alpha: float) -> Tensor:
     """Entmax attention (softmax where α = 1) on the pairs of ``layout``, differentiable once in ``q``, ``k`` and ``v``.
 
-    ``qk``: ``(B, H, N, D)`` float32 or float64 on a CPU; ``v``: the same shape and any floating point, the dtype of the result
-    ``(B, H, N, D)``. Padding and queries without a key get zeros, whatever padded positions contain.
+    Padding and queries without a key get zeros, whatever padded positions contain.
+
+    Args:
+        qk: ``(B, H, N, D)`` float32 or float64 on a CPU.
+        v: the same shape and any floating point.
+        layout: the pairs.
+        alpha: from 1 to 2.
+
+    Returns:
+        ``(B, H, N, D)`` in the dtype of ``v``.
     """
     if v.shape != qk.q.shape:
         raise ValueError(f"values must be of the shape of the queries, {tuple(qk.q.shape)}, got {tuple(v.shape)}")

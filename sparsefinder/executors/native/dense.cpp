@@ -155,10 +155,10 @@ template <class T, class Filter> class Attention : RowsOf<T> {
         }
         if (!count || h.ids.empty()) return;
         const int64_t first_i = s.rows[0].i, last_i = s.rows[count - 1].i;
-        const auto place = [&](int64_t j) { return std::lower_bound(h.ids.begin(), h.ids.end(), j) - h.ids.begin(); };
-        const int64_t begin = place(first_i - p_.back), end = place(last_i + p_.ahead + 1);
+        const auto position_of = [&](int64_t j) { return std::lower_bound(h.ids.begin(), h.ids.end(), j) - h.ids.begin(); };
+        const int64_t begin = position_of(first_i - p_.back), end = position_of(last_i + p_.ahead + 1);
         if (finite)
-            filtered(head, h, count, begin, end, place(first_i), !peaks, s);
+            filtered(head, h, count, begin, end, position_of(first_i), !peaks, s);
         else  // as dense attention has it, whoever meets what is no number
             for (int64_t r = 0; r < count; ++r) {
                 Row<T> &row = s.rows[r];
@@ -204,19 +204,19 @@ template <class T, class Filter> class Attention : RowsOf<T> {
             Row<T> &row = s.rows[first + r];
             int64_t some = 0;  // that this query may see; the last panel is filled up with none
             for (int64_t n = 0; n < passed.count; ++n) {
-                const int64_t c = passed.place[n];
-                passed.upper[some] = passed.upper[n], passed.place[some] = c;
+                const int64_t c = passed.position[n];
+                passed.upper[some] = passed.upper[n], passed.position[some] = c;
                 some += c >= begin && c < end && allowed(head, row.i, h.ids[c]);
             }
             if (!some) continue;
             if (raising && row.keys.empty()) {  // the best one is near its bound: it rules out most of the first ones
                 const int64_t best = std::max_element(passed.upper, passed.upper + some) - passed.upper;
-                row.peak = dot<double>(query(head, row.i), key(head, h.ids[passed.place[best]]), p_.size);
+                row.peak = dot<double>(query(head, row.i), key(head, h.ids[passed.position[best]]), p_.size);
                 row.least = T(row.peak - (1 + SLACK) / unit(head));
             }
             const size_t before = row.keys.size();
             for (int64_t n = 0; n < some; ++n)
-                if (passed.upper[n] >= row.least) row.keys.push_back(h.ids[passed.place[n]]);
+                if (passed.upper[n] >= row.least) row.keys.push_back(h.ids[passed.position[n]]);
             multiply(head, row, before);
             if (raising) raise(head, row, before);
         }

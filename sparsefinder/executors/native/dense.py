@@ -81,10 +81,20 @@ def attend(
 ) -> Tensor:
     """α-entmax attention on ``pairs``, differentiable once in ``q``, ``k``, ``v`` and ``alpha``: ``(B, H, N_q, D)``.
 
-    ``q``: ``(B, H, N_q, D)``; ``k`` and ``v``: ``(B, H_k, N_k, D)`` with ``H`` a multiple of ``H_k``; all float32, or all
-    float64, on a CPU. ``alpha``: ``(H,)``, each 1 < α ≤ 2. ``dropout``: share of the probabilities that are set to zero,
-    chosen by ``seed``, the others divided by what is left. ``plain``: without the rounding to 8 bits, as on any other
-    processor (for tests). A query that is padding or has no key gets zeros.
+    A query that is padding or has no key gets zeros.
+
+    Args:
+        q: ``(B, H, N_q, D)``; with ``k`` and ``v`` all float32, or all float64, on a CPU.
+        k: ``(B, H_k, N_k, D)`` with ``H`` a multiple of ``H_k``.
+        v: of the shape of ``k``.
+        pairs: which there are.
+        alpha: ``(H,)``, each 1 < α ≤ 2.
+        dropout: share of the probabilities that are set to zero, the others divided by what is left.
+        seed: chooses them.
+        plain: without the rounding to 8 bits, as on any other processor (for tests).
+
+    Raises:
+        ValueError: the shapes do not belong together.
     """
     if k.shape != v.shape or k.shape[::3] != q.shape[::3] or q.shape[1] % k.shape[1]:
         raise ValueError(
@@ -134,7 +144,7 @@ class _Run:
         steps = [0, 0, 0]
         if mask is not None:
             mask = mask if mask.stride(-1) == 1 else mask.contiguous()
-            steps = [0 if side == 1 else mask.stride(place) for place, side in enumerate(mask.shape[:3])]
+            steps = [0 if side == 1 else mask.stride(dimension) for dimension, side in enumerate(mask.shape[:3])]
         problem = _Problem(
             *(batch, heads, key_heads, queries, keys, size),
             *(everything if pairs.back is None else pairs.back, everything if pairs.ahead is None else pairs.ahead),

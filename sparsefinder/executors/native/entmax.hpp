@@ -20,14 +20,14 @@ template <class T> T one_less(T e, double alpha) {
 template <class T, class F>
 int64_t near_peak(const T *scores, int64_t count, T peak, T scale, T *x, int32_t *ids, const F &id) {
     int64_t some = 0;
-    bool strange = false;
+    bool undefined = false;
     for (int64_t n = 0; n < count; ++n) {
         const T below = (scores[n] - peak) * scale;
-        strange |= std::isnan(below);
+        undefined |= std::isnan(below);
         ids[some] = id(n), x[some] = below;
         some += below > T(-1);
     }
-    return strange ? -1 : some;
+    return undefined ? -1 : some;
 }
 
 // of such x, where entry n stands for many(n) equal ones. It lies in [-1, 0], so whoever is at or below -1

@@ -25,12 +25,12 @@ inline double exponential(double x) { return std::exp(x); }
 
 // e[n] = exp(x[n] - peak), and their sum; NaN where peak or some x is no number
 template <class T> T exponentials(const T *x, int64_t count, T peak, T *e) {
-    T total = 0, strange = 0;
-#pragma omp simd reduction(+ : total, strange)
+    T total = 0, undefined = 0;
+#pragma omp simd reduction(+ : total, undefined)
     for (int64_t n = 0; n < count; ++n) {
         const T below = x[n] - peak;
         e[n] = exponential(below);
-        total += e[n], strange += below == below ? T(0) : T(1);
+        total += e[n], undefined += below == below ? T(0) : T(1);
     }
-    return strange > 0 ? peak - peak + std::nan("") : total;
+    return undefined > 0 ? peak - peak + std::nan("") : total;
 }

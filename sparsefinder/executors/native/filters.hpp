@@ -21,11 +21,11 @@
 constexpr int64_t ROWS = 8;     // queries that a filter looks at together
 constexpr int64_t CHUNK = 480;  // keys that a filter looks at before its bounds are raised: whole panels, and small enough for a cache
 
-// what passed of a chunk for one query: bounds, and places in the order of the filter's keys
+// what passed of a chunk for one query: bounds, and positions in the order of the filter's keys
 template <class T> struct Passed {
     int64_t count = 0;
     T upper[CHUNK + 16];
-    int32_t place[CHUNK + 16];
+    int32_t position[CHUNK + 16];
 };
 
 // Products in the arithmetic of the vectors themselves: u is the product and a bound of its rounding.
@@ -63,7 +63,7 @@ template <class T> class PlainFilter {
             if (!(largest(row, PANEL) + slack >= bound)) continue;
             Passed<T> &to = passed[r];
             for (int64_t n = 0; n < PANEL; ++n) {  // written always, kept sometimes: no branch to guess
-                to.upper[to.count] = row[n] + slack, to.place[to.count] = panel * PANEL + n;
+                to.upper[to.count] = row[n] + slack, to.position[to.count] = panel * PANEL + n;
                 to.count += row[n] + slack >= bound;
             }
         }
@@ -171,10 +171,10 @@ class Int8Filter {
             for (int64_t v = 0; v < VECTORS; ++v) {
                 const __mmask16 passes = _mm512_cmp_ps_mask(u[v], bound, _CMP_GE_OQ);
                 const __m512 upper = _mm512_mul_ps(u[v], _mm512_set1_ps(q.scale[r]));
-                const __m512i place = _mm512_add_epi32(lanes, _mm512_set1_epi32(panel * KEYS + v * 16));
+                const __m512i position = _mm512_add_epi32(lanes, _mm512_set1_epi32(panel * KEYS + v * 16));
                 // by a register: a store with a mask to memory is slow on some processors
                 _mm512_storeu_ps(to.upper + to.count, _mm512_maskz_compress_ps(passes, upper));
-                _mm512_storeu_si512(to.place + to.count, _mm512_maskz_compress_epi32(passes, place));
+                _mm512_storeu_si512(to.position + to.count, _mm512_maskz_compress_epi32(passes, position));
                 to.count += __builtin_popcount(passes);
             }
         }

@@ -46,9 +46,14 @@ class Positives:
 
 
 def hinge(q: Tensor, k: Tensor, pairs: Positives, margin: float, by_row: bool) -> Tensor:
-    """The hinge of squared L2 distances, differentiable once in ``q`` and ``k (H, n, R)``: a scalar.
+    """The hinge of squared L2 distances, differentiable once in ``q`` and ``k``: a scalar.
 
-    ``by_row``: one hinge around the sums of a row, instead of one for each pair; see `sparsefinder.quantization`.
+    Args:
+        q: ``(H, n, R)``.
+        k: ``(H, n, R)``.
+        pairs: the positives, and the chances of the negatives.
+        margin: of the hinge.
+        by_row: one hinge around the sums of a row, instead of one for each pair; see `sparsefinder.quantization`.
     """
     loss: Tensor = _Contrast.apply(q, k.to(q.dtype), pairs, margin, by_row)
     return loss

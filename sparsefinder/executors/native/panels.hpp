@@ -25,10 +25,10 @@ template <class T> T largest(const T *x, int64_t count) {
     Vector<T> most = Vector<T>{} - std::numeric_limits<T>::infinity();
     int64_t n = 0;
     for (; n + LANES<T> <= count; n += LANES<T>, ++from) most = *from > most ? *from : most;
-    T found = most[0];
-    for (int lane = 1; lane < LANES<T>; ++lane) found = std::max(found, T(most[lane]));
-    for (; n < count; ++n) found = std::max(found, x[n]);
-    return found;
+    T result = most[0];
+    for (int lane = 1; lane < LANES<T>; ++lane) result = std::max(result, T(most[lane]));
+    for (; n < count; ++n) result = std::max(result, x[n]);
+    return result;
 }
 
 // vectors laid side by side, PANEL of them coordinate by coordinate; what fills the last panel is zero

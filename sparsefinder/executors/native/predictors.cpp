@@ -32,8 +32,8 @@ struct Kept {
     explicit Kept(const Choice &rule) : in_group((rule.rows + BLOCK - 1) / BLOCK), blocks(rule.groups * in_group) {}
 };
 
-// place of the largest of the values, given the largest of each panel; the first of equals, and nothing beyond `count`
-template <class T> int64_t place(const T *values, const std::vector<T> &most, int64_t count) {
+// position of the largest of the values, given the largest of each panel; the first of equals, and nothing beyond `count`
+template <class T> int64_t largest_of(const T *values, const std::vector<T> &most, int64_t count) {
     const int64_t panel = std::max_element(most.begin(), most.end()) - most.begin();
     const T *from = values + panel * PANEL;
     return std::min<int64_t>(std::find(from, from + PANEL, most[panel]) - values, count - 1);
@@ -66,7 +66,7 @@ void nearest(int64_t batch, int64_t heads, int64_t tokens, int64_t size, int64_t
                             T *values = closeness.data() + i * laid.width();
                             for (int64_t panel = 0; panel < laid.panels; ++panel) most[panel] = largest(values + panel * PANEL, PANEL);
                             for (int64_t t = 0; t < top; ++t) {
-                                const int64_t at = place(values, most, count), panel = at / PANEL;
+                                const int64_t at = largest_of(values, most, count), panel = at / PANEL;
                                 ids[((first + i) * runs + run) * top + t] = run * count + at;
                                 values[at] = nothing;
                                 most[panel] = largest(values + panel * PANEL, PANEL);
@@ -119,10 +119,10 @@ template <class T> void by_budget(const Choice &rule, const T *numbers, Scores<T
     const T nothing = -std::numeric_limits<T>::infinity();
     for (size_t panel = 0; panel < row.most.size(); ++panel) row.most[panel] = largest(row.values + panel * PANEL, PANEL);
     T before = 0;
-    for (int64_t found = 0; found < rule.columns; ++found) {
-        const int64_t at = place(row.values, row.most, rule.columns);
+    for (int64_t taken = 0; taken < rule.columns; ++taken) {
+        const int64_t at = largest_of(row.values, row.most, rule.columns);
         // a column is kept where that brings the row nearer to its budget than stopping before it; the first one always is
-        if (!(row.values[at] > nothing) || (found && !(before + numbers[at] / 2 <= row.budget))) break;
+        if (!(row.values[at] > nothing) || (taken && !(before + numbers[at] / 2 <= row.budget))) break;
         kept.push_back(at);
         before += numbers[at];
         row.values[at] = nothing;

@@ -33,9 +33,15 @@ def works_on(x: Tensor) -> bool:
 
 
 def nearest(x: Tensor, centres: Tensor, top: int) -> Tensor:
-    """The ``top`` nearest centroids in each run, the nearest first: ``x (B, H, N, R)`` → ``(B, H, N, runs · top)`` int64.
+    """The nearest centroids in each run, the nearest first.
 
-    ``centres``: ``(H, runs, C, R)``; run ``u`` uses the ids ``u · C … u · C + C − 1``.
+    Args:
+        x: ``(B, H, N, R)``.
+        centres: ``(H, runs, C, R)``; run ``u`` uses the ids ``u · C … u · C + C − 1``.
+        top: how many of each run.
+
+    Returns:
+        Ids ``(B, H, N, runs · top)`` int64.
     """
     x, centres = x.contiguous(), centres.to(x.dtype).contiguous()
     runs, count, _ = centres.shape[1:]
@@ -46,9 +52,15 @@ def nearest(x: Tensor, centres: Tensor, top: int) -> Tensor:
 
 
 def moments(x: Tensor, ids: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Number ``(B, H, C)``, mean and variance ``(B, H, C, R)`` of the vectors ``x (B, H, N, R)`` in each of ``count`` clusters.
+    """Number, mean and variance of the vectors in each cluster; an empty one has zeros.
 
-    ``ids``: ``(B, H, N)`` int64; whoever has an id outside ``[0, count)`` is in none. An empty cluster has zeros.
+    Args:
+        x: ``(B, H, N, R)``.
+        ids: ``(B, H, N)`` int64; whoever has an id outside ``[0, count)`` is in no cluster.
+        count: clusters ``C``.
+
+    Returns:
+        ``(B, H, C)``, ``(B, H, C, R)`` and ``(B, H, C, R)``.
     """
     x, ids = x.contiguous(), ids.contiguous()
     batch, heads, tokens, size = x.shape
@@ -62,8 +74,16 @@ def moments(x: Tensor, ids: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]
 def routed(q: Tensor, numbers: Tensor, mean: Tensor, variance: Tensor, rule: str, level: float, alpha: float) -> Tensor:
     """The clusters that each query keeps by `sparsefinder.numerics.selection`: ids ``(B, H, N, P)`` int64, then -1.
 
-    Scores are ``q_i·μ_c + √(Σ_r q_ir² σ²_cr)``, a few rows of them at a time. ``q``: ``(B, H, N, R)``. ``numbers``: ``(B, H, C)``
-    keys in each cluster. ``mean``, ``variance``: ``(B, H, C, R)``. P is what the busiest query needs.
+    Scores are ``q_i·μ_c + √(Σ_r q_ir² σ²_cr)``, a few rows of them at a time. P is what the busiest query needs.
+
+    Args:
+        q: ``(B, H, N, R)``.
+        numbers: ``(B, H, C)``, keys in each cluster.
+        mean: ``(B, H, C, R)``.
+        variance: ``(B, H, C, R)``.
+        rule: ``budget`` or ``margin``.
+        level: of the rule.
+        alpha: of entmax, for the margin.
     """
     batch, heads, rows, size = q.shape
     read = tuple(x.to(q.dtype).contiguous() for x in (q, numbers, mean, variance))

@@ -1,7 +1,7 @@
 """α-entmax attention over a plan of blocks in Triton, forward and backward.
 
 A row's keys lie in several blocks of several groups, so what concerns a whole row is done in *sweeps* over all blocks that
-leave one number per place, summed per row in a fixed order (no atomics: the same result on every run). One sweep finds each
+leave one number per position, summed per row in a fixed order (no atomics: the same result on every run). One sweep finds each
 row's maximum; a few more find its threshold by Newton's method on the p-norm (`sparsefinder.numerics.entmax_newton`); the last
 one accumulates the output. The backward pass recomputes probabilities from the threshold (Peters et al. 2019; AdaSplash,
 https://arxiv.org/abs/2502.12082, has the tiled form): a sweep for ``δ_i = Σ_j s_ij (do_i·v_j) / Σ_j s_ij`` with ``s =
@@ -36,9 +36,15 @@ FEWEST, MOST = 3, 64  # Newton sweeps before the first look at convergence, and 
 
 
 def block_sparse(q: Tensor, k: Tensor, v: Tensor, plan: Plan, alpha: float, block: int) -> Tensor:
-    """α-entmax attention of ``q, k, v (B, H, N, D)`` on the pairs of a plan: ``(B, H, N, D)`` in the dtype of ``v``.
+    """α-entmax attention on the pairs of a plan: ``(B, H, N, D)`` in the dtype of ``v``.
 
-    1 ≤ ``alpha`` ≤ 2. ``block``: that of the plan, a power of two from 16. All three vectors share a dtype, float32 or half.
+    Args:
+        q: ``(B, H, N, D)``, float32 or half precision, the same for all three.
+        k: of the shape of ``q``.
+        v: of the shape of ``q``.
+        plan: the blocks.
+        alpha: from 1 to 2.
+        block: that of the plan, a power of two from 16.
     """
     result: Tensor = _BlockSparse.apply(q.contiguous(), k.contiguous(), v.contiguous(), plan, alpha, block)
     return result
@@ -56,8 +62,8 @@ class _BlockSparse(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         q, k, v, peaks, thresholds = ctx.saved_tensors
-        found = ctx.walk.gradients(q, k, v, gradients[0].to(v.dtype).contiguous(), peaks, thresholds)
-        dq, dk, dv = (x.view(like.shape).to(like.dtype) for x, like in zip(found, (q, k, v), strict=True))
+        gradient_of = ctx.walk.gradients(q, k, v, gradients[0].to(v.dtype).contiguous(), peaks, thresholds)
+        dq, dk, dv = (x.view(like.shape).to(like.dtype) for x, like in zip(gradient_of, (q, k, v), strict=True))
         return dq, dk, dv, None, None, None
 
 
@@ -81,13 +87,12 @@ class Walk:
     def thresholds(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, int]:
         """Largest score and threshold of each row, ``(M,)`` float32 twice, and the sweeps over all blocks that it took."""
         side = self.plan.q
-        on_places = self._empty(side, q).fill_(-math.inf)
-        self._launch(peaks_kernel, side, q, k, *self.by_query, on_places, **self.shape)
-        found = on_places[side.places.clamp_min(0)].masked_fill(side.places < 0, -math.inf) if len(side.order) else None
-        if found is None or not found.shape[1]:
-            nothing = q.new_zeros(len(side.places), dtype=torch.float32)
+        on_positions = self._empty(side, q).fill_(-math.inf)
+        self._launch(peaks_kernel, side, q, k, *self.by_query, on_positions, **self.shape)
+        if not len(side.order) or not side.positions.shape[1]:
+            nothing = q.new_zeros(len(side.positions), dtype=torch.float32)
             return nothing, nothing, 0
-        peaks = found.amax(1)
+        peaks = on_positions[side.positions.clamp_min(0)].masked_fill(side.positions < 0, -math.inf).amax(1)
         peaks = peaks.masked_fill(peaks == -math.inf, 0.0)
         if self.alpha == 1.0:
             total, _ = self._sums(q, k, peaks, torch.zeros_like(peaks))
@@ -137,10 +142,10 @@ class Walk:
 
     @staticmethod
     def _empty(side: Side, like: Tensor, *size: int) -> Tensor:
-        """Zeros for each place: places in groups without a partner are in no block, and are never written."""
+        """Zeros for each position: positions in groups without a partner are in no block, and are never written."""
         return like.new_zeros(len(side.order), *size, dtype=torch.float32)
 
 
 def _by_token(x: Tensor, side: Side) -> Tensor:
-    """``(places, …)`` → ``(M, …)``, the sum over each token's places, always in the same order."""
-    return gather(x, side.places, side.order[:, None])
+    """``(positions, …)`` → ``(M, …)``, the sum over each token's positions, always in the same order."""
+    return gather(x, side.positions, side.order[:, None])

@@ -1,9 +1,9 @@
 """Triton kernels: one walk of each block's queries over its keys, or of its keys over its queries.
 
 What every kernel is given: vectors ``(M, D)``, the two orders, the blocks, the bucket ids
-(`sparsefinder.executors.triton.plan`), and per token, not per place, what is known of each row: its largest score, its
-threshold, its ``δ``. What a kernel finds is stored per place. ``M·P`` must stay below 2³¹, as must the number of places. The
-mathematics is told in `sparsefinder.executors.triton.block_sparse`.
+(`sparsefinder.executors.triton.plan`), and per token, not per position, what is known of each row: its largest score, its
+threshold, its ``δ``. What a kernel computes is stored per position. ``M·P`` must stay below 2³¹, as must the number of
+positions. The mathematics is in `sparsefinder.executors.triton.block_sparse`.
 """
 
 # no `from __future__ import annotations`: Triton reads the annotations, and strings would hide what is constexpr
@@ -23,7 +23,7 @@ def _block(blocks_ptr):
 
 @triton.jit
 def _tokens(order_ptr, start, first, count, BLOCK: tl.constexpr):
-    """Tokens on the places ``start + first …``, -1 beyond ``count``."""
+    """Tokens on the positions ``start + first …``, -1 beyond ``count``."""
     at = first + tl.arange(0, BLOCK)
     return tl.load(order_ptr + start + at, mask=at < count, other=-1)
 
@@ -91,7 +91,7 @@ def _powers(x, ALPHA: tl.constexpr):
 def peaks_kernel(q_ptr, k_ptr, q_order_ptr, k_order_ptr, blocks_ptr, q_ids_ptr, k_ids_ptr, scale, peaks_ptr,
                   Q_SLOTS: tl.constexpr, K_SLOTS: tl.constexpr, CAUSAL: tl.constexpr, SIZE: tl.constexpr,
                   WIDTH: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """The largest score on each query place."""
+    """The largest score on each query position."""
     start, count, other, other_count, limit, reach = _block(blocks_ptr)
     q_tokens = _tokens(q_order_ptr, start, 0, count, BLOCK)
     q = _vectors(q_ptr, q_tokens, SIZE, WIDTH)
@@ -110,7 +110,7 @@ def sums_kernel(q_ptr, k_ptr, q_order_ptr, k_order_ptr, blocks_ptr, q_ids_ptr, k
                  thresholds_ptr, totals_ptr, slopes_ptr, ALPHA: tl.constexpr, GAIN: tl.constexpr, Q_SLOTS: tl.constexpr,
                  K_SLOTS: tl.constexpr, CAUSAL: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
                  BLOCK: tl.constexpr):  # fmt: skip
-    """``Σ p`` and ``Σ p^{2−α}`` on each query place, at the present thresholds."""
+    """``Σ p`` and ``Σ p^{2−α}`` on each query position, at the present thresholds."""
     start, count, other, other_count, limit, reach = _block(blocks_ptr)
     q_tokens = _tokens(q_order_ptr, start, 0, count, BLOCK)
     q = _vectors(q_ptr, q_tokens, SIZE, WIDTH)
@@ -133,7 +133,7 @@ def output_kernel(q_ptr, k_ptr, v_ptr, q_order_ptr, k_order_ptr, blocks_ptr, q_i
                    thresholds_ptr, out_ptr, ALPHA: tl.constexpr, GAIN: tl.constexpr, Q_SLOTS: tl.constexpr,
                    K_SLOTS: tl.constexpr, CAUSAL: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
                    BLOCK: tl.constexpr):  # fmt: skip
-    """``Σ p v`` on each query place."""
+    """``Σ p v`` on each query position."""
     start, count, other, other_count, limit, reach = _block(blocks_ptr)
     q_tokens = _tokens(q_order_ptr, start, 0, count, BLOCK)
     q = _vectors(q_ptr, q_tokens, SIZE, WIDTH)
@@ -154,7 +154,7 @@ def deltas_kernel(q_ptr, k_ptr, v_ptr, g_ptr, q_order_ptr, k_order_ptr, blocks_p
                    peaks_ptr, thresholds_ptr, weighted_ptr, weights_ptr, ALPHA: tl.constexpr, GAIN: tl.constexpr,
                    Q_SLOTS: tl.constexpr, K_SLOTS: tl.constexpr, CAUSAL: tl.constexpr, SIZE: tl.constexpr,
                    WIDTH: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """``Σ s (g·v)`` and ``Σ s`` on each query place."""
+    """``Σ s (g·v)`` and ``Σ s`` on each query position."""
     start, count, other, other_count, limit, reach = _block(blocks_ptr)
     q_tokens = _tokens(q_order_ptr, start, 0, count, BLOCK)
     q, g = _vectors(q_ptr, q_tokens, SIZE, WIDTH), _vectors(g_ptr, q_tokens, SIZE, WIDTH)
@@ -177,7 +177,7 @@ def dq_kernel(q_ptr, k_ptr, v_ptr, g_ptr, q_order_ptr, k_order_ptr, blocks_ptr, 
                peaks_ptr, thresholds_ptr, deltas_ptr, dq_ptr, ALPHA: tl.constexpr, GAIN: tl.constexpr,
                Q_SLOTS: tl.constexpr, K_SLOTS: tl.constexpr, CAUSAL: tl.constexpr, SIZE: tl.constexpr,
                WIDTH: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """``Σ ds k`` on each query place."""
+    """``Σ ds k`` on each query position."""
     start, count, other, other_count, limit, reach = _block(blocks_ptr)
     q_tokens = _tokens(q_order_ptr, start, 0, count, BLOCK)
     q, g = _vectors(q_ptr, q_tokens, SIZE, WIDTH), _vectors(g_ptr, q_tokens, SIZE, WIDTH)
@@ -199,7 +199,7 @@ def dkv_kernel(q_ptr, k_ptr, v_ptr, g_ptr, q_order_ptr, k_order_ptr, blocks_ptr,
                 peaks_ptr, thresholds_ptr, deltas_ptr, dk_ptr, dv_ptr, ALPHA: tl.constexpr, GAIN: tl.constexpr,
                 Q_SLOTS: tl.constexpr, K_SLOTS: tl.constexpr, CAUSAL: tl.constexpr, SIZE: tl.constexpr,
                 WIDTH: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """``Σ ds q`` and ``Σ p g`` on each key place; here the blocks are those of the keys."""
+    """``Σ ds q`` and ``Σ p g`` on each key position; here the blocks are those of the keys."""
     start, count, other, other_count, limit, reach = _block(blocks_ptr)
     k_tokens = _tokens(k_order_ptr, start, 0, count, BLOCK)
     k, v = _vectors(k_ptr, k_tokens, SIZE, WIDTH), _vectors(v_ptr, k_tokens, SIZE, WIDTH)

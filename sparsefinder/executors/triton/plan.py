@@ -25,40 +25,50 @@ _ALL = 1 << 30  # a limit above all bucket ids, and a reach beyond all tokens
 class Side:
     """Queries or keys in the order in which kernels read them.
 
-    ``order``: ``(places,)`` int32, the flat token ``(b·H + h)·N + n`` on each place, -1 for none. ``places``: ``(M, C)`` int64,
-    the places of each of the ``M = B·H·N`` tokens, -1 for none. ``blocks``: ``(blocks, 6)`` int32: first place, number of places,
-    first place and number of places of the other side, and then ``limit`` and ``reach``: pairs with a common bucket smaller than
-    ``limit`` or further apart than ``reach`` do not count.
+    Args:
+        order: ``(positions,)`` int32, the flat token ``(b·H + h)·N + n`` on each position, -1 for none.
+        positions: ``(M, C)`` int64, the positions of each of the ``M = B·H·N`` tokens, -1 for none.
+        blocks: ``(blocks, 6)`` int32: first position, number of positions, the same two of the other side, and then ``limit``
+            and ``reach``: pairs with a common bucket smaller than ``limit`` or further apart than ``reach`` do not count.
     """
 
     order: Tensor
-    places: Tensor
+    positions: Tensor
     blocks: Tensor
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Both sides of a layout. ``q_ids``, ``k_ids``: ``(M, P)``, ``(M, P')`` int32, buckets of each token, -1 and -2 for none."""
+    """Both sides of a layout.
+
+    Args:
+        q: the queries.
+        k: the keys.
+        q_ids: ``(M, P)`` int32, buckets of each query, -1 for none.
+        k_ids: ``(M, P')`` int32, buckets of each key, -2 for none.
+        causal: whether a query sees no later key.
+        pairs: ``(B, H)`` int64, pairs in the blocks, filling included.
+    """
 
     q: Side
     k: Side
     q_ids: Tensor
     k_ids: Tensor
     causal: bool
-    pairs: Tensor  # (B, H) int64, pairs in the blocks, filling included
+    pairs: Tensor
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """Groups of one kind: the tokens of either side in their order, the places of each token, and the groups.
+class _Groups:
+    """Groups of one kind: the tokens of either side in their order, the positions of each token, and the groups.
 
-    ``groups``: ``(G, 6)`` int64 like the blocks of `Side`, counted from the piece's own first place. ``heads``: ``(G,)``.
+    ``groups``: ``(G, 6)`` int64 like the blocks of `Side`, counted from this list's own first position. ``heads``: ``(G,)``.
     """
 
     q_order: Tensor
     k_order: Tensor
-    q_places: Tensor
-    k_places: Tensor
+    q_positions: Tensor
+    k_positions: Tensor
     groups: Tensor
     heads: Tensor
 
@@ -72,25 +82,25 @@ def plan(layout: Layout, qk: QK, block: int) -> Plan:
     is_global = torch.zeros_like(valid) if layout.is_global is None else _flat(layout.is_global, heads) & valid
     alive = valid & ~is_global
     q_ids = k_ids = torch.zeros(count * tokens, 0, dtype=torch.int64, device=device)
-    pieces = []
+    kinds = []
     if layout.buckets is not None:
         own = torch.arange(count, device=device).view(batch, heads, 1, 1) * layout.buckets.count
         q_ids = shifted(layout.buckets.q_ids, own).flatten(0, 2)
         k_ids = shifted(layout.buckets.k_ids, own).flatten(0, 2)
-        pieces.append(_buckets(q_ids, k_ids, alive, count * layout.buckets.count, layout.buckets.count))
+        kinds.append(_buckets(q_ids, k_ids, alive, count * layout.buckets.count, layout.buckets.count))
     if layout.window:
-        pieces.append(_strip(alive.view(count, -1), alive.view(count, -1), limit=_ALL, reach=layout.window // 2))
+        kinds.append(_strip(alive.view(count, -1), alive.view(count, -1), limit=_ALL, reach=layout.window // 2))
     if bool(is_global.any()):
-        pieces += [
+        kinds += [
             _strip(alive.view(count, -1), is_global.view(count, -1), limit=0, reach=_ALL),
             _strip(is_global.view(count, -1), valid.view(count, -1), limit=0, reach=_ALL),
         ]
     groups, owners = [torch.zeros(0, 6, dtype=torch.int64, device=device)], []
     q_base = k_base = 0
-    for piece in pieces:
-        groups.append(piece.groups + torch.tensor([q_base, 0, k_base, 0, 0, 0], device=device))
-        owners.append(piece.heads)
-        q_base, k_base = q_base + len(piece.q_order), k_base + len(piece.k_order)
+    for kind in kinds:
+        groups.append(kind.groups + torch.tensor([q_base, 0, k_base, 0, 0, 0], device=device))
+        owners.append(kind.heads)
+        q_base, k_base = q_base + len(kind.q_order), k_base + len(kind.k_order)
     all_groups, owner = torch.cat(groups), torch.cat([torch.zeros(0, dtype=torch.int64, device=device), *owners])
     used = (all_groups[:, 1] > 0) & (all_groups[:, 3] > 0)
     all_groups, owner = all_groups[used], owner[used]
@@ -98,8 +108,8 @@ def plan(layout: Layout, qk: QK, block: int) -> Plan:
     by_key, _ = _cut(all_groups[:, [2, 3, 0, 1, 4, 5]], block)
     pairs = torch.zeros(count, dtype=torch.int64, device=device)
     pairs.index_add_(0, owner[group], block * (-(-by_query[:, 3] // block) * block))
-    q_side = _side([(p.q_order, p.q_places) for p in pieces], by_query, alive)
-    k_side = _side([(p.k_order, p.k_places) for p in pieces], by_key, alive)
+    q_side = _side([(kind.q_order, kind.q_positions) for kind in kinds], by_query, alive)
+    k_side = _side([(kind.k_order, kind.k_positions) for kind in kinds], by_key, alive)
     k_ids = k_ids.masked_fill(k_ids < 0, -2)
     return Plan(q_side, k_side, q_ids.int(), k_ids.int(), qk.causal, pairs.view(batch, heads))
 
@@ -110,44 +120,44 @@ def _flat(tokens: Tensor, heads: int) -> Tensor:
 
 
 def _side(parts: list[tuple[Tensor, Tensor]], blocks: Tensor, alive: Tensor) -> Side:
-    """Pieces one after the other."""
-    orders, places, base = [alive.new_zeros(0, dtype=torch.int64)], [], 0
-    for order, own_places in parts:
+    """Groups of all kinds one after the other."""
+    orders, positions, base = [alive.new_zeros(0, dtype=torch.int64)], [], 0
+    for order, own_positions in parts:
         orders.append(order)
-        places.append(shifted(own_places, base))
+        positions.append(shifted(own_positions, base))
         base += len(order)
     nowhere = alive.new_zeros(len(alive), 0, dtype=torch.int64)
-    return Side(torch.cat(orders).int(), torch.cat([nowhere, *places], dim=1), blocks.int().contiguous())
+    return Side(torch.cat(orders).int(), torch.cat([nowhere, *positions], dim=1), blocks.int().contiguous())
 
 
-def _buckets(q_ids: Tensor, k_ids: Tensor, alive: Tensor, count: int, of_a_head: int) -> _Piece:
+def _buckets(q_ids: Tensor, k_ids: Tensor, alive: Tensor, count: int, of_a_head: int) -> _Groups:
     """A group for each bucket."""
-    q_order, q_places, q_counts = _memberships(q_ids, alive, count)
-    k_order, k_places, k_counts = _memberships(k_ids, alive, count)
+    q_order, q_positions, q_counts = _memberships(q_ids, alive, count)
+    k_order, k_positions, k_counts = _memberships(k_ids, alive, count)
     bucket = torch.arange(count, device=alive.device)
     q_first, k_first = q_counts.cumsum(0) - q_counts, k_counts.cumsum(0) - k_counts
     groups = torch.stack([q_first, q_counts, k_first, k_counts, bucket, torch.full_like(bucket, _ALL)], dim=1)
-    return _Piece(q_order, k_order, q_places, k_places, groups, bucket // max(of_a_head, 1))
+    return _Groups(q_order, k_order, q_positions, k_positions, groups, bucket // max(of_a_head, 1))
 
 
 def _memberships(ids: Tensor, alive: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens sorted by bucket, each token's places ``(M, P)``, and the size of each bucket."""
+    """Tokens sorted by bucket, each token's positions ``(M, P)``, and the size of each bucket."""
     tokens, slots = ids.shape
     flat = ids.masked_fill(~alive[:, None] | (ids < 0), count).view(-1)
     counts = torch.bincount(flat, minlength=count + 1)[:count]
     order = flat.argsort(stable=True)[: int(counts.sum())]
-    places = torch.full_like(flat, -1)
-    places[order] = torch.arange(len(order), device=ids.device)
-    return order // max(slots, 1), places.view(tokens, slots), counts
+    positions = torch.full_like(flat, -1)
+    positions[order] = torch.arange(len(order), device=ids.device)
+    return order // max(slots, 1), positions.view(tokens, slots), counts
 
 
-def _strip(q_here: Tensor, k_here: Tensor, limit: int, reach: int) -> _Piece:
+def _strip(q_here: Tensor, k_here: Tensor, limit: int, reach: int) -> _Groups:
     """One group for each head: its queries where ``q_here (heads, N)`` and its keys where ``k_here``.
 
-    With a finite ``reach`` all tokens keep a place, so that neighbours in place are neighbours in the text.
+    With a finite ``reach`` all tokens keep a position, so that neighbours in position are neighbours in the text.
     """
-    q_order, q_places = _tokens_of(q_here, reach == _ALL)
-    k_order, k_places = _tokens_of(k_here, reach == _ALL)
+    q_order, q_positions = _tokens_of(q_here, reach == _ALL)
+    k_order, k_positions = _tokens_of(k_here, reach == _ALL)
     count = len(q_here)
     head = torch.arange(count, device=q_here.device)
     q_width, k_width = len(q_order) // count, len(k_order) // count
@@ -159,25 +169,25 @@ def _strip(q_here: Tensor, k_here: Tensor, limit: int, reach: int) -> _Piece:
         head * 0 + limit,
         head * 0 + reach,
     ]
-    return _Piece(q_order, k_order, q_places, k_places, torch.stack(columns, dim=1), head)
+    return _Groups(q_order, k_order, q_positions, k_positions, torch.stack(columns, dim=1), head)
 
 
 def _tokens_of(here: Tensor, close_up: bool) -> tuple[Tensor, Tensor]:
-    """``(heads, N)`` bool → flat tokens of each head on equally many places, and each token's place ``(M, 1)``."""
+    """``(heads, N)`` bool → flat tokens of each head on equally many positions, and each token's position ``(M, 1)``."""
     heads, tokens = here.shape
     flat = torch.arange(heads * tokens, device=here.device).view(heads, tokens).masked_fill(~here, -1)
     if close_up:
         chosen = here.long().argsort(dim=1, descending=True, stable=True)[:, : int(here.sum(1).max())]
         flat = flat.gather(1, chosen)
     order = flat.reshape(-1)
-    places = torch.full((heads * tokens,), -1, dtype=torch.int64, device=here.device)
+    positions = torch.full((heads * tokens,), -1, dtype=torch.int64, device=here.device)
     real = (order >= 0).nonzero().squeeze(-1)
-    places[order[real]] = real
-    return order, places[:, None]
+    positions[order[real]] = real
+    return order, positions[:, None]
 
 
 def _cut(groups: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """Groups cut into blocks of at most ``block`` places of the first side, and the group of each block.
+    """Groups cut into blocks of at most ``block`` positions of the first side, and the group of each block.
 
     The other side is narrowed to what is within ``reach``: where that is finite, both sides list the same tokens in order.
     """
