@@ -11,8 +11,9 @@ from small_runs import make_scored
 
 from sparsefinder.experiment.configuration import Configuration
 from sparsefinder.patterns.window import Window
+from tests.conftest import ROOT
 
-FOLDER = Path(__file__).parent.parent / "notebooks"
+FOLDER = ROOT / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 
 
