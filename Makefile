@@ -79,7 +79,7 @@ docs:
 # ratios measured side by side in one run, on a quiet machine; half an hour. The README quotes the file that this writes
 bench: setup
 	rm -f benchmarks/results.new
-	for each in normalizers entmax_steps bucketed lsg learning stages; do \
+	for each in normalizers entmax_steps dense bucketed lsg learning stages; do \
 	    echo "measuring: $$each"; $(BIN)/python benchmarks/$$each.py >> benchmarks/results.new || exit 1; done
 	mv benchmarks/results.new benchmarks/results.md
 	$(BIN)/python benchmarks/quote.py

@@ -23,7 +23,7 @@ from learning import made
 from measuring import machine, measure, peak_memory
 from transformers import RobertaConfig, RobertaForMaskedLM
 
-from sparsefinder.attention import Masked
+from sparsefinder.attention import Dense
 from sparsefinder.corpora import TokenBlocks
 from sparsefinder.corpora.masking import Batch
 from sparsefinder.evaluate import quality_and_cost
@@ -33,7 +33,6 @@ from sparsefinder.kmeans_centroids import ClusterSettings
 from sparsefinder.models import plugged
 from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.patterns.distance import Distance
-from sparsefinder.patterns.full import Full
 from sparsefinder.patterns.kmeans import KMeans
 from sparsefinder.patterns.lowrank import LowRank
 from sparsefinder.patterns.quantize import Quantize
@@ -100,7 +99,7 @@ def recording(samples: int, rounds: int) -> None:
         vocab_size=8000, max_position_embeddings=TOKENS + 2, num_hidden_layers=4, attn_implementation="eager"
     )
     model = RobertaForMaskedLM(config).eval()
-    attention = Masked(Full(), Normalizer(1.5))
+    attention = Dense(Normalizer(1.5))
     ids = torch.randint(5, config.vocab_size, (samples, TOKENS))
     blocks = TokenBlocks(ids.flatten(), torch.arange(0, samples * TOKENS + 1, TOKENS))
     settings = ExtractSettings(corpus=None)  # type: ignore[arg-type]
