@@ -23,9 +23,9 @@ test-faults: setup
 
 # the tests of the C++ compiled with the address and undefined-behaviour sanitizers, which end the process at the first fault.
 # Python is not compiled with them, so their libraries come first (and that of C++, whose exceptions they watch); what Python and
-# torch keep until they end is no leak, and an allocation that is too large is an exception, as it is without them
+# torch keep until they end is no leak
 test-sanitized: setup
-	SPARSEFINDER_SANITIZE=address,undefined OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
+	SPARSEFINDER_SANITIZE=address,undefined OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	    $(BIN)/python -m pytest tests/executors/test_native.py tests/executors/test_dense.py tests/executors/test_support.py tests/executors/test_native_boundary.py $(ARGS)
 
