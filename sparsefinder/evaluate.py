@@ -317,9 +317,19 @@ def quality_and_cost(
     batches: Sequence[Batch],
     judge: tasks.Judge = _MASKED_WORDS,
 ) -> tuple[dict[str, Any], pd.DataFrame]:
-    """Loss, answers and time of a model whose attention is replaced (None: its own): a row, and a row for each block.
+    """Loss, answers and time of a model whose attention is replaced.
 
     The first batch warms up: what it says counts, its time does not, unless it is the only one.
+
+    Args:
+        model: in evaluation mode.
+        attention: what it attends with; None for its own.
+        watch: the pattern inside ``attention`` that adds up its seconds; None where there is none.
+        batches: inputs with labels; each process takes its part.
+        judge: what is asked, and how answers are measured.
+
+    Returns:
+        A row of the results, and a row for each block.
     """
     device = model.device
 

@@ -84,18 +84,28 @@ def convert_roberta_to_bigbird(
     block_size: int = 64,
     num_random_blocks: int = 3,
 ) -> tuple[PreTrainedModel, Any]:
-    """A BigBird with the weights of a RoBERTa, for inputs of up to `bigbird_max_length` tokens, and its tokenizer.
+    """A BigBird with the weights of a RoBERTa, for longer inputs, and its tokenizer.
 
-    `roberta_model` is a RoBERTa, XLM-RoBERTa or CamemBERT of any size, without a head or with one of `HEADS`; it is
-    left as it is. Token i reads the source's row `i mod (source length)`. Sparse mode pads inputs to whole blocks
-    inside, so the position table is rounded up to a multiple of `block_size`; the tokenizer cuts at
-    `bigbird_max_length`. The model that is returned stays sparse (`stay_sparse`); call that again for one that is loaded
-    later. Some of BigBird's heads carry a pooler that they never use and RoBERTa's lack: it is new, and frozen. A decoder
-    becomes `attention_type="original_full"`.
+    Token i reads the source's row `i mod (source length)`. Sparse mode pads inputs to whole blocks inside, so the position table
+    is rounded up to a multiple of `block_size`. The model that is returned stays sparse (`stay_sparse`); call that again for one
+    that is loaded later. Some of BigBird's heads carry a pooler that they never use and RoBERTa's lack: it is new, and frozen.
 
-    Raises `UserError` for another family, a tokenizer of another vocabulary, a length below the source's, an
-    attention type, block size or number of random blocks that BigBird does not know, and a decoder where transformers
-    is older than `CAUSAL_SINCE`.
+    Args:
+        roberta_model: a RoBERTa, XLM-RoBERTa or CamemBERT of any size, without a head or with one of `HEADS`; it is left as it
+            is.
+        roberta_tokenizer: its tokenizer.
+        bigbird_max_length: longest input in tokens, not below the source's.
+        attention_type: `block_sparse` or `original_full`; a decoder always gets the latter.
+        block_size: tokens in a block.
+        num_random_blocks: random blocks that each block sees.
+
+    Returns:
+        The model, and a tokenizer that cuts at `bigbird_max_length`.
+
+    Raises:
+        UserError: for another family, a tokenizer of another vocabulary, a length below the source's, an attention type, block
+            size or number of random blocks that BigBird does not know, and a decoder where transformers is older than
+            `CAUSAL_SINCE`.
     """
     source = read_roberta(roberta_model, roberta_tokenizer, HEADS, "bigbird")
     if source.config.is_decoder and Version(transformers.__version__) < CAUSAL_SINCE:

@@ -12,9 +12,15 @@ from sparsefinder.conversions.positions import PositionAudit
 
 
 def max_difference(expected: Tensor, measured: Tensor, valid: Tensor | None = None) -> float:
-    """Largest absolute difference of two `(B, N, …)` tensors, over real tokens `valid (B, N)` if given, in float64.
+    """Largest absolute difference of two tensors over real tokens, in float64.
 
-    NaN if either holds one there; infinity if the shapes differ, so that a check of it fails.
+    Args:
+        expected: `(B, N, …)`.
+        measured: the same shape.
+        valid: `(B, N)`, non-zero on real tokens; None for all.
+
+    Returns:
+        NaN if either tensor holds one there; infinity if the shapes differ, so that a check of it fails.
     """
     if expected.shape != measured.shape:
         return math.inf
@@ -38,10 +44,16 @@ def check_positions(result: PositionAudit, name: str = "position table, rows tha
 
 
 def check_ids(tokenizer: Any, vocab_size: int) -> tuple[Check, ...]:
-    """Checks that every id the tokenizer can give has a row among the `vocab_size` word embeddings.
+    """Checks that every id the tokenizer can give has a row among the word embeddings.
 
-    One check for the largest id of the vocabulary and one for each special token that is set (mask, pad, …): the
-    distilled BART checkpoints have a mask id that equals the vocabulary size, and fail only once a text is masked.
+    The distilled BART checkpoints have a mask id that equals the vocabulary size, and fail only once a text is masked.
+
+    Args:
+        tokenizer: a tokenizer of transformers.
+        vocab_size: how many word embeddings there are.
+
+    Returns:
+        One check for the largest id of the vocabulary and one for each special token that is set (mask, pad, …).
     """
     largest = max(tokenizer.get_vocab().values(), default=-1)
     checks = [at_most("largest token id", largest, vocab_size - 1, "last row of the word embeddings")]
@@ -54,9 +66,16 @@ def check_ids(tokenizer: Any, vocab_size: int) -> tuple[Check, ...]:
 
 
 def check_lengths(tokenizer: Any, length: int, rows: int, reserved: int) -> tuple[Check, ...]:
-    """Checks that tokenizer and position table agree on the maximum `length` in tokens.
+    """Checks that tokenizer and position table agree on the maximum length.
 
-    The tokenizer cuts at `length`, and the last of `length` tokens reads row `reserved + length - 1` of `rows`.
+    Args:
+        tokenizer: a tokenizer of transformers, which must cut at `length`.
+        length: the maximum in tokens; the last of them reads row `reserved + length - 1`.
+        rows: of the position table.
+        reserved: its leading rows that belong to no token.
+
+    Returns:
+        The two checks.
     """
     last = reserved + length - 1
     return (

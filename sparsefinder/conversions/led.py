@@ -74,15 +74,22 @@ _DECODER_PARTS = {
 def convert_longformer_to_led(
     longformer_model: PreTrainedModel, longformer_tokenizer: Any, decoder_output_max_length: int = 4096
 ) -> tuple[PreTrainedModel, Any]:
-    """An LED whose encoder is a Longformer and whose decoder starts from it, and its tokenizer.
+    """An LED whose encoder is a Longformer and whose decoder is initialised from it, and its tokenizer.
 
-    `longformer_model` is a Longformer of any size: without a head (-> `LEDModel`), for masked language modelling
-    (-> `LEDForConditionalGeneration`) or question answering; it is left as it is. Inputs may be as long as the
-    Longformer's, outputs `decoder_output_max_length` tokens; output token i reads the row `i mod (longest input)`.
-    Generation starts with the end-of-sentence token, as in BART.
+    Output token i reads the row `i mod (longest input)`. Generation begins with the end-of-sentence token, as in BART.
 
-    Raises `UserError` for a model that is no Longformer, another head, a tokenizer of another vocabulary and an output
-    length below 1.
+    Args:
+        longformer_model: a Longformer of any size: without a head (-> `LEDModel`), for masked language modelling (->
+            `LEDForConditionalGeneration`) or question answering; it is left as it is.
+        longformer_tokenizer: its tokenizer.
+        decoder_output_max_length: longest output in tokens; inputs may be as long as the Longformer's.
+
+    Returns:
+        The model, and a tokenizer that cuts at the longest input.
+
+    Raises:
+        UserError: for a model that is no Longformer, another head, a tokenizer of another vocabulary and an output length below
+            1.
     """
     base = read_longformer(longformer_model, longformer_tokenizer)
     name = type(longformer_model).__name__

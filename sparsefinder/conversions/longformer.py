@@ -64,16 +64,25 @@ def convert_roberta_to_longformer(
     longformer_max_length: int = 4096,
     attention_window: int | Sequence[int] = DEFAULT_WINDOW,
 ) -> tuple[PreTrainedModel, Any]:
-    """A Longformer with the weights of a RoBERTa, and its tokenizer, for up to `longformer_max_length` tokens.
+    """A Longformer with the weights of a RoBERTa, for longer inputs, and its tokenizer.
 
-    `roberta_model` is a RoBERTa, XLM-RoBERTa or CamemBERT of any size, without a head or with one of `HEADS`; it is
-    left as it is. `attention_window` is even, one for all layers or one for each, at most `longformer_max_length`;
-    512, the default, is accepted for shorter models too. Inputs need not be a multiple of it: transformers pads them
-    inside, with padding tokens that read the padding row. Token i reads the source's row `i mod (source length)`. The
-    result has the source's dtype, device and training mode.
+    Token i reads the source's row `i mod (source length)`. Inputs need not be a multiple of the window: transformers pads them
+    inside, with padding tokens that read the padding row.
 
-    Raises `UserError` for another family, a head that Longformer lacks, a tokenizer of another vocabulary, a length below the
-    source's, and a window that is odd, too small, too large or, among several, does not divide the largest.
+    Args:
+        roberta_model: a RoBERTa, XLM-RoBERTa or CamemBERT of any size, without a head or with one of `HEADS`; it is left as it
+            is.
+        roberta_tokenizer: its tokenizer.
+        longformer_max_length: longest input in tokens, not below the source's.
+        attention_window: even, one for all layers or one for each, at most `longformer_max_length`; 512, the default, is accepted
+            for shorter models too.
+
+    Returns:
+        The model, with the source's dtype, device and training mode, and a tokenizer that cuts at `longformer_max_length`.
+
+    Raises:
+        UserError: for another family, a head that Longformer lacks, a tokenizer of another vocabulary, a length below the
+            source's, and a window that is odd, too small, too large or, among several, does not divide the largest.
     """
     source = read_roberta(roberta_model, roberta_tokenizer, HEADS, "longformer")
     length = check_length(source.length, longformer_max_length, "longformer_max_length")
@@ -97,10 +106,20 @@ def convert_roberta_to_longformer(
 def resize_longformer(
     model: PreTrainedModel, tokenizer: Any, longformer_max_length: int = 4096
 ) -> tuple[PreTrainedModel, Any]:
-    """A copy of a Longformer, with any head, for inputs of up to `longformer_max_length` tokens, and its tokenizer.
+    """A copy of a Longformer, with any head, for longer inputs, and its tokenizer.
 
-    Windows, global projections and head stay as they are; token i reads the row `i mod (length so far)`. Raises
-    `UserError` for a model that is no Longformer, a tokenizer of another vocabulary and a length below the model's.
+    Windows, global projections and head stay as they are; token i reads the row `i mod (length so far)`.
+
+    Args:
+        model: a Longformer; it is left as it is.
+        tokenizer: its tokenizer.
+        longformer_max_length: longest input in tokens, not below the model's.
+
+    Returns:
+        The copy, and a tokenizer that cuts at `longformer_max_length`.
+
+    Raises:
+        UserError: for a model that is no Longformer, a tokenizer of another vocabulary and a length below the model's.
     """
     base = read_longformer(model, tokenizer)
     reserved = reserved_rows("after_padding", model.config.pad_token_id)

@@ -79,17 +79,26 @@ def convert_roberta_to_nystromformer(
     num_landmarks: int | None = None,
     conv_kernel_size: int = 65,
 ) -> tuple[PreTrainedModel, Any]:
-    """A Nyströmformer with the weights of a RoBERTa, and its tokenizer, for up to `nystromformer_max_length` tokens.
+    """A Nyströmformer with the weights of a RoBERTa, for longer inputs, and its tokenizer.
 
-    `roberta_model` is a RoBERTa, XLM-RoBERTa or CamemBERT of any size, without a head or with one of `HEADS`; it is
-    left as it is. `num_landmarks=None` means as many landmarks as tokens: full attention, the source's hidden states,
-    inputs of any length. A smaller number, a divisor of the maximum length, is the approximation, for inputs padded to
-    exactly the maximum length. `conv_kernel_size` is odd. Token i reads the source's row `i mod (source length)`;
-    positions count tokens from the left, padding included, so the tokenizer pads on the right. RoBERTa's pooler has no
-    counterpart but in multiple choice.
+    Token i reads the source's row `i mod (source length)`; positions count tokens from the left, padding included, so the
+    tokenizer pads on the right. RoBERTa's pooler has no counterpart but in multiple choice.
 
-    Raises `UserError` for another family, a head that Nyströmformer lacks, a tokenizer of another vocabulary, a length
-    below the source's, and landmarks or kernel sizes that do not fit.
+    Args:
+        roberta_model: a RoBERTa, XLM-RoBERTa or CamemBERT of any size, without a head or with one of `HEADS`; it is left as it
+            is.
+        roberta_tokenizer: its tokenizer.
+        nystromformer_max_length: longest input in tokens, not below the source's.
+        num_landmarks: None for as many landmarks as tokens: full attention, the source's hidden states, inputs of any length. A
+            smaller number, a divisor of the maximum length, is the approximation, for inputs padded to exactly that length.
+        conv_kernel_size: odd, in tokens.
+
+    Returns:
+        The model, and a tokenizer that cuts at `nystromformer_max_length`.
+
+    Raises:
+        UserError: for another family, a head that Nyströmformer lacks, a tokenizer of another vocabulary, a length below the
+            source's, and landmarks or kernel sizes that do not fit.
     """
     source = read_roberta(roberta_model, roberta_tokenizer, HEADS, "nystromformer")
     length = check_length(source.length, nystromformer_max_length, "nystromformer_max_length")

@@ -57,11 +57,20 @@ def check_target_length(source_length: int, target_length: int) -> None:
 def tile_rows(table: Tensor, length: int, *, reserved: int, target_reserved: int | None = None) -> Tensor:
     """A table for `length` tokens, made by repeating the rows of tokens in `table`.
 
-    `table (reserved + source_length, E)` of any dtype -> `(target_reserved + length, E)`, same dtype and device, new
-    memory; row `target_reserved + i` is `table[reserved + i % source_length]`. The reserved rows stay at the beginning as they
-    are; when the target family reserves more of them (`target_reserved`, by default `reserved`) the additional ones
-    are zero, when it reserves fewer the last of them are kept. Raises `UserError` when `length` is below
-    `source_length`.
+    Args:
+        table: `(reserved + source_length, E)`, any dtype and device.
+        length: tokens of the longest input of the target.
+        reserved: leading rows of `table` that belong to no token; they stay at the beginning as they are.
+        target_reserved: leading rows that the target reserves, by default `reserved`. More: the additional ones are zero. Fewer:
+            the last of them are kept.
+
+    Returns:
+        `(target_reserved + length, E)` in new memory, same dtype and device; row `target_reserved + i` is `table[reserved + i %
+        source_length]`.
+
+    Raises:
+        UserError: when `length` is below `source_length`.
+        ValueError: when `table` has no row for a token.
     """
     target_reserved = reserved if target_reserved is None else target_reserved
     rows_of_tokens = table[reserved:]
@@ -140,10 +149,20 @@ def audit(
 ) -> PositionAudit:
     """Compare a tiled table with its source row by row, by counting rows and not by building another table.
 
-    `source (reserved + source_length, E)`, `target (target_reserved + length, E)`. Every row of a token must hold the
-    source's row at `i mod source_length`, to `tolerance`; reserved rows that both tables have must be equal too.
-    `target_shift (E)` is subtracted from the target first: for families that keep a constant of the source (its
-    token-type row) in the position table.
+    Every row of a token must hold the source's row at `i mod source_length`; reserved rows that both tables have must be equal
+    too.
+
+    Args:
+        source: `(reserved + source_length, E)`.
+        target: `(target_reserved + length, E)`.
+        reserved: leading rows of `source` that belong to no token.
+        target_reserved: those of `target`, by default `reserved`.
+        target_shift: `(E)`, subtracted from the target first: for families that keep a constant of the source (its token-type
+            row) in the position table.
+        tolerance: largest absolute difference that counts as equal.
+
+    Returns:
+        How many rows were compared, and which differ.
     """
     target_reserved = reserved if target_reserved is None else target_reserved
     expected = _expected_rows(len(source), len(target), reserved, target_reserved)
@@ -178,7 +197,14 @@ def audit_sinusoidal(
 ) -> PositionAudit:
     """Check a recomputed sinusoidal table: its first rows against the source's, every row against the formula.
 
-    `source (n, E)`, `target (m, E)`, m >= n. Rows that agree with neither within `tolerance` are reported as wrong.
+    Args:
+        source: `(n, E)`.
+        target: `(m, E)`, m >= n.
+        layout: as `sinusoidal_rows`.
+        tolerance: largest absolute difference to either that counts as equal.
+
+    Returns:
+        How many rows were compared, and which agree with neither.
     """
     source, target = source.detach().double().cpu(), target.detach().double().cpu()
     size = target.shape[1]

@@ -36,10 +36,19 @@ _RELOAD_LENGTH = 1024
 
 
 def save(model: PreTrainedModel, tokenizer: Any, source: PreTrainedModel, out: str | Path) -> Certificate:
-    """Check a converted `model` and `tokenizer` against the `source` they were made from, and save them in `out`.
+    """Check a converted model against the source it was made from, and save it with the proof or not at all.
 
-    The folder `out` then holds what `save_pretrained` writes, `conversion.json` and the certificate in `README.md`; the
-    certificate is returned. Raises `UserError` if `out` exists, and if a check fails: then nothing is left behind.
+    Args:
+        model: the converted model.
+        tokenizer: its tokenizer.
+        source: the model that it was made from.
+        out: the folder to make: what `save_pretrained` writes, `conversion.json` and the certificate in `README.md`.
+
+    Returns:
+        The certificate.
+
+    Raises:
+        UserError: if `out` exists, and if a check fails: then nothing is left behind.
     """
     refuse_existing(out)
     certificate = certify(model, tokenizer, source)

@@ -27,11 +27,22 @@ class Account:
 def load_in_two_passes(
     target: nn.Module, state: Mapping[str, Tensor], *, added: Mapping[str, Tensor], dropped: Collection[str] = ()
 ) -> Account:
-    """Fill `target` with `state` (named as the target names it) and with the tensors `added` that `state` lacks.
+    """Fill a model with weights by name, and account for every one of them.
 
-    The first pass loads `state` loosely. Every name it reports missing must be among `added`, and every name it
-    reports unexpected among `dropped`; a name too many or too few, or a tensor of another shape, is a `UserError` that
-    lists the names. The second pass loads the sum strictly. Dtypes follow the target.
+    The first pass loads `state` loosely. Every name it reports missing must be among `added`, and every name it reports
+    unexpected among `dropped`. The second pass loads the sum strictly. Dtypes follow the target.
+
+    Args:
+        target: the model, changed in place.
+        state: tensors, named as the target names them.
+        added: the tensors that `state` lacks.
+        dropped: names in `state` that the target has no counterpart for.
+
+    Returns:
+        Where each weight came from.
+
+    Raises:
+        UserError: for a name too many or too few, or a tensor of another shape; the names are listed.
     """
     shapes = {name: tensor.shape for name, tensor in target.state_dict().items()}
     wrong = [name for name, tensor in state.items() if name in shapes and tensor.shape != shapes[name]]

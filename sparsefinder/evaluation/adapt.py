@@ -66,10 +66,20 @@ def adapt(
     settings: AdaptSettings,
     projections: Projections | None = None,
 ) -> None:
-    """Train ``model`` in place for ``settings.steps`` steps under ``attention`` (None: its own); ``batches`` are cycled.
+    """Train a model under another attention, in place.
 
     A predicted graph is discrete, so no gradient of the model's loss reaches the projections. With ``part="all"`` they are
     trained in place beside the model on the contrastive loss of the queries and keys they are given; centroids stay.
+
+    Args:
+        model: a masked language model, or one with another head; left in evaluation mode.
+        attention: what it attends with; None for its own.
+        batches: inputs with labels, cycled.
+        settings: how many steps, and what is trained.
+        projections: those of the stage ``project``, trained too where ``part="all"``.
+
+    Raises:
+        UserError: where the head alone is to be trained and shares all its weights with the encoder.
     """
     head = settings.part == "head"
     base = model.base_model

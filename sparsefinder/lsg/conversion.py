@@ -50,19 +50,30 @@ def convert(
     seed: int = 123,
     **settings: Any,
 ) -> tuple[Any, Any]:
-    """The LSG model made of `initial_model` (a folder, or a name on the hub), in evaluation mode, and its tokenizer.
+    """The LSG model made of a plain checkpoint, or of a shorter LSG model.
 
-    `model_name`: folder to save it in, with its certificate; None to keep it in memory (it is checked all the same).
-    `architecture`: its class, by default the one that the checkpoint names; a new head is drawn from `seed`, and so is
-    one of another size (`num_labels`).
-    `model_kwargs` or further keywords: settings of the configuration (`sparsity_type`, `block_size`, …);
-    `normalizer_alpha` is by default the α that the source attends with.
-    `random_global_init`: draw the global tokens after the first from the distribution of the words.
-    `global_positional_stride`: distance of their positions. `use_token_ids`: add token type 0 to them (ALBERT, BERT, ELECTRA).
-    `resize_lsg`: of an LSG model, only lengthen the positions; `keep_first_global_token`: keep its first global token.
+    Args:
+        initial_model: a folder, or a name on the hub.
+        model_name: folder to save the result in, with its certificate; None to keep it in memory (it is checked all the same).
+        max_sequence_length: longest input in tokens, not below the source's.
+        architecture: its class, by default the one that the checkpoint names; a new head is drawn from `seed`, and so is one of
+            another size (`num_labels`).
+        model_kwargs: settings of the configuration (`sparsity_type`, `block_size`, …); `normalizer_alpha` is by default the α
+            that the source attends with.
+        random_global_init: draw the global tokens after the first from the distribution of the words.
+        global_positional_stride: distance, in tokens, of the positions of the global tokens.
+        keep_first_global_token: of an LSG model, keep its first global token.
+        resize_lsg: of an LSG model, only lengthen the positions.
+        use_token_ids: add token type 0 to the global tokens (ALBERT, BERT, ELECTRA).
+        seed: of what is drawn.
+        **settings: further settings of the configuration.
 
-    Raises `UserError` for a model type or architecture without LSG form, wrong settings, a maximum length below the
-    source's, a tokenizer whose mask id has no embedding, an existing folder, and a check that fails.
+    Returns:
+        The model, in evaluation mode, and its tokenizer.
+
+    Raises:
+        UserError: for a model type or architecture without LSG form, wrong settings, a maximum length below the source's, a
+            tokenizer whose mask id has no embedding, an existing folder, and a check that fails.
     """
     if model_name is not None:
         refuse_existing(model_name)

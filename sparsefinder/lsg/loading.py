@@ -19,12 +19,20 @@ _FOR_THE_HUB = ("cache_dir", "force_download", "local_files_only", "revision", "
 
 
 def from_pretrained(path: str | Path, *, architecture: str | None = None, **kwargs: Any) -> Any:
-    """The model in `path` (a folder or a name on the hub), in evaluation mode.
+    """An LSG model, ours or one that the published converter saved.
 
-    The class is that of `architecture`, or the one that the checkpoint names (`LSGRobertaForMaskedLM`); it may also be a
-    plain class of the family (`RobertaForSequenceClassification`). Settings of the configuration can be overridden by name
-    (`num_global_tokens=16, block_size=64, sparsity_type="none"`), everything else goes to transformers' `from_pretrained`.
-    Raises `UserError` for something that is not an LSG checkpoint, an unsupported architecture and wrong settings.
+    Args:
+        path: a folder or a name on the hub.
+        architecture: its class, by default the one that the checkpoint names (`LSGRobertaForMaskedLM`); it may also be a plain
+            class of the family (`RobertaForSequenceClassification`).
+        **kwargs: settings of the configuration, which they override (`num_global_tokens=16, block_size=64,
+            sparsity_type="none"`); everything else goes to transformers' `from_pretrained`.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        UserError: for something that is not an LSG checkpoint, an unsupported architecture and wrong settings.
     """
     checkpoint = open_checkpoint(path, **{name: kwargs[name] for name in _FOR_THE_HUB if name in kwargs})
     raw = checkpoint.settings

@@ -65,8 +65,16 @@ class Checkpoint:
 def open_checkpoint(name_or_path: str | Path, *, label: str | None = None, **where: Any) -> Checkpoint:
     """Find a checkpoint and read its `config.json`.
 
-    ``label``: what messages call it, by default its name. ``where``: `revision`, `subfolder`, `token`, `cache_dir` for the hub.
-    Raises `UserError` for a path that is not there, an unreachable hub, and settings that cannot be used here.
+    Args:
+        name_or_path: a folder, or a name on the hub.
+        label: what messages call it; by default its name.
+        **where: `revision`, `subfolder`, `token`, `cache_dir` for the hub.
+
+    Returns:
+        The checkpoint, whose weights and tokenizer are not read yet.
+
+    Raises:
+        UserError: for a path that is not there, an unreachable hub, and settings that cannot be used here.
     """
     name = str(name_or_path)
     label = name if label is None else label
@@ -97,18 +105,28 @@ def load_config(checkpoint: Checkpoint, **settings: Any) -> Any:
 
 def load_model(
     checkpoint: Checkpoint,
-    cls: Any,
+    model_class: Any,
     *,
     new_head: bool = False,
     may_lack: Callable[[str], bool] = lambda key: False,
     **options: Any,
 ) -> tuple[Any, set[str]]:
-    """A model of ``cls``, a model class or an Auto class, in evaluation mode; and the weights that it draws anew.
+    """A model in evaluation mode; and the weights that it draws anew.
 
-    A checkpoint may lack a head or a pooler, but only as a whole (the log names it); with ``new_head`` the head may have another
-    size there. What else it ``may_lack`` is for a caller that fills the gap. ``options`` go to `from_pretrained`: `config`,
-    `dtype`, settings.
-    Raises `UserError` for weights that are damaged, or of another architecture than ``cls`` has.
+    A checkpoint may lack a head or a pooler, but only as a whole (the log names it).
+
+    Args:
+        checkpoint: an opened checkpoint.
+        model_class: a model class or an Auto class.
+        new_head: whether the head may have another size in the checkpoint; then it is drawn anew.
+        may_lack: which other weights, by name, may be missing, for a caller that fills the gap.
+        **options: for `from_pretrained`: `config`, `dtype`, settings of the configuration.
+
+    Returns:
+        The model, and the names of the weights that were drawn anew.
+
+    Raises:
+        UserError: for weights that are damaged, or of another architecture than ``model_class`` has.
     """
     if checkpoint.folder and (wrong := wrong_weights(checkpoint.folder)):
         raise UserError(f"{checkpoint.label}: cannot read its weights: {wrong}")
@@ -116,7 +134,7 @@ def load_model(
     with quiet():
         model, loading_info = _guarded(
             *(checkpoint, "weights"),
-            lambda: cls.from_pretrained(
+            lambda: model_class.from_pretrained(
                 checkpoint.name, output_loading_info=True, ignore_mismatched_sizes=new_head, **options
             ),
         )
@@ -130,9 +148,18 @@ def load_model(
 
 
 def load_tokenizer(checkpoint: Checkpoint, rows: int) -> PreTrainedTokenizerBase:
-    """The tokenizer, whose ids are all among the ``rows`` of word embeddings.
+    """The tokenizer of a checkpoint, whose ids are all among the word embeddings.
 
-    transformers 5 makes one of special tokens alone where it finds no vocabulary; that is a `UserError` here.
+    Args:
+        checkpoint: an opened checkpoint.
+        rows: how many word embeddings the model has.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        UserError: for a tokenizer that cannot be read, has no vocabulary (transformers 5 then makes one of special tokens), or
+            has ids beyond ``rows``.
     """
     folder, label = checkpoint.folder, checkpoint.label
     if folder and (wrong := wrong_vocabulary(folder)):

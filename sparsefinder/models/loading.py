@@ -22,7 +22,14 @@ from sparsefinder.models.transformers_internals import forget_attention
 def load_masked_lm(name_or_path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A masked language model, with the attention that it was finetuned with, and its tokenizer.
 
-    As `load_with_head`; a tokenizer without a mask token is a `UserError`, too.
+    Args:
+        name_or_path: a folder written by ``save_pretrained``, or a name on the Hugging Face hub.
+
+    Returns:
+        The model, in evaluation mode and float32, and its tokenizer.
+
+    Raises:
+        UserError: as `load_with_head`, and for a tokenizer without a mask token.
     """
     model, tokenizer = load_with_head(name_or_path, AutoModelForMaskedLM)
     if tokenizer.mask_token_id is None:
@@ -35,11 +42,21 @@ def load_with_head(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model of one of `FAMILIES` by an Auto class, with the attention that it was finetuned with, and its tokenizer.
 
-    ``name_or_path``: a folder written by ``save_pretrained``, or a name on the Hugging Face hub. No remote code is ever run.
-    ``options``: settings of the configuration, such as ``num_labels=3``; with these the head may have another size than in the
-    checkpoint. A head or pooler that the checkpoint has not, or so not, is drawn from torch's global random state and named in
-    the log. Returns the model in evaluation mode and in float32, whatever precision it was saved in. Raises a `UserError` in
-    one line for everything that `checkpoints` refuses, another family and a tokenizer without padding.
+    A head or pooler that the checkpoint lacks, or has in another size, is drawn from torch's global random state and named in the
+    log. No remote code is ever run.
+
+    Args:
+        name_or_path: a folder written by ``save_pretrained``, or a name on the Hugging Face hub.
+        auto_class: the Auto class of transformers that says which head the model has.
+        **options: settings of the configuration, such as ``num_labels=3``; with these the head may have another size than in the
+            checkpoint.
+
+    Returns:
+        The model, in evaluation mode and in float32 whatever precision it was saved in, and its tokenizer.
+
+    Raises:
+        UserError: in one line, for everything that `sparsefinder.models.checkpoints` refuses, another family, and a tokenizer
+            without padding.
     """
     checkpoint = open_checkpoint(name_or_path, label=f"model={name_or_path}")
     label, settings = checkpoint.label, checkpoint.settings

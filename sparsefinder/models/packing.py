@@ -36,11 +36,19 @@ class Sentences:
 
 
 def read_mask(mask: Tensor | None, q: Tensor, k: Tensor, causal: bool) -> tuple[Tensor, Sentences | None]:
-    """``valid (B, N)`` and, where a row holds several sentences, these.
+    """Which tokens are real and, where a row holds several sentences, these.
 
-    ``mask``: ``(B, 1, N, N)``, or ``(B, 1, 1, N)`` for padding alone, as an attention of transformers gets it. ``causal``:
-    whether the attention sees no later key by itself. Raises a `UserError` for a mask that is neither padding nor packing,
-    which nothing but dense attention can honour.
+    Args:
+        mask: None, ``(B, 1, N, N)``, or ``(B, 1, 1, N)`` for padding, as an attention of transformers gets it.
+        q: queries ``(B, H, N, D)``.
+        k: keys of the same shape.
+        causal: whether the attention sees no later key by itself.
+
+    Returns:
+        ``valid (B, N)`` bool, and the sentences; None where each row is one.
+
+    Raises:
+        UserError: for a mask that is neither padding nor packing, which nothing but dense attention can honour.
     """
     batch, _, tokens, _ = q.shape
     if k.shape[2] != tokens:

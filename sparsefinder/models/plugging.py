@@ -76,10 +76,14 @@ def _check_family(family: str, decodes: bool, label: str) -> None:
 
 
 def set_normalizer(model: PreTrainedModel, normalizer: Normalizer) -> None:
-    """Dense attention with ``normalizer`` from now on, in every layer; kept by ``save_pretrained``.
+    """Dense attention with another normalizer from now on, in every layer; kept by ``save_pretrained``.
 
-    α = 1 gives transformers' own softmax attention back, and nothing is written. Raises a `UserError` for a model that
-    would never call it (Longformer, BigBird, Nyströmformer, Reformer).
+    Args:
+        model: a masked language model of one of `FAMILIES`, changed in place.
+        normalizer: α-entmax; α = 1 gives transformers' own softmax attention back, and nothing is written.
+
+    Raises:
+        UserError: for a model that would never call it (Longformer, BigBird, Nyströmformer, Reformer).
     """
     decodes = bool(getattr(model.config, "is_decoder", False))
     _check_family(model.config.model_type, decodes, model.name_or_path or type(model).__name__)
@@ -117,11 +121,18 @@ def softmax(model: PreTrainedModel) -> Iterator[None]:
 def plugged(model: PreTrainedModel, attention: Attention) -> Iterator[None]:
     """Within the block every (global) self-attention layer calls ``attention(q, k, v, valid, layer) → output``.
 
-    ``q``, ``k``, ``v``, ``output``: ``(B, H, N, D)`` in the model's dtype, ``q`` not rescaled; ``valid``: ``(B, N)`` bool, True
-    on real tokens; ``layer``: 0 to `ModelShape.layers` − 1. Dropout on attention probabilities is the dense path's alone.
-    Sentences packed into one row by a mask ``(B, 1, N, N)`` are given as rows of their own; any other such mask, but padding,
-    and a text longer than the model are a `UserError`.
-    The old attention is put back at the end, after an exception too. Blocks may be nested: the innermost counts.
+    The old attention is put back at the end, after an exception too. Blocks may be nested: the innermost counts. Dropout on
+    attention probabilities belongs to the dense path and is not applied.
+
+    Args:
+        model: a masked language model of one of `FAMILIES`.
+        attention: gets ``q``, ``k``, ``v``, each ``(B, H, N, D)`` in the model's dtype, ``q`` not rescaled; ``valid (B, N)``
+            bool, True on real tokens; and ``layer``, 0 to `ModelShape.layers` − 1. It returns ``(B, H, N, D)``. Sentences packed
+            into one row by a mask ``(B, 1, N, N)`` are given as rows of their own.
+
+    Raises:
+        UserError: for a model whose attention cannot be replaced; within the block, for any other mask but padding, and for a
+            text longer than the model.
     """
     layers: dict[nn.Module, list[int]] = {}
     for layer, module in enumerate(m for m in _attention_calls(model) if not _is_sliding(m)):

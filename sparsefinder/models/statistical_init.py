@@ -45,8 +45,15 @@ _OFFSETS = (-1, 1, -2, 2, -3, 3, -4, 4)  # of its heads, in turn
 def from_statistics(model: PreTrainedModel, blocks: TokenBlocks, special: list[int]) -> None:
     """Write word frequencies, word vectors, positions and mimetic attention into the weights of a new model.
 
-    ``blocks``: the training part; ``special``: ids without meaning of their own, which keep their random embeddings. Uses
-    torch's random state. Raises a `UserError` for a family without learned absolute positions and separate projections.
+    Uses torch's global random state.
+
+    Args:
+        model: a new model, changed in place.
+        blocks: the training part of a corpus.
+        special: ids without meaning of their own, which keep their random embeddings.
+
+    Raises:
+        UserError: for a family without learned absolute positions and separate projections.
     """
     config: Any = model.config
     if config.model_type not in FAMILIES:
