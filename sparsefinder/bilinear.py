@@ -153,8 +153,17 @@ def row_loss(
 ) -> Tensor:
     """The loss of some rows of one example, averaged over heads.
 
-    ``scores``: ``(H, n, N)`` estimates, ``-inf`` on keys that are not allowed; ``gold``: bool of that shape; ``allowed``:
-    ``(n, N)`` bool. A head without any positive, or without any zero, has no loss of that kind.
+    A head without any positive, or without any zero, has no loss of that kind.
+
+    Args:
+        scores: ``(H, n, N)`` estimates, ``-inf`` on keys that are not allowed.
+        gold: bool of that shape, True where entmax gives a probability above zero.
+        allowed: ``(n, N)`` bool.
+        settings: which loss, and its constants.
+        generator: draws the zeros of ``pair``.
+
+    Returns:
+        A number that can be differentiated in ``scores``.
     """
     if settings.loss == "bce":
         height = (settings.alpha - 1) * scores - row_thresholds(scores, settings.alpha)

@@ -301,8 +301,18 @@ def _row(
 def calibrated(configurations: Iterable[Configuration], folder: Path | str, target: str) -> tuple[Configuration, ...]:
     """Each pattern of ``configurations`` at its calibrated values; once for each set of local and global tokens.
 
-    The values are those of ``folder`` (``calibration/``). Patterns without a sparsity parameter are left out, and so are those
-    that were not calibrated, which the log says.
+    Patterns without a sparsity parameter are left out, and so are those that were not calibrated, which the log says.
+
+    Args:
+        configurations: patterns with their local and global tokens.
+        folder: ``calibration/`` of a run.
+        target: what the values must have been chosen for, such as ``density=0.1``.
+
+    Returns:
+        The configurations with a value for each layer and head.
+
+    Raises:
+        UserError: for a folder without a calibration, or with one for another target.
     """
     folder = Path(folder)
     path = folder / "dials.parquet"

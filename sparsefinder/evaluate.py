@@ -1,9 +1,9 @@
 """The stage ``evaluate``: what a predicted graph does to the model that attends through it.
 
-Every variant reads the same blocks with **the same masked positions**, or the same examples of another task (`tasks`). Two are
-always there to compare with: dense attention with the model's own normalizer, exact (`Dense`), and dense softmax as transformers
-runs it (torch's SDPA). Graph metrics are taken from the
-graph that the plugged attention really executes, against the gold graph of the very queries and keys it was given.
+Every variant reads the same blocks with **the same masked positions**, or the same examples of another task
+(`sparsefinder.evaluation.tasks`). Two are always there to compare with: dense attention with the model's own normalizer, exact
+(`Dense`), and dense softmax as transformers runs it (torch's SDPA). Graph metrics are taken from the graph that the plugged
+attention really executes, against the gold graph of the very queries and keys it was given.
 """
 
 from __future__ import annotations
@@ -375,7 +375,8 @@ def quality_and_cost(
 def compared(outcomes: Sequence[Outcome], judge: tasks.Judge) -> pd.DataFrame:
     """The results with each variant's distance to dense entmax (the first row) and dense softmax (the second).
 
-    The distance in loss to dense entmax has an interval: blocks are drawn again, the same ones for both (`intervals`).
+    The distance in loss to dense entmax has an interval: blocks are drawn again, the same ones for both
+    (`sparsefinder.analysis.bootstrap`).
     """
     table = tables.tidy([outcome.row for outcome in outcomes])
     entmax, softmax = table.iloc[0], table.iloc[1]

@@ -4,7 +4,7 @@ Samples are text blocks of the training split (``qk``, what projections and cent
 (``qk_validation``, what ``score`` reads), drawn over the whole split by a seed, so that a subset is no single document.
 Memory is bounded: queries and keys are written in files of ``shard_size`` as they come. Where they are few, these are put
 together to the one file of the published form; where they are more than ``file_size``, they stay as they are, a folder of such
-files (see `samples`). Several processes record neighbouring batches each, and the samples are the same.
+files (see `sparsefinder.storage.samples`). Several processes record neighbouring batches each, and the samples are the same.
 """
 
 from __future__ import annotations

@@ -4,11 +4,12 @@ A model that starts from nothing (`NewModel`) or a pretrained one (`Pretrained`)
 by the Trainer of transformers: either with every softmax replaced at once, or with α annealed from 1.01 to its end value
 over the first half of the steps (``alpha_schedule``). ``steps=0`` takes the model as it is and only changes its attention.
 
-Several processes (`processes`) train together; each takes ``batch_size`` blocks of a step, so that two of them with half the
-batch do what one does with the whole, but for the order of its sums.
+Several processes (`sparsefinder.storage.distributed`) train together; each takes ``batch_size`` blocks of a step, so that two
+of them with half the batch do what one does with the whole, but for the order of its sums.
 
 A killed run goes on from its last complete checkpoint and ends with the weights it would have had: what is read and masked
-at a step depends on the seed and the step alone, and the Trainer restores the state of everything else (`training`).
+at a step depends on the seed and the step alone, and the Trainer restores the state of everything else
+(`sparsefinder.models.trainer`).
 """
 
 from __future__ import annotations

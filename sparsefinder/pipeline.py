@@ -40,7 +40,7 @@ class Stage:
     """One step: its name, the module whose ``run(settings, store)`` makes its artefacts, and what it reads if it is there.
 
     The module is imported when the stage is run, so that scoring does not wait for transformers. Several processes
-    (`processes`) run a ``shared`` stage together; any other is the first one's business.
+    (`sparsefinder.storage.distributed`) run a ``shared`` stage together; any other is the first one's business.
     """
 
     name: str

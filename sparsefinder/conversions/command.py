@@ -44,15 +44,25 @@ def convert_checkpoint(
     architecture: str | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Certificate:
-    """Load `initial_model` (a name or a folder), convert it to `target`, save it with its certificate in `model_name`.
+    """Load a checkpoint, convert it, and save it with its certificate.
 
-    `architecture` names the class to load; by default the one that the checkpoint names. `settings` are arguments of
-    the target's function, e.g. `{"attention_window": 256}`. A Longformer as source is resized for `longformer`, and
-    lengthened first for `led` if need be; a RoBERTa becomes a Longformer on its way to `led`. A head (or pooler) that the
-    checkpoint has not is drawn from a fixed seed, and named in the log.
+    A Longformer as source is resized for `longformer`, and lengthened first for `led` if need be; a RoBERTa becomes a Longformer
+    on its way to `led`. A head (or pooler) that the checkpoint lacks is drawn from a fixed seed, and named in the log.
 
-    Raises `UserError` for an existing folder, a checkpoint that cannot be loaded or lacks other weights, an unknown
-    target, architecture or setting, and for everything that the conversions refuse.
+    Args:
+        initial_model: a folder, or a name on the hub.
+        model_name: the folder to save in.
+        max_sequence_length: longest input in tokens.
+        target: one of `TARGETS`.
+        architecture: the class to load; by default the one that the checkpoint names.
+        settings: arguments of the target's function, e.g. `{"attention_window": 256}`.
+
+    Returns:
+        The certificate.
+
+    Raises:
+        UserError: for an existing folder, a checkpoint that cannot be loaded or lacks other weights, an unknown target,
+            architecture or setting, and for everything that the conversions refuse.
     """
     if target not in TARGETS:
         raise UserError(f"target {target!r} is unknown; {one_of(TARGETS, target)}")

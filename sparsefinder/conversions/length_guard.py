@@ -40,8 +40,13 @@ def input_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
 
 
 def guard_length(base: nn.Module, length: int) -> RemovableHandle:
-    """Make `base` (a model without its head, or one side of an LED) refuse inputs longer than `length` tokens with a `UserError`.
+    """Make a model refuse longer inputs with a `UserError`.
 
-    Returns torch's handle: `handle.remove()` takes the guard off.
+    Args:
+        base: a model without its head, or one side of an LED.
+        length: the longest input in tokens.
+
+    Returns:
+        torch's handle: `handle.remove()` takes the guard off.
     """
     return base.register_forward_pre_hook(LengthGuard(length), with_kwargs=True)

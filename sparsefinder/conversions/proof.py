@@ -56,9 +56,18 @@ def save(model: PreTrainedModel, tokenizer: Any, source: PreTrainedModel, out: s
 
 
 def certify(model: PreTrainedModel, tokenizer: Any, source: PreTrainedModel) -> Certificate:
-    """Every check of a conversion that needs no saving, as a certificate; see `docs/reference/conversions.md` for what they are.
+    """Every check of a conversion that needs no saving; see `docs/reference/conversions.md` for what they are.
 
-    Raises `UserError` for a target that this package does not make, or a source that the target is not made from.
+    Args:
+        model: the converted model.
+        tokenizer: its tokenizer.
+        source: the model that it was made from.
+
+    Returns:
+        The certificate, whether its checks passed or not.
+
+    Raises:
+        UserError: for a target that this package does not make, or a source that the target is not made from.
     """
     for given, what in ((model, "a converted model"), (source, "the model that it was made from")):
         if not isinstance(given, PreTrainedModel):

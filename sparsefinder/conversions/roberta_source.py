@@ -77,10 +77,20 @@ def base_of(model: PreTrainedModel) -> Any:
 
 
 def read_roberta(model: Any, tokenizer: Any, heads: Mapping[str, Any], target: str) -> Source:
-    """Check a RoBERTa-like model and its tokenizer against the `heads` that `target` has, and take it apart.
+    """Check a RoBERTa-like model and its tokenizer against the heads that a target has, and take it apart.
 
-    Raises `UserError` for another family or no model at all, a head that the target lacks, a decoder where the target
-    has none (`ForCausalLM` is not among its heads), attention to an encoder, and for a tokenizer of another vocabulary.
+    Args:
+        model: the source.
+        tokenizer: its tokenizer.
+        heads: the target's heads by name.
+        target: what messages call the target.
+
+    Returns:
+        The source and what every target needs to know of it.
+
+    Raises:
+        UserError: for another family or no model at all, a head that the target lacks, a decoder where the target has none
+            (`ForCausalLM` is not among its heads), attention to an encoder, and for a tokenizer of another vocabulary.
     """
     family, head = _family_and_head(model)
     if family is None:
@@ -123,9 +133,14 @@ def word_rows(model: PreTrainedModel) -> int:
 def check_tokenizer(model: PreTrainedModel, tokenizer: Any) -> None:
     """Refuse a tokenizer of another vocabulary.
 
-    Raises `UserError` when it is no tokenizer, when an id lies beyond the word embeddings, when more than a tenth of
-    these has no token (fewer are rows that only round the table up), or when the ids for padding, beginning and end
-    differ from the configuration's.
+    Args:
+        model: a model of transformers.
+        tokenizer: what should be its tokenizer.
+
+    Raises:
+        UserError: when it is no tokenizer, when an id lies beyond the word embeddings, when more than a tenth of these has no
+            token (fewer are rows that only round the table up), or when the ids for padding, beginning and end differ from the
+            configuration's.
     """
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise UserError(

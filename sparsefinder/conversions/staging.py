@@ -14,8 +14,14 @@ from sparsefinder.errors import UserError
 def staged_folder(out: str | Path) -> Iterator[Path]:
     """A folder to save into that becomes `out` when the block ends well, and vanishes when it raises.
 
-    It lies beside `out` (renaming within one file system is atomic). Raises `UserError` before anything is written if
-    `out` exists, or if its parent cannot hold it.
+    Args:
+        out: a path where nothing is yet.
+
+    Yields:
+        A folder beside `out` (renaming within one file system is atomic).
+
+    Raises:
+        UserError: before anything is written, if `out` exists, or if its parent cannot hold it.
     """
     out = Path(out)
     refuse_existing(out)

@@ -45,11 +45,22 @@ def global_rows(
     token_type: Tensor | None = None,
     seed: int = 123,
 ) -> Tensor:
-    """A table of 512 global tokens from a model's own embeddings, `(512, E)`: word + position (+ token type).
+    """A table of 512 global tokens from a model's own embeddings: word + position (+ token type).
 
-    The first is the beginning-of-text token at position 0, the others are mask tokens at positions `stride` apart (0, 64, …,
-    448, 1, 65, … for 512 positions and a stride of 64). With `mask_id` None they are drawn from a normal distribution with
-    mean and covariance of the words. `positions`: `(n, E)` without reserved rows.
+    The first is the beginning-of-text token at position 0, the others are mask tokens at positions `stride` apart (0, 64, …, 448,
+    1, 65, … for 512 positions and a stride of 64).
+
+    Args:
+        words: word embeddings `(V, E)`.
+        positions: `(n, E)` without reserved rows.
+        bos_id: id of the beginning-of-text token.
+        mask_id: id of the mask token; None draws the others from a normal distribution with mean and covariance of the words.
+        stride: in tokens.
+        token_type: `(E)`, added to every row; None for none.
+        seed: of what is drawn.
+
+    Returns:
+        `(512, E)`.
     """
     rows = spread_positions(positions, stride, seed)
     if token_type is not None:
@@ -87,9 +98,14 @@ def spread_positions(positions: Tensor, stride: int, seed: int) -> Tensor:
 
 
 def lengthen_positions(model: Any, family: Family, length: int) -> None:
-    """Give every position table of `model` rows for `length` tokens, and its buffers and configuration with it.
+    """Give every position table of a model more rows, and its buffers and configuration with it; the model works at once.
 
-    Learned rows are repeated, reserved ones not; Pegasus' sinusoids are recomputed. The model works at once.
+    Learned rows are repeated, reserved ones not; Pegasus' sinusoids are recomputed.
+
+    Args:
+        model: a plain or LSG model, changed in place.
+        family: its family.
+        length: longest input in tokens.
     """
     reserved = family.reserved(model.config)
     for table in position_tables(model, family).values():

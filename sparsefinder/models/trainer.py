@@ -77,9 +77,16 @@ def train(
     held_out: Sequence[Batch],
     folder: Path,
 ) -> PreTrainedModel:
-    """``model`` trained on ``blocks``; checkpoints go to ``folder``, and a run that was killed goes on from the last.
+    """Train a masked language model in place; a run that was killed goes on from its last checkpoint.
 
-    ``steps``: updates, which those of the settings are, or their epochs amount to.
+    Args:
+        settings: of the optimizer, the schedule and the masking.
+        steps: updates, which those of the settings are, or their epochs amount to.
+        model: the model that is trained.
+        tokenizer: its tokenizer.
+        blocks: of the training part.
+        held_out: batches with labels to measure on.
+        folder: where checkpoints go.
     """
     arguments = OneDevice(
         output_dir=str(folder),
