@@ -11,7 +11,7 @@ from torch import Tensor
 from sparsefinder.errors import UserError, one_of
 from sparsefinder.graphs import QK
 from sparsefinder.numerics.normalizers import Normalizer
-from sparsefinder.patterns.support.ranking import best, budget
+from sparsefinder.patterns.support.ranking import best, share_of
 
 ORDERS = ("score", "margin")
 
@@ -51,7 +51,7 @@ class OracleHead:
         if self.by == "margin":
             scores = self._margins(scores)
         pairs = qk.allowed.sum((-2, -1)).unsqueeze(-1)  # (B, 1, 1)
-        return best(scores.flatten(2), budget(self.share, pairs)).view(scores.shape) & qk.allowed
+        return best(scores.flatten(2), share_of(pairs, self.share)).view(scores.shape) & qk.allowed
 
     def _margins(self, scores: Tensor) -> Tensor:
         scores = scores.double()

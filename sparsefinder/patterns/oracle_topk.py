@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparsefinder.errors import UserError
 from sparsefinder.graphs import QK
-from sparsefinder.patterns.support.ranking import best, budget
+from sparsefinder.patterns.support.ranking import best, share_of
 
 
 @dataclass(frozen=True)
@@ -31,4 +31,4 @@ class OracleTopK:
 
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool."""
-        return best(qk.scores(), budget(self.share, qk.allowed.sum(-1, keepdim=True))) & qk.allowed
+        return best(qk.scores(), share_of(qk.allowed.sum(-1, keepdim=True), self.share)) & qk.allowed

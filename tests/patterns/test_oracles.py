@@ -16,7 +16,7 @@ from sparsefinder.patterns.oracle import Oracle
 from sparsefinder.patterns.oracle_head import OracleHead
 from sparsefinder.patterns.oracle_topk import OracleTopK
 from sparsefinder.patterns.oracle_topp import OracleTopP
-from sparsefinder.patterns.support.ranking import best, budget
+from sparsefinder.patterns.support.ranking import best, share_of
 from sparsefinder.testing import check_pattern
 from tests.conftest import random_qk
 
@@ -114,7 +114,7 @@ def test_no_budget_of_a_head_recalls_more_than_by_margin() -> None:
                 "topk": OracleTopK(share),
             }.items()
         }
-        pairs = budget(share, torch.tensor(64 * 64))
+        pairs = share_of(torch.tensor(64 * 64), share)
         bound = (pairs / gold.sums()).clamp_max(1.0).mean(0)
         torch.testing.assert_close(recall["margin"].float(), bound.float(), atol=1e-4, rtol=0)
         assert (recall["score"] <= recall["margin"] + 1e-9).all()
@@ -140,9 +140,9 @@ def test_other_settings_conform_too() -> None:
 
 def test_budgets_round_up_but_not_for_noise() -> None:
     counts = torch.tensor([0, 1, 10, 30, 64])
-    assert budget(0.1, counts).tolist() == [0, 1, 1, 3, 7]
-    assert budget(0.0, counts).tolist() == [0] * 5
-    assert budget(1.0, counts).tolist() == counts.tolist()
+    assert share_of(counts, 0.1).tolist() == [0, 1, 1, 3, 7]
+    assert share_of(counts, 0.0).tolist() == [0] * 5
+    assert share_of(counts, 1.0).tolist() == counts.tolist()
     assert best(torch.tensor([[1.0, 3.0, 3.0, -torch.inf]]), torch.tensor([[2]])).tolist() == [
         [False, True, True, False]
     ]

@@ -113,11 +113,6 @@ def best(scores: Tensor, kept: Tensor) -> Tensor:
     return torch.zeros_like(among.expand(scores.shape)).scatter(-1, order, among.expand(scores.shape))
 
 
-def budget(share: float, number: Tensor) -> Tensor:
-    """``⌈share · number⌉`` as int64; rounding noise does not add one (0.1 · 30 is a little more than 3)."""
-    return (share * number.double() - 1e-9).ceil().long()
-
-
 def memberships(heads: int, *ids: Tensor) -> Tensor:
     """Bucket ids that all heads share.
 
