@@ -160,3 +160,11 @@ def test_budgets_round_up_but_not_for_noise() -> None:
 def test_wrong_settings(make: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         make()
+
+
+def test_the_oracle_has_the_pairs_that_metrics_compare_with() -> None:
+    """Those at the threshold too, which C++ and torch may place on either side of it."""
+    qk = sharp_qk(1, 2, 64)
+    expected = torch.zeros(1, 2, 64, 64, dtype=torch.bool)
+    expected.view(-1)[Gold.of(qk, 1.5).indices] = True
+    assert torch.equal(Oracle(1.5)(qk, 0), expected)
