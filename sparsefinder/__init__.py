@@ -3,7 +3,7 @@
 Importing it teaches transformers, before or after that is imported itself, what a model with entmax attention is.
 """
 
-from sparsefinder.models.remembering import follow_transformers
+from sparsefinder.models.entmax_configuration import follow_transformers
 
 __version__ = "0.1.0"
 

@@ -24,10 +24,10 @@ from sparsefinder.errors import UserError
 from sparsefinder.executors.blocks.dense_tiles import TilesExecutor
 from sparsefinder.executors.blocks.executor import BlocksExecutor
 from sparsefinder.executors.choose import AUTO, Executor, check, choose, explain
-from sparsefinder.executors.native.attention import NativeExecutor
+from sparsefinder.executors.native.bucketed import NativeExecutor
 from sparsefinder.executors.native.dense import NativeDenseExecutor
 from sparsefinder.executors.triton.executor import TritonExecutor
-from sparsefinder.executors.work import Pairs, Work
+from sparsefinder.executors.workload import Pairs, Work
 from sparsefinder.graphs import QK, HasLayout, Layout, Pattern, band
 from sparsefinder.numerics.normalizers import Normalizer, PerHead
 from sparsefinder.numerics.padding import at_least_float32, without_padding
@@ -92,7 +92,7 @@ class Bucketed:
     a window, global tokens and unions of these. Work and memory are linear in N where buckets keep their size; a bucket with
     all tokens costs what dense attention costs. Three executors multiply it:
 
-    - ``native``, C++ on a CPU (`sparsefinder.executors.native.attention`): a query at a time, the pairs of the graph and no
+    - ``native``, C++ on a CPU (`sparsefinder.executors.native.bucketed`): a query at a time, the pairs of the graph and no
       others;
     - ``blocks``, torch's products on any device (`sparsefinder.executors.blocks.decompose`): buckets are filled up to a few
       sizes, so that those of like size are one product (never up to the fullest one), and ``computed_pairs`` counts the

@@ -22,7 +22,7 @@ from sparsefinder.attention import Dense
 from sparsefinder.corpora import Corpus, TokenBlocks, block_length, token_blocks
 from sparsefinder.corpora.blocks import draw
 from sparsefinder.errors import UserError, one_of
-from sparsefinder.models.watching import Recorder, Watched
+from sparsefinder.models.observed_attention import Recorder, Watched
 from sparsefinder.storage import distributed
 from sparsefinder.storage.files import make_folder, remove
 from sparsefinder.storage.samples import ShardWriter, join

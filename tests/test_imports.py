@@ -25,16 +25,16 @@ FLOORS: dict[str, tuple[str, ...]] = {
     "graphs": ("errors",),
     "numerics": ("errors",),
     "storage": ("errors", "graphs", "numerics"),
-    "executors/work": (),
-    "executors/choose": ("executors/work", "errors"),
-    "executors/blocks": ("executors/work", "graphs", "numerics", "errors"),
-    "executors/native": ("executors/work", "graphs", "numerics", "errors"),
+    "executors/workload": (),
+    "executors/choose": ("executors/workload", "errors"),
+    "executors/blocks": ("executors/workload", "graphs", "numerics", "errors"),
+    "executors/native": ("executors/workload", "graphs", "numerics", "errors"),
     "executors/lsg": ("graphs", "numerics", "errors"),
-    "executors/triton": ("executors/work", "executors/blocks", "graphs", "numerics", "errors"),
-    "executors/support": (
-        *("executors/choose", "executors/work", "executors/blocks", "executors/native", "graphs", "numerics"),
+    "executors/triton": ("executors/workload", "executors/blocks", "graphs", "numerics", "errors"),
+    "executors/entmax_support": (
+        *("executors/choose", "executors/workload", "executors/blocks", "executors/native", "graphs", "numerics"),
     ),
-    "metrics": ("executors/support", "graphs", "numerics", "errors"),
+    "metrics": ("executors/entmax_support", "graphs", "numerics", "errors"),
     "attention": ("executors", "numerics", "graphs", "errors"),
     "predictors": ("storage", "executors", "numerics", "graphs", "metrics", "errors"),
     "patterns": ("graphs", "numerics", "predictors", "executors", "storage", "errors"),
@@ -60,7 +60,7 @@ STAGES = (
 BESIDE = {"score": ("calibrate",), "evaluate": ("calibrate",)}  # stages that another one may use
 TRANSFORMERS = ("corpora", "models", "lsg", "conversions", "evaluation/tasks", "finetune")  # who may know the library
 INTERNALS = PACKAGE / "models" / "transformers_internals.py"
-REMEMBERING = PACKAGE / "models" / "remembering.py"  # replaces members of transformers' classes
+ENTMAX_CONFIGURATION = PACKAGE / "models" / "entmax_configuration.py"  # replaces members of transformers' classes
 # of other libraries: names that a leading underscore marks as private, on objects that are not our own
 PRIVATE = (
     "_attn_implementation",
@@ -177,7 +177,7 @@ def test_nothing_that_windows_lacks_is_imported(path: Path) -> None:
     assert not {module.split(".")[0] for module in imports(path)} & {*UNIX}
 
 
-@pytest.mark.parametrize("path", [path for path in MODULES if path not in (INTERNALS, REMEMBERING)], ids=name)
+@pytest.mark.parametrize("path", [path for path in MODULES if path not in (INTERNALS, ENTMAX_CONFIGURATION)], ids=name)
 def test_internals_of_transformers_are_in_one_module(path: Path) -> None:
     """Only what `transformers` itself exports is imported from it, and no private name of it is used."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -192,6 +192,6 @@ def test_internals_of_transformers_are_in_one_module(path: Path) -> None:
 
 
 def test_the_check_finds_what_it_looks_for() -> None:
-    assert "transformers.masking_utils" in REMEMBERING.read_text()
+    assert "transformers.masking_utils" in ENTMAX_CONFIGURATION.read_text()
     private = {node.attr for node in ast.walk(ast.parse(INTERNALS.read_text())) if isinstance(node, ast.Attribute)}
     assert private & set(PRIVATE) >= {"_attn_implementation", "_auto_class"}

@@ -25,7 +25,7 @@ from sparsefinder.patterns.full import Full
 from sparsefinder.patterns.quantize import Quantize
 from sparsefinder.patterns.window import Window
 from sparsefinder.report import ReportSettings
-from sparsefinder.reporting import captions, heatmaps, html, recall_figures, style, text_tables
+from sparsefinder.reporting import captions, frontier_figures, heatmaps, html, style, text_tables
 from sparsefinder.storage.manifests import plain
 from sparsefinder.storage.store import Store
 
@@ -177,7 +177,7 @@ def test_pattern_without_a_graph_is_not_defined(metrics: pd.DataFrame) -> None:
     points = frontiers.points(pd.concat([metrics, pooled]))
     lines = text_tables.recall_lines(points, [0.2])
     assert set(lines.loc[lines["pattern"] == "pooled", "recall at 20 %"]) == {"not defined"}
-    recall_figures.recall_sparsity(points)
+    frontier_figures.recall_sparsity(points)
 
 
 def test_variant_without_a_graph_is_not_defined(run: Store) -> None:
@@ -294,7 +294,7 @@ def test_the_caption_tells_colours_apart_only_where_there_is_grey(
     metrics: pd.DataFrame, tmp_path: Path, many: bool
 ) -> None:
     """However many bounds there are: they always have a look of their own."""
-    names = [f"other{number}" for number in range(recall_figures.FEW)] if many else []
+    names = [f"other{number}" for number in range(frontier_figures.FEW)] if many else []
     oracle, window = (metrics[metrics["pattern"] == name] for name in ("oracle", "window"))
     copies = [oracle.assign(pattern=name) for name in ("oracle_topk", "oracle_topp", "oracle_head")]
     copies += [window.assign(pattern=name) for name in names]

@@ -10,10 +10,10 @@ from transformers import PreTrainedModel
 
 from sparsefinder.conversions.bigbird import convert_roberta_to_bigbird
 from sparsefinder.conversions.certificate import Certificate
+from sparsefinder.conversions.equivalence import save
 from sparsefinder.conversions.led import convert_longformer_to_led
 from sparsefinder.conversions.longformer import convert_roberta_to_longformer, resize_longformer
 from sparsefinder.conversions.nystromformer import convert_roberta_to_nystromformer
-from sparsefinder.conversions.proof import save
 from sparsefinder.conversions.roberta_source import SOURCE_FAMILIES, word_rows
 from sparsefinder.conversions.staging import refuse_existing
 from sparsefinder.errors import UserError, one_of

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sparsefinder import models
 from sparsefinder.errors import UserError, one_of
 from sparsefinder.graphs import QK, Attention
-from sparsefinder.models.watching import Recorder, Watched
+from sparsefinder.models.observed_attention import Recorder, Watched
 from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.predictors.contrastive import Contrast, contrastive_loss
 from sparsefinder.predictors.gold_pairs import gold_pairs

@@ -16,7 +16,7 @@ from sparsefinder.evaluation import tasks
 from sparsefinder.experiment.configuration import Configuration
 from sparsefinder.graphs import QK
 from sparsefinder.metrics import Counts, Gold, count
-from sparsefinder.models.watching import Watched
+from sparsefinder.models.observed_attention import Watched
 from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.storage import distributed
 

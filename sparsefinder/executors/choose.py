@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
 from sparsefinder.errors import UserError, one_of
-from sparsefinder.executors.work import Work
+from sparsefinder.executors.workload import Work
 
 AUTO = "auto"
 

@@ -21,10 +21,10 @@ from sparsefinder.errors import UserError
 from sparsefinder.executors.lsg.attention import SOFTMAX
 from sparsefinder.lsg.configuration import config_class
 from sparsefinder.lsg.embedding_tables import global_rows, global_table, lengthen_positions, position_tables, word_table
+from sparsefinder.lsg.equivalence import certify, normalizer_of, save
 from sparsefinder.lsg.families import Family, architecture_of, family_of, plain_class
 from sparsefinder.lsg.loading import IGNORED, check_config, is_lsg, load
 from sparsefinder.lsg.modeling import model_class
-from sparsefinder.lsg.proof import certify, normalizer_of, save
 from sparsefinder.models import set_normalizer
 from sparsefinder.models.checkpoints import Checkpoint, check_that_it_runs, load_config, load_tokenizer, open_checkpoint
 from sparsefinder.models.transformers_internals import forget_attention

@@ -13,10 +13,10 @@ from pathlib import Path
 from sparsefinder.lsg.families import Family
 
 MODULES = (
-    *("errors", "graphs", "numerics.entmax_newton", "numerics.normalizers", "numerics.recording"),
+    *("errors", "graphs", "numerics.entmax_newton", "numerics.normalizers", "numerics.tracing"),
     *("executors.lsg.settings", "executors.lsg.sparse_keys", "executors.lsg.block_layout", "executors.lsg.attention"),
     *("models.position_tables", "models.transformers_internals"),
-    *("lsg.families", "lsg.configuration", "lsg.ends", "lsg.inputs", "lsg.modeling", "lsg.export"),
+    *("lsg.families", "lsg.configuration", "lsg.input_and_output", "lsg.inputs", "lsg.modeling", "lsg.export"),
 )
 """Modules of `sparsefinder` that are carried along, each under the last part of its name."""
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsefinder.errors import UserError
-from sparsefinder.numerics.recording import of_this_length
+from sparsefinder.numerics.tracing import of_this_length
 
 
 def real_tokens(

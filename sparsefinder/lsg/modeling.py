@@ -36,7 +36,8 @@ from transformers import AttentionInterface, GenerationMixin
 from sparsefinder.errors import UserError
 from sparsefinder.executors.lsg.settings import MAX_GLOBAL_TOKENS
 from sparsefinder.lsg.configuration import config_class
-from sparsefinder.lsg.ends import (
+from sparsefinder.lsg.families import FAMILIES, Family, plain_class
+from sparsefinder.lsg.input_and_output import (
     fill_up,
     global_rows,
     layers_of_text,
@@ -46,7 +47,6 @@ from sparsefinder.lsg.ends import (
     take_globals_off,
     turn_of,
 )
-from sparsefinder.lsg.families import FAMILIES, Family, plain_class
 from sparsefinder.lsg.inputs import padding_that_counts, real_tokens, refuse_attentions, refuse_cache
 from sparsefinder.models.transformers_internals import class_beside, copy_with_attention, is_remote_code
 

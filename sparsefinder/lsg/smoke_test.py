@@ -11,9 +11,9 @@ import transformers
 from torch import Tensor
 
 from sparsefinder.errors import UserError
+from sparsefinder.lsg.equivalence import sample
 from sparsefinder.lsg.families import Family, family_of
 from sparsefinder.lsg.loading import load
-from sparsefinder.lsg.proof import sample
 from sparsefinder.models.checkpoints import Checkpoint, load_tokenizer, open_checkpoint
 from sparsefinder.storage.hub import in_words
 

@@ -1,6 +1,7 @@
 """A model whose attention can be looked at, replaced, and kept replaced.
 
-Names are looked up when they are asked for: `sparsefinder.models.remembering` is imported with the package, and must stay light.
+Names are looked up when they are asked for: `sparsefinder.models.entmax_configuration` is imported with the package, and must
+stay light.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sparsefinder.models.entmax_configuration import REGISTERED
     from sparsefinder.models.loading import load_masked_lm, load_with_head
     from sparsefinder.models.plugging import (
         FAMILIES,
@@ -20,7 +22,6 @@ if TYPE_CHECKING:
         set_normalizer,
         softmax,
     )
-    from sparsefinder.models.remembering import REGISTERED
 
 __all__ = [
     "FAMILIES",
@@ -36,7 +37,7 @@ __all__ = [
     "softmax",
 ]
 
-_ELSEWHERE = {"load_masked_lm": "loading", "load_with_head": "loading", "REGISTERED": "remembering"}
+_ELSEWHERE = {"load_masked_lm": "loading", "load_with_head": "loading", "REGISTERED": "entmax_configuration"}
 
 
 def __getattr__(name: str) -> Any:

@@ -12,9 +12,9 @@ from sparsefinder import models
 from sparsefinder.attention import Dense
 from sparsefinder.corpora import Batch
 from sparsefinder.corpora.masking import IGNORED
-from sparsefinder.executors.support import support
+from sparsefinder.executors.entmax_support import support
 from sparsefinder.graphs import QK
-from sparsefinder.models.watching import Watched
+from sparsefinder.models.observed_attention import Watched
 
 
 def masked_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:

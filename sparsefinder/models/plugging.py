@@ -7,7 +7,8 @@ Everything goes through transformers' attention registry; no model code is copie
 - any attention object ``(q, k, v, valid, layer) → output`` while one is plugged in (`plugged`).
 
 ``save_pretrained`` forgets which attention a model was used with. Here it does not: `set_normalizer` writes ``attention_alpha``
-into the configuration, and `sparsefinder.models.remembering` makes every model with such a configuration attend with entmax.
+into the configuration, and `sparsefinder.models.entmax_configuration` makes every model with such a configuration attend with
+entmax.
 
 Layers are counted by *calls*: a model is run once on two tokens, and the modules that call the attention, in order, are its
 layers. So ALBERT, which shares one module over its depth, has as many layers as it is deep, and a model that accepts an
@@ -34,10 +35,10 @@ from transformers import logging as transformers_logging
 
 from sparsefinder.errors import UserError
 from sparsefinder.graphs import Attention
+from sparsefinder.models.entmax_configuration import REGISTERED, follow_transformers
 from sparsefinder.models.packing import Sentences, read_mask
 from sparsefinder.models.position_tables import CONVENTIONS, reserved_rows_of
 from sparsefinder.models.registered import PLUG, Plugged, normalizer_of
-from sparsefinder.models.remembering import REGISTERED, follow_transformers
 from sparsefinder.models.transformers_internals import attention_name
 from sparsefinder.numerics.normalizers import Normalizer, is_recorded
 

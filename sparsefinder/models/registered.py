@@ -1,8 +1,8 @@
 """The attention that transformers calls for models with α-entmax attention, and while another attention is plugged into one.
 
-`sparsefinder.models.remembering` enters `attend` into transformers' registry of attention functions and, under the same name,
-a boolean mask into that of mask functions: without the second, transformers hands over no mask and padding is attended,
-silently. What `attend` does is decided by the module that it is called from:
+`sparsefinder.models.entmax_configuration` enters `attend` into transformers' registry of attention functions and, under the
+same name, a boolean mask into that of mask functions: without the second, transformers hands over no mask and padding is
+attended, silently. What `attend` does is decided by the module that it is called from:
 
 - dense attention with the normalizer that the model's configuration remembers;
 - whatever is plugged into the module (`sparsefinder.models.plugged`).

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from sparsefinder.analysis.bootstrap import Replicas
 from sparsefinder.analysis.frontiers import comparable, references
 from sparsefinder.analysis.method_families import BOUNDS, TOP_K, family_of
-from sparsefinder.reporting import heatmaps, loss_figures, recall_figures
+from sparsefinder.reporting import frontier_figures, heatmaps, loss_figures
 from sparsefinder.storage.manifests import Manifest
 
 
@@ -127,14 +127,14 @@ def _recall(points: pd.DataFrame, over: str, replicas: Replicas | None) -> Illus
         caption += " A window and global tokens count as predicted, so they raise recall and lower sparsity together."
         if (points["united_with"] == "").any():
             caption += " Patterns that were run only without them are repeated in every panel."
-    figure = recall_figures.recall_sparsity(points, replicas)
+    figure = frontier_figures.recall_sparsity(points, replicas)
     return Illustration("recall_sparsity", "Recall against sparsity", figure, caption)
 
 
 def _not_all_coloured(points: pd.DataFrame) -> bool:
     """Whether there are so many patterns, bounds apart, that some of them are drawn in grey."""
     patterns = points.loc[points["pattern"].map(family_of) != BOUNDS, "pattern"].nunique()
-    return len(recall_figures.highlighted(points)) < patterns
+    return len(frontier_figures.highlighted(points)) < patterns
 
 
 def _families(points: pd.DataFrame, over: str, replicas: Replicas | None) -> Illustration:
@@ -142,7 +142,7 @@ def _families(points: pd.DataFrame, over: str, replicas: Replicas | None) -> Ill
         f"Every pattern beside its family, averaged over {over}, without window or global tokens where it was run so. "
         "Points, lines and bands as above; the bounds are the same in every panel."
     )
-    figure = recall_figures.recall_by_family(points, replicas)
+    figure = frontier_figures.recall_by_family(points, replicas)
     return Illustration("recall_by_family", "Every pattern, by family", figure, caption)
 
 

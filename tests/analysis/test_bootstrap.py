@@ -18,7 +18,7 @@ from sparsefinder.experiment.configuration import Configuration, Learned
 from sparsefinder.patterns.distance import Distance
 from sparsefinder.patterns.oracle import Oracle
 from sparsefinder.patterns.window import Window
-from sparsefinder.reporting import recall_figures, text_tables
+from sparsefinder.reporting import frontier_figures, text_tables
 from sparsefinder.storage.samples import load_samples
 from sparsefinder.storage.store import Store
 
@@ -203,14 +203,14 @@ class TestManyPatterns:
         assert {name: family_of(name) for name in of} == of
 
     def test_highlighted_are_the_published_and_the_best_of_each_kind(self, many: pd.DataFrame) -> None:
-        chosen = recall_figures.highlighted(many)
+        chosen = frontier_figures.highlighted(many)
         assert {"distance", "kmeans", "routed", "lowrank"} < chosen
         assert len(chosen) == 5, "and the best of the others"
         few = many[many["pattern"].isin(["distance", "sinks", "random"])]
-        assert recall_figures.highlighted(few) == {"distance", "sinks"}
+        assert frontier_figures.highlighted(few) == {"distance", "sinks"}
 
     def test_every_point_is_drawn(self, many: pd.DataFrame) -> None:
-        axes = recall_figures.recall_sparsity(many).axes[0]
+        axes = frontier_figures.recall_sparsity(many).axes[0]
         drawn = {tuple(np.round(xy, 6)) for line in axes.lines for xy in line.get_xydata() if line.get_marker() != ""}
         alone = many[many["united_with"] == ""]
         assert {tuple(pair) for pair in alone[["density", "recall"]].round(6).to_numpy()} <= drawn
@@ -218,13 +218,13 @@ class TestManyPatterns:
     def test_the_bounds_are_drawn_even_where_they_were_not_run(self, many: pd.DataFrame) -> None:
         """The gold graph as a star at its density, chance as the line on which recall is the density."""
         few = many[many["pattern"] == "kmeans"].assign(gold_sparsity=0.93)
-        axes = recall_figures.recall_sparsity(few).axes[0]
+        axes = frontier_figures.recall_sparsity(few).axes[0]
         (star,) = [line for line in axes.lines if line.get_marker() == "*"]
         assert star.get_xydata().tolist() == pytest.approx(np.array([[0.07, 1.0]]))
         assert any(np.allclose(line.get_xdata(), line.get_ydata()) for line in axes.lines if len(line.get_xdata()) > 2)
 
     def test_a_panel_for_each_family(self, many: pd.DataFrame) -> None:
-        titles = [axes.get_title() for axes in recall_figures.recall_by_family(many).axes]
+        titles = [axes.get_title() for axes in frontier_figures.recall_by_family(many).axes]
         assert titles == [OURS, PUBLISHED, FIXED, DEPENDENT]
 
 

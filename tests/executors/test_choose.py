@@ -12,7 +12,7 @@ import torch
 from sparsefinder.attention import Bucketed, Dense
 from sparsefinder.errors import UserError
 from sparsefinder.executors.choose import check, choose, explain
-from sparsefinder.executors.work import Work
+from sparsefinder.executors.workload import Work
 from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.patterns.window import Window
 from tests.conftest import ROOT

@@ -12,7 +12,7 @@ import sparsefinder.executors.native.dense as native
 from sparsefinder.attention import Dense, Masked
 from sparsefinder.errors import UserError
 from sparsefinder.executors.blocks import dense_tiles
-from sparsefinder.executors.work import Pairs
+from sparsefinder.executors.workload import Pairs
 from sparsefinder.graphs import QK, band
 from sparsefinder.numerics.normalizers import Normalizer, PerHead, entmax15
 from sparsefinder.patterns.full import Full

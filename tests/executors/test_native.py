@@ -18,7 +18,7 @@ from torch import Tensor
 from sparsefinder.attention import Bucketed
 from sparsefinder.errors import UserError
 from sparsefinder.evaluation.variants import AttentionChoice
-from sparsefinder.executors.native import attention, build, library, predictors
+from sparsefinder.executors.native import bucketed, build, library, predictors
 from sparsefinder.graphs import QK, Buckets, Layout
 from sparsefinder.numerics.selection import select
 from sparsefinder.patterns.routed import moments
@@ -169,7 +169,7 @@ def test_threads_change_nothing() -> None:
     for threads in (1, 2, 7):
         torch.set_num_threads(threads)
         q, k, v = (noise(i, 2, 3, 150, 8).requires_grad_() for i in range(3))
-        out = attention.attend(QK(q, k, torch.ones(2, 150) > 0), v, layout, 1.5)
+        out = bucketed.attend(QK(q, k, torch.ones(2, 150) > 0), v, layout, 1.5)
         results.append([out, *torch.autograd.grad(out.sin().sum(), (q, k, v))])
     torch.set_num_threads(before)
     for one, other in zip(results[0] * 2, [*results[1], *results[2]], strict=True):
@@ -184,7 +184,7 @@ def test_ids_that_do_not_exist_are_no_bucket() -> None:
     q_ids[..., 11, :] = k_ids[..., 11, :] = 4
     qk = QK(noise(0, 2, 3, 40, 4), noise(1, 2, 3, 40, 4), (torch.arange(40) < 30).expand(2, -1))
     layout = Layout(Buckets(q_ids, k_ids, 4))
-    out = attention.attend(qk, qk.k, layout, 1.5)
+    out = bucketed.attend(qk, qk.k, layout, 1.5)
     assert not out[:, :, [7, 11]].any()
     assert out.isfinite().all()
     none = torch.tensor([7, 11])
@@ -193,7 +193,7 @@ def test_ids_that_do_not_exist_are_no_bucket() -> None:
             q_ids.clamp(0, 3).index_fill(2, none, -1), k_ids.clamp(0, 3).index_fill(2, torch.tensor([9, 11]), -1), 4
         )
     )
-    torch.testing.assert_close(out, attention.attend(qk, qk.k, expected, 1.5))
+    torch.testing.assert_close(out, bucketed.attend(qk, qk.k, expected, 1.5))
 
 
 def test_ids_and_globals_of_all_heads_at_once() -> None:
@@ -204,10 +204,10 @@ def test_ids_and_globals_of_all_heads_at_once() -> None:
     qk = QK(q, k, torch.ones(2, 40) > 0)
     is_global = torch.arange(40)[None] == 3
     written = Buckets(*(ids.expand(2, 3, -1, -1) for ids in (shared.q_ids, shared.k_ids.long())), one.count)
-    expected = attention.attend(qk, v, Layout(written, 3, is_global.expand(2, -1)), 1.5)
-    assert torch.equal(attention.attend(qk, v, Layout(shared, 3, is_global), 1.5), expected)
+    expected = bucketed.attend(qk, v, Layout(written, 3, is_global.expand(2, -1)), 1.5)
+    assert torch.equal(bucketed.attend(qk, v, Layout(shared, 3, is_global), 1.5), expected)
     with pytest.raises(ValueError, match="values must be of the shape of the queries"):
-        attention.attend(qk, v[..., :2], Layout(written), 1.5)
+        bucketed.attend(qk, v[..., :2], Layout(written), 1.5)
 
 
 @pytest.mark.parametrize("spread", [1e-5, 1e-4, 1e-2, 0.1])
@@ -218,7 +218,7 @@ def test_long_and_flat_rows_sum_to_one(alpha: float, spread: float) -> None:
     qk = QK(torch.ones(1, 1, tokens, 1), spread * noise(0, 1, 1, tokens, 1).float(), torch.ones(1, tokens) > 0)
     of_keys = torch.zeros(1, 1, tokens, 1, dtype=torch.int64)
     of_queries = torch.full_like(of_keys, -1).index_fill(2, torch.tensor([0]), 0)  # one query alone is in the bucket
-    total = attention.attend(qk, torch.ones_like(qk.k), Layout(Buckets(of_queries, of_keys, 1)), alpha)[0, 0, 0, 0]
+    total = bucketed.attend(qk, torch.ones_like(qk.k), Layout(Buckets(of_queries, of_keys, 1)), alpha)[0, 0, 0, 0]
     assert total.item() == pytest.approx(1.0, abs=3e-5)
 
 
@@ -227,7 +227,7 @@ def test_whoever_meets_nan_is_nan(alpha: float) -> None:
     """As in dense attention: a broken number is never turned into a quiet zero."""
     q, k, v = (noise(i, 1, 1, 9, 4) for i in range(3))
     k[0, 0, 4, 1] = math.nan
-    out = attention.attend(QK(q, k, torch.ones(1, 9) > 0), v, Layout(window=3), alpha)
+    out = bucketed.attend(QK(q, k, torch.ones(1, 9) > 0), v, Layout(window=3), alpha)
     assert out[0, 0].isnan().any(-1).tolist() == [i in (3, 4, 5) for i in range(9)]
 
 
@@ -272,11 +272,11 @@ def test_without_a_compiler(fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog
 
 def test_a_compiler_that_fails(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = fresh / "broken"
-    broken.write_text("#!/bin/sh\necho 'attention.cpp:1: error: no such machine' >&2\nexit 1\n")
+    broken.write_text("#!/bin/sh\necho 'bucketed.cpp:1: error: no such machine' >&2\nexit 1\n")
     broken.chmod(broken.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("CXX", str(broken))
-    with pytest.raises(UserError, match=r"could not compile attention\.cpp .*error: no such machine"):
-        build.load("attention")
+    with pytest.raises(UserError, match=r"could not compile bucketed\.cpp .*error: no such machine"):
+        build.load("bucketed")
     assert not list((fresh / "sparsefinder").iterdir())
 
 

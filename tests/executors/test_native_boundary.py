@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from sparsefinder.errors import UserError
-from sparsefinder.executors.native import attention, build, dense, gold_pairs, library, predictors
+from sparsefinder.executors.native import bucketed, build, dense, gold_pairs, library, predictors
 from sparsefinder.executors.native.library import Library
 from sparsefinder.graphs import QK, Buckets, Layout
 
 NATIVE = Path(build.__file__).parent
 SOURCES = sorted(path.stem for path in NATIVE.glob("*.cpp"))
-LIBRARIES = {module._LIBRARY.name: module._LIBRARY for module in (attention, dense, gold_pairs, predictors)}
+LIBRARIES = {module._LIBRARY.name: module._LIBRARY for module in (bucketed, dense, gold_pairs, predictors)}
 
 
 def compiled(*arguments: str) -> None:
@@ -59,16 +59,16 @@ def test_memory_that_runs_out_is_a_python_error() -> None:
     """In a parallel region, and outside; the process goes on."""
     ids = torch.zeros(1, 1, 4, 1, dtype=torch.int64)
     qk = QK(torch.zeros(1, 1, 4, 2), torch.zeros(1, 1, 4, 2), torch.ones(1, 4) > 0)
-    with pytest.raises(MemoryError, match=r"attention\.cpp ran out of memory in forward_float32: give it fewer tokens"):
-        attention.attend(qk, qk.k, Layout(Buckets(ids, ids, 1 << 60)), 1.5)
-    assert attention.attend(qk, qk.k, Layout(Buckets(ids, ids, 1)), 1.5).shape == (1, 1, 4, 2)
+    with pytest.raises(MemoryError, match=r"bucketed\.cpp ran out of memory in forward_float32: give it fewer tokens"):
+        bucketed.attend(qk, qk.k, Layout(Buckets(ids, ids, 1 << 60)), 1.5)
+    assert bucketed.attend(qk, qk.k, Layout(Buckets(ids, ids, 1)), 1.5).shape == (1, 1, 4, 2)
     with pytest.raises(MemoryError, match=r"predictors\.cpp ran out of memory in nearest_float32"):
         predictors.nearest(torch.zeros(1, 1, 3, 0), torch.zeros(1, 1, 1 << 58, 0), 1)
 
 
 # calls that allocate, one after the other; the last of the arrays of allocation_failures.cpp are written
 CALLS = {
-    "attention": """[] {
+    "bucketed": """[] {
         Graph g{1, 2, N, D, 1, 1, 4, 2, 2, 0, THREADS, ids, ids, valid, none, 1.5};
         return until_it_works("forward", [&] { return forward_float32(&g, x, y, z, a); }) ||
                until_it_works("backward", [&] { return backward_float32(&g, x, y, z, x, a, b, c); }) ||

@@ -31,8 +31,8 @@ from sparsefinder.conversions.certificate import Certificate, read
 from sparsefinder.errors import UserError
 from sparsefinder.lsg import convert, from_pretrained
 from sparsefinder.lsg.embedding_tables import global_rows, global_table, position_tables, spread_positions, word_table
+from sparsefinder.lsg.equivalence import certify
 from sparsefinder.lsg.families import FAMILIES
-from sparsefinder.lsg.proof import certify
 from sparsefinder.lsg.smoke_test import try_heads
 from sparsefinder.models import set_normalizer
 from sparsefinder.numerics.normalizers import Normalizer

@@ -11,8 +11,8 @@ from lsg_tiny import NAMES, VOCABULARY, heads, plain_config, plain_model, text
 from sparsefinder.errors import UserError
 from sparsefinder.lsg import config_class, from_pretrained, model_class, train_only_globals_and_head
 from sparsefinder.lsg.embedding_tables import global_table
+from sparsefinder.lsg.equivalence import output_states, without_globals
 from sparsefinder.lsg.families import FAMILIES, architecture_of, family_of, plain_class
-from sparsefinder.lsg.proof import output_states, without_globals
 
 SMALL = {"block_size": 4, "sparse_block_size": 4, "sparsity_factor": 2}
 EVERY_HEAD = [pair for name in NAMES for pair in heads(name)]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sparsefinder.executors.work import Pairs, Work
+from sparsefinder.executors.workload import Pairs, Work
 from sparsefinder.numerics.normalizers import Normalizer, PerHead
 
 AT_ONCE = 1 << 22  # scores in memory at one time

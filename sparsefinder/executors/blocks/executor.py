@@ -11,7 +11,7 @@ from torch import Tensor
 from sparsefinder.errors import UserError
 from sparsefinder.executors.blocks.decompose import Blocks, decompose
 from sparsefinder.executors.blocks.head_chunks import HeadChunks, chunk_heads
-from sparsefinder.executors.work import Work
+from sparsefinder.executors.workload import Work
 from sparsefinder.graphs import QK, Layout
 from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.numerics.padding import at_least_float32

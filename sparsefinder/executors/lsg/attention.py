@@ -26,7 +26,7 @@ from sparsefinder.executors.lsg.settings import LSGSettings
 from sparsefinder.executors.lsg.sparse_keys import choose, pick
 from sparsefinder.graphs import QK
 from sparsefinder.numerics.normalizers import Normalizer
-from sparsefinder.numerics.recording import known, recorded
+from sparsefinder.numerics.tracing import known, recorded
 
 SOFTMAX = Normalizer(1.0)
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from sparsefinder.executors.lsg.settings import LSGSettings
 from sparsefinder.numerics.normalizers import Normalizer
-from sparsefinder.numerics.recording import recorded
+from sparsefinder.numerics.tracing import recorded
 
 _WORKSPACE = 1 << 25  # bytes of keys and values laid side by side at a time; a few heads at 4,096 tokens fit the cache
 

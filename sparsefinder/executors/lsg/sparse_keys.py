@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sparsefinder.executors.lsg.settings import LSGSettings
-from sparsefinder.numerics.recording import constant
+from sparsefinder.numerics.tracing import constant
 
 
 class SparseKeys(NamedTuple):

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparsefinder.executors.native.library import DTYPES, LONG, POINTER, Library, pointers
-from sparsefinder.executors.work import Pairs, Work
+from sparsefinder.executors.workload import Pairs, Work
 from sparsefinder.numerics.normalizers import Normalizer, PerHead
 
 

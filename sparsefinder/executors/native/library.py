@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparsefinder.errors import UserError
 from sparsefinder.executors.native.build import load
-from sparsefinder.executors.work import Work
+from sparsefinder.executors.workload import Work
 
 log = logging.getLogger(__name__)
 

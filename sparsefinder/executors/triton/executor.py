@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparsefinder.errors import UserError
 from sparsefinder.executors.triton.plan import plan
-from sparsefinder.executors.work import Work
+from sparsefinder.executors.workload import Work
 from sparsefinder.graphs import QK, Layout
 from sparsefinder.numerics.normalizers import Normalizer
 

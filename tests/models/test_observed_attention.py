@@ -4,7 +4,7 @@ import torch
 
 from sparsefinder.attention import Masked
 from sparsefinder.models import plugged
-from sparsefinder.models.watching import Recorder, Watched
+from sparsefinder.models.observed_attention import Recorder, Watched
 from sparsefinder.patterns.window import Window
 from tests.tiny_models import VOCABULARY, tiny_model
 

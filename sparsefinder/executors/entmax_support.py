@@ -11,7 +11,7 @@ from torch import Tensor
 from sparsefinder.executors.blocks.dense_tiles import TilesExecutor
 from sparsefinder.executors.choose import AUTO, Executor, choose
 from sparsefinder.executors.native.dense import NativeDenseExecutor
-from sparsefinder.executors.work import Pairs, Work
+from sparsefinder.executors.workload import Pairs, Work
 from sparsefinder.graphs import QK
 from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.numerics.padding import at_least_float32

@@ -11,8 +11,8 @@ from test_lsg_models import inputs_for, lsg_model
 
 from sparsefinder.errors import UserError
 from sparsefinder.lsg import from_pretrained
+from sparsefinder.lsg.equivalence import output_states
 from sparsefinder.lsg.families import FAMILIES
-from sparsefinder.lsg.proof import output_states
 
 
 def run(model, ids, mask=None, **more):

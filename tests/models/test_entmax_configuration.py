@@ -24,7 +24,7 @@ from transformers import (
 
 from sparsefinder.errors import UserError
 from sparsefinder.models import REGISTERED, get_normalizer, set_normalizer
-from sparsefinder.models.remembering import SAVED_AS
+from sparsefinder.models.entmax_configuration import SAVED_AS
 from sparsefinder.numerics.normalizers import Normalizer
 
 

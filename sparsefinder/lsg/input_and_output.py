@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsefinder.numerics.recording import known
+from sparsefinder.numerics.tracing import known
 
 
 class Turn(NamedTuple):

@@ -1,4 +1,4 @@
-// Attention over the union of buckets, a window and global tokens, one query at a time: see attention.py.
+// Attention over the union of buckets, a window and global tokens, one query at a time: see bucketed.py.
 //
 // A query lists its keys (each once, by a stamp), multiplies with those alone, solves entmax on what can be above the threshold,
 // and adds up the values of its support. Nothing is kept but that row. Forward, all threads share the queries of one head and find
@@ -20,7 +20,7 @@
 
 namespace {
 
-// a graph in compressed form; the same fields, in this order, in attention.py
+// a graph in compressed form; the same fields, in this order, in bucketed.py
 struct Graph {
     int64_t batch, heads, tokens, size;   // B, H, N, D
     int64_t q_slots, k_slots, buckets;    // P, P', bucket ids in all

@@ -21,14 +21,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparsefinder.executors.native.library import DTYPES, LONG, POINTER, Library, pointers
-from sparsefinder.executors.work import Work
+from sparsefinder.executors.workload import Work
 from sparsefinder.graphs import QK, Layout
 from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.numerics.padding import at_least_float32
 
 
 class _Graph(ctypes.Structure):
-    """``Graph`` of attention.cpp: the same fields in the same order."""
+    """``Graph`` of bucketed.cpp: the same fields in the same order."""
 
     _fields_ = [
         *((name, LONG) for name in ("batch", "heads", "tokens", "size", "q_slots", "k_slots", "buckets")),
@@ -38,7 +38,7 @@ class _Graph(ctypes.Structure):
     ]
 
 
-_LIBRARY = Library("attention", 1, (_Graph,))
+_LIBRARY = Library("bucketed", 1, (_Graph,))
 
 
 class NativeExecutor:
