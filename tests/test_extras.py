@@ -34,6 +34,15 @@ IN_EXTRAS = (
     "triton",
 )
 NEED_EXTRAS = (
+    *(
+        "commandline.checks",
+        "commandline.choices",
+        "commandline.composition",
+        "commandline.conf_folder",
+        "commandline.job",
+        "commandline.messages",
+        "commandline.sweeps",
+    ),
     *("analysis", "calibrate", "evaluate", "evaluation", "executors.triton.block_sparse", "executors.triton.kernels"),
     *("pipeline", "report", "reporting", "score", "storage.growing_table", "storage.tables"),
 )

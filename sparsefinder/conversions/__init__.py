@@ -18,8 +18,8 @@ _HOMES = {
     "stay_sparse": "bigbird",
     "convert_longformer_to_led": "led",
     "guard_length": "length_guard",
-    "certify": "proof",
-    "save": "proof",
+    "certify": "equivalence",
+    "save": "equivalence",
     "TARGETS": "command",
     "convert_checkpoint": "command",
 }

@@ -67,7 +67,7 @@ def distance_histogram(
     Over all layers and heads of the first ``most`` samples; bins are equally wide, from zero to the largest distance.
     """
     rows: list[dict[str, Any]] = []
-    for row, configuration in _quantizations(configurations):
+    for index_of_configuration, configuration in _quantizations(configurations):
         projections = learned.get("projections", configuration.name)
         measured = [
             _shared_and_apart(qk, projections(qk, layer), configuration.pattern, layer, distance)
@@ -81,12 +81,12 @@ def distance_histogram(
             bin_of = (apart / widest * bins).long().clamp(0, bins - 1)
             counts += torch.bincount(shared * bins + bin_of, minlength=numbers * bins)
         edges = torch.linspace(0, widest, bins + 1, dtype=torch.float64).tolist()
-        for number, row in enumerate(counts.view(numbers, bins).tolist()):
+        for number, of_bins in enumerate(counts.view(numbers, bins).tolist()):
             rows += [
-                {"configuration": row, "bucket_size": configuration.pattern.bucket_size}
+                {"configuration": index_of_configuration, "bucket_size": configuration.pattern.bucket_size}
                 | {"same_size": configuration.pattern.same_size, "shared": number}
                 | {"low": edges[at], "high": edges[at + 1], "pairs": pairs}
-                for at, pairs in enumerate(row)
+                for at, pairs in enumerate(of_bins)
             ]
     columns = ["configuration", "bucket_size", "same_size", "shared", "low", "high", "pairs"]
     return tables.tidy(rows) if rows else pd.DataFrame(columns=columns)

@@ -20,6 +20,7 @@ import pytest
 from conversions.tiny_sources import LENGTH, make_source
 
 from sparsefinder.corpora import train_tokenizer
+from sparsefinder.storage.samples import load_samples
 from sparsefinder.storage.store import ARTEFACTS
 from tests.conftest import GRAPH, ROOT
 
@@ -155,8 +156,10 @@ def make_files(folder: Path) -> None:
     (folder / "train.txt").write_text("\n\n".join(texts), encoding="utf-8")
     (folder / "validation.txt").write_text(texts[0], encoding="utf-8")
     (folder / "runs" / "large" / "qk_enc-attn.pt").mkdir(parents=True)  # an artefact in several files
-    for name in ("qk.pt", "qk_validation.pt", "runs/large/qk_enc-attn.pt/0.pt", "runs/large/qk_enc-attn.pt/1.pt"):
-        (folder / name).write_bytes((GRAPH / "golden_enc-attn.pt").read_bytes())
+    samples = load_samples(GRAPH / "golden_enc-attn.pt")
+    for name in ("qk.pt", "runs/large/qk_enc-attn.pt/0.pt", "runs/large/qk_enc-attn.pt/1.pt"):
+        samples.save(folder / name)
+    samples.part(0, len(samples) - 1).save(folder / "qk_validation.pt")  # others than those that are learned from
     for name in ("projections.pickle", "centroids.pickle"):
         (folder / name).write_bytes((GRAPH / f"golden_{name}").read_bytes())
     tokenizer = train_tokenizer(texts, 300, LENGTH)
