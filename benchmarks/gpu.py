@@ -5,7 +5,8 @@
 
 The tensors, patterns and sizes of `bucketed.py`, in bfloat16. FlexAttention runs softmax on the same predicted graph, in the
 order of the text (it cannot permute, so it computes every block that holds one edge). AdaSplash (version 1, bidirectional,
-α = 1.5) runs dense entmax and is skipped where it is not installed. The predictor is inside our times.
+α = 1.5) runs dense entmax and is skipped where it is not installed; our own exact dense entmax in Triton is beside it. The
+predictor is inside our times.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from bucketed import HEADS, SIZE, patterns
 from measuring import Measured, measure
 from torch import Tensor
 
-from sparsefinder.attention import Bucketed
+from sparsefinder.attention import Bucketed, Dense
 from sparsefinder.graphs import QK, HasLayout, Layout
 
 BASELINE = "SDPA softmax"
@@ -73,7 +74,9 @@ def compare(tokens: int, block: int, rounds: int, backward: bool) -> None:
     )
     valid = torch.ones(1, tokens, dtype=torch.bool, device="cuda")
     attentions: dict[str, Callable[[], Tensor]] = {BASELINE: lambda: F.scaled_dot_product_attention(q, k, v)}
-    pairs: dict[str, float] = {BASELINE: 1.0}
+    exact = Dense(executor="triton")
+    attentions["Dense entmax, exact"] = lambda: exact(q, k, v, valid)
+    pairs: dict[str, float] = {BASELINE: 1.0, "Dense entmax, exact": 1.0}
     dense = adasplash(q, k, v)
     if dense is not None:
         attentions["AdaSplash, dense entmax"] = dense

@@ -13,7 +13,7 @@ What every attention here promises:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -26,11 +26,12 @@ from sparsefinder.executors.blocks.executor import BlocksExecutor
 from sparsefinder.executors.choose import AUTO, Executor, check, choose, explain
 from sparsefinder.executors.native.bucketed import NativeExecutor
 from sparsefinder.executors.native.dense import NativeDenseExecutor
+from sparsefinder.executors.triton.dense import TritonDenseExecutor
 from sparsefinder.executors.triton.executor import TritonExecutor
 from sparsefinder.executors.workload import Pairs, Work
 from sparsefinder.graphs import QK, HasLayout, Layout, Pattern, band
 from sparsefinder.numerics.normalizers import Normalizer, PerHead
-from sparsefinder.numerics.padding import at_least_float32, without_padding
+from sparsefinder.numerics.padding import at_least_float32, exactly, without_padding
 
 _ENTMAX15 = Normalizer(1.5)  # the normalizer of the gold graphs
 
@@ -51,10 +52,10 @@ class DenseExecutor(Executor, Protocol):
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, pairs: Pairs, normalizer: Normalizer | PerHead, dropout: float
     ) -> Tensor:
-        """``q (B, H, N_q, D)``, ``k``, ``v (B, H_k, N_k, D)``, float32 or float64 → ``(B, H, N_q, D)``."""
+        """``q (B, H, N_q, D)``, ``k``, ``v (B, H_k, N_k, D)``, of any precision → ``(B, H, N_q, D)``."""
 
 
-_DENSE_EXECUTORS: tuple[DenseExecutor, ...] = (NativeDenseExecutor(), TilesExecutor())
+_DENSE_EXECUTORS: tuple[DenseExecutor, ...] = (NativeDenseExecutor(), TritonDenseExecutor(), TilesExecutor())
 
 
 @dataclass(frozen=True)
@@ -156,18 +157,21 @@ class Dense:
 
     - ``native``, C++ on a CPU (`sparsefinder.executors.native.dense`): exact, and faster than softmax from some hundred tokens
       on;
+    - ``triton``, kernels on a GPU (`sparsefinder.executors.triton.dense`), float32 or half precision, without masks besides
+      padding, causal and window, without dropout and without a gradient for α;
     - ``tiles``, torch's products on any device (`sparsefinder.executors.blocks.dense_tiles`): some queries at a time, with the
       work of dense attention.
 
-    ``auto`` is ``native`` wherever it works, which on a CPU needs a C++ compiler the first time. Softmax (α = 1) is torch's
-    ``scaled_dot_product_attention`` with either, but for a window in C++. ``native`` can be differentiated once, not twice.
+    ``auto`` is ``native`` wherever it works, which on a CPU needs a C++ compiler the first time, then ``triton``. Softmax (α = 1)
+    is torch's ``scaled_dot_product_attention`` with any, but for a window in C++. ``native`` and ``triton`` can be
+    differentiated once, not twice.
     """
 
     normalizer: Normalizer | PerHead = _ENTMAX15  # how scores become probabilities; α may differ from head to head
     causal: bool = False  # whether a query sees no later key
     window: int = 0  # odd: a query sees itself and window // 2 keys on each side; 0 for all
     dropout: float = 0.0  # share of the probabilities that are set to zero, the others divided by what is left
-    executor: str = AUTO  # auto, native or tiles
+    executor: str = AUTO  # auto, native, triton or tiles
 
     def __post_init__(self) -> None:
         check(_DENSE_EXECUTORS, self.executor)
@@ -205,17 +209,22 @@ class Dense:
         return Pairs(query_valid, key_valid, reach, 0 if self.causal else reach, mask)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, pairs: Pairs) -> Tensor:
-        exact = (at_least_float32(q), at_least_float32(k), v.to(at_least_float32(q).dtype))
         if self._is_softmax:
-            return self._softmax(*exact, pairs).to(v.dtype)
-        executor = choose(_DENSE_EXECUTORS, self.executor, Work.of(q, k, v))
-        return executor.attend(*exact, pairs, self.normalizer, self.dropout).to(v.dtype)
+            return self._softmax(*exactly(q, k, v), pairs).to(v.dtype)
+        work = self._work(q, k, v, masked=pairs.mask is not None)
+        executor = choose(_DENSE_EXECUTORS, self.executor, work)
+        return executor.attend(q, k, v, pairs, self.normalizer, self.dropout).to(v.dtype)
+
+    def _work(self, q: Tensor, *others: Tensor, masked: bool = False) -> Work:
+        alpha = self.normalizer.alpha
+        learns = isinstance(alpha, Tensor) and alpha.requires_grad and torch.is_grad_enabled()
+        return replace(Work.of(q, *others), masked=masked, dropout=self.dropout > 0.0, learns_alpha=learns)
 
     def explain(self, q: Tensor, *others: Tensor) -> str:
         """Which executor multiplies these queries (and keys and values) and why no other one does: a line for each."""
         if self._is_softmax:
             return "softmax: torch's scaled_dot_product_attention; a window in C++ where that works"
-        return explain(_DENSE_EXECUTORS, self.executor, Work.of(q, *others))
+        return explain(_DENSE_EXECUTORS, self.executor, self._work(q, *others))
 
     @torch.no_grad()
     def graph(self, qk: QK, layer: int) -> Tensor:
@@ -242,7 +251,7 @@ class Dense:
     def _is_banded(self, q: Tensor, k: Tensor, pairs: Pairs) -> bool:
         """Whether softmax multiplies a band alone: torch has none, and with a mask it takes all products."""
         same = pairs.query_valid is pairs.key_valid and q.shape == k.shape and pairs.mask is None
-        able = self.executor != TilesExecutor.name and not NativeExecutor().why_not(Work.of(q, k))
+        able = self.executor in (AUTO, NativeDenseExecutor.name) and not NativeExecutor().why_not(Work.of(q, k))
         return bool(self.window) and same and able and not self.dropout
 
     @property

@@ -10,10 +10,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Work:
-    """What decides who can do it: where the vectors are, and of what precision."""
+    """What decides who can do it: where the vectors are, of what precision, and what else is asked for."""
 
     device: torch.device  # of the queries
     dtypes: tuple[torch.dtype, ...]  # of queries, keys and, where they are at hand, values
+    masked: bool = False  # whether pairs are given by a mask besides padding and a band
+    dropout: bool = False  # whether some probabilities are set to zero
+    learns_alpha: bool = False  # whether the normalizer's α gets a gradient
 
     @classmethod
     def of(cls, q: Tensor, *others: Tensor) -> Work:
@@ -51,3 +54,21 @@ class Pairs:
         if self.back is not None:
             pairs = pairs & (distance >= -self.back)
         return pairs if self.ahead is None else pairs & (distance <= self.ahead)
+
+
+def check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Refuse vectors that do not belong together, before anything reads beyond their ends.
+
+    Args:
+        q: ``(B, H, N_q, D)``.
+        k: ``(B, H_k, N_k, D)``, ``H`` a multiple of ``H_k``.
+        v: of the shape of ``k``.
+
+    Raises:
+        ValueError: the shapes are others.
+    """
+    if k.shape != v.shape or k.shape[::3] != q.shape[::3] or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"q must be (B, H, N_q, D), k and v (B, H_k, N_k, D) with H a multiple of H_k, got {tuple(q.shape)}, "
+            f"{tuple(k.shape)} and {tuple(v.shape)}"
+        )

@@ -22,3 +22,9 @@ def without_padding(x: Tensor, valid: Tensor) -> Tensor:
 def at_least_float32(x: Tensor) -> Tensor:
     """The dtype that scores are computed in: half precision becomes float32, float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def exactly(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values as they are multiplied where half precision is not: ``v`` in the dtype of ``q``."""
+    exact = at_least_float32(q)
+    return exact, at_least_float32(k), v.to(exact.dtype)

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sparsefinder.executors.workload import Pairs, Work
 from sparsefinder.numerics.normalizers import Normalizer, PerHead
+from sparsefinder.numerics.padding import exactly
 
 AT_ONCE = 1 << 22  # scores in memory at one time
 
@@ -32,8 +33,8 @@ class TilesExecutor:
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, pairs: Pairs, normalizer: Normalizer | PerHead, dropout: float
     ) -> Tensor:
-        """``q (B, H, N_q, D)``, ``k``, ``v (B, H_k, N_k, D)``, float32 or float64 → ``(B, H, N_q, D)``."""
-        out = attend(q, k, v, pairs.allowed, normalizer, dropout)
+        """``q (B, H, N_q, D)``, ``k``, ``v (B, H_k, N_k, D)``, of any precision → ``(B, H, N_q, D)``, float32 at least."""
+        out = attend(*exactly(q, k, v), pairs.allowed, normalizer, dropout)
         return out.masked_fill(~pairs.query_valid[:, None, :, None], 0.0)
 
     def support(self, q: Tensor, k: Tensor, pairs: Pairs, normalizer: Normalizer) -> tuple[Tensor, Tensor, Tensor]:

@@ -27,8 +27,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparsefinder.executors.native.library import DTYPES, LONG, POINTER, Library, pointers
-from sparsefinder.executors.workload import Pairs, Work
+from sparsefinder.executors.workload import Pairs, Work, check_shapes
 from sparsefinder.numerics.normalizers import Normalizer, PerHead
+from sparsefinder.numerics.padding import exactly
 
 
 class _Problem(ctypes.Structure):
@@ -58,11 +59,11 @@ class NativeDenseExecutor:
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, pairs: Pairs, normalizer: Normalizer | PerHead, dropout: float
     ) -> Tensor:
-        """``q (B, H, N_q, D)``, ``k``, ``v (B, H_k, N_k, D)``, float32 or float64 → ``(B, H, N_q, D)``."""
+        """``q (B, H, N_q, D)``, ``k``, ``v (B, H_k, N_k, D)``, of any precision → ``(B, H, N_q, D)``, float32 at least."""
         alpha = normalizer.alpha
         alpha = alpha if isinstance(alpha, Tensor) else torch.full((q.shape[1],), alpha, dtype=torch.float64)
         seed = int(torch.randint(1 << 62, ())) if dropout else 0
-        return attend(q, k, v, pairs, alpha, dropout, seed)
+        return attend(*exactly(q, k, v), pairs, alpha, dropout, seed)
 
     def support(self, q: Tensor, k: Tensor, pairs: Pairs, normalizer: Normalizer) -> tuple[Tensor, Tensor, Tensor]:
         """Counts, keys and probabilities of the pairs of positive probability; see `support`."""
@@ -96,11 +97,7 @@ def attend(
     Raises:
         ValueError: the shapes do not belong together.
     """
-    if k.shape != v.shape or k.shape[::3] != q.shape[::3] or q.shape[1] % k.shape[1]:
-        raise ValueError(
-            f"q must be (B, H, N_q, D), k and v (B, H_k, N_k, D) with H a multiple of H_k, got {tuple(q.shape)}, "
-            f"{tuple(k.shape)} and {tuple(v.shape)}"
-        )
+    check_shapes(q, k, v)
     run = _Run(pairs, dropout, seed, plain)
     result: Tensor = _Attend.apply(q, k, v, alpha, run)
     return result

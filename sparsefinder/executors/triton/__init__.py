@@ -1,4 +1,5 @@
-"""The predicted graph on a GPU: a plan of blocks, and Triton kernels that walk through it.
+"""Attention on a GPU in Triton: of a predicted graph, by a plan of blocks and kernels that walk through it; and dense.
 
-Nothing here imports Triton but `block_sparse`, and that is imported at the first call: the package works without it.
+Nothing here imports Triton but `block_sparse` and the kernels, which are imported at the first call: the package works
+without it.
 """

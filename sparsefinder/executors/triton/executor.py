@@ -15,6 +15,31 @@ from sparsefinder.executors.workload import Work
 from sparsefinder.graphs import QK, Layout
 from sparsefinder.numerics.normalizers import Normalizer
 
+INTERPRET = "TRITON_INTERPRET"  # of the environment: 1 where Triton interprets its kernels, on the CPU
+
+
+def why_not(work: Work | None) -> str:
+    """Why no kernel of ours can do this work here; empty where one can. None: whatever the work."""
+    if importlib.util.find_spec("triton") is None:
+        return "needs triton, which is not installed: pip install 'sparsefinder[gpu]'"
+    if work is None:
+        return ""
+    interpreted = work.device.type == "cpu" and os.environ.get(INTERPRET) == "1"
+    if work.device.type != "cuda" and not interpreted:
+        return f"needs a GPU with CUDA, the queries are on {work.device}"
+    if len(set(work.dtypes)) > 1 or torch.float64 in work.dtypes:
+        got = ", ".join(str(dtype).removeprefix("torch.") for dtype in work.dtypes)
+        return f"needs queries, keys and values of one precision, float32 or half, got {got}"
+    if interpreted and torch.bfloat16 in work.dtypes:  # it multiplies their bits as whole numbers
+        return "Triton's interpreter (TRITON_INTERPRET=1) does not multiply bfloat16, float16 or float32 it does"
+    return ""
+
+
+def check_block(block: int) -> None:
+    """Refuse a size of blocks that the kernels do not have."""
+    if block < 16 or block & (block - 1):
+        raise UserError(f"block must be a power of two of 16 or more, got {block}")
+
 
 @dataclass(frozen=True)
 class TritonExecutor:
@@ -30,21 +55,11 @@ class TritonExecutor:
     never_automatic = "only where it is asked for: it has not been measured on a GPU"
 
     def __post_init__(self) -> None:
-        if self.block < 16 or self.block & (self.block - 1):
-            raise UserError(f"block must be a power of two of 16 or more, got {self.block}")
+        check_block(self.block)
 
     def why_not(self, work: Work | None) -> str:
         """Why this work cannot be done here; empty where it can. None: whatever the work."""
-        if importlib.util.find_spec("triton") is None:
-            return "needs triton, which is not installed: pip install 'sparsefinder[gpu]'"
-        if work is None:
-            return ""
-        if work.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-            return f"needs a GPU with CUDA, the queries are on {work.device}"
-        if len(set(work.dtypes)) > 1 or torch.float64 in work.dtypes:
-            got = ", ".join(str(dtype).removeprefix("torch.") for dtype in work.dtypes)
-            return f"needs queries, keys and values of one precision, float32 or half, got {got}"
-        return ""
+        return why_not(work)
 
     def attend(self, qk: QK, v: Tensor, layout: Layout, normalizer: Normalizer) -> Tensor:
         """``v (B, H, N, D)`` and vectors without what padding contained → ``(B, H, N, D)`` in the dtype of ``v``."""

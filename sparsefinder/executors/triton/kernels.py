@@ -68,6 +68,15 @@ def _scores(q, k, q_tokens, k_tokens, q_ids_ptr, k_ids_ptr, limit, reach, scale,
 
 
 @triton.jit
+def _any_powers(x, exponent):
+    """``p`` and ``s`` of an α > 1 that need not be known when this is compiled; ``exponent = (2−α)/(α−1)``."""
+    excess = tl.maximum(x, 0.0)
+    logarithm = tl.log(tl.where(excess > 0.0, excess, 1.0))
+    s = tl.where(excess > 0.0, tl.exp(logarithm * exponent), 0.0)
+    return s * excess, s
+
+
+@triton.jit
 def _powers(x, ALPHA: tl.constexpr):
     """``p`` and ``s = p^{2−α}`` from the excess ``x = (α−1)(z − max z) − τ``; for softmax from ``log p``."""
     if ALPHA == 1.0:
@@ -80,10 +89,7 @@ def _powers(x, ALPHA: tl.constexpr):
         p = tl.maximum(x, 0.0)
         s = (x > 0.0).to(tl.float32)
     else:
-        excess = tl.maximum(x, 0.0)
-        logarithm = tl.log(tl.where(excess > 0.0, excess, 1.0))
-        s = tl.where(excess > 0.0, tl.exp(logarithm * ((2.0 - ALPHA) / (ALPHA - 1.0))), 0.0)
-        p = s * excess
+        p, s = _any_powers(x, (2.0 - ALPHA) / (ALPHA - 1.0))
     return p, s
 
 
