@@ -162,7 +162,7 @@ class Dense:
     - ``tiles``, torch's products on any device (`sparsefinder.executors.blocks.dense_tiles`): some queries at a time, with the
       work of dense attention.
 
-    ``auto`` is ``native`` wherever it works, which on a CPU needs a C++ compiler the first time, then ``triton``. Softmax (α = 1)
+    ``auto`` is ``native`` wherever it works, which on a CPU needs a C++ compiler the first time, else ``tiles``. Softmax (α = 1)
     is torch's ``scaled_dot_product_attention`` with any, but for a window in C++. ``native`` and ``triton`` can be
     differentiated once, not twice.
     """

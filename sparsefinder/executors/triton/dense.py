@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sparsefinder.executors.triton.executor import INTERPRET, check_block, why_not
+from sparsefinder.executors.triton.executor import INTERPRET, UNMEASURED, check_block, why_not
 from sparsefinder.executors.workload import Pairs, Work, check_shapes
 from sparsefinder.numerics.normalizers import Normalizer, PerHead
 
@@ -39,7 +39,7 @@ class TritonDenseExecutor:
 
     block: int = 64  # queries and keys of a tile at most: a power of two, 16 or more
     name = "triton"
-    never_automatic = ""
+    never_automatic = UNMEASURED
 
     def __post_init__(self) -> None:
         check_block(self.block)

@@ -41,6 +41,9 @@ def check_block(block: int) -> None:
         raise UserError(f"block must be a power of two of 16 or more, got {block}")
 
 
+UNMEASURED = "only where it is asked for: it has not been measured on a GPU"
+
+
 @dataclass(frozen=True)
 class TritonExecutor:
     """A layout in blocks of ``block`` queries by ``block`` keys, whose scores are never in memory.
@@ -52,7 +55,7 @@ class TritonExecutor:
 
     block: int = 64  # queries and keys of a block: a power of two, 16 or more
     name = "triton"
-    never_automatic = "only where it is asked for: it has not been measured on a GPU"
+    never_automatic = UNMEASURED
 
     def __post_init__(self) -> None:
         check_block(self.block)
