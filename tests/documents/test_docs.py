@@ -30,6 +30,7 @@ ELSEWHERE = {"docs/how-to/adding_a_pattern.md": "tests/patterns/test_adding_a_pa
 NOT_RUN = {
     ("README.md", "sets up an environment, then minutes of work; `make -n` is what tests can do"),
     ("README.md", "needs the Hugging Face hub and a GPU"),
+    ("README.md", "minutes, on a quiet machine"),
     (
         "CONTRIBUTING.md",
         "sets up environments and runs the suite that this test is part of; `make -n` is what it can do",
