@@ -43,7 +43,15 @@ NEED_EXTRAS = (
         "commandline.messages",
         "commandline.sweeps",
     ),
-    *("analysis", "calibrate", "evaluate", "evaluation", "executors.triton.block_sparse", "executors.triton.kernels"),
+    *(
+        "analysis",
+        "calibrate",
+        "evaluate",
+        "evaluation",
+        "executors.triton.block_sparse",
+        "executors.triton.dense_kernels",
+        "executors.triton.kernels",
+    ),
     *("pipeline", "report", "reporting", "score", "storage.growing_table", "storage.tables"),
 )
 
