@@ -83,6 +83,30 @@ def test_every_head_is_the_pattern_at_its_own_value(name: str, layer: int) -> No
         assert torch.equal(mixed(qk, layer)[:, head], alone(qk, layer)[:, head])
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("name", ["routed", "routed_budget", "kmeans"])
+def test_a_value_for_each_head_is_one_question(name: str, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layout of all heads at once beside one layout for each head: the same slots, and the values are checked."""
+    pattern, step, _ = KINDS[name]
+    qk = random_qk([33, 20], HEADS, SIZE, causal)
+    value = getattr(pattern, pattern.sparsity_parameter)
+    monkeypatch.setattr(
+        type(pattern), "layout", lambda *_: pytest.fail("asked head by head")
+    ) if name != "kmeans" else None
+    together = layout_of(apart(pattern, step), qk, 1).buckets
+    monkeypatch.undo()
+    for head, own in enumerate((value + step, value)):
+        alone = replace(pattern, **{pattern.sparsity_parameter: own}).layout(qk, 1).buckets
+        assert together.count == alone.count
+        assert torch.equal(together.k_ids[:, head, :, :1], alone.k_ids[:, head, :, :1])
+        taken = together.q_ids[:, head].sort(-1, descending=True).values
+        expected = alone.q_ids[:, head].sort(-1, descending=True).values
+        assert torch.equal(taken[..., : expected.shape[-1]], expected)
+        assert (taken[..., expected.shape[-1] :] == -1).all()
+    with pytest.raises(UserError, match="share of the keys|1 or more|must be"):
+        apart(replace(pattern, rule="budget") if name != "kmeans" else pattern, -9).layout(qk, 1)
+
+
 def test_a_window_that_differs_has_no_layout_and_one_that_does_not_has() -> None:
     qk = random_qk([6], HEADS, SIZE)
     with pytest.raises(UserError, match="attention=masked"):

@@ -42,14 +42,15 @@ def check_rule(rule: str, level: float, alpha: float) -> None:
         raise UserError(f"alpha must be greater than 1 and at most 2, got {alpha}: softmax has no threshold")
 
 
-def select(scores: Tensor, numbers: Tensor, rule: str, level: float, alpha: float) -> Tensor:
+def select(scores: Tensor, numbers: Tensor, rule: str, level: float | Tensor, alpha: float) -> Tensor:
     """The columns kept by each row.
 
     Args:
         scores: ``(..., rows, M)`` floating point.
         numbers: Keys behind each column, broadcastable to the scores; a column of no key is never kept.
         rule: ``margin`` or ``budget``, see above.
-        level: Distance below the threshold (margin), or share of the keys (budget).
+        level: Distance below the threshold (margin), or share of the keys (budget); a tensor that broadcasts to
+            ``(..., rows, 1)`` says it for each row or each head.
         alpha: Of the entmax whose threshold is estimated, 1 < α ≤ 2.
 
     Returns:
@@ -70,7 +71,7 @@ def select(scores: Tensor, numbers: Tensor, rule: str, level: float, alpha: floa
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, kept) & (numbers > 0)
 
 
-def _most_columns(numbers: Tensor, level: float) -> int:
+def _most_columns(numbers: Tensor, level: float | Tensor) -> int:
     """Columns that a budget can reach: as many as its smallest ones fit, so that no row needs to be sorted whole."""
     smallest = numbers.masked_fill(numbers == 0, torch.inf).sort(dim=-1).values
     before = (smallest.cumsum(-1) - smallest).nan_to_num(torch.inf)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from sparsefinder.errors import UserError
@@ -39,6 +41,16 @@ class KMeans:
         centres = self.centroids(qk, layer)
         q_ids, k_ids = (nearest(x, centres, self.top_clusters) for x in (qk.q, qk.k))
         return Layout(Buckets(q_ids, k_ids, centres.shape[1] * centres.shape[2]))
+
+    def layout_of_heads(self, qk: QK, layer: int, values: Sequence[int]) -> Layout:
+        """The same with so many clusters for each head, ``H`` of them: as fast as with the most of them."""
+        most = replace(self, top_clusters=max(values)).layout(qk, layer).buckets
+        assert most is not None
+        top = torch.tensor([replace(self, top_clusters=value).top_clusters for value in values])[:, None, None]
+        of_a_run = torch.arange(most.q_ids.shape[-1]) % max(values)  # the nearest of a run come first
+        spare = (of_a_run >= top).to(qk.q.device)
+        q_ids, k_ids = (ids.masked_fill(spare, -1) for ids in (most.q_ids, most.k_ids))
+        return Layout(Buckets(q_ids, k_ids, most.count))
 
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool from vectors ``(B, H, N, R)``."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +17,21 @@ from sparsefinder.patterns.combine import layout_of
 NO_BUCKET = -1
 
 
+@runtime_checkable
+class ForEachHead(Protocol):
+    """A pattern whose layout can have a value of the sparsity parameter for each head, at the cost of one."""
+
+    def layout_of_heads(self, qk: QK, layer: int, values: Sequence[Any]) -> Layout:
+        """The layout whose head ``h`` is the pattern's at ``values[h]``."""
+
+
 @dataclass(frozen=True)
 class PerHead:
     """Edge of head ``h`` iff the pattern has it with its sparsity parameter at ``values[layer][h]``.
 
-    The pattern is asked once for each distinct value of the layer, about all heads, since what it knows (random numbers,
-    centroids) belongs to the index of a head: predicting costs as many times more as there are distinct values.
+    A pattern that has ``layout_of_heads`` is asked once. Any other is asked once for each distinct value of the layer, about
+    all heads, since what it knows (random numbers, centroids) belongs to the index of a head: predicting costs as many times
+    more as there are distinct values.
 
     Args:
         pattern: A pattern dataclass with a sparsity parameter.
@@ -44,6 +53,8 @@ class PerHead:
         Raises:
             UserError: Where the values change the window or the global tokens, or where the pattern has no layout.
         """
+        if isinstance(self.pattern, ForEachHead):
+            return self.pattern.layout_of_heads(qk, layer, self._values(qk, layer))
         kinds, taken = self._kinds(qk, layer)
         layouts = [layout_of(kind, qk, layer) for kind in kinds]
         if len({layout.window for layout in layouts}) > 1 or not _same([layout.is_global for layout in layouts]):
@@ -55,20 +66,26 @@ class PerHead:
 
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool."""
+        if isinstance(self.pattern, ForEachHead):
+            return self.layout(qk, layer).graph(qk)
         kinds, taken = self._kinds(qk, layer)
         return _select([kind(qk, layer) for kind in kinds], taken)
 
     def _kinds(self, qk: QK, layer: int) -> tuple[list[Pattern], list[int]]:
         """The pattern at each distinct value of the layer, and which of them each head takes."""
+        values = self._values(qk, layer)
+        distinct = sorted(set(values))
+        kinds: list[Pattern] = [replace(self.pattern, **{self.pattern.sparsity_parameter: value}) for value in distinct]
+        return kinds, [distinct.index(value) for value in values]
+
+    def _values(self, qk: QK, layer: int) -> tuple[Any, ...]:
         heads = qk.q.shape[1]
         if not 0 <= layer < len(self.values) or len(self.values[layer]) != heads:
             raise UserError(
                 f"the values are those of {len(self.values)} layers with {len(self.values[0])} heads, asked for was layer "
                 f"{layer} with {heads} heads: run stage=calibrate on these queries and keys"
             )
-        distinct = sorted(set(self.values[layer]))
-        kinds: list[Pattern] = [replace(self.pattern, **{self.pattern.sparsity_parameter: value}) for value in distinct]
-        return kinds, [distinct.index(value) for value in self.values[layer]]
+        return self.values[layer]
 
 
 def _select(parts: Sequence[Tensor], taken: Sequence[int]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -64,26 +64,36 @@ class ToClusters:
 
     def layout(self, qk: QK, layer: int) -> Layout:
         """Clusters as buckets: each key in one, each query in those that it is routed to."""
+        return self._layout(qk, layer, self.level)
+
+    def layout_of_heads(self, qk: QK, layer: int, values: Sequence[float]) -> Layout:
+        """The same with a level for each head, ``H`` of them: as fast as with one."""
+        for level in set(values):
+            check_rule(self.rule, level, self.alpha)
+        return self._layout(qk, layer, torch.tensor(values, dtype=torch.float64))
+
+    def _layout(self, qk: QK, layer: int, level: float | Tensor) -> Layout:
         centres = self.centroids(qk, layer).flatten(1, 2)  # several runs are as many clusters more
         count = centres.shape[1]
         cluster = nearest(qk.k, centres[:, None], 1)[..., 0].masked_fill(~qk.valid[:, None], count)  # (B, H, N)
         route = self._route if qk.causal or not native.works_on(qk.q) else self._route_natively
-        q_ids = route(qk, cluster, centres)
+        q_ids = route(qk, cluster, centres, level)
         return Layout(Buckets(q_ids, cluster.masked_fill(cluster == count, -1)[..., None], count))
 
-    def _route_natively(self, qk: QK, cluster: Tensor, centres: Tensor) -> Tensor:
+    def _route_natively(self, qk: QK, cluster: Tensor, centres: Tensor, level: float | Tensor) -> Tensor:
         """The clusters of each query ``(B, H, N, P)`` int64, -1 in slots that it does not need."""
         of_clusters = _estimates(native.moments, qk, cluster, centres.shape[1])
-        return native.routed(qk.q, *of_clusters, self.rule, self.level, self.alpha)
+        return native.routed(qk.q, *of_clusters, self.rule, level, self.alpha)
 
-    def _route(self, qk: QK, cluster: Tensor, centres: Tensor) -> Tensor:
+    def _route(self, qk: QK, cluster: Tensor, centres: Tensor, level: float | Tensor) -> Tensor:
         """The same with torch's operations, some heads at a time."""
         some = max(_AT_ONCE // max(cluster.shape[0] * cluster.shape[2] * centres.shape[1], 1), 1)
-        parts = zip(*(x.split(some, dim=1) for x in (qk.q, qk.k, cluster)), centres.split(some), strict=True)
+        of_heads = torch.as_tensor(level, dtype=torch.float64).to(qk.q).expand(len(centres))[:, None, None]
+        split = (*(x.split(some, dim=1) for x in (qk.q, qk.k, cluster)), centres.split(some), of_heads.split(some))
         slots = []
-        for q, k, *rest in parts:
-            scores, numbers = (_causal if qk.causal else _whole)(qk.with_vectors(q, k), *rest)
-            slots.append(as_ids(select(scores, numbers, self.rule, self.level, self.alpha)))
+        for q, k, ids, own, levels in zip(*split, strict=True):
+            scores, numbers = (_causal if qk.causal else _whole)(qk.with_vectors(q, k), ids, own)
+            slots.append(as_ids(select(scores, numbers, self.rule, levels, self.alpha)))
         most = max(part.shape[-1] for part in slots)
         return torch.cat([F.pad(part, (0, most - part.shape[-1]), value=-1) for part in slots], dim=1)
 

@@ -110,6 +110,18 @@ def test_routed(seed: int, rule: tuple[str, float], alpha: float, count: int, ro
     assert torch.equal(kept, kept.sort(-1, descending=True).values), "what a query does not need comes last"
 
 
+@pytest.mark.parametrize("rule", ["margin", "budget"])
+def test_every_head_is_routed_at_its_own_level(rule: str) -> None:
+    q, mean = noise(1, 2, 3, 40, 5), noise(2, 2, 3, 30, 5)
+    levels = torch.tensor([0.05, 0.6, 0.2], dtype=torch.float64)
+    rest = (torch.ones(2, 3, 30), mean, noise(3, 2, 3, 30, 5).square())
+    together = predictors.routed(q, *rest, rule, levels, 1.5)
+    for head, level in enumerate(levels.tolist()):
+        alone = predictors.routed(*(x[:, head : head + 1] for x in (q, *rest)), rule, level, 1.5)[:, 0]
+        assert torch.equal(together[:, head, :, : alone.shape[-1]], alone)
+        assert (together[:, head, :, alone.shape[-1] :] == -1).all()
+
+
 def test_routed_to_nothing_and_by_nan() -> None:
     q, numbers, mean = torch.ones(1, 1, 3, 2), torch.ones(1, 1, 20), torch.zeros(1, 1, 20, 2)
     mean[0, 0, 7] = 3.0

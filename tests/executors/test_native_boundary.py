@@ -92,7 +92,8 @@ CALLS = {
         return until_it_works("hinge", [&] { double loss; return hinge_float32(&h, x, y, a, b, &loss); });
     }()""",
     "predictors": """[] {
-        Choice rule{2, N, 4, 1, THREADS, 0.5, 1.5}, other{2, N, 4, 0, THREADS, 0.1, 1.5};
+        const double levels[2]{0.5, 0.1};
+        Choice rule{2, 2, N, 4, 1, THREADS, levels, 1.5}, other{2, 2, N, 4, 0, THREADS, levels, 1.5};
         const auto routed = [](const Choice &by) {
             Kept *kept = nullptr;
             const int status = route_float32(&by, D, x, z, y, y, few, &kept);

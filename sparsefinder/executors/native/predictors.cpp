@@ -20,9 +20,10 @@ namespace {
 constexpr int64_t BLOCK = 64;  // rows that a thread takes at a time
 
 struct Choice {
-    int64_t groups, rows, columns;  // scores (groups, rows, columns)
-    int64_t budget, threads;        // the rule: 1 budget, 0 margin
-    double level, alpha;
+    int64_t heads, groups, rows, columns;  // scores (groups, rows, columns); a group is a head of an example
+    int64_t budget, threads;               // the rule: 1 budget, 0 margin
+    const double *levels;                  // of each head
+    double alpha;
 };
 
 // what rows chose, those of a block one after the other; how many each chose is kept elsewhere
@@ -107,11 +108,12 @@ void moments(int64_t parts, int64_t tokens, int64_t size, int64_t count, int64_t
     }
 }
 
-// the scores of one row, of whole panels, -inf where there is no key, how many keys it may take, and room to choose
+// the scores of one row, of whole panels, -inf where there is no key, the level of its head, how many keys that is of a
+// budget, and room to choose
 template <class T> struct Scores {
-    T *values = nullptr, budget;
+    T *values = nullptr, level, budget;
     std::vector<T> most, above, many;
-    Scores(int64_t panels, T budget) : budget(budget), most(panels) {}
+    Scores(int64_t panels, T level, T budget) : level(level), budget(budget), most(panels) {}
 };
 
 // columns of largest score until they stand for a share of the keys
@@ -149,15 +151,15 @@ template <class T> void by_margin(const Choice &rule, const T *numbers, Scores<T
     }
     const T threshold = threshold_of(above, some, rule.alpha, [&](int64_t n) { return many[n]; });
     for (int64_t c = 0; c < rule.columns; ++c)
-        if (numbers[c] > 0 && (scores[c] - peak) * scale >= threshold - T(rule.level)) kept.push_back(c);
+        if (numbers[c] > 0 && (scores[c] - peak) * scale >= threshold - row.level) kept.push_back(c);
 }
 
 // what a thread works on: scores and squares of a few rows, and the row that chooses
 template <class T> struct Scratch {
     std::vector<T> scores, squares;
     Scores<T> row;
-    Scratch(int64_t width, int64_t size, int64_t panels, T budget)
-        : scores(AT_ONCE * width), squares(AT_ONCE * size), row(panels, budget) {}
+    Scratch(int64_t width, int64_t size, int64_t panels, T level, T budget)
+        : scores(AT_ONCE * width), squares(AT_ONCE * size), row(panels, level, budget) {}
 };
 
 // from queries (groups, rows, size) and the number, mean and variance (groups, columns, size) of the keys in each column
@@ -173,7 +175,7 @@ std::unique_ptr<Kept> route(const Choice &rule, int64_t size, const T *q, const 
         std::vector<T> missing(width, -std::numeric_limits<T>::infinity());
         for (int64_t c = 0; c < rule.columns; ++c)
             if (own[c] > 0) missing[c] = 0;
-        const T budget = T(rule.level) * std::accumulate(own, own + rule.columns, T(0));
+        const T level = rule.levels[group % rule.heads], budget = level * std::accumulate(own, own + rule.columns, T(0));
         const auto one = [&](int64_t block, Scratch<T> &scratch) {
             auto &[scores, squares, row] = scratch;
             auto &ids = kept->blocks[group * kept->in_group + block];
@@ -201,7 +203,7 @@ std::unique_ptr<Kept> route(const Choice &rule, int64_t size, const T *q, const 
 #pragma omp parallel num_threads(rule.threads)
         {
             std::optional<Scratch<T>> scratch;
-            failure.guard([&] { scratch.emplace(width, size, means.panels, budget); });
+            failure.guard([&] { scratch.emplace(width, size, means.panels, level, budget); });
 #pragma omp for schedule(dynamic)
             for (int64_t block = 0; block < kept->in_group; ++block) failure.guard([&] { one(block, *scratch); });
         }
@@ -247,5 +249,5 @@ int release(Kept *kept) {
     delete kept;
     return FINE;
 }
-int64_t layout(int64_t n) { return layout_of<Choice>(1, n); }
+int64_t layout(int64_t n) { return layout_of<Choice>(2, n); }
 }

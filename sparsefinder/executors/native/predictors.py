@@ -19,12 +19,13 @@ class _Choice(ctypes.Structure):
     """``Choice`` of predictors.cpp: the same fields in the same order."""
 
     _fields_ = [
-        *((name, LONG) for name in ("groups", "rows", "columns", "budget", "threads")),
-        *((name, ctypes.c_double) for name in ("level", "alpha")),
+        *((name, LONG) for name in ("heads", "groups", "rows", "columns", "budget", "threads")),
+        ("levels", POINTER),
+        ("alpha", ctypes.c_double),
     ]
 
 
-_LIBRARY = Library("predictors", 1, (_Choice,))
+_LIBRARY = Library("predictors", 2, (_Choice,))
 
 
 def works_on(x: Tensor) -> bool:
@@ -71,7 +72,9 @@ def moments(x: Tensor, ids: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]
     return numbers, mean, variance
 
 
-def routed(q: Tensor, numbers: Tensor, mean: Tensor, variance: Tensor, rule: str, level: float, alpha: float) -> Tensor:
+def routed(
+    q: Tensor, numbers: Tensor, mean: Tensor, variance: Tensor, rule: str, level: float | Tensor, alpha: float
+) -> Tensor:
     """The clusters that each query keeps by `sparsefinder.numerics.selection`: ids ``(B, H, N, P)`` int64, then -1.
 
     Scores are ``q_i·μ_c + √(Σ_r q_ir² σ²_cr)``, a few rows of them at a time. P is what the busiest query needs.
@@ -82,15 +85,15 @@ def routed(q: Tensor, numbers: Tensor, mean: Tensor, variance: Tensor, rule: str
         mean: ``(B, H, C, R)``.
         variance: ``(B, H, C, R)``.
         rule: ``budget`` or ``margin``.
-        level: of the rule.
+        level: of the rule; one for all heads, or ``(H,)``.
         alpha: of entmax, for the margin.
     """
     batch, heads, rows, size = q.shape
     read = tuple(x.to(q.dtype).contiguous() for x in (q, numbers, mean, variance))
     counts, kept = torch.zeros(batch, heads, rows, dtype=torch.int32), POINTER()
-    choice = _Choice(
-        batch * heads, rows, numbers.shape[-1], rule == "budget", torch.get_num_threads(), level=level, alpha=alpha
-    )
+    levels = torch.as_tensor(level, dtype=torch.float64).expand(heads).contiguous()
+    shape = (heads, batch * heads, rows, numbers.shape[-1])
+    choice = _Choice(*shape, rule == "budget", torch.get_num_threads(), *pointers(levels), alpha)
     function = f"route_{DTYPES[q.dtype]}"
     _LIBRARY.call(function, ctypes.byref(choice), LONG(size), *pointers(*read, counts), ctypes.byref(kept))
     try:
