@@ -94,15 +94,19 @@ class LearnedRouting:
 
     def layout(self, qk: QK, layer: int) -> Layout:
         """Centroids as buckets: run ``u`` uses the ids ``u · C … u · C + C − 1``."""
-        if self.centroids is None:
-            raise missing("routing_learned", "centroids")
-        centres = F.normalize(self.centroids(qk, layer).flatten(1, 2), dim=-1)
+        centres = F.normalize(self.centres(qk, layer), dim=-1)
         q, k = (F.normalize(x, dim=-1) for x in vectors(qk))
         return taken(q, k, centres.to(q.dtype), qk, self.share)
 
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool from vectors ``(B, H, N, R)``."""
         return self.layout(qk, layer).graph(qk)
+
+    def centres(self, qk: QK, layer: int) -> Tensor:
+        """Those of all runs one after the other, ``(H, runs · C, R)``."""
+        if self.centroids is None:
+            raise missing("routing_learned, routing_nearest", "centroids")
+        return self.centroids(qk, layer).flatten(1, 2)
 
 
 def taken(q: Tensor, k: Tensor, centres: Tensor, qk: QK, share: float) -> Layout:

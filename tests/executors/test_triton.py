@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import subprocess
-import sys
 from functools import partial
 from typing import Any
 
@@ -19,7 +17,6 @@ from sparsefinder.executors.triton.plan import Plan, Side, plan
 from sparsefinder.graphs import QK, Buckets
 from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.patterns.full import Full
-from tests.conftest import ROOT
 from tests.test_attention import (
     ALPHAS,
     LAYOUTS,
@@ -213,33 +210,6 @@ def test_few_sweeps_are_enough() -> None:
     excess = (qk.scores()[0, 0] / 2 - peaks[:, None] / 2 - thresholds[:, None]).clamp_min(0)
     # scores up to four are rounded by some 2e-7 in another order here than there, and a sum of squares twice that for each term
     torch.testing.assert_close((excess**2).sum(-1), torch.ones(100), rtol=0, atol=4e-6)
-
-
-COMPILE = """
-import sys
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from sparsefinder.executors.triton import kernels
-
-constants = dict(ALPHA=1.5, GAIN=0.5, Q_SLOTS=2, K_SLOTS=1, CAUSAL=True, SIZE=64, WIDTH=64, BLOCK=32)
-types = dict(scale="fp32", **{f"{x}_ptr": "*bf16" for x in "qkvg"})
-types |= {f"{x}_ptr": "*i32" for x in ("q_order", "k_order", "blocks", "q_ids", "k_ids")}
-for name in ("peaks", "sums", "output", "deltas", "dq", "dkv"):
-    kernel = getattr(kernels, f"{name}_kernel")
-    signature = {x: "constexpr" if x in constants else types.get(x, "*fp32") for x in kernel.arg_names}
-    used = {x: constants[x] for x in kernel.arg_names if x in constants}
-    made = triton.compile(ASTSource(kernel, signature, used), target=GPUTarget("cuda", 90, 32))
-    assert made.asm["ptx"], name
-"""
-
-
-@kernels
-def test_kernels_compile_for_a_gpu_without_one() -> None:
-    """The interpreter accepts more than the compiler does."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_buckets_with_no_slot_have_no_block() -> None:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
-import subprocess
-import sys
 from functools import partial
 
 import pytest
@@ -20,7 +17,6 @@ from sparsefinder.executors.workload import Pairs, Work
 from sparsefinder.numerics.normalizers import Normalizer, PerHead
 from sparsefinder.patterns.full import Full
 from sparsefinder.patterns.window import Window
-from tests.conftest import ROOT
 from tests.executors.test_dense import assert_same, some_padding, vectors
 
 Triton = partial(Dense, executor="triton")
@@ -165,31 +161,3 @@ def test_it_works_on_a_gpu_but_auto_leaves_it_until_it_was_measured_there() -> N
     on_gpu = Work(torch.device("cuda"), (torch.float32,) * 3)
     assert not TritonDenseExecutor().why_not(on_gpu)
     assert "triton: only where it is asked for" in Dense().explain(torch.zeros(1, 1, 4, 2))
-
-
-COMPILE = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from sparsefinder.executors.triton import dense_kernels
-
-for alpha, vector in ((1.5, "*bf16"), (0.0, "*fp32")):
-    constants = dict(CONSTANT=alpha, HEADS=4, GROUP=2, SIZE=64, WIDTH=64, BLOCK=32, STILL=2e-7, MOST=64)
-    types = dict(scale="fp32", **{x: "i32" for x in ("queries", "keys", "back", "ahead")})
-    types |= {f"{x}_ptr": vector for x in ("q", "k", "v", "g", "out", "dq", "dk", "dv")}
-    types |= {f"{x}_valid_ptr": "*i8" for x in "qk"}
-    for name in ("forward", "dq", "dkv"):
-        kernel = getattr(dense_kernels, f"{name}_kernel")
-        signature = {x: "constexpr" if x in constants else types.get(x, "*fp32") for x in kernel.arg_names}
-        used = {x: constants[x] for x in kernel.arg_names if x in constants}
-        made = triton.compile(ASTSource(kernel, signature, used), target=GPUTarget("cuda", 90, 32))
-        assert made.asm["ptx"], name
-"""
-
-
-@kernels
-def test_kernels_compile_for_a_gpu_without_one() -> None:
-    """The interpreter accepts more than the compiler does."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
