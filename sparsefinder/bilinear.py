@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsefinder.errors import UserError, one_of
+from sparsefinder.errors import UserError, check_counts, one_of
 from sparsefinder.graphs import QK
 from sparsefinder.metrics import Counts, Gold, count
 from sparsefinder.numerics.normalizers import Normalizer
@@ -77,9 +77,9 @@ class BilinearSettings(KeyClusterSettings):
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
             raise UserError(f"bilinear.loss={self.loss} is unknown; {one_of(LOSSES, self.loss)}")
-        for name in ("rounds", "batch_size", "queries", "n_clusters", "max_iterations", "eval_samples"):
-            if getattr(self, name) < 1:
-                raise UserError(f"bilinear.{name} must be 1 or more, got {getattr(self, name)}")
+        check_counts(
+            "bilinear", self, "rounds", "batch_size", "queries", "n_clusters", "max_iterations", "eval_samples"
+        )
         if self.steps < 0 or self.eval_every < 0:
             raise UserError("bilinear.steps and bilinear.eval_every must be 0 or more")
         if self.learning_rate <= 0 or self.sharpness <= 0 or self.clip <= 0 or self.margin < 0:

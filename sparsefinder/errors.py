@@ -10,6 +10,13 @@ class UserError(ValueError):
     """Wrong input: one clear line saying what came, what was needed and what to do next."""
 
 
+def check_counts(stage: str, settings: object, *names: str) -> None:
+    """A `UserError` for the first of the settings of a stage (``cluster``, ``evaluate.head``) that is below 1."""
+    for name in names:
+        if (value := getattr(settings, name)) < 1:
+            raise UserError(f"{stage}.{name} must be 1 or more, got {value}")
+
+
 def one_of(known: Iterable[str], given: object, words: str = "choose one of") -> str:
     """The ``known`` names after some ``words``, and which of them was probably meant by ``given``: the end of a message."""
     known = [str(name) for name in known]

@@ -28,7 +28,7 @@ from sparsefinder.attention import Dense
 from sparsefinder.calibrate import calibrated
 from sparsefinder.corpora import Corpus, block_length, masked_batches, token_blocks
 from sparsefinder.corpora.blocks import draw
-from sparsefinder.errors import UserError
+from sparsefinder.errors import UserError, check_counts
 from sparsefinder.evaluation import tasks
 from sparsefinder.evaluation.adapt import AdaptSettings, adapt, attending
 from sparsefinder.evaluation.cost import Stopwatch, now, peak_memory
@@ -81,9 +81,7 @@ class EvaluateSettings:
         tasks.check(self.task)
         if self.conversions and self.task != tasks.MASKED_LM:
             raise UserError(f"conversion= is measured with evaluate.task={tasks.MASKED_LM}, not with {self.task}")
-        for name in ("samples", "batch_size", "measured"):
-            if getattr(self, name) < 1:
-                raise UserError(f"evaluate.{name} must be 1 or more, got {getattr(self, name)}")
+        check_counts("evaluate", self, "samples", "batch_size", "measured")
         if not 0 < self.mask_probability < 1:
             raise UserError(f"evaluate.mask_probability must lie between 0 and 1, got {self.mask_probability}")
         if self.alpha is not None:

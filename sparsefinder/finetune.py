@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel, PreT
 
 from sparsefinder import models
 from sparsefinder.corpora import Corpus, block_length, masked_batches, token_blocks, train_tokenizer
-from sparsefinder.errors import UserError, one_of
+from sparsefinder.errors import UserError, check_counts, one_of
 from sparsefinder.models.masked_lm import gold_sparsity, unigram_entropy, validation_loss
 from sparsefinder.models.position_tables import CONVENTIONS, reserved_rows
 from sparsefinder.models.statistical_init import from_statistics
@@ -80,9 +80,9 @@ class NewModel:
     def __post_init__(self) -> None:
         if self.family not in models.FAMILIES:
             raise UserError(f"model.family={self.family} is unknown; {one_of(models.FAMILIES, self.family)}")
-        for name in ("vocabulary_size", "max_length", "layers", "heads", "hidden_size", "intermediate_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"model.{name} must be 1 or more, got {getattr(self, name)}")
+        check_counts(
+            "model", self, "vocabulary_size", "max_length", "layers", "heads", "hidden_size", "intermediate_size"
+        )
         if self.start not in STARTS:
             raise UserError(f"model.start={self.start} is unknown; {one_of(STARTS, self.start)}")
         if self.hidden_size % self.heads:
@@ -154,9 +154,7 @@ class FinetuneSettings(TrainingSettings):
     eval_blocks: int = 200  # blocks of the validation part that the loss is taken on
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulation", "eval_steps", "eval_blocks"):
-            if getattr(self, name) < 1:
-                raise UserError(f"finetune.{name} must be 1 or more, got {getattr(self, name)}")
+        check_counts("finetune", self, "batch_size", "accumulation", "eval_steps", "eval_blocks")
         for name in ("steps", "warmup", "weight_decay"):
             if (getattr(self, name) or 0) < 0:
                 raise UserError(f"finetune.{name} must not be negative, got {getattr(self, name)}")

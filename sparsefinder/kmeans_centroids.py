@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-from sparsefinder.errors import UserError
+from sparsefinder.errors import UserError, check_counts
 from sparsefinder.predictors.kmeans import Clustering, fit_centroids
 from sparsefinder.predictors.projections import load_projections
 from sparsefinder.storage.held_out import training_samples
@@ -25,9 +25,7 @@ class ClusterSettings(Clustering):
     """Settings of the stage ``cluster``."""
 
     def __post_init__(self) -> None:
-        for name in ("n_clusters", "runs", "block_size", "max_iterations"):
-            if getattr(self, name) < 1:
-                raise UserError(f"cluster.{name} must be 1 or more, got {getattr(self, name)}")
+        check_counts("cluster", self, "n_clusters", "runs", "block_size", "max_iterations")
         if self.max_points is not None and self.max_points < self.n_clusters:
             raise UserError(
                 f"cluster.max_points={self.max_points} is less than n_clusters={self.n_clusters}; give more, or null for all"

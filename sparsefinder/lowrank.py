@@ -21,7 +21,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-from sparsefinder.errors import UserError
+from sparsefinder.errors import check_counts
 from sparsefinder.predictors.closed_form import fit_lowrank
 from sparsefinder.predictors.kmeans import KeyClusterSettings, fit_centroids
 from sparsefinder.storage.held_out import training_samples
@@ -37,9 +37,7 @@ class RouteSettings(KeyClusterSettings):
     rank: int = 32  # R, numbers that queries and keys are compared by; at most the head size
 
     def __post_init__(self) -> None:
-        for name in ("rank", "n_clusters", "max_iterations"):
-            if getattr(self, name) < 1:
-                raise UserError(f"route.{name} must be 1 or more, got {getattr(self, name)}")
+        check_counts("route", self, "rank", "n_clusters", "max_iterations")
 
     @property
     def needs(self) -> tuple[str, ...]:

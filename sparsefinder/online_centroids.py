@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsefinder.errors import UserError
+from sparsefinder.errors import UserError, check_counts
 from sparsefinder.patterns.support.kmeans_per_sentence import lloyd, means_of, nearest
 from sparsefinder.predictors.centroids import Centroids
 from sparsefinder.predictors.projections import Projections, load_projections
@@ -41,9 +41,7 @@ class OnlineSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("n_clusters", "epochs", "block_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"cluster_online.{name} must be 1 or more, got {getattr(self, name)}")
+        check_counts("cluster_online", self, "n_clusters", "epochs", "block_size")
         if self.start_iterations < 0:
             raise UserError(f"cluster_online.start_iterations must be 0 or more, got {self.start_iterations}")
         if not 0 <= self.decay < 1:

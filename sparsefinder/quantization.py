@@ -26,7 +26,7 @@ from typing import Annotated
 
 import torch
 
-from sparsefinder.errors import UserError, one_of
+from sparsefinder.errors import UserError, check_counts, one_of
 from sparsefinder.graphs import QK
 from sparsefinder.metrics import Counts, Gold, count
 from sparsefinder.numerics.distances import PAIRWISE
@@ -77,9 +77,7 @@ class ProjectSettings(Contrast):
         super().__post_init__()
         if self.kind not in KINDS:
             raise UserError(f"project.kind={self.kind} is unknown; {one_of(KINDS, self.kind)}")
-        for name in ("rounds", "hidden_size", "batch_size", "accumulation", "epochs", "eval_samples"):
-            if getattr(self, name) < 1:
-                raise UserError(f"project.{name} must be 1 or more, got {getattr(self, name)}")
+        check_counts("project", self, "rounds", "hidden_size", "batch_size", "accumulation", "epochs", "eval_samples")
         if self.steps is not None and self.steps < 1:
             raise UserError(f"project.steps must be 1 or more, or null to count epochs, got {self.steps}")
         if not 0 < self.eval_density < 1:

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, set_seed
 
 from sparsefinder import models
-from sparsefinder.errors import UserError
+from sparsefinder.errors import UserError, check_counts
 from sparsefinder.evaluation.tasks.judges import Batch
 from sparsefinder.models.trainer import OneDevice, Reporting, last_checkpoint
 from sparsefinder.models.transformers_internals import forget_attention
@@ -50,9 +50,7 @@ class HeadSettings:
     seed: int = 0  # of the head's weights and the order of the examples
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "save_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"evaluate.head.{name} must be 1 or more, got {getattr(self, name)}")
+        check_counts("evaluate.head", self, "steps", "batch_size", "save_steps")
         for name in ("warmup", "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"evaluate.head.{name} must not be negative, got {getattr(self, name)}")
