@@ -180,7 +180,13 @@ class stay_sparse:
     `stay_sparse(model)` holds until `remove()`; `with stay_sparse(model): …` for a while. A short batch itself still
     runs with full attention, as transformers does it, but the global random state is left alone and the layers keep
     their parameters. In training with gradient checkpointing the return waits for the next batch, since the backward
-    pass runs the layers again. Raises `UserError` for a model that is no BigBird.
+    pass runs the layers again.
+
+    Args:
+        model: a BigBird model, with or without a head.
+
+    Raises:
+        UserError: for a model that is no BigBird.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:

@@ -48,9 +48,18 @@ class Comparison:
 
 
 def compare(target: Any, tokenizer: Any, source: Any) -> Comparison:
-    """How a converted model is to be compared with the `source` it was made from.
+    """How a converted model is to be compared with the model it was made from.
 
-    Raises `UserError` for a target that this package does not make, or a source that the target is not made from.
+    Args:
+        target: the converted model.
+        tokenizer: that of the target.
+        source: the model before.
+
+    Returns:
+        Which inputs both can read, and which parts of their outputs and position tables must agree.
+
+    Raises:
+        UserError: for a target that this package does not make, or a source that the target is not made from.
     """
     readers = {
         "longformer": _compare_longformer,

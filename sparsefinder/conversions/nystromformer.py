@@ -178,10 +178,20 @@ def _attentions(model: nn.Module) -> Iterator[Any]:
 
 @contextmanager
 def landmarks(model: nn.Module, num_landmarks: int, length: int) -> Iterator[None]:
-    """Run a Nyströmformer with `num_landmarks` landmarks on inputs of exactly `length` tokens, for a while.
+    """Run a Nyströmformer with other landmarks and another length than the configured ones, for a while.
 
-    Measures the approximation at other lengths and landmarks than the configured ones; as many landmarks as `length` is
-    full attention. Afterwards every layer has its own again. Raises `UserError` if `length` is no multiple.
+    Measures the approximation; afterwards every layer has its own again.
+
+    Args:
+        model: holds Nyström attentions, and may hold anything else.
+        num_landmarks: landmarks of each layer; as many as `length` is full attention.
+        length: tokens of every input, no more and no fewer.
+
+    Yields:
+        Nothing; the model is changed in place.
+
+    Raises:
+        UserError: if `length` is no multiple of `num_landmarks`.
     """
     check_landmarks(num_landmarks, length)
     layers = list(_attentions(model))

@@ -87,12 +87,19 @@ def tile_rows(table: Tensor, length: int, *, reserved: int, target_reserved: int
 
 
 def sinusoidal_rows(length: int, size: int, *, layout: SinusoidLayout) -> Tensor:
-    """The sinusoidal table of Vaswani et al. (2017), recomputed for `length` tokens: float32 `(length, size)`.
+    """The sinusoidal table of Vaswani et al. (2017), recomputed for another length.
 
-    Angle of position p in the pair c of columns: `p / 10000^(2c / size)`. `interleaved` puts sine and cosine of a pair
-    side by side (DistilBERT); `halves` puts all sines first and all cosines after them (Pegasus, Marian); of an odd
-    size the sines get the additional column. Nothing is repeated: every position gets its own row, as in a longer
-    model of the family.
+    Angle of position p in the pair c of columns: `p / 10000^(2c / size)`. Nothing is repeated: every position gets its own
+    row, as in a longer model of the family.
+
+    Args:
+        length: tokens.
+        size: columns; of an odd size the sines get the additional one.
+        layout: `interleaved` puts sine and cosine of a pair side by side (DistilBERT); `halves` puts all sines first and all
+            cosines after them (Pegasus, Marian).
+
+    Returns:
+        `(length, size)` float32.
     """
     angles = np.arange(length)[:, None] / np.power(10000, 2 * (np.arange(size)[None, :] // 2) / size)
     rows = np.empty((length, size))
@@ -106,10 +113,12 @@ def sinusoidal_rows(length: int, size: int, *, layout: SinusoidLayout) -> Tensor
 
 
 def replace_embedding(embedding: nn.Embedding, rows: Tensor) -> None:
-    """Make `rows (n, E)` the weight of `embedding`, in place, so that subclasses (BART's) stay what they are.
+    """Give an embedding other rows, in place, so that subclasses (BART's) stay what they are.
 
-    Keeps dtype, device and `requires_grad`; sets `num_embeddings`, which some families use as the bound of their
-    positions.
+    Args:
+        embedding: keeps dtype, device and `requires_grad`; `num_embeddings`, which some families use as the bound of their
+            positions, is set.
+        rows: `(n, E)`.
     """
     weight = embedding.weight
     embedding.weight = nn.Parameter(
@@ -119,11 +128,18 @@ def replace_embedding(embedding: nn.Embedding, rows: Tensor) -> None:
 
 
 def resize_buffers(module: nn.Module, rows: int) -> tuple[str, ...]:
-    """Give every `position_ids` and `token_type_ids` buffer below `module` `rows` entries; returns their names.
+    """Give every `position_ids` and `token_type_ids` buffer of a model another length.
 
     Position ids go on counting from the first one they had; token types are zero. Without this a table grows and its
     model still fails at the source's length until it is saved and loaded again (ccdv-ai/convert_checkpoint_to_lsg,
     issues 7 and 9).
+
+    Args:
+        module: changed in place, and all below it.
+        rows: entries of each buffer.
+
+    Returns:
+        The names of the buffers.
     """
     resized = []
     for prefix, owner in module.named_modules():

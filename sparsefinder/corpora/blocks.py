@@ -35,7 +35,15 @@ class Corpus(Protocol):
     """Text in three parts. Where it has an attribute ``pack`` that is true, a block may hold several documents."""
 
     def documents(self, split: str, cache: Path | str | None = None) -> Iterator[str]:
-        """The documents of a split (train, validation or test), in an order of their own; `cache`: a folder for slow work."""
+        """The documents of a split, in an order of their own.
+
+        Args:
+            split: train, validation or test.
+            cache: a folder for what is slow to make; None: nothing is kept.
+
+        Returns:
+            The text of each document.
+        """
 
     def fingerprint(self) -> str:
         """Changes whenever the documents may have changed."""

@@ -78,10 +78,21 @@ def global_rows(
 
 
 def spread_positions(positions: Tensor, stride: int, seed: int) -> Tensor:
-    """512 rows of a position table `(n, E)`, ordered so that neighbours are `stride` positions apart.
+    """512 rows of a position table, ordered so that neighbours lie a stride apart.
 
     A table that is longer is thinned to 512 rows first; one that is shorter is filled up with draws from a normal distribution
-    with its mean and deviation, as in the published converter. Raises `UserError` where the stride does not fit.
+    with its mean and deviation, as in the published converter.
+
+    Args:
+        positions: `(n, E)`, without reserved rows.
+        stride: positions from one row to the next.
+        seed: of the draws.
+
+    Returns:
+        `(512, E)`, of the same dtype and device.
+
+    Raises:
+        UserError: where the stride does not fit.
     """
     count, width = positions.shape
     if count < MAX_GLOBAL_TOKENS:

@@ -102,9 +102,17 @@ def family_of(model_type: str | None) -> Family:
 
 
 def architecture_of(family: Family, name: str | None) -> str:
-    """The plain class named `name`, with or without "LSG" in front; the family's default for None.
+    """The name of a plain class of a family.
 
-    Raises `UserError` naming the supported ones.
+    Args:
+        family: its family.
+        name: with or without "LSG" in front; None: the family's default.
+
+    Returns:
+        The name without "LSG".
+
+    Raises:
+        UserError: for a class that the family does not have; it names the supported ones.
     """
     plain = (name or family.default).removeprefix("LSG")
     if plain not in family.architectures():

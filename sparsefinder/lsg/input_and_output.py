@@ -43,9 +43,17 @@ def turn_of(valid: Tensor) -> Turn | None:
 
 
 def global_rows(table: nn.Embedding, count: int, like: Tensor) -> Tensor:
-    """The first `count` learned tokens, `(G, E)`, on the device of `like`.
+    """The first learned tokens.
 
     Looked up and not cut out: weights that are offloaded are there only while their own module is called.
+
+    Args:
+        table: of all learned tokens.
+        count: `G`, how many of them.
+        like: on the device that is wanted.
+
+    Returns:
+        `(G, E)`.
     """
     rows: Tensor = table(torch.arange(count, device=like.device))
     return rows.to(like.device)
@@ -75,10 +83,17 @@ def take_globals_off(config: Any, stack: Any, args: Any, output: Any) -> Any:
 
 
 def layers_of_text(layers: Any, before: Tensor, text: Tensor, end: int, turn: Turn | None) -> Any:
-    """Hidden states of the layers, of the text alone: `(B, N, E)` each; None where nobody asked for them.
+    """Hidden states of the layers, of the text alone.
 
-    `before`: the last hidden state as transformers gave it, in whose place `text (B, N, E)` stands. `end`: positions that the
-    layers saw, without the global tokens before them.
+    Args:
+        layers: states `(B, G + end, E)` of each layer, global tokens first; None in it, or for it: nobody asked.
+        before: the last hidden state as transformers gave it; found among `layers` by identity.
+        text: `(B, N, E)`, stands in the place of `before`.
+        end: positions that the layers saw, without the global tokens before them.
+        turn: how padding on the left was turned to the right, to be undone; None: it was not.
+
+    Returns:
+        `(B, N, E)` of each layer, or None.
     """
     if layers is None:
         return None

@@ -51,10 +51,20 @@ def from_pretrained(path: str | Path, *, architecture: str | None = None, **kwar
 
 
 def load(checkpoint: Checkpoint, cls: Any, family: Family, *, makes_globals: bool = False, **options: Any) -> Any:
-    """A model of class `cls`, plain or LSG, out of `checkpoint`, as `load_model` does it, with its words.
+    """A model out of a checkpoint, as `load_model` does it, with its words.
 
-    `makes_globals`: the checkpoint may lack the global tokens. A decoder alone, out of a checkpoint that has the words once for
-    both sides, gets them from there: transformers would draw them anew.
+    A decoder alone, out of a checkpoint that has the words once for both sides, gets them from there: transformers would draw
+    them anew.
+
+    Args:
+        checkpoint: an opened folder or name on the hub.
+        cls: class of the model, plain or LSG.
+        family: its family.
+        makes_globals: the checkpoint may lack the global tokens.
+        **options: for `load_model`.
+
+    Returns:
+        The model, in evaluation mode.
     """
     copied = (_WORDS, "lm_head.weight") if family.encoder_decoder else ()
 

@@ -111,7 +111,16 @@ class LSGEncoderModel(LSGPreTrained):
         self.post_init()
 
     def forward(self: Any, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **inputs: Any) -> Any:
-        """As the plain model's; `attention_mask`: `(B, N)`, nonzero on real tokens."""
+        """As the plain model's.
+
+        Args:
+            input_ids: `(B, N)` int64, or None where `inputs_embeds` is given.
+            attention_mask: `(B, N)`, nonzero on real tokens; None: all are.
+            **inputs: what else the plain model takes.
+
+        Returns:
+            The plain model's output, of the text alone, without the global tokens.
+        """
         refuse_attentions(self.config, inputs)
         inputs["input_ids"] = input_ids
         valid = real_tokens(
@@ -285,10 +294,17 @@ class LSGGeneratingHead(LSGHead):
 
 
 def install_attention(stack: nn.Module, family: Family, config: Any) -> None:
-    """Let every self-attention below `stack` run LSG attention, whatever implementation the rest of the model uses.
+    """Let every self-attention of a stack run LSG attention, whatever implementation the rest of the model uses.
 
-    Each holds the way to the attention that `config` describes, and not that attention, whose settings may change. Raises
-    `UserError` where they are wrong.
+    Each holds the way to the attention that the configuration describes, and not that attention, whose settings may change.
+
+    Args:
+        stack: changed in place.
+        family: tells which modules are self-attentions.
+        config: of the LSG model.
+
+    Raises:
+        UserError: where its settings are wrong.
     """
     config.lsg_attention()
     private = copy_with_attention(config, ATTENTION_NAME)

@@ -63,7 +63,7 @@ def parameters(node: Documented) -> list[str]:
     names += [of.vararg.arg] if of.vararg else []
     names += [each.arg for each in of.kwonlyargs]
     names += [of.kwarg.arg] if of.kwarg else []
-    return [name for name in names if name not in ("self", "cls")]
+    return names[1:] if names[:1] in (["self"], ["cls"]) else names
 
 
 def promised(trees: Iterable[ast.Module]) -> set[str]:

@@ -20,7 +20,8 @@ MAX_GLOBAL_TOKENS = 512
 class LSGSettings:
     """Settings of LSG attention, checked when made.
 
-    Raises `UserError` for an unknown type, sizes that do not divide as the block layout needs, and counts out of range.
+    Raises:
+        UserError: for an unknown type, sizes that do not divide as the block layout needs, and counts out of range.
     """
 
     sparsity_type: str | None = "norm"
