@@ -4,6 +4,7 @@ offline mode for everything."""
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any import of transformers: nothing is downloaded at test time
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 from sparsefinder.testing import random_qk, single_sentence
+from tests.nursery import Nursery, nursery
 
 __all__ = ["GRAPH", "ROOT", "graph_files", "random_qk", "single_sentence"]
 
@@ -25,6 +27,13 @@ if not torch.cuda.is_available():
 
 ROOT = Path(__file__).resolve().parent.parent
 GRAPH = Path(__file__).resolve().parent / "data" / "graph"
+
+
+@pytest.fixture(scope="session")
+def runs() -> Iterator[Nursery]:
+    """Starts runs of the command line, without the seconds that importing takes."""
+    with nursery() as started:
+        yield started
 
 
 @pytest.fixture

@@ -1,22 +1,14 @@
-"""One nursery and one undisturbed run for all tests of faults."""
+"""One undisturbed run for all tests of faults."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.faults.nursery import Nursery, nursery
 from tests.faults.tiny_runs import settings
-
-
-@pytest.fixture(scope="session")
-def runs() -> Iterator[Nursery]:
-    """Starts runs of the command line."""
-    with nursery() as started:
-        yield started
+from tests.nursery import Nursery
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from pathlib import Path
 import yaml
 
 from tests.conftest import GRAPH, ROOT
-from tests.faults.nursery import Nursery
 from tests.faults.test_fuzz_files import COPIES
+from tests.nursery import Nursery
 
 VALUES = (
     *("-1", "0", "0.5", "1e999", "-1e999", "nan", "10000000000000000000000", "null", "true", "[]", "{}", "[1,2,null]"),

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.faults.conftest import Undisturbed
-from tests.faults.nursery import Nursery
 from tests.faults.tiny_runs import STAGES, assert_finished_is_whole, assert_same_tables
+from tests.nursery import Nursery
 
 KILLS = int(os.environ.get("SPARSEFINDER_KILLS", "3"))
 

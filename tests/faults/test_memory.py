@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 from sparsefinder.storage.samples import load_samples
-from tests.faults.nursery import Nursery
 from tests.faults.tiny_runs import settings
+from tests.nursery import Nursery
 
 FEW, MANY = (200, 2000) if "SPARSEFINDER_KILLS" in os.environ else (40, 240)
 STAGES = ("extract", "project", "cluster", "calibrate", "score", "evaluate")

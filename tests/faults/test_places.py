@@ -13,8 +13,8 @@ import pytest
 
 from sparsefinder.storage.store import Store
 from tests.faults.conftest import Undisturbed
-from tests.faults.nursery import Nursery
 from tests.faults.tiny_runs import STAGES, assert_finished_is_whole, assert_same_tables
+from tests.nursery import Nursery
 
 FULL = "SPARSEFINDER_KILLS" in os.environ  # the full form, by `make test-faults`
 FILE_SIZES = (3_000, 20_000, 60_000, 120_000) if FULL else (60_000,)

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from tests.conftest import ROOT
 from tests.faults.conftest import Undisturbed
-from tests.faults.nursery import given_once
 from tests.faults.tiny_runs import assert_finished_is_whole, assert_same_tables
+from tests.nursery import given_once
 
 
 def torchrun(*arguments: str, count: int = 2) -> subprocess.CompletedProcess[str]:

@@ -15,6 +15,7 @@ import torch
 from sparsefinder.pipeline import STAGES
 from sparsefinder.storage import tables
 from tests.conftest import GRAPH, ROOT
+from tests.nursery import Nursery, Run
 
 # even smaller than the experiment: a run in some ten seconds
 SMOKE = ["experiment=smoke", "finetune.steps=6", "finetune.eval_steps=2", "attention=bucketed"]
@@ -30,15 +31,13 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, str(ROOT / "scripts" / "run.py"), *arguments]
 
 
-def call(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*arguments), capture_output=True, text=True, check=False, cwd=cwd, timeout=280)
-
-
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of every stage."""
+    """A finished run of every stage, in a process that imports for itself what it needs."""
     run_dir = tmp_path_factory.mktemp("smoke") / "run"
-    done = call(*SMOKE, f"run_dir={run_dir}")
+    done = subprocess.run(
+        command(*SMOKE, f"run_dir={run_dir}"), capture_output=True, text=True, check=False, timeout=280
+    )
     assert done.returncode == 0, done.stderr
     assert str(run_dir / "report" / "index.html") in done.stdout + done.stderr
     return run_dir
@@ -52,9 +51,9 @@ class TestWholeRun:
             assert (smoke / f"{name}.json").exists()
         assert not list(smoke.rglob("*.tmp"))
 
-    def test_a_second_run_skips_everything(self, smoke: Path) -> None:
-        again = call(*SMOKE, f"run_dir={smoke}")
-        assert again.returncode == 0
+    def test_a_second_run_skips_everything(self, runs: Nursery, smoke: Path) -> None:
+        again = runs.run(*SMOKE, f"run_dir={smoke}")
+        assert again.status == 0
         assert [line for line in again.stderr.splitlines() if "skipped" in line] == [
             f"{stage}: done and unchanged, skipped"
             for stage in STAGES
@@ -86,11 +85,11 @@ class TestWholeRun:
         assert results.variant.is_unique
         assert list(results.variant[:2]) == ["dense full", "dense full (softmax)"]
 
-    def test_a_task_with_labels(self, smoke: Path, tmp_path: Path) -> None:
+    def test_a_task_with_labels(self, runs: Nursery, smoke: Path, tmp_path: Path) -> None:
         shutil.copytree(smoke, tmp_path / "run")
         task = ["evaluate.task=sequence_classification", "evaluate.head.steps=4", "stage=[evaluate,report]"]
-        done = call(*SMOKE, f"run_dir={tmp_path / 'run'}", "patterns=[window]", *task)
-        assert done.returncode == 0, done.stderr
+        done = runs.run(*SMOKE, f"run_dir={tmp_path / 'run'}", "patterns=[window]", *task)
+        assert done.status == 0, done.stderr
         assert "In the model, on the same examples of sequence classification" in done.stdout
         assert re.search(r"text evaluated on +held-out split", done.stdout)
         results = pd.read_csv(tmp_path / "run" / "evaluate" / "results.csv")
@@ -100,35 +99,35 @@ class TestWholeRun:
         assert "Loss of sequence classification" in page
         assert "masked positions" not in page
 
-    def test_one_stage_again_with_another_setting(self, smoke: Path, tmp_path: Path) -> None:
+    def test_one_stage_again_with_another_setting(self, runs: Nursery, smoke: Path, tmp_path: Path) -> None:
         shutil.copytree(smoke, tmp_path / "run")
-        done = call(*SMOKE, f"run_dir={tmp_path / 'run'}", "stage=cluster", "n_clusters=5")
-        assert done.returncode == 0, done.stderr
+        done = runs.run(*SMOKE, f"run_dir={tmp_path / 'run'}", "stage=cluster", "n_clusters=5")
+        assert done.status == 0, done.stderr
         assert "cluster: runs again, because n_clusters 4 → 5" in done.stderr
         assert torch.load(tmp_path / "run" / "centroids.pickle", weights_only=True)[0].shape[2] == 5
 
-    def test_a_model_given_by_path(self, smoke: Path, tmp_path: Path) -> None:
+    def test_a_model_given_by_path(self, runs: Nursery, smoke: Path, tmp_path: Path) -> None:
         settings = ["stage=extract", "nsamples=2", "corpus.max_characters=300000", f"run_dir={tmp_path}"]
-        done = call(f"model={smoke / 'model'}", *settings)
-        assert done.returncode == 0, done.stderr
+        done = runs.run(f"model={smoke / 'model'}", *settings)
+        assert done.status == 0, done.stderr
         assert len(torch.load(tmp_path / "qk_enc-attn.pt", weights_only=True)["q"]) == 2
 
 
 class TestSweep:
-    def test_points_have_folders_and_join_into_one_table(self, tmp_path: Path) -> None:
+    def test_points_have_folders_and_join_into_one_table(self, runs: Nursery, tmp_path: Path) -> None:
         sweep = ["stage=score", *GIVEN, f"run_dir={tmp_path}", "-m", "pattern=kmeans,distance", "window=null,3,11"]
-        done = call(*sweep)
-        assert done.returncode == 0, done.stderr
+        done = runs.run(*sweep)
+        assert done.status == 0, done.stderr
         table = tables.collect(tmp_path)
         assert len(table) == 2 * 3 * 2 * 3
         assert table.run.nunique() == 6
         assert set(table.window.dropna()) == {3, 11}
-        again = call(*sweep)
+        again = runs.run(*sweep)
         assert again.stderr.count("score: done and unchanged, skipped") == 6
 
-    def test_a_bad_point_does_not_stop_the_others(self, tmp_path: Path) -> None:
-        done = call("stage=score", *GIVEN, f"run_dir={tmp_path}", "-m", "pattern=window", "window=3,4")
-        assert done.returncode == 2
+    def test_a_bad_point_does_not_stop_the_others(self, runs: Nursery, tmp_path: Path) -> None:
+        done = runs.run("stage=score", *GIVEN, f"run_dir={tmp_path}", "-m", "pattern=window", "window=3,4")
+        assert done.status == 2
         assert "error: window=4: a window must be an odd number" in done.stderr
         assert len(tables.collect(tmp_path)) == 6
 
@@ -180,10 +179,10 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_input_is_one_clear_line(case: str, tmp_path: Path) -> None:
+def test_wrong_input_is_one_clear_line(runs: Nursery, case: str, tmp_path: Path) -> None:
     arguments, message = WRONG[case]
     own = [] if any(a.startswith("run_dir=") for a in arguments) else [f"run_dir={tmp_path / 'run'}"]
-    check_refused(call(*arguments, *own), message)
+    check_refused(runs.run(*arguments, *own), message)
     assert not list(tmp_path.rglob("*.json"))  # said before anything was made
 
 
@@ -201,52 +200,52 @@ FILES = {
 
 
 @pytest.mark.parametrize("case", FILES)
-def test_a_wrong_file_is_one_clear_line(case: str, tmp_path: Path) -> None:
+def test_a_wrong_file_is_one_clear_line(runs: Nursery, case: str, tmp_path: Path) -> None:
     make, message = FILES[case]
     file = make(tmp_path / "wrong.pt")
     given = [*GIVEN[2:], f"qk={file}", f"qk_validation={file}", f"run_dir={tmp_path / 'run'}"]
-    check_refused(call("stage=score", "pattern=kmeans", *given), message)
+    check_refused(runs.run("stage=score", "pattern=kmeans", *given), message)
 
 
 @pytest.mark.parametrize("sweep", [[], ["-m", "window=null,3"]], ids=["once", "swept"])
-def test_a_number_is_the_name_of_a_file_or_folder(sweep: list[str], tmp_path: Path) -> None:
+def test_a_number_is_the_name_of_a_file_or_folder(runs: Nursery, sweep: list[str], tmp_path: Path) -> None:
     shutil.copy(GRAPH / "golden_enc-attn.pt", tmp_path / "2024")
     settings = ["stage=score", "pattern=window", "qk=2024", "qk_validation=2024", "run_dir=2024_01"]
-    done = call(*settings, *sweep, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = runs.run(*settings, *sweep, cwd=tmp_path)
+    assert done.status == 0, done.stderr
     assert len(list((tmp_path / "2024_01").rglob("metrics.csv"))) == (2 if sweep else 1)
 
 
-def test_centroids_of_another_size(tmp_path: Path) -> None:
+def test_centroids_of_another_size(runs: Nursery, tmp_path: Path) -> None:
     file = write(tmp_path / "c.pickle", [torch.zeros(3, 1, 6, 5)] * 2)
-    done = call("stage=score", *GIVEN[:3], f"centroids={file}", "pattern=kmeans", f"run_dir={tmp_path / 'run'}")
+    done = runs.run("stage=score", *GIVEN[:3], f"centroids={file}", "pattern=kmeans", f"run_dir={tmp_path / 'run'}")
     check_refused(done, "size R=5, the projected queries have 3 heads and size R=4")
 
 
-def test_an_empty_text_file(tmp_path: Path) -> None:
+def test_an_empty_text_file(runs: Nursery, tmp_path: Path) -> None:
     for name in ("train", "validation"):
         (tmp_path / name).write_text("")
     files = [f"corpus.{name}={tmp_path / name}" for name in ("train", "validation")]
-    check_refused(call("stage=finetune", "corpus=text", *files, f"run_dir={tmp_path / 'run'}"), "empty")
+    check_refused(runs.run("stage=finetune", "corpus=text", *files, f"run_dir={tmp_path / 'run'}"), "empty")
 
 
-def check_refused(done: subprocess.CompletedProcess[str], message: str) -> None:
+def check_refused(done: Run, message: str) -> None:
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode == 2, done.stderr
+    assert done.status == 2, done.stderr
     assert len(errors) == 1, done.stderr
     assert message in errors[0], done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_help_teaches(tmp_path: Path) -> None:
-    done = call("--help", cwd=tmp_path)
-    assert done.returncode == 0
+def test_help_teaches(runs: Nursery, tmp_path: Path) -> None:
+    done = runs.run("--help", cwd=tmp_path)
+    assert done.status == 0
     for word in ("stage=", "experiment=", "pattern=", "run_dir=", "--cfg job"):
         assert word in done.stdout
 
 
-def test_cfg_job_runs_nothing(tmp_path: Path) -> None:
-    done = call("--cfg", "job", cwd=tmp_path)
-    assert done.returncode == 0
+def test_cfg_job_runs_nothing(runs: Nursery, tmp_path: Path) -> None:
+    done = runs.run("--cfg", "job", cwd=tmp_path)
+    assert done.status == 0
     assert "nsamples: 50" in done.stdout
     assert not list(tmp_path.iterdir())

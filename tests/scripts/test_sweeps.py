@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
-from test_cli import GIVEN, call, command
+from test_cli import GIVEN, command
 
 from sparsefinder.storage import sweep_points, tables
 from sparsefinder.storage.sweep_points import DONE, FAILED, STARTED, Point, point_of
 from tests.conftest import ROOT
+from tests.nursery import Nursery
 
 LAUNCHERS = sorted((ROOT / "conf" / "hydra" / "launcher").glob("*.yaml"))
 PLUGINS = {
@@ -41,6 +42,11 @@ class Raises(Window):
     def __call__(self, qk, layer):
         raise ZeroDivisionError("of an unlucky pattern")
 """
+
+
+def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """A process of its own, which launchers start others from."""
+    return subprocess.run(command(*arguments), capture_output=True, text=True, check=False, timeout=280)
 
 
 def installed(launcher: str) -> None:
@@ -161,7 +167,7 @@ class TestLaunchers:
         for line in ("--partition=long", "--mem=8GB", "--array=0-1%", "--cpus-per-task=4", "--time=240"):
             assert line in script
 
-    def test_wrong_launchers_are_one_clear_line(self, tmp_path: Path) -> None:
+    def test_wrong_launchers_are_one_clear_line(self, runs: Nursery, tmp_path: Path) -> None:
         cases = {
             ("hydra/launcher=joblib",): "hydra/launcher=joblib is for sweeps: add -m",
             ("-m", "hydra/launcher=jobli"): "hydra/launcher=jobli is unknown; choose one of basic, joblib",
@@ -169,8 +175,8 @@ class TestLaunchers:
             ("-m", "stage=score,report"): "several stages are a list, stage=[score,evaluate]",
         }
         for arguments, message in cases.items():
-            done = call(*arguments, f"run_dir={tmp_path}")
-            assert done.returncode == 2
+            done = runs.run(*arguments, f"run_dir={tmp_path}")
+            assert done.status == 2
             assert [line for line in done.stderr.splitlines() if message in line], done.stderr
             assert "Traceback" not in done.stderr
 
@@ -191,10 +197,12 @@ class TestLaunchers:
         assert done.stderr == expected
 
 
-def test_an_unexpected_error_is_one_line_and_its_traceback_is_kept(bad_patterns: str, tmp_path: Path) -> None:
+def test_an_unexpected_error_is_one_line_and_its_traceback_is_kept(
+    runs: Nursery, bad_patterns: str, tmp_path: Path
+) -> None:
     targets = f"pattern._target_={bad_patterns}.Raises,sparsefinder.patterns.window.Window"
-    done = call("stage=score", *GIVEN, f"run_dir={tmp_path / 'run'}", "-m", "pattern=window", targets)
-    assert done.returncode == 2
+    done = runs.run("stage=score", *GIVEN, f"run_dir={tmp_path / 'run'}", "-m", "pattern=window", targets)
+    assert done.status == 2
     assert f"error: pattern._target_={bad_patterns}.Raises: ZeroDivisionError: of an unlucky pattern" in done.stderr
     assert "Traceback" not in done.stderr
     record = json.loads(

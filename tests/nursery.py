@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 240.0  # seconds after which a run counts as hanging
 
 
@@ -32,8 +32,14 @@ class Run:
 
     status: int
     seconds: float
-    output: str
+    stdout: str
+    stderr: str
     peak: int  # bytes of memory
+
+    @property
+    def output(self) -> str:
+        """All that it printed."""
+        return self.stdout + self.stderr
 
     @property
     def errors(self) -> list[str]:
@@ -66,22 +72,26 @@ class Nursery:
         file_size: int | None = None,
         memory: int | None = None,
         before: str = "",
+        cwd: Path | None = None,
     ) -> Run:
         """The command line with ``arguments``.
 
         ``kill_after``: SIGKILL after so many seconds. ``file_size``: no file may grow beyond so many bytes. ``memory``: no more
         than so many bytes may be allocated beyond what is there at the start. ``before``: Python code to execute first, with
-        the command line as ``main``.
+        the command line as ``main``. ``cwd``: its working directory. What stands in ``PYTHONPATH`` by now can be imported.
         """
         request = {
             "arguments": given_once(arguments),
             "kill_after": kill_after,
             "file_size": file_size,
             "memory": memory,
+            "before": before,
+            "cwd": None if cwd is None else str(cwd),
+            "python_path": os.environ.get("PYTHONPATH"),
         }
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps({**request, "before": before}) + "\n")
+        self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         found = Run(**json.loads(self.process.stdout.readline()))
         assert found.seconds < PATIENCE, f"hangs: {arguments}\n{found.output}"
@@ -115,11 +125,11 @@ def serve() -> None:
 
 
 def _answer(main: Any, request: dict[str, Any]) -> dict[str, Any]:
-    with tempfile.TemporaryFile() as printed:
+    with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
         began = time.monotonic()
         child = os.fork()
         if not child:
-            _become(main, request, printed.fileno())
+            _become(main, request, stdout.fileno(), stderr.fileno())
         allowed = request["kill_after"]
         deadline = began + (PATIENCE if allowed is None else allowed)
         while True:
@@ -132,21 +142,23 @@ def _answer(main: Any, request: dict[str, Any]) -> dict[str, Any]:
                 _, status, usage = os.wait4(child, 0)
                 break
             time.sleep(0.002)
-        printed.seek(0)
-        output = printed.read().decode(errors="replace")
+        for file in (stdout, stderr):
+            file.seek(0)
+        printed, complained = (file.read().decode(errors="replace") for file in (stdout, stderr))
     seconds = time.monotonic() - began
     return {
         "status": os.waitstatus_to_exitcode(status),
         "seconds": seconds,
-        "output": output,
+        "stdout": printed,
+        "stderr": complained,
         "peak": usage.ru_maxrss * 1024,
     }
 
 
-def _become(main: Any, request: dict[str, Any], output: int) -> None:
+def _become(main: Any, request: dict[str, Any], stdout: int, stderr: int) -> None:
     os.setpgid(0, 0)
     nothing = os.open(os.devnull, os.O_RDONLY)
-    for new, old in ((nothing, 0), (output, 1), (output, 2)):
+    for new, old in ((nothing, 0), (stdout, 1), (stderr, 2)):
         os.dup2(new, old)
     code = 1
     try:
@@ -156,6 +168,11 @@ def _become(main: Any, request: dict[str, Any], output: int) -> None:
         if request["memory"] is not None:
             size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + request["memory"]
             resource.setrlimit(resource.RLIMIT_AS, (size, size))
+        if request["cwd"] is not None:
+            os.chdir(request["cwd"])
+        if request["python_path"] is not None:  # for the processes that it starts, and for itself
+            os.environ["PYTHONPATH"] = request["python_path"]
+            sys.path[:0] = request["python_path"].split(os.pathsep)
         exec(request["before"], {"main": main})
         sys.argv = [str(ROOT / "scripts" / "run.py")]
         code = main(request["arguments"])
