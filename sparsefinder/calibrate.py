@@ -7,27 +7,32 @@ them, values between are tried too. A head takes
 - for a density, the value whose density is nearest to it;
 - for a recall, the sparsest value that reaches it, or the one of largest recall where none does.
 
+Heads need not have the same density. Of all heads of all layers together
+
+- a total density is spread so that the heads keep the most dense probability (`sparsefinder.experiment.targets.spread`);
+- for a loss, the smallest total density is looked for, by bisection, at which the model loses no more than that beside its
+  dense attention, on masked words of the validation split.
+
 The choice is then measured once more on held-out samples. A target that a sparsity parameter cannot reach (a whole number of
 clusters moves the density in steps, a window cannot be sparser than itself) is said in the table and in the log.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
-import json
 import logging
-import typing
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import pandas as pd
 import torch
 
+from sparsefinder.corpora import Corpus
 from sparsefinder.errors import UserError
+from sparsefinder.evaluation.loss_difference import LossDifference, MaskedText
+from sparsefinder.experiment.calibration import key_of
 from sparsefinder.experiment.configuration import Configuration, Dials, Learned, buildable, needed
+from sparsefinder.experiment.targets import Curve, Measured, Swept, Target, spread, whole_numbered
 from sparsefinder.graphs import Pattern
 from sparsefinder.metrics import Counts, Gold, count
 from sparsefinder.numerics.normalizers import Normalizer
@@ -38,63 +43,7 @@ from sparsefinder.storage.store import Store, progress
 
 log = logging.getLogger(__name__)
 
-MEASURES = ("density", "recall")
-Curve = Mapping[Any, tuple[float, float]]  # of one head: value of the sparsity parameter → density and recall
-
-
-@dataclass(frozen=True)
-class Target:
-    """A density or a recall that every head should have."""
-
-    measure: str
-    value: float
-
-    @classmethod
-    def parse(cls, text: str) -> Target:
-        """``density=0.1`` or ``recall=0.95``; anything else is a `UserError`."""
-        measure, _, number = text.partition("=")
-        try:
-            target = cls(measure.strip(), float(number))
-        except ValueError:
-            target = cls(measure, float("nan"))
-        if target.measure not in MEASURES or not 0 < target.value <= 1:
-            raise UserError(f"target={text}: give density=D or recall=R with a number above 0 and at most 1, or null")
-        return target
-
-    def choose(self, curve: Curve) -> Any:
-        """The value of the sparsity parameter that a head takes."""
-        if self.measure == "density":
-            return min(curve, key=lambda value: abs(curve[value][0] - self.value))
-        enough = [value for value in curve if curve[value][1] >= self.value]
-        if enough:
-            return min(enough, key=lambda value: curve[value][0])
-        return max(curve, key=lambda value: curve[value][1])
-
-    def reached(self, density: float, recall: float, tolerance: float) -> bool:
-        """Whether a head is where it should be; a density may be away by the share ``tolerance`` of it."""
-        if self.measure == "density":
-            return abs(density - self.value) <= tolerance * self.value
-        return recall >= self.value
-
-    def between(self, curve: Curve, whole: bool) -> Any | None:
-        """A value to try next: between the two neighbours of the target, where a straight line would meet it."""
-        index = MEASURES.index(self.measure)
-        known = sorted((value, measured[index] - self.value) for value, measured in curve.items())
-        for (low, below), (high, above) in itertools.pairwise(known):
-            if below * above < 0:
-                share = min(max(below / (below - above), 0.1), 0.9)  # a bent curve would never narrow its bracket
-                if not whole:
-                    return float(f"{low + (high - low) * share:.6g}")
-                return min(max(round(low + (high - low) * share), low + 1), high - 1) if high - low > 1 else None
-        return None
-
-
-@dataclass(frozen=True)
-class Swept:
-    """A pattern with its local and global tokens, and the values of its sparsity parameter to begin with."""
-
-    configuration: Configuration
-    values: tuple[Any, ...]
+Place = tuple[int, int]  # a layer and a head
 
 
 @dataclass(frozen=True)
@@ -102,18 +51,23 @@ class CalibrateSettings:
     """Settings of the stage ``calibrate``."""
 
     dialled: tuple[Swept, ...]
-    target: str | None = None  # density=D or recall=R, for every head; None leaves the stage out
+    # density=D or recall=R of every head, density_total=D or loss=L of all together; None leaves the stage out
+    target: str | None = None
     alpha: float = 1.5  # of the entmax whose support is gold
     causal: bool = False
     samples: int = 10  # training samples to choose on
     samples_validation: int | None = None  # held-out samples to check on; None: all
     refinements: int = 4  # values tried between those of the sweep, one after the other
     tolerance: float = 0.1  # share of a density by which a head may miss it and still count as there
+    corpus: Corpus | None = field(default_factory=lambda: None)  # of loss=L
+    text: MaskedText = field(default_factory=MaskedText)  # of loss=L
 
     def __post_init__(self) -> None:
         Normalizer(self.alpha)
         if self.target is not None:
             Target.parse(self.target)
+        if self._reads_text and self.corpus is None:
+            raise UserError("a loss is measured on text: give calibrate.corpus")
         if self.samples < 1 or (self.samples_validation is not None and self.samples_validation < 1):
             raise UserError("calibrate.samples and calibrate.samples_validation must be 1 or more")
         if self.refinements < 0 or self.tolerance < 0:
@@ -127,7 +81,17 @@ class CalibrateSettings:
     @property
     def needs(self) -> tuple[str, ...]:
         """Artefacts read by the stage."""
-        return ("qk", "qk_validation", *needed(tuple(each.configuration for each in self.dialled)))
+        model = ("model",) if self._reads_text else ()
+        return ("qk", "qk_validation", *model, *needed(tuple(each.configuration for each in self.dialled)))
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """What else the result depends on, by content."""
+        return {"corpus": self.corpus.fingerprint()} if self._reads_text and self.corpus else {}
+
+    @property
+    def _reads_text(self) -> bool:
+        return self.target is not None and Target.parse(self.target).measure == "loss"
 
 
 def run(settings: CalibrateSettings, store: Store) -> None:
@@ -146,33 +110,30 @@ def run(settings: CalibrateSettings, store: Store) -> None:
             f"target={settings.target} sets the sparsity parameter of patterns, and none of those chosen has one"
         )
     curves = measured_curves(training, dialled, target, settings, learned)
-    rows: list[dict[str, Any]] = []
-    chosen = []
-    layers, heads, _ = training.shape
     for index, each in enumerate(dialled):
-        if not curves[index, 0, 0]:
+        if not curves[index][0, 0]:
             raise UserError(
                 f"{each.configuration.label}: none of its values {each.values} can be had; give another sweep"
             )
-        values = tuple(
-            tuple(target.choose(curves[index, layer, head]) for head in range(heads)) for layer in range(layers)
+    loss = (
+        LossDifference.of(store, settings.corpus, settings.text)
+        if settings.corpus and target.measure == "loss"
+        else None
+    )
+    choices = [
+        choice(each.configuration, curves[index], target, settings, lambda made: loss(made, learned) if loss else 0.0)
+        for index, each in enumerate(dialled)
+    ]
+    patterns = {(p, 0): made.configuration.build(learned) for p, made in enumerate(choices)}
+    checked = _measure(held_out, patterns, None, settings)
+    rows: list[dict[str, Any]] = []
+    for index, made in enumerate(choices):
+        own = _rows(
+            made, curves[index], {layer: checked[index, 0, layer] for layer in range(training.shape[0])}, settings
         )
-        chosen.append(replace(each.configuration, dials=Dials(settings.target, values)))
-    checked = _measure(held_out, {(p, 0): c.build(learned) for p, c in enumerate(chosen)}, None, settings)
-    for index, configuration in enumerate(chosen):
-        own = [
-            _row(configuration, layer, head, curves[index, layer, head], checked[index, 0, layer][head], settings)
-            for layer in range(layers)
-            for head in range(heads)
-        ]
-        missed = sum(not row["reached"] for row in own)
-        if missed:
-            log.warning(
-                "%s is not reached in %d of %d heads; they take the nearest value",
-                configuration.label,
-                missed,
-                len(own),
-            )
+        if missed := sum(not row["reached"] for row in own):
+            label = made.configuration.label
+            log.warning("%s is not reached in %d of %d heads; they take the nearest value", label, missed, len(own))
         rows += own
     with store.writing("calibration") as folder:
         folder.mkdir()
@@ -180,14 +141,70 @@ def run(settings: CalibrateSettings, store: Store) -> None:
     store.note("calibration", samples=len(training), samples_validation=len(held_out))
 
 
+@dataclass(frozen=True)
+class Choice:
+    """A configuration with a value for each head, and what the model loses by it where that was asked for."""
+
+    configuration: Configuration
+    loss: float | None = None  # nats more than dense attention
+
+
+def choice(
+    configuration: Configuration,
+    curves: Mapping[Place, Curve],
+    target: Target,
+    settings: CalibrateSettings,
+    loss: Callable[[Configuration], float],
+) -> Choice:
+    """What the heads take.
+
+    Args:
+        configuration: A pattern, without a value for each head.
+        curves: Of each layer and head.
+        target: What is to be reached.
+        settings: Of the stage.
+        loss: Nats that a configuration loses beside dense attention; asked where the target is a loss.
+    """
+
+    def at(chosen: Mapping[Place, Any]) -> Configuration:
+        layers, heads = (1 + max(numbers) for numbers in zip(*curves, strict=True))
+        values = tuple(tuple(chosen[layer, head] for head in range(heads)) for layer in range(layers))
+        return replace(configuration, dials=Dials(str(settings.target), values))
+
+    if not target.of_all:
+        return Choice(at({place: target.choose(curve) for place, curve in curves.items()}))
+    if target.measure == "density_total":
+        return Choice(at(spread(curves, target.value)))
+
+    def tried(density: float) -> Choice:
+        made = at(spread(curves, density))
+        found = Choice(made, loss(made))
+        log.info("%s at a density of %.4f loses %+.4f nats", configuration.label, density, found.loss)
+        return found
+
+    least, most = (
+        sum(extreme(m.density for m in curve.values()) for curve in curves.values()) / len(curves)
+        for extreme in (min, max)
+    )
+    low, high, best = max(least, most / 1000), most, tried(most)
+    while high > low * (1 + settings.tolerance) and best.loss is not None and best.loss <= target.value:
+        middle = math.sqrt(low * high)
+        found = tried(middle)
+        if found.loss is not None and found.loss <= target.value:
+            high, best = middle, found
+        else:
+            low = middle
+    return best
+
+
 def measured_curves(
     samples: Samples, dialled: Sequence[Swept], target: Target, settings: CalibrateSettings, learned: Learned
-) -> dict[tuple[int, int, int], dict[Any, tuple[float, float]]]:
-    """Density and recall by the value of the sparsity parameter, for each ``(index in dialled, layer, head)``."""
+) -> list[dict[Place, dict[Any, Measured]]]:
+    """What each head has at the values of the sparsity parameter that were tried, for each of ``dialled``."""
     layers, heads, _ = samples.shape
-    curves: dict[tuple[int, int, int], dict[Any, tuple[float, float]]] = {
-        (index, layer, head): {} for index in range(len(dialled)) for layer in range(layers) for head in range(heads)
-    }
+    curves: list[dict[Place, dict[Any, Measured]]] = [
+        {(layer, head): {} for layer in range(layers) for head in range(heads)} for _ in dialled
+    ]
     asked = {(index, layer): set(each.values) for index, each in enumerate(dialled) for layer in range(layers)}
     for _ in range(1 + settings.refinements):
         patterns: dict[tuple[int, Any], Pattern] = {}
@@ -203,12 +220,12 @@ def measured_curves(
             break
         for (index, value, layer), measured in _measure(samples, patterns, only, settings).items():
             for head in range(heads):
-                curves[index, layer, head][value] = measured[head]
+                curves[index][layer, head][value] = measured[head]
         asked = {
             (index, layer): {
                 value
                 for head in range(heads)
-                if (value := _next(dialled[index], curves[index, layer, head], target)) is not None
+                if (value := _next(dialled[index], curves[index][layer, head], target)) is not None
             }
             for index, layer in asked
         }
@@ -221,8 +238,8 @@ def _measure(
     patterns: Mapping[tuple[int, Any], Pattern],
     only: Mapping[tuple[int, int], set[Any]] | None,
     settings: CalibrateSettings,
-) -> dict[tuple[int, Any, int], list[tuple[float, float]]]:
-    """Density and recall of every head for each ``(index, value, layer)``; ``only`` those values of an index and layer."""
+) -> dict[tuple[int, Any, int], list[Measured]]:
+    """What every head has for each ``(index, value, layer)``; ``only`` those values of an index and layer."""
     counts: dict[tuple[int, Any, int], list[Counts]] = {}
     for sample in progress(range(len(samples)), "calibrate"):
         for layer, qk in enumerate(samples.layers(sample, settings.causal)):
@@ -233,7 +250,8 @@ def _measure(
     measured = {}
     for key, parts in counts.items():
         means = Counts.cat(parts).macro()
-        measured[key] = list(zip((1 - means["sparsity"]).tolist(), means["recall"].tolist(), strict=True))
+        shares = (1 - means["sparsity"], means["recall"], means["kept_mass"])
+        measured[key] = [Measured(*head) for head in zip(*(share.tolist() for share in shares), strict=True)]
     return measured
 
 
@@ -262,103 +280,38 @@ def _next(dialled: Swept, curve: Curve, target: Target) -> Any | None:
     return None
 
 
-def whole_numbered(pattern: Any) -> bool:
-    """Whether the sparsity parameter of a pattern is a whole number."""
-    return typing.get_type_hints(type(pattern))[pattern.sparsity_parameter] is int
-
-
-def _row(
-    configuration: Configuration,
-    layer: int,
-    head: int,
-    curve: Curve,
-    held_out: tuple[float, float],
-    settings: CalibrateSettings,
-) -> dict[str, Any]:
+def _rows(
+    made: Choice, curves: Mapping[Place, Curve], held_out: Mapping[int, Sequence[Measured]], settings: CalibrateSettings
+) -> list[dict[str, Any]]:
+    """The table of one pattern, a row for each layer and head."""
+    configuration = made.configuration
     assert configuration.dials is not None
     assert settings.target is not None
-    value = configuration.dials.values[layer][head]
-    density, recall = curve[value]
-    return {
-        **_key(configuration),
-        "target": settings.target,
-        "layer": layer,
-        "head": head,
-        "dial": configuration.pattern.sparsity_parameter,
-        "value": value,
-        "density": density,
-        "recall": recall,
-        "density_held_out": held_out[0],
-        "recall_held_out": held_out[1],
-        "reached": Target.parse(settings.target).reached(density, recall, settings.tolerance),
-        "values_tried": len(curve),
-    }
+    target, values = Target.parse(settings.target), configuration.dials.values
+    chosen = {(layer, head): curves[layer, head][values[layer][head]] for layer, head in curves}
+    total = sum(measured.density for measured in chosen.values()) / len(chosen)
 
+    def reached(measured: Measured) -> bool:
+        if target.measure == "loss":
+            return made.loss is not None and made.loss <= target.value
+        return target.reached(total if target.of_all else measured.density, measured.recall, settings.tolerance)
 
-# ---- what score and evaluate use ----
-
-
-def calibrated(configurations: Iterable[Configuration], folder: Path | str, target: str) -> tuple[Configuration, ...]:
-    """Each pattern of ``configurations`` at its calibrated values; once for each set of local and global tokens.
-
-    Patterns without a sparsity parameter are left out, and so are those that were not calibrated, which the log says.
-
-    Args:
-        configurations: patterns with their local and global tokens.
-        folder: ``calibration/`` of a run.
-        target: what the values must have been chosen for, such as ``density=0.1``.
-
-    Returns:
-        The configurations with a value for each layer and head.
-
-    Raises:
-        UserError: for a folder without a calibration, or with one for another target.
-    """
-    folder = Path(folder)
-    path = folder / "dials.parquet"
-    if not path.is_file():
-        raise UserError(f"{folder} holds no dials.parquet: give a folder made by stage=calibrate with calibration=PATH")
-    table = pd.read_parquet(path)
-    if set(table["target"]) - {target}:
-        raise UserError(
-            f"{folder} was made for target={table['target'].iloc[0]}, not {target}: run stage=calibrate first"
-        )
-    names = list(_KEY)
-    table[names] = table[names].astype(object).where(table[names].notna(), None)
-    groups = {
-        _comparable(dict(zip(names, key, strict=True))): group
-        for key, group in table.groupby(names, dropna=False, sort=False)
-    }
-    chosen: dict[Any, Configuration] = {}
-    for configuration in configurations:
-        if configuration.pattern.sparsity_parameter is None or (key := _comparable(_key(configuration))) in chosen:
-            continue
-        if key not in groups:
-            log.warning("%s has no calibration with these settings: run stage=calibrate", configuration.name)
-            continue
-        kind = int if whole_numbered(configuration.pattern) else float
-        grid = groups[key].pivot(index="layer", columns="head", values="value")
-        values = tuple(tuple(kind(value) for value in row) for row in grid.to_numpy())
-        chosen[key] = replace(configuration, dials=Dials(target, values))
-    return tuple(chosen.values())
-
-
-_KEY = ("pattern", "settings", "window", "global_tokens", "last_token", "block_size")
-
-
-def _key(configuration: Configuration) -> dict[str, Any]:
-    """What a calibration belongs to: a pattern without its sparsity parameter, and its local and global tokens."""
-    pattern = configuration.pattern
-    own = {
-        field.name: getattr(pattern, field.name)
-        for field in dataclasses.fields(pattern)
-        if field.name != pattern.sparsity_parameter and field.name not in configuration.needs
-    }
-    values = (configuration.name, json.dumps(own, sort_keys=True), configuration.window or 0)
-    tokens = (configuration.global_tokens, configuration.last_token, configuration.block_size)
-    return dict(zip(_KEY, (*values, *tokens), strict=True))
-
-
-def _comparable(key: Mapping[str, Any]) -> tuple[Any, ...]:
-    """A key as it can be compared after a way through a file."""
-    return tuple(value if isinstance(value, str) else int(value) for value in key.values())
+    return [
+        {
+            **key_of(configuration),
+            "target": settings.target,
+            "layer": layer,
+            "head": head,
+            "dial": configuration.pattern.sparsity_parameter,
+            "value": values[layer][head],
+            "density": measured.density,
+            "recall": measured.recall,
+            "kept_mass": measured.mass,
+            "density_held_out": held_out[layer][head].density,
+            "recall_held_out": held_out[layer][head].recall,
+            "loss_minus_dense": made.loss,
+            "reached": reached(measured),
+            "values_tried": len(curves[layer, head]),
+        }
+        for (layer, head), measured in chosen.items()
+    ]

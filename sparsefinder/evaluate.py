@@ -25,7 +25,6 @@ from torch import Tensor
 from sparsefinder import models
 from sparsefinder.analysis.bootstrap import ratio_difference
 from sparsefinder.attention import Dense
-from sparsefinder.calibrate import calibrated
 from sparsefinder.corpora import Corpus, block_length, masked_batches, token_blocks
 from sparsefinder.corpora.blocks import draw
 from sparsefinder.errors import UserError, check_counts
@@ -34,6 +33,7 @@ from sparsefinder.evaluation.adapt import AdaptSettings, adapt, attending
 from sparsefinder.evaluation.cost import Stopwatch, now, peak_memory
 from sparsefinder.evaluation.observer import Observer, measure_graphs, on
 from sparsefinder.evaluation.variants import AttentionChoice, Conversion, Variant, check_some, crossed
+from sparsefinder.experiment.calibration import calibrated
 from sparsefinder.experiment.configuration import Configuration, Learned, buildable, fitted, needed
 from sparsefinder.graphs import Attention
 from sparsefinder.numerics.normalizers import Normalizer

@@ -27,9 +27,9 @@ from torch import Tensor
 from sparsefinder.analysis import frontiers
 from sparsefinder.analysis.bootstrap import Replicas
 from sparsefinder.analysis.comparisons import error_budget
-from sparsefinder.calibrate import calibrated
 from sparsefinder.errors import UserError
 from sparsefinder.evaluation.shared_buckets import distance_histogram, shared_buckets
+from sparsefinder.experiment.calibration import calibrated
 from sparsefinder.experiment.configuration import Configuration, Learned, buildable, fitted, needed
 from sparsefinder.graphs import QK, Buckets, Pattern
 from sparsefinder.metrics import BALANCE, RATIOS, Counts, Gold, balance, count

@@ -13,9 +13,11 @@ import torch
 from small_runs import TRAINING, make_learned
 
 from sparsefinder import calibrate, score
-from sparsefinder.calibrate import CalibrateSettings, Swept, Target
+from sparsefinder.calibrate import CalibrateSettings
 from sparsefinder.errors import UserError
+from sparsefinder.experiment.calibration import calibrated
 from sparsefinder.experiment.configuration import Configuration, Dials, Learned
+from sparsefinder.experiment.targets import Measured, Swept, Target
 from sparsefinder.graphs import Pattern
 from sparsefinder.metrics import Gold, count
 from sparsefinder.numerics.normalizers import Normalizer
@@ -170,47 +172,6 @@ def test_values_that_cannot_be_given(values: list[Any], message: str) -> None:
         Dials.given(KMeans(1), values)
 
 
-class TestTarget:
-    def test_words(self) -> None:
-        assert Target.parse("density=0.1") == Target("density", 0.1)
-        assert Target.parse("recall=0.95") == Target("recall", 0.95)
-        for wrong in ("density", "density=2", "density=0", "recall=much", "0.1", "precision=0.5"):
-            with pytest.raises(UserError, match="density=D or recall=R"):
-                Target.parse(wrong)
-
-    def test_a_density_takes_the_nearest_value(self) -> None:
-        curve = {1: (0.05, 0.3), 2: (0.11, 0.5), 3: (0.3, 0.9)}
-        assert Target("density", 0.1).choose(curve) == 2
-        assert Target("density", 0.9).choose(curve) == 3
-
-    def test_a_recall_takes_the_sparsest_value_that_reaches_it(self) -> None:
-        curve = {1: (0.05, 0.3), 2: (0.11, 0.92), 3: (0.3, 0.97)}
-        assert Target("recall", 0.9).choose(curve) == 2
-        assert Target("recall", 0.99).choose(curve) == 3
-
-    @pytest.mark.parametrize("goal", [0.013, 0.1, 0.5, 0.77])
-    def test_values_between_come_near_to_a_density(self, goal: float) -> None:
-        """A sparsity parameter whose density is its cube: a few looks find the cube root."""
-        target, curve = Target("density", goal), {value: (value**3, value) for value in (0.1, 0.5, 1.0)}
-        for _ in range(12):
-            value = target.between(curve, whole=False)
-            assert value is not None
-            curve[value] = (value**3, value)
-        assert abs(curve[target.choose(curve)][0] - goal) < 0.02 * goal
-
-    def test_whole_numbers_end_at_neighbours(self) -> None:
-        target, curve = Target("density", 0.1), {value: (value / 100, 0.5) for value in (1, 64)}
-        tried = []
-        while (value := target.between(curve, whole=True)) is not None:
-            curve[value] = (value / 100 + 0.001, 0.5)
-            tried.append(value)
-        assert target.choose(curve) in (9, 10)
-        assert len(tried) == len(set(tried))
-
-    def test_beyond_the_sweep_there_is_nothing_to_try(self) -> None:
-        assert Target("density", 0.5).between({1: (0.1, 0.2), 2: (0.2, 0.3)}, whole=False) is None
-
-
 DIALLED = (
     Swept(Configuration("distance", Distance("l2", 1.0)), (0.1, 1.0, 10.0)),
     Swept(Configuration("distance", Distance("l2", 1.0), window=3), (0.1, 1.0, 10.0)),
@@ -258,7 +219,7 @@ class TestStage:
         table = calibrated_run(store, "density=0.2")
         learned = Learned.load(store, ("centroids", "projections"))
         configurations = [each.configuration for each in DIALLED]
-        for configuration in calibrate.calibrated(configurations, store.path("calibration"), "density=0.2"):
+        for configuration in calibrated(configurations, store.path("calibration"), "density=0.2"):
             own = table[(table["pattern"] == configuration.name) & (table["window"] == (configuration.window or 0))]
             pattern = configuration.build(learned)
             for layer in range(2):
@@ -288,6 +249,40 @@ class TestStage:
         assert (kmeans["value"] == 1).all(), "the nearest"
         assert "kmeans at density=0.01 is not reached in 4 of 4 heads" in caplog.text
 
+    def test_a_total_density_goes_where_it_keeps_most(self, store: Store) -> None:
+        total, each = (calibrated_run(store, f"{name}=0.2") for name in ("density_total", "density"))
+        for name, window in (("distance", 0), ("random", 0)):
+            mine, equal = (t[(t["pattern"] == name) & (t["window"] == window)] for t in (total, each))
+            assert abs(mine["density"].mean() - 0.2) < 0.02
+            assert mine["reached"].all()
+            assert mine["kept_mass"].mean() > equal["kept_mass"].mean() - 0.005
+        distance = total[(total["pattern"] == "distance") & (total["window"] == 0)]
+        assert distance["density"].std() > 0.01, "heads differ"
+
+    def test_a_loss_takes_the_smallest_density_that_has_it(self) -> None:
+        """Heads whose kept mass is the root of their density; the model loses what they do not keep."""
+        configuration = Configuration("distance", Distance("l2", 1.0))
+        values = torch.linspace(0.05, 1, 200).tolist()
+        curves = {(layer, head): {v: Measured(v**2, v, v) for v in values} for layer in range(2) for head in range(2)}
+        asked = []
+
+        def loss(made: Configuration) -> float:
+            assert made.dials is not None
+            asked.append(made)
+            return 1 - float(torch.tensor(made.dials.values).mean())
+
+        for wanted, density in ((0.5, 0.25), (0.1, 0.81)):
+            settings = CalibrateSettings((), f"density_total={wanted}", tolerance=0.01)
+            made = calibrate.choice(configuration, curves, Target("loss", wanted), settings, loss)
+            assert made.loss is not None
+            assert made.loss <= wanted
+            assert made.configuration.dials is not None
+            found = torch.tensor(made.configuration.dials.values).square().mean()
+            assert density * 0.99 < found < density * 1.03
+        assert len(asked) < 40
+        made = calibrate.choice(configuration, curves, Target("loss", 1e-9), settings, lambda _: 0.5)
+        assert made.configuration.dials == Dials("density_total=0.1", ((1.0, 1.0), (1.0, 1.0))), "as much as there is"
+
     def test_without_a_target_it_is_left_out(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         with caplog.at_level("INFO"):
             run_stages([STAGES["calibrate"]], {"calibrate": CalibrateSettings(DIALLED)}, Store(tmp_path), seed=0)
@@ -316,12 +311,12 @@ class TestStage:
         calibrated_run(store, "density=0.2")
         folder = store.path("calibration")
         with pytest.raises(UserError, match=r"was made for target=density=0\.2, not recall"):
-            calibrate.calibrated([], folder, "recall=0.9")
+            calibrated([], folder, "recall=0.9")
         with pytest.raises(UserError, match="holds no dials"):
-            calibrate.calibrated([], folder.parent, "density=0.2")
+            calibrated([], folder.parent, "density=0.2")
         other = Configuration("distance", Distance("cos", 1.0))
         with caplog.at_level("WARNING"):
-            assert calibrate.calibrated([other], folder, "density=0.2") == ()
+            assert calibrated([other], folder, "density=0.2") == ()
         assert "distance has no calibration with these settings" in caplog.text
 
     @pytest.mark.parametrize(

@@ -14,15 +14,18 @@ import torch
 
 from sparsefinder import calibrate, evaluate, extract, kmeans_centroids, models, pipeline, quantization, report
 from sparsefinder.attention import Bucketed, Dense, Masked
-from sparsefinder.calibrate import CalibrateSettings, Swept
+from sparsefinder.calibrate import CalibrateSettings
 from sparsefinder.corpora import TextFiles, token_blocks
 from sparsefinder.corpora.blocks import draw
 from sparsefinder.errors import UserError
 from sparsefinder.evaluate import EvaluateSettings
 from sparsefinder.evaluation.adapt import AdaptSettings, adapt
 from sparsefinder.evaluation.converted import BigBird, Longformer, Nystromformer
+from sparsefinder.evaluation.loss_difference import LossDifference, MaskedText
 from sparsefinder.evaluation.variants import AttentionChoice, Conversion
+from sparsefinder.experiment.calibration import calibrated
 from sparsefinder.experiment.configuration import Configuration, Learned
+from sparsefinder.experiment.targets import Swept
 from sparsefinder.extract import ExtractSettings
 from sparsefinder.finetune import FinetuneSettings, NewModel
 from sparsefinder.finetune import run as finetune
@@ -237,6 +240,27 @@ class TestEvaluate:
         masked, bucketed = (results.loc[f"{kind} kmeans at density=0.4"] for kind in ("masked", "bucketed"))
         assert masked.loss == pytest.approx(bucketed.loss, rel=1e-4)
         assert masked.target == "density=0.4"
+
+    def test_a_loss_is_a_target(self, store: Store, corpus: TextFiles, tmp_path: Path) -> None:
+        """What the stage says the model loses is what it loses with those values on that text."""
+        names = ("model", "qk", "qk_validation", "projections", "centroids")
+        given = Store(tmp_path, {name: store.path(name) for name in names})
+        dialled = (Swept(Configuration("quantize", Quantize(4)), (1, 4, 16)),)
+        text = MaskedText(blocks=6)
+        for wanted in (1e-9, 1.0):
+            settings = CalibrateSettings(dialled, f"loss={wanted}", samples=3, corpus=corpus, text=text)
+            assert {"model", "qk"} <= {*settings.needs}
+            calibrate.run(settings, given)
+            given.finish("calibration", "calibrate", {}, {}, 0)
+            table = pd.read_csv(tmp_path / "calibration" / "dials.csv")
+            (said,) = set(table["loss_minus_dense"])
+            assert table["reached"].all() == (said <= wanted)
+            (made,) = calibrated([dialled[0].configuration], tmp_path / "calibration", f"loss={wanted}")
+            learned = Learned.load(given, ("projections",))
+            assert LossDifference.of(given, corpus, text)(made, learned) == pytest.approx(said, abs=1e-6)
+        assert table["density"].mean() < 0.5, "a nat more is easily lost"
+        with pytest.raises(UserError, match="a loss is measured on text"):
+            CalibrateSettings(dialled, "loss=0.1")
 
     def test_costs_are_measured(self, tables: tuple[pd.DataFrame, pd.DataFrame]) -> None:
         results = tables[0].set_index("variant")

@@ -9,13 +9,13 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from sparsefinder.calibrate import Swept
 from sparsefinder.commandline.composition import build, plain, without
 from sparsefinder.commandline.conf_folder import CONF
 from sparsefinder.errors import UserError, one_of
 from sparsefinder.evaluation.variants import AttentionChoice, Conversion
 from sparsefinder.experiment.configuration import Configuration, Dials
 from sparsefinder.experiment.instantiate import class_named, construct
+from sparsefinder.experiment.targets import Swept
 
 UNITED_WITH = ("window", "global_tokens", "last_token", "block_size")  # fields of a `Configuration` beside its pattern
 

@@ -14,8 +14,8 @@ import pandas as pd
 import pytest
 
 from sparsefinder import pipeline
-from sparsefinder.calibrate import calibrated
 from sparsefinder.errors import UserError
+from sparsefinder.experiment.calibration import calibrated
 from sparsefinder.pipeline import Stage, chosen_stages, run_stages
 from sparsefinder.predictors.centroids import load_centroids
 from sparsefinder.predictors.projections import load_projections

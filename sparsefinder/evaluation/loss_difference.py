@@ -1,0 +1,94 @@
+"""How much more a masked language model loses with a predicted graph than with its own dense attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsefinder import models
+from sparsefinder.attention import Bucketed, Dense, Masked
+from sparsefinder.corpora import Corpus, block_length, masked_batches, token_blocks
+from sparsefinder.corpora.blocks import draw
+from sparsefinder.errors import UserError
+from sparsefinder.evaluation.adapt import attending
+from sparsefinder.evaluation.observer import on
+from sparsefinder.evaluation.tasks import MaskedWords
+from sparsefinder.evaluation.tasks.judges import inputs_of
+from sparsefinder.experiment.configuration import Configuration, Learned
+from sparsefinder.graphs import Attention
+from sparsefinder.storage.store import Store
+
+
+@dataclass(frozen=True)
+class MaskedText:
+    """Which text blocks of a corpus are read, and how many of their words are masked."""
+
+    split: str = "validation"  # train, validation or test; evaluate measures on test
+    blocks: int = 32
+    length: int | None = None  # most tokens of a block; None: what the model can take
+    batch_size: int = 8
+    mask_probability: float = 0.15
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("blocks", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"calibrate.text.{name} must be 1 or more, got {getattr(self, name)}")
+        if not 0 < self.mask_probability < 1:
+            raise UserError(f"calibrate.text.mask_probability must lie between 0 and 1, got {self.mask_probability}")
+
+
+@dataclass(frozen=True)
+class LossDifference:
+    """Nats a masked position beside dense attention, on the same masked positions.
+
+    Args:
+        model: A masked language model in evaluation mode.
+        batches: Inputs with labels.
+        dense: Its loss with dense attention.
+    """
+
+    model: Any
+    batches: Sequence[dict[str, Tensor]]
+    dense: float
+
+    @classmethod
+    def of(cls, store: Store, corpus: Corpus, text: MaskedText) -> LossDifference:
+        """That of the model of a run, on text of a corpus."""
+        model, tokenizer = models.load_masked_lm(store.path("model"))
+        length = block_length(text.length, models.describe(model).max_length, "calibrate.text.length")
+        found = token_blocks(corpus, tokenizer, text.split, length, cache=store.scratch("corpus"))
+        drawn = draw(len(found), min(text.blocks, len(found)), text.seed, f"the {text.split} split of the corpus")
+        blocks = [found[index] for index in drawn]
+        batches = masked_batches(blocks, tokenizer, text.mask_probability, text.seed, text.batch_size)
+        return cls(model, batches, masked_loss(model, Dense(models.get_normalizer(model)), batches))
+
+    def __call__(self, configuration: Configuration, learned: Learned) -> float:
+        """Of a pattern as it is run: by its buckets where it has them, else as a mask."""
+        pattern, normalizer = configuration.build(learned), models.get_normalizer(self.model)
+        bucketed = configuration.bucketed(learned, models.describe(self.model).head_size)
+        attention = Bucketed(pattern, normalizer) if bucketed else Masked(pattern, normalizer)
+        return masked_loss(self.model, attention, self.batches) - self.dense
+
+
+@torch.inference_mode()
+def masked_loss(model: Any, attention: Attention, batches: Sequence[dict[str, Tensor]]) -> float:
+    """Mean loss of the masked positions, in nats.
+
+    Args:
+        model: A masked language model in evaluation mode.
+        attention: What it attends with.
+        batches: Inputs with labels.
+    """
+    judge, total = MaskedWords(), torch.zeros(3, dtype=torch.float64)
+    with attending(model, attention):
+        for batch in batches:
+            here = on(batch, model.device)
+            sums, _ = judge.judge(model(**inputs_of(here)), here)
+            total += sums.sum(0)
+    masked, loss, _ = total.tolist()
+    return loss / masked
