@@ -30,6 +30,7 @@ from sparsefinder.executors.entmax_support import support
 from sparsefinder.graphs import QK, Buckets
 
 RATIOS = ("sparsity", "recall", "precision", "exact", "f1", "kept_mass", "recall_far", "gold_sparsity")
+COSTS = ("prediction_cost", "attention_cost", "prediction_share")  # see `sparsefinder.experiment.costs`
 BALANCE = ("bucket_entropy", "bucket_largest", "bucket_empty")
 
 

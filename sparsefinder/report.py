@@ -15,6 +15,7 @@ import pandas as pd
 
 from sparsefinder.analysis import frontiers
 from sparsefinder.analysis.bootstrap import Replicas
+from sparsefinder.analysis.method_families import ALL_OTHERS
 from sparsefinder.errors import UserError
 from sparsefinder.reporting import html, text_tables
 from sparsefinder.storage import growing_table, tables
@@ -33,12 +34,16 @@ class ReportSettings:
 
     title: str | None = None  # of the document; None: the name of the run directory
     levels: tuple[float, ...] = frontiers.LEVELS  # shares of the allowed pairs at which recall is compared
+    # shares of the multiplications of dense attention at which recall is compared, prediction and attention together
+    cost_levels: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3, 0.5)
     dpi: int = 200  # of the figures as PNG
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "levels", tuple(self.levels))  # a list from a configuration file
-        if not self.levels or not all(0 < level < 1 for level in self.levels):
-            raise UserError(f"report.levels must be shares of pairs between 0 and 1, got {list(self.levels)}")
+        for name in ("levels", "cost_levels"):
+            levels = tuple(getattr(self, name))
+            object.__setattr__(self, name, levels)  # a list from a configuration file
+            if not levels or not all(0 < level < 1 for level in levels):
+                raise UserError(f"report.{name} must be shares between 0 and 1, got {list(levels)}")
         if self.dpi < 1:
             raise UserError(f"report.dpi must be 1 or more dots an inch, got {self.dpi}")
 
@@ -109,6 +114,14 @@ class Results:
         """What to look at twice."""
         return text_tables.warnings(self.points, self.variants, self.manifests)
 
+    @property
+    def by_cost(self) -> tuple[pd.DataFrame, Replicas | None] | None:
+        """The points and their replicas with the total cost in the place of the density; None where no cost is known."""
+        if self.points is None or self.points["total_cost"].isna().all():
+            return None
+        shares = self.points["prediction_share"].to_numpy(float)
+        return frontiers.by_cost(self.points), None if self.replicas is None else self.replicas.by_cost(shares)
+
     def densities(self, settings: ReportSettings) -> list[float]:
         """The levels of the settings, and that of the gold graph where it is not almost one of them."""
         gold = [] if self.points is None else text_tables.gold_density(self.points)
@@ -170,6 +183,13 @@ def summary(store: Store, settings: ReportSettings | None = None, asked: Mapping
         advantage = text_tables.advantage_lines(results.points, results.replicas, levels)
         if len(advantage):
             parts.append(_ADVANTAGE + "\n" + text_table(advantage))
+        if results.by_cost is not None:
+            costs = (settings or ReportSettings()).cost_levels
+            lines = text_tables.recall_lines(results.by_cost[0], costs, results.by_cost[1], far=False)
+            parts.append(_RECALL_BY_COST + "\n" + text_table(lines))
+            advantage = text_tables.advantage_lines(*results.by_cost, costs, ALL_OTHERS, "cost")
+            if len(advantage):
+                parts.append(_ADVANTAGE_BY_COST + "\n" + text_table(advantage))
     if results.variants is not None:
         scores = ["accuracy", "macro-F1", "exact match", "F1 of answers"]
         wanted = ["variant", "loss, nats", "Δ dense entmax", *scores, "sparsity", "recall", "latency, ms"]
@@ -227,6 +247,13 @@ _MEASURED = "Each configuration as it was asked for, means over samples, layers 
 _ADVANTAGE = (
     "The best sub-quadratic pattern of ours minus the best published one (95 % interval, paired over documents)"
 )
+_RECALL_BY_COST = (
+    "Recall of gold edges at equal total cost: multiplications of prediction and attention, as a share of those of dense "
+    "attention over all allowed pairs (± as above)"
+)
+_ADVANTAGE_BY_COST = (
+    "The best sub-quadratic pattern of ours minus the best of all others at equal total cost (as above)"
+)
 _BUDGET = (
     "Change of recall at equal density from one step to the next, with its 95 % interval, paired over documents. True "
     "scores: the best oracle of those that were scored. –: one of the two does not reach that density."
@@ -256,6 +283,13 @@ def _tables(results: Results, settings: ReportSettings) -> dict[str, html.Markup
             parts["recall_sparsity"] += html.note(f"{_ADVANTAGE}:") + html.table(
                 advantage, [str(name) for name in advantage]
             )
+    if results.by_cost is not None:
+        by_cost = text_tables.recall_lines(results.by_cost[0], settings.cost_levels, results.by_cost[1], far=False)
+        parts["recall_sparsity"] += html.note(f"{_RECALL_BY_COST}:") + html.table(by_cost, ["pattern", "united with"])
+        advantage = text_tables.advantage_lines(*results.by_cost, settings.cost_levels, ALL_OTHERS, "cost")
+        if len(advantage):
+            parts["recall_sparsity"] += html.note(f"{_ADVANTAGE_BY_COST}:")
+            parts["recall_sparsity"] += html.table(advantage, [str(name) for name in advantage])
     if results.variants is not None:
         words = (
             "Graph metrics are those of the executed graph; not defined: the attention has no token graph. Computed pairs: pairs "

@@ -31,11 +31,13 @@ from sparsefinder.errors import UserError
 from sparsefinder.evaluation.shared_buckets import distance_histogram, shared_buckets
 from sparsefinder.experiment.calibration import calibrated
 from sparsefinder.experiment.configuration import Configuration, Learned, buildable, fitted, needed
+from sparsefinder.experiment.costs import costs
 from sparsefinder.graphs import QK, Buckets, Pattern
-from sparsefinder.metrics import BALANCE, RATIOS, Counts, Gold, balance, count
+from sparsefinder.metrics import BALANCE, COSTS, RATIOS, Counts, Gold, balance, count
 from sparsefinder.numerics.distances import PAIRWISE
 from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.patterns.combine import layout_of
+from sparsefinder.patterns.lowrank import LowRank
 from sparsefinder.storage import distributed, tables
 from sparsefinder.storage.growing_table import Item, Table
 from sparsefinder.storage.held_out import validation_samples
@@ -140,7 +142,7 @@ def run(settings: ScoreSettings, store: Store) -> None:
     )
     if not distributed.first():
         return
-    metrics = table.grown(metrics_table(scores, settings, learned), "metrics")
+    metrics = table.grown(metrics_table(scores, settings, learned, samples.shape[2]), "metrics")
     points = frontiers.points(metrics)
     with store.writing("score") as folder:
         folder.mkdir()
@@ -302,24 +304,27 @@ def _score(
     )
 
 
-def metrics_table(scores: Scores, settings: ScoreSettings, learned: Learned) -> pd.DataFrame:
+def metrics_table(scores: Scores, settings: ScoreSettings, learned: Learned, size: int) -> pd.DataFrame:
     """One row per configuration × layer × head; metrics are means over samples (see `sparsefinder.metrics`)."""
     rows = []
+    built = [configuration.build(learned) for configuration in settings.configurations]
     for (index, layer), counts in scores.counts.items():
         configuration = settings.configurations[index]
         means = counts.macro() | {
             name: values.nanmean(0) for name, values in scores.balance.get((index, layer), {}).items()
         }
+        means |= costs(built[index], counts, size)
         own = configuration.columns
         if "alpha" in own:  # not the one of the gold graph
             own["pattern_alpha"] = own.pop("alpha")
         sizes = {name: size for name, size in learned.sizes(configuration.needs).items() if own.get(name) is None}
         for head in range(counts.gold.shape[1]):
+            true_scores = isinstance(configuration.pattern, LowRank) and sizes.get("rounds", 0) >= size
             rows.append(
-                {"configuration": index, **own, **sizes}
+                {"configuration": index, **own, **sizes, "true_scores": true_scores}
                 | {"causal": settings.causal, "alpha": settings.alpha, "quadratic": configuration.quadratic}
                 | {"samples": counts.gold.shape[0], "layer": layer, "head": head}
-                | {name: means[name][head].item() for name in (*RATIOS, *BALANCE) if name in means}
+                | {name: means[name][head].item() for name in (*RATIOS, *COSTS, *BALANCE) if name in means}
             )
     return tables.tidy(rows)
 

@@ -38,7 +38,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
     "attention": ("executors", "numerics", "graphs", "errors"),
     "predictors": ("storage", "executors", "numerics", "graphs", "metrics", "errors"),
     "patterns": ("graphs", "numerics", "predictors", "executors", "storage", "errors"),
-    "experiment": ("patterns", "predictors", "storage", "graphs", "numerics", "errors"),
+    "experiment": ("patterns", "predictors", "metrics", "storage", "graphs", "numerics", "errors"),
     "corpora": ("storage", "numerics", "errors"),
     "models": ("corpora", "storage", "numerics", "graphs", "executors", "attention", "errors"),
     "conversions": ("models", "executors/lsg", "storage", "numerics", "errors"),

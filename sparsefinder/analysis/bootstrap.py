@@ -10,7 +10,7 @@ Where a pattern was run with several seeds, a replica also draws as many of its 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -114,6 +114,10 @@ class Replicas:
         """Those of some of the points."""
         rows = list(points)
         return Replicas(self.density[:, rows], self.recall[:, rows], self.recall_far[:, rows])
+
+    def by_cost(self, shares: np.ndarray) -> Replicas:
+        """The total cost in the place of the density; ``shares (points,)`` of the predictions are alike in each replica."""
+        return replace(self, density=self.density + shares)
 
     def at(self, rows: Sequence[int], levels: Sequence[float], measure: str = "recall") -> np.ndarray:
         """A measure of the frontier of some points, where it names so many pairs.

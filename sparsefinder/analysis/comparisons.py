@@ -68,17 +68,22 @@ def error_budget(
     return pd.DataFrame(changes, columns=list(COLUMNS))
 
 
-def ours_minus_published(
-    points: pd.DataFrame, replicas: Replicas | None, levels: Sequence[float], measure: str = "recall"
+def ours_minus_rival(
+    points: pd.DataFrame,
+    replicas: Replicas | None,
+    levels: Sequence[float],
+    rivals: Sequence[str] = (PUBLISHED,),
+    measure: str = "recall",
 ) -> pd.DataFrame:
-    """The best sub-quadratic pattern of ours minus the best published one.
+    """The best sub-quadratic pattern of ours minus the best rival.
 
     Each with or without window and global tokens, whichever helps it most.
 
     Args:
-        points: `frontiers.points`.
+        points: `frontiers.points`, or `frontiers.by_cost` of them.
         replicas: Of these points; None where there are no intervals.
-        levels: Shares of the allowed pairs.
+        levels: Shares of the allowed pairs, or of the cost of dense attention.
+        rivals: Families of patterns.
         measure: ``recall`` or ``recall_far``.
 
     Returns:
@@ -87,13 +92,13 @@ def ours_minus_published(
     recalls = recall_table(points, levels)
     family = recalls["pattern"].map(family_of) if len(recalls) else pd.Series(dtype=object)
     ours = recalls[(family == OURS) & ~recalls["quadratic"].astype(bool)]
-    published = recalls[family == PUBLISHED]
+    others = recalls[family.isin(rivals)]
     advantages = []
     for level in levels:
-        first, second = _best(published, level), _best(ours, level)
+        first, second = _best(others, level), _best(ours, level)
         if first is None or second is None:
             continue
-        names = {"density": level, "ours": _name(second), "published": _name(first)}
+        names = {"density": level, "ours": _name(second), "rival": _name(first)}
         advantages.append(names | _difference(first, second, level, replicas, measure))
     return pd.DataFrame(advantages)
 

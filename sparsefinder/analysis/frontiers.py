@@ -15,14 +15,14 @@ import pandas as pd
 
 from sparsefinder.analysis.method_families import BOUNDS, CHANCE, TOP_K, family_of
 from sparsefinder.errors import UserError
-from sparsefinder.metrics import BALANCE, RATIOS
+from sparsefinder.metrics import BALANCE, COSTS, RATIOS
 
-MEASURES = (*RATIOS, *BALANCE)
+MEASURES = (*RATIOS, *COSTS, *BALANCE)
 LEVELS = (0.02, 0.05, 0.1, 0.2, 0.3)  # shares of the allowed pairs at which patterns are compared
 
 _PLACE = ("run", "configuration", "layer", "head", "samples", "members")
 _LOCAL_AND_GLOBAL = ("window", "global_tokens", "last_token")
-_NOT_SETTINGS = {*MEASURES, *_PLACE, *_LOCAL_AND_GLOBAL, "pattern", "causal", "alpha", "quadratic"}
+_NOT_SETTINGS = {*MEASURES, *_PLACE, *_LOCAL_AND_GLOBAL, "pattern", "causal", "alpha", "quadratic", "true_scores"}
 
 
 def points(metrics: pd.DataFrame) -> pd.DataFrame:
@@ -32,7 +32,8 @@ def points(metrics: pd.DataFrame) -> pd.DataFrame:
         metrics: ``score/metrics``; tables of several runs (`tables.collect`) may be given.
 
     Returns:
-        One row per configuration. Added are ``density`` (1 − sparsity), ``united_with`` (the window and global tokens in
+        One row per configuration. Added are ``density`` (1 − sparsity), ``total_cost`` (multiplications of prediction and
+        attention as a share of those of attention over all allowed pairs), ``united_with`` (the window and global tokens in
         words, empty without them) and ``label`` (the pattern and those of its settings that vary).
 
     Raises:
@@ -42,12 +43,15 @@ def points(metrics: pd.DataFrame) -> pd.DataFrame:
     if missing:
         raise UserError(f"the table has no column {', '.join(missing)}: give score/metrics as stage=score writes it")
     table = described(metrics)
-    quadratic = table["quadratic"] if "quadratic" in table else pd.Series(False, table.index)
-    table["quadratic"] = [False if pd.isna(value) else bool(value) for value in quadratic]
+    for name in ("quadratic", "true_scores"):
+        given = table[name] if name in table else pd.Series(False, table.index)
+        table[name] = [False if pd.isna(value) else bool(value) for value in given]
     keys = [name for name in ("run", "configuration") if name in table]
     how = {name: "mean" if name in MEASURES else "first" for name in table if name not in (*keys, "layer", "head")}
     averaged = _over_seeds(table.groupby(keys, sort=False, as_index=False).agg(how))
     averaged["density"] = 1 - averaged["sparsity"]
+    shares = averaged["prediction_share"] if "prediction_share" in averaged else pd.Series(np.nan, averaged.index)
+    averaged["total_cost"] = averaged["density"] + shares
     averaged["label"] = _labels(averaged)
     return averaged
 
@@ -86,7 +90,11 @@ def described(table: pd.DataFrame) -> pd.DataFrame:
 
 def setting_columns(table: pd.DataFrame) -> list[str]:
     """Columns that hold settings of patterns, such as ``threshold``."""
-    return [str(name) for name in table.columns if name not in {*_NOT_SETTINGS, "density", "united_with", "label"}]
+    return [
+        str(name)
+        for name in table.columns
+        if name not in {*_NOT_SETTINGS, "density", "total_cost", "united_with", "label"}
+    ]
 
 
 def frontier(table: pd.DataFrame) -> pd.DataFrame:
@@ -170,20 +178,26 @@ def recall_table(table: pd.DataFrame, densities: Sequence[float]) -> pd.DataFram
         One row per pattern and what it is united with. Columns ``(measure, density)`` hold NaN where the frontier does not
         come there; ``rows`` are the indices of its points in the table. Patterns that always take every pair are left out.
     """
-    columns = ["pattern", "united_with", "quadratic", "configurations", "defined", "rows"]
+    columns = ["pattern", "united_with", "quadratic", "true_scores", "configurations", "defined", "rows"]
     rows = []
     positions = pd.Series(range(len(table)), table.index)
     for (united_with, pattern), group in table.groupby(["united_with", "pattern"], sort=False):
         if group["density"].min() >= 1:
             continue
         known = group.dropna(subset=["sparsity", "recall"])
-        described_by = [pattern, united_with, bool(group["quadratic"].any()), len(group), not known.empty]
+        flags = (bool(group[name].any()) for name in ("quadratic", "true_scores"))
+        described_by = [pattern, united_with, *flags, len(group), not known.empty]
         row: dict[Any, Any] = dict(zip(columns, [*described_by, tuple(positions[known.index])], strict=True))
         for measure in ("recall", "recall_far"):
             recalls = recalls_at(known, densities, measure).tolist()
             row |= {(measure, density): recall for density, recall in zip(densities, recalls, strict=True)}
         rows.append(row)
     return pd.DataFrame(rows) if rows else pd.DataFrame(columns=columns)
+
+
+def by_cost(table: pd.DataFrame) -> pd.DataFrame:
+    """`points` with the total cost in the place of the density, NaN where it is unknown: for comparisons at equal cost."""
+    return table.assign(density=table["total_cost"], sparsity=1 - table["total_cost"])
 
 
 def comparable(table: pd.DataFrame, most: int = 3) -> pd.DataFrame:

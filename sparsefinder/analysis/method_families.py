@@ -13,6 +13,7 @@ OURS, PUBLISHED, FIXED, DEPENDENT, BOUNDS = (
     "bounds",
 )
 FAMILIES = (OURS, PUBLISHED, FIXED, DEPENDENT)  # in the order of the figures; bounds are drawn in all of them
+ALL_OTHERS = (PUBLISHED, FIXED, DEPENDENT)
 
 _BEGINNINGS = {  # of the names of their files; whatever is not here depends on the data
     BOUNDS: (UPPER_BOUND, CHANCE, EVERYTHING),

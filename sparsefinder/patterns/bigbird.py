@@ -10,11 +10,12 @@ from torch import Tensor
 
 from sparsefinder.graphs import QK, Buckets, Layout
 from sparsefinder.numerics.counter_rng import uniform
+from sparsefinder.patterns.support.cost import Free
 from sparsefinder.patterns.support.ranking import at_least, odd
 
 
 @dataclass(frozen=True)
-class BigBird:
+class BigBird(Free):
     """With blocks ``I = ⌊i / b⌋``, ``J = ⌊j / b⌋``: edge iff ``|I − J| ≤ w // 2``, or ``J ∈ R_I``, or ``I`` or ``J`` is global.
 
     ``R_I`` are ``r`` blocks drawn from those that the query's block does not see otherwise; global are the first and the last

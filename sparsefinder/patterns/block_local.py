@@ -8,11 +8,12 @@ from typing import ClassVar
 from torch import Tensor
 
 from sparsefinder.graphs import QK, Buckets, Layout
+from sparsefinder.patterns.support.cost import Free
 from sparsefinder.patterns.support.ranking import at_least, memberships
 
 
 @dataclass(frozen=True)
-class BlockLocal:
+class BlockLocal(Free):
     """Edge iff ``⌊i / b⌋ = ⌊j / b⌋``: both tokens are in the same block of ``b``.
 
     Positions are counted over real tokens, and the last block of a sentence may be shorter.

@@ -55,6 +55,10 @@ class BlockPool:
         chosen = blocks.best(blocks.visible(rows @ means, None), self.share)
         return blocks.layout(blocks.spread(chosen) if self.pool_queries else chosen)
 
+    def cost(self, tokens: int, size: int) -> float:
+        """``D`` for each block of keys; with pooled queries once for a block of them."""
+        return size * -(-tokens // self.size) / (self.size if self.pool_queries else 1)
+
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool."""
         return self.layout(qk, layer).graph(qk)

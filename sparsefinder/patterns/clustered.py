@@ -60,6 +60,11 @@ class Clustered:
         taken = first_share(k @ means.transpose(-1, -2), qk, self.share)
         return Layout(Buckets(cluster[..., None], as_ids(taken), self.n_clusters))
 
+    def cost(self, tokens: int, size: int) -> float:
+        """Hashing of queries, distances to the centres in every round and once more, and the keys with each mean query."""
+        hashed, numbers = (size * self.bits, self.bits) if self.bits else (0, size)
+        return float(hashed + (self.iterations + 1) * self.n_clusters * numbers + self.n_clusters * size)
+
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool."""
         return self.layout(qk, layer).graph(qk)

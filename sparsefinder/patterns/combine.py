@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparsefinder.errors import UserError
 from sparsefinder.graphs import QK, Buckets, HasLayout, Layout, Pattern
+from sparsefinder.patterns.support.cost import cost_of
 from sparsefinder.predictors.projections import Projections
 
 
@@ -27,6 +28,10 @@ class Union:
     def layout(self, qk: QK, layer: int) -> Layout:
         """All layouts together; a `UserError` where one of the patterns has none."""
         return reduce(Layout.union, (layout_of(pattern, qk, layer) for pattern in self.patterns))
+
+    def cost(self, tokens: int, size: int) -> float:
+        """That of all patterns together."""
+        return sum(cost_of(pattern, tokens, size) for pattern in self.patterns)
 
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool."""
@@ -48,6 +53,10 @@ class Projected:
     def layout(self, qk: QK, layer: int) -> Layout:
         """That of the pattern in the projected space."""
         return layout_of(self.pattern, self.projections(qk, layer), layer)
+
+    def cost(self, tokens: int, size: int) -> float:
+        """Projecting the query and a key, and what the pattern costs there."""
+        return self.projections.cost + cost_of(self.pattern, tokens, self.projections.size or size)
 
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool from vectors ``(B, H, N, D)``."""
@@ -82,6 +91,10 @@ class Blocked:
             return layout
         q_ids, k_ids = (self._to_tokens(ids, 2, qk) for ids in (layout.buckets.q_ids, layout.buckets.k_ids))
         return Layout(Buckets(q_ids, k_ids, layout.buckets.count))
+
+    def cost(self, tokens: int, size: int) -> float:
+        """That of chunks, shared by the queries of a chunk."""
+        return cost_of(self.pattern, -(-tokens // self.size), self.size * size) / self.size
 
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool."""
@@ -119,6 +132,10 @@ class Causal:
                 "a causal pattern in bidirectional attention has no bucketed form: use attention=masked for it"
             )
         return layout_of(self.pattern, qk, layer)
+
+    def cost(self, tokens: int, size: int) -> float:
+        """That of the pattern."""
+        return cost_of(self.pattern, tokens, size)
 
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool."""

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from sparsefinder.graphs import QK, Buckets, Layout
+from sparsefinder.patterns.support.cost import Free
 from sparsefinder.patterns.support.ranking import at_least, odd
 
 
 @dataclass(frozen=True)
-class Dilated:
+class Dilated(Free):
     """Edge iff ``(i − j) mod d = 0`` and ``|i − j| ≤ d · (W // 2)``: ``W`` keys, each ``d`` after the one before.
 
     No more than every ``d``-th pair can be an edge. Distances are counted over real tokens.

@@ -51,6 +51,10 @@ class Distance:
         """Chance needs no projections."""
         return () if self.distance == "random" else ("projections",)
 
+    def cost(self, tokens: int, size: int) -> float:
+        """``n · R``, whichever distance; nothing for ``random``."""
+        return 0.0 if self.distance == "random" else float(tokens * size)
+
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool from vectors ``(B, H, N, R)``."""
         random = self.distance == "random"

@@ -10,10 +10,11 @@ from torch import Tensor
 from sparsefinder.errors import UserError
 from sparsefinder.graphs import QK
 from sparsefinder.numerics.normalizers import Normalizer
+from sparsefinder.patterns.support.cost import EveryPair
 
 
 @dataclass(frozen=True)
-class DotProductEntmax:
+class DotProductEntmax(EveryPair):
     """Edge iff ``p'_ij > 0`` where ``p'_i = entmax(K' q'_i / √R)`` at an α of its own: the less, the more edges.
 
     The published ``dotproduct_entmax``. Every pair is compared, so predicting is quadratic (in R, not D). With α = 1 every

@@ -8,10 +8,11 @@ from typing import ClassVar
 from torch import Tensor
 
 from sparsefinder.graphs import QK
+from sparsefinder.patterns.support.cost import Free
 
 
 @dataclass(frozen=True)
-class Full:
+class Full(Free):
     """Edge iff the pair is allowed."""
 
     sparsity_parameter: ClassVar[str | None] = None

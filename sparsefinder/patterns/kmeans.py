@@ -52,6 +52,12 @@ class KMeans:
         q_ids, k_ids = (ids.masked_fill(spare, -1) for ids in (most.q_ids, most.k_ids))
         return Layout(Buckets(q_ids, k_ids, most.count))
 
+    def cost(self, tokens: int, size: int) -> float:
+        """``2 · C · R``: each query and each key with each centroid of all runs."""
+        if self.centroids is None:
+            raise missing("kmeans", "centroids")
+        return 2.0 * self.centroids.count * size
+
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool from vectors ``(B, H, N, R)``."""
         return self.layout(qk, layer).graph(qk)

@@ -12,6 +12,7 @@ from sparsefinder.errors import UserError, one_of
 from sparsefinder.graphs import QK, Buckets, Layout
 from sparsefinder.numerics.counter_rng import uniform
 from sparsefinder.patterns.dilated import dilated
+from sparsefinder.patterns.support.cost import Free
 from sparsefinder.patterns.support.ranking import at_least, odd
 from sparsefinder.patterns.window import GlobalTokens
 
@@ -19,7 +20,7 @@ PLACEMENTS = ("first", "random")
 
 
 @dataclass(frozen=True)
-class Longformer:
+class Longformer(Free):
     """Edge iff ``i`` or ``j`` is global, or ``(i − j) mod d = 0`` and ``|i − j| ≤ d · (W // 2)``.
 
     The first ``dilated_heads`` heads have the dilation ``d``, the others have 1: the paper dilates two heads, and none in its

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from sparsefinder.graphs import QK
 from sparsefinder.numerics.selection import check_rule, select
+from sparsefinder.patterns.support.cost import EveryPair
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LowRank(EveryPair):
     """Edge iff ``q'_i·k'_j / √R`` is selected among the row's keys by ``rule`` and ``level``.
 
     The rules are those of `sparsefinder.numerics.selection`. ``q'``, ``k'`` are the closed-form projections of the stage

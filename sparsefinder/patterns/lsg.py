@@ -68,6 +68,10 @@ class LSG:
         q_ids = torch.where(position[..., :1] < prefix, -1, (position[..., :1] - prefix) // self.block)
         return Layout(Buckets(q_ids, k_ids.gather(2, position), view.shape[2])).union(is_global)
 
+    def cost(self, tokens: int, size: int) -> float:
+        """``D``, the norm of each key, where keys are picked by that."""
+        return float(size) if self.sparsity_type == "norm" else 0.0
+
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool."""
         return self.layout(qk, layer).graph(qk)

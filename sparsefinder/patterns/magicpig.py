@@ -48,6 +48,10 @@ class MagicPIG:
         if self.bits > 62:
             raise UserError(f"bits must be at most 62, a code in one integer, got {self.bits}")
 
+    def cost(self, tokens: int, size: int) -> float:
+        """``2 · D`` for each bit of all tables: queries and keys are hashed. Comparing codes multiplies nothing."""
+        return 2.0 * size * self.n_tables * self.bits
+
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool."""
         q, k = vectors(qk)

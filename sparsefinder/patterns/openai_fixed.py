@@ -10,11 +10,12 @@ from torch import Tensor
 
 from sparsefinder.errors import UserError
 from sparsefinder.graphs import QK, Buckets, Layout
+from sparsefinder.patterns.support.cost import Free
 from sparsefinder.patterns.support.ranking import at_least, memberships
 
 
 @dataclass(frozen=True)
-class OpenAIFixed:
+class OpenAIFixed(Free):
     """Edge iff ``⌊i / l⌋ = ⌊j / l⌋`` or ``j mod l ≥ l − c``: the same block, or one of the last ``c`` keys of any block.
 
     Source:

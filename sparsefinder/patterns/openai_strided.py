@@ -8,11 +8,12 @@ from typing import ClassVar
 from torch import Tensor
 
 from sparsefinder.graphs import QK, Buckets, Layout
+from sparsefinder.patterns.support.cost import Free
 from sparsefinder.patterns.support.ranking import at_least, memberships
 
 
 @dataclass(frozen=True)
-class OpenAIStrided:
+class OpenAIStrided(Free):
     """Edge iff ``|i − j| < near`` or ``(i − j) mod l = 0``: a near key, or one that is whole strides away.
 
     Source:

@@ -11,10 +11,11 @@ from torch import Tensor
 from sparsefinder.executors.entmax_support import support
 from sparsefinder.graphs import QK
 from sparsefinder.numerics.normalizers import Normalizer
+from sparsefinder.patterns.support.cost import EveryPair
 
 
 @dataclass(frozen=True)
-class Oracle:
+class Oracle(EveryPair):
     """Edge iff ``p_ij > 0`` in the dense α-entmax attention of the same head. It needs every score, so it saves no work."""
 
     alpha: float = 1.5  # of the entmax whose support is meant; 1 (softmax) gives every allowed pair

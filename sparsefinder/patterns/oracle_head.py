@@ -11,13 +11,14 @@ from torch import Tensor
 from sparsefinder.errors import UserError, one_of
 from sparsefinder.graphs import QK
 from sparsefinder.numerics.normalizers import Normalizer
+from sparsefinder.patterns.support.cost import EveryPair
 from sparsefinder.patterns.support.ranking import best, share_of
 
 ORDERS = ("score", "margin")
 
 
 @dataclass(frozen=True)
-class OracleHead:
+class OracleHead(EveryPair):
     """Edge iff ``z_ij`` is among the ``⌈share · n⌉`` largest of its head, which has ``n`` allowed pairs: one threshold per head.
 
     ========  ==========================================================================

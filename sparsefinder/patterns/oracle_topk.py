@@ -9,11 +9,12 @@ from torch import Tensor
 
 from sparsefinder.errors import UserError
 from sparsefinder.graphs import QK
+from sparsefinder.patterns.support.cost import EveryPair
 from sparsefinder.patterns.support.ranking import best, share_of
 
 
 @dataclass(frozen=True)
-class OracleTopK:
+class OracleTopK(EveryPair):
     """Edge iff ``q_i·k_j`` is among the ``⌈share · n_i⌉`` largest of query ``i``, which has ``n_i`` allowed keys.
 
     The bound of every method with a fixed number of keys for each query. It needs every score, so it saves no work. Of two equal

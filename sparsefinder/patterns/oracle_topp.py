@@ -10,11 +10,12 @@ from torch import Tensor
 from sparsefinder.errors import UserError
 from sparsefinder.graphs import QK
 from sparsefinder.numerics.normalizers import Normalizer
+from sparsefinder.patterns.support.cost import EveryPair
 from sparsefinder.patterns.support.ranking import best
 
 
 @dataclass(frozen=True)
-class OracleTopP:
+class OracleTopP(EveryPair):
     """Edge iff ``j ∈ S_i``, the smallest set with ``Σ_{j∈S_i} p_ij ≥ p``, where ``p_i = α-entmax(K q_i / √D)`` is dense.
 
     The bound of every method with a share of the probability as its goal. With ``alpha = 1`` the probabilities are those of

@@ -13,6 +13,7 @@ from torch import Tensor
 from sparsefinder.errors import UserError
 from sparsefinder.graphs import QK, Buckets, Layout, Pattern
 from sparsefinder.patterns.combine import layout_of
+from sparsefinder.patterns.support.cost import cost_of
 
 NO_BUCKET = -1
 
@@ -63,6 +64,11 @@ class PerHead:
             )
         buckets_of_values = [layout.buckets for layout in layouts]
         return Layout(_each_head_its_own(buckets_of_values, taken), layouts[0].window, layouts[0].is_global)
+
+    def cost(self, tokens: int, size: int) -> float:
+        """The mean over layers and heads, each at its own value."""
+        kinds = [replace(self.pattern, **{self.pattern.sparsity_parameter: v}) for row in self.values for v in row]
+        return sum(cost_of(kind, tokens, size) for kind in kinds) / len(kinds)
 
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool."""

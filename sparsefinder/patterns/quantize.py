@@ -10,10 +10,11 @@ from torch import Tensor
 
 from sparsefinder.errors import UserError
 from sparsefinder.graphs import QK, Buckets, Layout
+from sparsefinder.patterns.support.cost import Free
 
 
 @dataclass(frozen=True)
-class Quantize:
+class Quantize(Free):
     """Each of the R coordinates is cut into ``ceil(n / bucket_size)`` bins; edge iff **any** of them has both in one bin.
 
     With ``same_size`` the bins of a coordinate hold equally many tokens, ``rank // bucket_size``, queries and keys ranked

@@ -47,6 +47,10 @@ class Quest:
         bounds, of_own_block = self._bounds(qk, blocks)
         return blocks.layout(blocks.best(blocks.visible(bounds, of_own_block), self.share))
 
+    def cost(self, tokens: int, size: int) -> float:
+        """``2 · D`` for each block of keys."""
+        return 2.0 * size * -(-tokens // self.size)
+
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool."""
         return self.layout(qk, layer).graph(qk)

@@ -55,6 +55,10 @@ class Reformer:
         q_ids, k_ids = (self._hashes(x, rotations.to(x.dtype)) + first for x in vectors(qk))
         return Layout(Buckets(q_ids, k_ids, self.n_rounds * self.n_buckets))
 
+    def cost(self, tokens: int, size: int) -> float:
+        """``D`` for each bucket of all rounds: queries and keys are projected to half as many directions."""
+        return float(size * self.n_rounds * self.n_buckets)
+
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool."""
         return self.layout(qk, layer).graph(qk)

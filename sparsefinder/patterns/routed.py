@@ -97,6 +97,10 @@ class ToClusters:
         most = max(part.shape[-1] for part in slots)
         return torch.cat([F.pad(part, (0, most - part.shape[-1]), value=-1) for part in slots], dim=1)
 
+    def cost(self, tokens: int, size: int) -> float:
+        """``3 · C · R``: each key with each centroid, each query with the mean and the spread of each cluster."""
+        return 3.0 * self.centroids.count * size
+
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool from vectors ``(B, H, N, R)``."""
         return self.layout(qk, layer).graph(qk)

@@ -63,6 +63,10 @@ class Routing:
         tokens, valid = torch.cat([q, k], dim=2), torch.cat([qk.valid, qk.valid], dim=1)
         return taken(q, k, lloyd(tokens, valid, centres, self.iterations, spherical=True), qk, self.share)
 
+    def cost(self, tokens: int, size: int) -> float:
+        """``2 · C · D`` in every round of k-means and once more, for queries and keys."""
+        return 2.0 * (self.iterations + 1) * self.n_clusters * size
+
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool."""
         return self.layout(qk, layer).graph(qk)
@@ -97,6 +101,12 @@ class LearnedRouting:
         centres = F.normalize(self.centres(qk, layer), dim=-1)
         q, k = (F.normalize(x, dim=-1) for x in vectors(qk))
         return taken(q, k, centres.to(q.dtype), qk, self.share)
+
+    def cost(self, tokens: int, size: int) -> float:
+        """``2 · C · R``: queries and keys with each centroid of all runs."""
+        if self.centroids is None:
+            raise missing("routing_learned, routing_nearest", "centroids")
+        return 2.0 * self.centroids.count * size
 
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool from vectors ``(B, H, N, R)``."""

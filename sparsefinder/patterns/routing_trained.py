@@ -40,6 +40,12 @@ class TrainedRouting:
         q, k = (F.normalize(x, dim=-1) for x in vectors(qk))
         return taken(q, k, centres.to(q.dtype), qk, self.share)
 
+    def cost(self, tokens: int, size: int) -> float:
+        """``2 · C · R``: queries and keys with each centroid."""
+        if self.online_centroids is None:
+            raise missing("routing_trained", "online_centroids")
+        return 2.0 * self.online_centroids.count * size
+
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool from vectors ``(B, H, N, R)``."""
         return self.layout(qk, layer).graph(qk)

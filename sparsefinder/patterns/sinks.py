@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from sparsefinder.graphs import QK, Buckets, Layout
+from sparsefinder.patterns.support.cost import Free
 from sparsefinder.patterns.support.ranking import at_least, memberships, odd
 
 
 @dataclass(frozen=True)
-class Sinks:
+class Sinks(Free):
     """Edge iff ``j < s`` or ``|i − j| ≤ W // 2``: a sink, or a key in the window.
 
     Sinks are only keys: as queries they see what any token sees (a global token sees all).

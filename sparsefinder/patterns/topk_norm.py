@@ -42,6 +42,10 @@ class TopKNorm:
         k_ids = torch.where(first_share(norms, qk, self.share), 0, -1)
         return Layout(Buckets(torch.zeros_like(k_ids), k_ids, 1))
 
+    def cost(self, tokens: int, size: int) -> float:
+        """``D``: the norm of each key."""
+        return float(size)
+
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool."""
         return self.layout(qk, layer).graph(qk)

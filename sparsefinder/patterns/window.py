@@ -10,10 +10,11 @@ from torch import Tensor
 
 from sparsefinder.errors import UserError
 from sparsefinder.graphs import QK, Layout
+from sparsefinder.patterns.support.cost import Free
 
 
 @dataclass(frozen=True)
-class Window:
+class Window(Free):
     """Edge iff ``|i − j| ≤ W // 2`` (Beltagy et al. 2020, without their dilation and global tokens)."""
 
     width: int = 11  # W, odd: the query's own position and W // 2 keys on each side
@@ -37,7 +38,7 @@ class Window:
 
 
 @dataclass(frozen=True)
-class GlobalTokens:
+class GlobalTokens(Free):
     """Edge iff the query or the key is one of the first ``first`` real tokens, or, with ``last``, the last real one.
 
     In causal attention a global token still sees no later key.

@@ -34,6 +34,11 @@ class Centroids:
         """C, the same in every layer."""
         return self.layers[0].shape[2]
 
+    @property
+    def count(self) -> int:
+        """Those of all runs of k-means together, the same in every layer."""
+        return self.layers[0].shape[1] * self.layers[0].shape[2]
+
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """The centroids of a layer, checked against what they are asked for.
 

@@ -160,6 +160,16 @@ class Projections:
         _check_shapes(projection, qk, self.source)
         return projection(qk)
 
+    @property
+    def size(self) -> int | None:
+        """``R``, numbers in a projected vector; None where vectors stay as they are."""
+        return self.layers[0].q.out_size
+
+    @property
+    def cost(self) -> float:
+        """Multiplications for projecting a query and a key."""
+        return _multiplications(self.layers[0].q) + _multiplications(self.layers[0].k)
+
     def save(self, path: Path | str) -> None:
         """Write the published form."""
         plain = [
@@ -263,6 +273,10 @@ def _check_shapes(projection: LayerProjections, qk: QK, source: str) -> None:
             f"{source} projects {heads} heads of size {in_size}, the queries and keys have {qk.q.shape[1]} heads of size "
             f"{qk.q.shape[-1]}: run stage=project on these queries and keys"
         )
+
+
+def _multiplications(projection: Projection) -> float:
+    return float(sum(w.numel() / len(w) for name, w in projection.named_parameters() if name.startswith("w")))
 
 
 def _sizes(projection: Projection) -> tuple[int, ...]:

@@ -9,8 +9,9 @@ import pandas as pd
 
 from sparsefinder.analysis import frontiers
 from sparsefinder.analysis.bootstrap import Replicas, with_intervals
-from sparsefinder.analysis.comparisons import ours_minus_published
+from sparsefinder.analysis.comparisons import ours_minus_rival
 from sparsefinder.analysis.frontiers import broken_curves, recall_table
+from sparsefinder.analysis.method_families import PUBLISHED
 from sparsefinder.storage.manifests import Manifest
 from sparsefinder.storage.store import ARTEFACTS
 
@@ -50,7 +51,7 @@ def recall_lines(
     gold = gold_density(table)
     lines = pd.DataFrame(
         {
-            "pattern": numbers["pattern"] + numbers["quadratic"].map({True: " *", False: ""}),
+            "pattern": [_named(row) for row in numbers.to_dict("records")],
             "united with": numbers["united_with"].replace("", "–"),
             "configurations": numbers["configurations"].astype(str),
         }
@@ -101,17 +102,31 @@ def recall_numbers(table: pd.DataFrame, densities: Sequence[float], replicas: Re
     return pd.DataFrame(rows, columns=columns)
 
 
-def advantage_lines(table: pd.DataFrame, replicas: Replicas | None, densities: Sequence[float]) -> pd.DataFrame:
-    """The best sub-quadratic pattern of ours minus the best published one at equal density, in words."""
-    numbers = ours_minus_published(table, replicas, densities)
-    far = ours_minus_published(table, replicas, densities, "recall_far")
+def advantage_lines(
+    table: pd.DataFrame,
+    replicas: Replicas | None,
+    levels: Sequence[float],
+    rivals: Sequence[str] = (PUBLISHED,),
+    axis: str = "pairs",
+) -> pd.DataFrame:
+    """The best sub-quadratic pattern of ours minus the best rival at equal density, or at equal cost, in words.
+
+    Args:
+        table: `frontiers.points`, or `frontiers.by_cost` of them.
+        replicas: Of these points; None where there are no intervals.
+        levels: Shares of the allowed pairs, or of the cost of dense attention.
+        rivals: Families of patterns.
+        axis: What the levels are shares of.
+    """
+    numbers = ours_minus_rival(table, replicas, levels, rivals)
+    far = ours_minus_rival(table, replicas, levels, rivals, "recall_far")
     if numbers.empty:
         return pd.DataFrame()
     return pd.DataFrame(
         {
-            "pairs": [_percent(density) for density in numbers["density"]],
+            axis: [_percent(level) for level in numbers["density"]],
             "ours": numbers["ours"],
-            "best published": numbers["published"],
+            "best published" if tuple(rivals) == (PUBLISHED,) else "best other": numbers["rival"],
             "recall": [f"{row.recall_after:.3f} against {row.recall_before:.3f}" for row in numbers.itertuples()],
             "difference": [_change(row) for row in numbers.to_dict("records")],
             "of the far recall": [_change(row) for row in far.to_dict("records")],
@@ -150,6 +165,11 @@ def calibration_lines(dials: pd.DataFrame) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
+
+
+def _named(row: Mapping[Any, Any]) -> str:
+    what = " (the true scores)" if row["true_scores"] else ""
+    return f"{row['pattern']}{what}{' *' if row['quadratic'] else ''}"
 
 
 def gold_density(table: pd.DataFrame) -> list[float]:

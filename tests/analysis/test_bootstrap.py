@@ -175,11 +175,11 @@ class TestComparisons:
         assert "quantize" not in budget.index.get_level_values("method"), "it was not scored"
 
     def test_ours_against_published(self, many: pd.DataFrame) -> None:
-        found = comparisons.ours_minus_published(many, None, [0.1, 0.2])
+        found = comparisons.ours_minus_rival(many, None, [0.1, 0.2])
         assert list(found["ours"]) == ["routed + window 5"] * 2, "lowrank compares every pair"
-        assert list(found["published"]) == ["distance", "kmeans"]
+        assert list(found["rival"]) == ["distance", "kmeans"]
         assert list(found["change"]) == pytest.approx([0.2, 0.18])
-        assert comparisons.ours_minus_published(many[many["pattern"] == "kmeans"], None, [0.1]).empty
+        assert comparisons.ours_minus_rival(many[many["pattern"] == "kmeans"], None, [0.1]).empty
 
     def test_the_interval_of_a_difference_is_paired(self, points: pd.DataFrame, store: Store) -> None:
         replicas = Replicas.of(points, pd.read_parquet(store.path("score") / "counts.parquet"))
