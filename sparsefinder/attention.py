@@ -23,13 +23,15 @@ from torch import Tensor
 from sparsefinder.errors import UserError
 from sparsefinder.executors.blocks.dense_tiles import TilesExecutor
 from sparsefinder.executors.blocks.executor import BlocksExecutor
+from sparsefinder.executors.blocks.tail import entries
 from sparsefinder.executors.choose import AUTO, Executor, check, choose, explain
 from sparsefinder.executors.native.bucketed import NativeExecutor
 from sparsefinder.executors.native.dense import NativeDenseExecutor
 from sparsefinder.executors.triton.dense import TritonDenseExecutor
 from sparsefinder.executors.triton.executor import TritonExecutor
 from sparsefinder.executors.workload import Pairs, Work
-from sparsefinder.graphs import QK, HasLayout, Layout, Pattern, band
+from sparsefinder.graphs import QK, HasLayout, Layout, Pattern, band, has_tail
+from sparsefinder.numerics.clusters import with_clusters
 from sparsefinder.numerics.normalizers import Normalizer, PerHead
 from sparsefinder.numerics.padding import at_least_float32, exactly, without_padding
 
@@ -60,7 +62,10 @@ _DENSE_EXECUTORS: tuple[DenseExecutor, ...] = (NativeDenseExecutor(), TritonDens
 
 @dataclass(frozen=True)
 class Masked:
-    """Dense attention with ``-inf`` outside the graph: ``p_i = normalizer(q_i·k_j / √D over j with graph_ij)``."""
+    """Dense attention with ``-inf`` outside the graph: ``p_i = normalizer(q_i·k_j / √D over j with graph_ij)``.
+
+    A pattern with a tail (`Layout`) adds an entry for each query and bucket to the scores.
+    """
 
     pattern: Pattern  # who may attend to whom
     normalizer: Normalizer = _ENTMAX15  # how the scores on the graph become probabilities
@@ -69,10 +74,16 @@ class Masked:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, layer: int) -> Tensor:
         """``q, k, v (B, H, N, D)``, ``valid (B, N)`` bool → ``(B, H, N, D)`` in the dtype of ``v``."""
         q, k, v = without_padding(q, valid), without_padding(k, valid), without_padding(v, valid)
-        graph = self.graph(QK(q, k, valid, self.causal), layer)
-        scores = at_least_float32(q) / math.sqrt(q.shape[-1]) @ at_least_float32(k).transpose(-1, -2)
-        probabilities = self.normalizer(scores.masked_fill(~graph, -math.inf))
-        return probabilities.to(v.dtype) @ v
+        qk = QK(q, k, valid, self.causal)
+        layout = self._layout(qk, layer)
+        graph = self.graph(qk, layer) if layout is None else layout.graph(qk)
+        exact = qk.with_vectors(at_least_float32(q), at_least_float32(k))
+        scores = (exact.q / math.sqrt(q.shape[-1]) @ exact.k.mT).masked_fill(~graph, -math.inf)
+        if layout is None:
+            return self.normalizer(scores).to(v.dtype) @ v
+        tail = entries(layout, exact, v.to(exact.q.dtype))
+        probabilities, weights = with_clusters(scores, tail.mean, tail.variance, tail.numbers, self.normalizer.alpha)
+        return probabilities.to(v.dtype) @ v + tail.apply(weights).to(v.dtype)
 
     @torch.no_grad()
     def graph(self, qk: QK, layer: int) -> Tensor:
@@ -80,9 +91,19 @@ class Masked:
         return self.pattern(qk, layer)
 
     def computed_pairs(self, qk: QK, layer: int) -> Tensor:
-        """Pairs that are multiplied, ``(B, H)`` int64: all of them."""
+        """Pairs that are multiplied, ``(B, H)`` int64: all of them, and the entries of a tail."""
         batch, heads, tokens, _ = qk.q.shape
-        return torch.full((batch, heads), tokens * tokens, device=qk.q.device)
+        layout = self._layout(qk, layer)
+        columns = tokens + (0 if layout is None else layout.entries)
+        return torch.full((batch, heads), tokens * columns, device=qk.q.device)
+
+    @torch.no_grad()
+    def _layout(self, qk: QK, layer: int) -> Layout | None:
+        """That of a pattern with a tail, None for one without."""
+        if not has_tail(self.pattern):
+            return None
+        assert isinstance(self.pattern, HasLayout)  # nothing else can have a tail
+        return self.pattern.layout(qk, layer)
 
 
 @dataclass(frozen=True)
@@ -122,7 +143,7 @@ class Bucketed:
         """``q, k, v (B, H, N, D)``, ``valid (B, N)`` bool → ``(B, H, N, D)`` in the dtype of ``v``."""
         q, k, v = without_padding(q, valid), without_padding(k, valid), without_padding(v, valid)
         qk = QK(q, k, valid, self.causal)
-        executor = choose(self._executors(), self.executor, Work.of(q, k, v))
+        executor = choose(self._executors(), self.executor, self._work(q, k, v))
         return executor.attend(qk, v, self._layout(qk, layer), self.normalizer)
 
     @torch.no_grad()
@@ -132,12 +153,15 @@ class Bucketed:
 
     def computed_pairs(self, qk: QK, layer: int) -> Tensor:
         """Pairs that are multiplied, ``(B, H)`` int64: those of the graph, and but for ``native`` the filling too."""
-        executor = choose(self._executors(), self.executor, Work.of(qk.q, qk.k))
+        executor = choose(self._executors(), self.executor, self._work(qk.q, qk.k))
         return executor.computed_pairs(qk, self._layout(qk, layer))
 
     def explain(self, q: Tensor, *others: Tensor) -> str:
         """Which executor multiplies these queries (and keys and values) and why no other one does: a line for each."""
-        return explain(self._executors(), self.executor, Work.of(q, *others))
+        return explain(self._executors(), self.executor, self._work(q, *others))
+
+    def _work(self, q: Tensor, *others: Tensor) -> Work:
+        return replace(Work.of(q, *others), tail=has_tail(self.pattern))
 
     def _executors(self) -> tuple[LayoutExecutor, ...]:
         return NativeExecutor(), BlocksExecutor(self.queries_at_once), TritonExecutor(self.block)

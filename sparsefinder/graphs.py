@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparsefinder.errors import UserError
+
 
 @dataclass(frozen=True)
 class QK:
@@ -159,28 +161,49 @@ class Buckets:
 class Layout:
     """A graph in the compressed form that bucketed attention executes: buckets ∪ a local window ∪ global tokens.
 
+    With a *tail*, the keys of a bucket that a query does not see one by one are one entry among its scores instead of absent:
+    ``n_ic`` keys with the score ``N(q_i·μ_c / √D, Σ_r q_ir² σ²_cr / D)``, and the mean of the bucket's values. ``μ_c`` and
+    ``σ²_c`` (and that mean) are over all keys of the bucket that are allowed, ``n_ic`` are those of them that are not in the
+    graph. Keys in no bucket have no tail. How the executors hand such entries to a normalizer: `sparsefinder.numerics.clusters`.
+
     Args:
         buckets: Memberships of queries and keys; None for none.
         window: Odd width ``W`` in tokens, the query itself and ``W // 2`` keys on each side; 0 for none.
         is_global: ``(B, N)`` bool, tokens that attend to all and are attended by all; None for none.
+        tail: Whether there is a tail; then every key is in one bucket at most, so that ``k_ids`` has one slot.
     """
 
     buckets: Buckets | None = None
     window: int = 0
     is_global: Tensor | None = None
+    tail: bool = False
+
+    def __post_init__(self) -> None:
+        if self.tail and (self.buckets is None or self.buckets.k_ids.shape[-1] != 1):
+            slots = 0 if self.buckets is None else self.buckets.k_ids.shape[-1]
+            raise UserError(
+                f"a tail needs every key in one bucket, here it may be in {slots}: unite a pattern that has a tail with a window "
+                "and global tokens only, or set tail=false"
+            )
 
     def union(self, other: Layout) -> Layout:
-        """Edges of either layout."""
+        """Edges of either layout, and the tail of either; only one of the two may have buckets then."""
         return Layout(
             _join_buckets(self.buckets, other.buckets),
             max(self.window, other.window),
             other.is_global
             if self.is_global is None
             else (self.is_global if other.is_global is None else self.is_global | other.is_global),
+            self.tail or other.tail,
         )
 
+    @property
+    def entries(self) -> int:
+        """Entries of a query besides its keys: as many as there are buckets where there is a tail."""
+        return self.buckets.count if self.tail and self.buckets is not None else 0
+
     def graph(self, qk: QK) -> Tensor:
-        """The dense form, ``(B, H, N, N)`` bool, on allowed pairs only."""
+        """The dense form, ``(B, H, N, N)`` bool, on allowed pairs only; of a layout with a tail the part that is exact."""
         allowed = qk.allowed.expand(-1, qk.q.shape[1], -1, -1)
         edges = torch.zeros_like(allowed)
         if self.buckets is not None:
@@ -199,6 +222,11 @@ class HasLayout(Protocol):
 
     def layout(self, qk: QK, layer: int) -> Layout:
         """Buckets, window and global tokens that give the graph of these queries and keys."""
+
+
+def has_tail(pattern: Pattern) -> bool:
+    """Whether the layouts of a pattern have a tail, which its graph does not show: its attribute ``tail``, if there is one."""
+    return bool(getattr(pattern, "tail", False))
 
 
 def band(tokens: int, window: int, device: torch.device | None = None) -> Tensor:

@@ -17,6 +17,7 @@ class Work:
     masked: bool = False  # whether pairs are given by a mask besides padding and a band
     dropout: bool = False  # whether some probabilities are set to zero
     learns_alpha: bool = False  # whether the normalizer's α gets a gradient
+    tail: bool = False  # whether buckets are handed to the normalizer as entries beside the keys
 
     @classmethod
     def of(cls, q: Tensor, *others: Tensor) -> Work:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import Tensor
@@ -34,6 +34,8 @@ class BlockPool:
     share: float = 0.2  # of the blocks that there are (causal: up to the query's own)
     size: int = 4  # tokens in a block
     pool_queries: bool = True  # one choice for the queries of a block
+    # whether each block that a query does not take is one entry among its scores: see `Layout`
+    tail: bool = field(default=False, kw_only=True)
 
     sparsity_parameter: ClassVar[str | None] = "share"
     needs: ClassVar[tuple[str, ...]] = ()
@@ -50,10 +52,10 @@ class BlockPool:
         if qk.causal:
             q = blocks.running_means(q) if self.pool_queries else q
             of_own_block = (q * blocks.running_means(k)).sum(-1)
-            return blocks.layout(blocks.best(blocks.visible(q @ means, of_own_block), self.share))
+            return blocks.layout(blocks.best(blocks.visible(q @ means, of_own_block), self.share), self.tail)
         rows = blocks.means(q) if self.pool_queries else q
         chosen = blocks.best(blocks.visible(rows @ means, None), self.share)
-        return blocks.layout(blocks.spread(chosen) if self.pool_queries else chosen)
+        return blocks.layout(blocks.spread(chosen) if self.pool_queries else chosen, self.tail)
 
     def cost(self, tokens: int, size: int) -> float:
         """``D`` for each block of keys; with pooled queries once for a block of them."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsefinder.errors import UserError
-from sparsefinder.graphs import QK, Buckets, HasLayout, Layout, Pattern
+from sparsefinder.graphs import QK, Buckets, HasLayout, Layout, Pattern, has_tail
 from sparsefinder.patterns.support.cost import cost_of
 from sparsefinder.predictors.projections import Projections
 
@@ -24,6 +24,11 @@ class Union:
     """
 
     patterns: Sequence[Pattern]
+
+    @property
+    def tail(self) -> bool:
+        """Whether one of them has a tail."""
+        return any(has_tail(pattern) for pattern in self.patterns)
 
     def layout(self, qk: QK, layer: int) -> Layout:
         """All layouts together; a `UserError` where one of the patterns has none."""
@@ -49,6 +54,11 @@ class Projected:
 
     pattern: Pattern
     projections: Projections
+
+    @property
+    def tail(self) -> bool:
+        """Whether the pattern has a tail, which is of the keys that are projected."""
+        return has_tail(self.pattern)
 
     def layout(self, qk: QK, layer: int) -> Layout:
         """That of the pattern in the projected space."""
@@ -82,6 +92,11 @@ class Blocked:
         if self.size < 1:
             raise UserError(f"block_size must be 1 token or more, got {self.size}")
 
+    @property
+    def tail(self) -> bool:
+        """Whether the pattern has a tail, which is of the tokens in the chunks."""
+        return has_tail(self.pattern)
+
     def layout(self, qk: QK, layer: int) -> Layout:
         """Buckets of blocks, for the tokens in them; a `UserError` for a window or global tokens."""
         layout = layout_of(self.pattern, self._chunks(qk), layer)
@@ -90,7 +105,7 @@ class Blocked:
         if layout.buckets is None:
             return layout
         q_ids, k_ids = (self._to_tokens(ids, 2, qk) for ids in (layout.buckets.q_ids, layout.buckets.k_ids))
-        return Layout(Buckets(q_ids, k_ids, layout.buckets.count))
+        return Layout(Buckets(q_ids, k_ids, layout.buckets.count), tail=layout.tail)
 
     def cost(self, tokens: int, size: int) -> float:
         """That of chunks, shared by the queries of a chunk."""
@@ -124,6 +139,11 @@ class Causal:
     """
 
     pattern: Pattern
+
+    @property
+    def tail(self) -> bool:
+        """Whether the pattern has a tail."""
+        return has_tail(self.pattern)
 
     def layout(self, qk: QK, layer: int) -> Layout:
         """The pattern's layout; a `UserError` in bidirectional attention, since a layout cannot say which side to see."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -20,6 +20,8 @@ class KMeans:
     """Edge iff the query and the key share **any** of their ``top_clusters`` nearest centroids in any run of k-means."""
 
     top_clusters: int = 1  # centroids that a token belongs to
+    # whether each other cluster is one entry among a query's scores (see `Layout`): top_clusters=1 and one run
+    tail: bool = field(default=False, kw_only=True)
     centroids: Centroids | None = None  # attached by a `Configuration`
 
     sparsity_parameter: ClassVar[str | None] = "top_clusters"
@@ -40,7 +42,7 @@ class KMeans:
             raise missing("kmeans", "centroids")
         centres = self.centroids(qk, layer)
         q_ids, k_ids = (nearest(x, centres, self.top_clusters) for x in (qk.q, qk.k))
-        return Layout(Buckets(q_ids, k_ids, centres.shape[1] * centres.shape[2]))
+        return Layout(Buckets(q_ids, k_ids, centres.shape[1] * centres.shape[2]), tail=self.tail)
 
     def layout_of_heads(self, qk: QK, layer: int, values: Sequence[int]) -> Layout:
         """The same with so many clusters for each head, ``H`` of them: as fast as with the most of them."""
@@ -50,7 +52,7 @@ class KMeans:
         of_a_run = torch.arange(most.q_ids.shape[-1]) % max(values)  # the nearest of a run come first
         spare = (of_a_run >= top).to(qk.q.device)
         q_ids, k_ids = (ids.masked_fill(spare, -1) for ids in (most.q_ids, most.k_ids))
-        return Layout(Buckets(q_ids, k_ids, most.count))
+        return Layout(Buckets(q_ids, k_ids, most.count), tail=self.tail)
 
     def cost(self, tokens: int, size: int) -> float:
         """``2 · C · R``: each query and each key with each centroid of all runs."""

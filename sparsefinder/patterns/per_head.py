@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsefinder.errors import UserError
-from sparsefinder.graphs import QK, Buckets, Layout, Pattern
+from sparsefinder.graphs import QK, Buckets, Layout, Pattern, has_tail
 from sparsefinder.patterns.combine import layout_of
 from sparsefinder.patterns.support.cost import cost_of
 
@@ -46,6 +46,11 @@ class PerHead:
         if self.pattern.sparsity_parameter is None:
             raise UserError(f"{type(self.pattern).__name__} has no sparsity parameter that could be set for each head")
 
+    @property
+    def tail(self) -> bool:
+        """Whether the pattern has a tail."""
+        return has_tail(self.pattern)
+
     def layout(self, qk: QK, layer: int) -> Layout:
         """The buckets of every head at its own value, -1 where another head has more slots.
 
@@ -63,7 +68,8 @@ class PerHead:
                 "a window or global tokens that differ from head to head have no bucketed form: use attention=masked for it"
             )
         buckets_of_values = [layout.buckets for layout in layouts]
-        return Layout(_each_head_its_own(buckets_of_values, taken), layouts[0].window, layouts[0].is_global)
+        first = layouts[0]
+        return Layout(_each_head_its_own(buckets_of_values, taken), first.window, first.is_global, first.tail)
 
     def cost(self, tokens: int, size: int) -> float:
         """The mean over layers and heads, each at its own value."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import Tensor
@@ -33,6 +33,8 @@ class Quest:
 
     share: float = 0.2  # of the blocks that there are (causal: up to the query's own)
     size: int = 4  # keys in a block
+    # whether each block that a query does not take is one entry among its scores: see `Layout`
+    tail: bool = field(default=False, kw_only=True)
 
     sparsity_parameter: ClassVar[str | None] = "share"
     needs: ClassVar[tuple[str, ...]] = ()
@@ -45,7 +47,7 @@ class Quest:
         """Key blocks as buckets: a query is in those that it takes, a key in its own."""
         blocks = TokenBlocks.cut(qk, self.size)
         bounds, of_own_block = self._bounds(qk, blocks)
-        return blocks.layout(blocks.best(blocks.visible(bounds, of_own_block), self.share))
+        return blocks.layout(blocks.best(blocks.visible(bounds, of_own_block), self.share), self.tail)
 
     def cost(self, tokens: int, size: int) -> float:
         """``2 · D`` for each block of keys."""

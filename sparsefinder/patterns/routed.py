@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sparsefinder.executors.native import predictors as native
 from sparsefinder.graphs import QK, Buckets, Layout
+from sparsefinder.numerics.moments import moments
 from sparsefinder.numerics.padding import without_padding
 from sparsefinder.numerics.selection import check_rule, select
 from sparsefinder.patterns.support.ranking import as_ids
@@ -46,6 +47,8 @@ class ToClusters:
     rule: str = "margin"  # margin or budget
     level: float = 0.2  # how far below the estimated threshold (margin), or which share of the keys (budget)
     alpha: float = 1.5  # of the entmax whose threshold is estimated
+    # whether each cluster that a query does not take is one entry among its scores: see `Layout`
+    tail: bool = field(default=False, kw_only=True)
 
     sparsity_parameter: ClassVar[str | None] = "level"
     needs: ClassVar[tuple[str, ...]]
@@ -78,7 +81,7 @@ class ToClusters:
         cluster = nearest(qk.k, centres[:, None], 1)[..., 0].masked_fill(~qk.valid[:, None], count)  # (B, H, N)
         route = self._route if qk.causal or not native.works_on(qk.q) else self._route_natively
         q_ids = route(qk, cluster, centres, level)
-        return Layout(Buckets(q_ids, cluster.masked_fill(cluster == count, -1)[..., None], count))
+        return Layout(Buckets(q_ids, cluster.masked_fill(cluster == count, -1)[..., None], count), tail=self.tail)
 
     def _route_natively(self, qk: QK, cluster: Tensor, centres: Tensor, level: float | Tensor) -> Tensor:
         """The clusters of each query ``(B, H, N, P)`` int64, -1 in slots that it does not need."""
@@ -127,31 +130,6 @@ def _estimates(moments: Moments, qk: QK, cluster: Tensor, count: int) -> tuple[T
     numbers, mean, variance = moments(without_padding(qk.k, qk.valid), cluster, count)
     size = qk.k.shape[-1]
     return numbers, mean / math.sqrt(size), variance / size
-
-
-def moments(x: Tensor, ids: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`sparsefinder.executors.native.predictors.moments` by torch's operations, on any device.
-
-    Args:
-        x: Vectors ``(B, H, N, R)``, zeros on padding.
-        ids: The cluster of each, ``(B, H, N)`` int64 in ``[0, count]``; ``count`` itself stands for padding.
-        count: Number of clusters, ``C``.
-
-    Returns:
-        The vectors in each cluster ``(B, H, C)``, and their mean and variance ``(B, H, C, R)``, zeros for an empty cluster.
-    """
-    batch, heads = x.shape[:2]
-    first = torch.arange(batch * heads, device=x.device).view(batch, heads, 1) * (count + 1)
-    row = (ids + first).flatten()  # whole rows are added and taken, three times as fast as their numbers one by one
-
-    def sums(values: Tensor) -> Tensor:
-        totals = values.new_zeros(batch * heads * (count + 1), values.shape[-1])
-        return totals.index_add_(0, row, values.flatten(0, 2)).view(batch, heads, count + 1, -1)
-
-    numbers = sums(torch.ones_like(x[..., :1]))
-    mean = sums(x) / numbers.clamp_min(1)
-    variance = sums((x - mean.flatten(0, 2).index_select(0, row).view(x.shape)).square()) / numbers.clamp_min(1)
-    return numbers[:, :, :count, 0], mean[:, :, :count], variance[:, :, :count]
 
 
 def _causal(qk: QK, cluster: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:

@@ -129,8 +129,9 @@ DENSE: dict[str, dict[str, Any]] = {
 }
 
 
-def subject(path: Path, around: str) -> Subject:
+def subject(path: Path, around: str, **changed: Any) -> Subject:
     pattern, sweep = settings(path)
+    pattern = replace(pattern, **changed)
     dense = replace(pattern, **DENSE[path.stem]) if path.stem in DENSE else None
     return Subject(
         pattern,
@@ -153,6 +154,17 @@ def test_conformance(path: Path, check: Check) -> None:
             continue  # only projections are cut into blocks
         if around in ("alone", "all", "blocks") or check.name not in OF_ATTENTION:
             check(subject(path, around))
+
+
+# k-means has two runs here, so that each key is in two clusters
+WITH_TAIL = [path for path in FILES if hasattr(settings(path)[0], "tail") and path.stem != "kmeans"]
+
+
+@pytest.mark.parametrize("check", [check for check in CHECKS if check.name in (*OF_ATTENTION, "layout")], ids=str)
+@pytest.mark.parametrize("path", WITH_TAIL, ids=lambda path: path.stem)
+def test_conformance_with_a_tail(path: Path, check: Check) -> None:
+    for around in ("alone", "all"):
+        check(subject(path, around, tail=True))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

@@ -43,7 +43,7 @@ class HeadChunks:
         is_global: Sequence[Tensor | None] = [None] * len(qks)
         if layout.is_global is not None:
             is_global = self._split_tokens(layout.is_global)
-        layouts = (Layout(b, layout.window, g) for b, g in zip(buckets, is_global, strict=True))
+        layouts = (Layout(b, layout.window, g, layout.tail) for b, g in zip(buckets, is_global, strict=True))
         return list(zip(layouts, qks, strict=True))
 
     def _split_tokens(self, x: Tensor) -> list[Tensor]:

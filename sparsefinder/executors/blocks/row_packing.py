@@ -25,11 +25,13 @@ class PackedRows:
         sources: ``(row segments, 1)`` int64, the segment of the flat scores at each segment of the rows, -1 on filling.
         copies: ``(segments of the flat scores, 1)``, the way back, -1 for scores that nobody needs.
         shapes: ``(rows, width)`` of each rectangle.
+        order: the query of each row, rectangle after rectangle; those without scores are in none.
     """
 
     sources: Tensor
     copies: Tensor
     shapes: tuple[tuple[int, int], ...]
+    order: Tensor
 
     def pack(self, scores: Tensor) -> list[Tensor]:
         """Flat scores → rectangles, ``-inf`` on filling."""
@@ -41,7 +43,7 @@ class PackedRows:
         """Rectangles → flat scores, zeros for scores that were in no row."""
         if not rectangles:
             return torch.zeros(len(self.copies) * STEP, device=self.copies.device)
-        packed = torch.cat([rectangle.view(-1, STEP) for rectangle in rectangles])
+        packed = torch.cat([rectangle.reshape(-1, STEP) for rectangle in rectangles])
         return gather(packed, self.copies, self.sources).view(-1)
 
 
@@ -68,4 +70,4 @@ def lay_out_rows(starts: Tensor, counts: Tensor, segments: int) -> PackedRows:
     copies[sources[real]] = real
     width, rows = widths[order].unique_consecutive(return_counts=True)
     shapes = tuple((n, w * STEP) for n, w in zip(rows.tolist(), width.tolist(), strict=True))
-    return PackedRows(sources[:, None], copies[:, None], shapes)
+    return PackedRows(sources[:, None], copies[:, None], shapes, order)

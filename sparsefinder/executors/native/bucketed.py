@@ -49,6 +49,8 @@ class NativeExecutor:
 
     def why_not(self, work: Work | None) -> str:
         """Why this work cannot be done here; empty where it can. None: whatever the work."""
+        if work is not None and work.tail:
+            return "multiplies the keys of a layout, not its tail"
         return _LIBRARY.why_not(work)
 
     def attend(self, qk: QK, v: Tensor, layout: Layout, normalizer: Normalizer) -> Tensor:

@@ -118,10 +118,10 @@ class TokenBlocks:
             3, block.expand(*of_own_block.shape, 1), of_own_block[..., None]
         )
 
-    def layout(self, chosen: Tensor) -> Layout:
+    def layout(self, chosen: Tensor, tail: bool) -> Layout:
         """Blocks as buckets: a query is in those that were ``chosen (B, H, N, P)``, a key in its own."""
         k_ids = self.block_of[:, None, :, None].expand(*chosen.shape[:3], 1)
-        return Layout(Buckets(chosen, k_ids, self.count))
+        return Layout(Buckets(chosen, k_ids, self.count), tail=tail)
 
 
 def _index(slots: Tensor, x: Tensor) -> Tensor:
