@@ -32,7 +32,7 @@ def check_counts(**counts: int) -> None:
 
 def vectors(qk: QK) -> tuple[Tensor, Tensor]:
     """Queries and keys ``(B, H, N, D)``, float32 at least, zeros on padding: even NaN there cannot reach a sum."""
-    return at_least_float32(without_padding(qk.q, qk.valid)), at_least_float32(without_padding(qk.k, qk.valid))
+    return at_least_float32(without_padding(qk.q, qk.queries_valid)), at_least_float32(without_padding(qk.k, qk.valid))
 
 
 def share_of(counts: Tensor, share: float) -> Tensor:
