@@ -19,6 +19,7 @@ NORMALIZERS = tuple(Normalizer(alpha) for alpha in (1.0, 1.25, 1.5, 2.0))
 
 
 def as_it_is(pattern: Any) -> Pattern:
+    """A pattern that needs nothing else."""
     same: Pattern = pattern
     return same
 
@@ -94,12 +95,14 @@ class Check:
 
 
 def equal(expected: Tensor, actual: Tensor, where: str) -> None:
+    """An AssertionError with the first pair that differs, unless two graphs of one shape are the same."""
     differ = expected != actual
     count = f"{int(differ.sum())} of {differ.numel()} pairs"
     assert not differ.any(), f"{where} {count} differ, the first at {first(differ)}"
 
 
 def close(actual: Tensor, expected: Tensor, what: str) -> None:
+    """An AssertionError with the largest difference, unless that is below 1e-4."""
     error = float((actual - expected).abs().max())
     assert error < 1e-4, f"{what} is off by up to {error:.2g}"
 
