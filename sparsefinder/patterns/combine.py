@@ -179,6 +179,15 @@ class ShareInGroup:
     pattern: Pattern
     group: int
 
+    @property
+    def tail(self) -> bool:
+        """Whether the pattern has a tail, which is of each head's own keys and values."""
+        return has_tail(self.pattern)
+
+    def cost(self, tokens: int, size: int) -> float:
+        """That of the pattern, shared by the heads of a group."""
+        return cost_of(self.pattern, tokens, size) / self.group
+
     def layout(self, qk: QK, layer: int) -> Layout:
         """Bucket ids of a group for each of its heads; a `UserError` where the pattern has no layout."""
         layout = layout_of(self.pattern, self._shared(qk), layer)
