@@ -30,7 +30,6 @@ class Window(Free):
 
     def layout(self, qk: QK, layer: int) -> Layout:
         """The band, unbuilt."""
-        qk.one_text(type(self).__name__)
         return Layout(window=self.width)
 
     def __call__(self, qk: QK, layer: int) -> Tensor:
@@ -57,7 +56,6 @@ class GlobalTokens(Free):
 
     def layout(self, qk: QK, layer: int) -> Layout:
         """Which tokens are global, ``(B, N)``, without a graph."""
-        qk.one_text(type(self).__name__)
         rank = qk.valid.long().cumsum(-1)
         is_global = rank <= self.first
         if self.last:

@@ -132,11 +132,10 @@ class LayerProjections(nn.Module):
         """
         q, k = at_least_float32(qk.q), at_least_float32(qk.k)
         if self.q.in_size == 2 * q.shape[-1]:
-            qk.one_text("a projection of [q; k]")
             q = k = torch.cat([q, k], dim=-1)
+        padded = ~qk.valid[:, None, :, None]
         # what a projection makes is its own: no second copy of it
-        sides = ((self.q(q), qk.queries_valid), (self.k(k), qk.valid))
-        return qk.with_vectors(*(x.masked_fill_(~valid[:, None, :, None], 0.0) for x, valid in sides))
+        return qk.with_vectors(*(x.masked_fill_(padded, 0.0) for x in (self.q(q), self.k(k))))
 
 
 @dataclass(frozen=True)

@@ -77,8 +77,7 @@ def build(pattern: Any, **around: Any) -> Pattern:
     return configuration.build(learned()[configuration.block_size])
 
 
-READS_AHEAD = ("last", "all", "blocks")  # where a text ends, and the later tokens of a block, is known ahead
-OF_ATTENTION = ("dense", "empty_rows", "gradients", "bucketed", "grouped", "crossing")
+OF_ATTENTION = ("dense", "empty_rows", "gradients", "bucketed")
 
 
 def random(path: Path) -> bool:
@@ -153,8 +152,6 @@ def test_conformance(path: Path, check: Check) -> None:
     for around in AROUND:
         if around == "blocks" and not SPACES & {*settings(path)[0].needs}:
             continue  # only projections are cut into blocks
-        if check.name == "future" and around in READS_AHEAD:
-            continue
         if around in ("alone", "all", "blocks") or check.name not in OF_ATTENTION:
             check(subject(path, around))
 
