@@ -51,4 +51,6 @@ def support(qk: QK, alpha: float) -> Support:
     normalizer = Normalizer(alpha)
     q, k = at_least_float32(qk.q), at_least_float32(qk.k)
     executor = choose(_SPARSE if normalizer.sparse else _SOFTMAX, AUTO, Work.of(q, k))
-    return Support(*executor.support(q, k, Pairs(qk.valid, qk.valid, ahead=0 if qk.causal else None), normalizer))
+    return Support(
+        *executor.support(q, k, Pairs(qk.queries_valid, qk.valid, ahead=0 if qk.causal else None), normalizer)
+    )

@@ -18,6 +18,7 @@ class Work:
     dropout: bool = False  # whether some probabilities are set to zero
     learns_alpha: bool = False  # whether the normalizer's α gets a gradient
     tail: bool = False  # whether buckets are handed to the normalizer as entries beside the keys
+    crosses: bool = False  # whether queries and keys are tokens of two texts
 
     @classmethod
     def of(cls, q: Tensor, *others: Tensor) -> Work:

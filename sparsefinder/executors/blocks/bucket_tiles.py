@@ -157,9 +157,10 @@ class Tiles:
         return _blocks(x, [(number, columns) for number, _, columns in self.shapes])
 
 
-def lay_out_tiles(q_ids: Tensor, k_ids: Tensor, alive: Tensor, count: int) -> Tiles:
-    """Tiles of memberships ``(M, P)`` int64 in ``[0, count)``; only tokens that are ``alive (M,)`` take part."""
-    q_ids, k_ids = (ids.masked_fill(~alive[:, None] | (ids < 0), count).view(-1) for ids in (q_ids, k_ids))
+def lay_out_tiles(q_ids: Tensor, k_ids: Tensor, q_alive: Tensor, k_alive: Tensor, count: int) -> Tiles:
+    """Tiles of memberships ``(M, P)`` int64 in ``[0, count)``; only tokens of either side that are alive ``(M,)`` take part."""
+    sides = ((q_ids, q_alive), (k_ids, k_alive))
+    q_ids, k_ids = (ids.masked_fill(~alive[:, None] | (ids < 0), count).view(-1) for ids, alive in sides)
     q_counts, k_counts = (torch.bincount(ids, minlength=count + 1)[:count] for ids in (q_ids, k_ids))
     buckets = ((q_counts > 0) & (k_counts > 0)).nonzero().squeeze(-1)
     q_sizes, k_sizes = round_up(q_counts[buckets], STEP), round_up(k_counts[buckets], STEP)
@@ -171,8 +172,8 @@ def lay_out_tiles(q_ids: Tensor, k_ids: Tensor, alive: Tensor, count: int) -> Ti
         buckets,
         q_sizes,
         k_sizes,
-        _members(q_ids, q_counts, buckets, q_sizes, len(alive)),
-        _members(k_ids, k_counts, buckets, k_sizes, len(alive)),
+        _members(q_ids, q_counts, buckets, q_sizes, len(q_alive)),
+        _members(k_ids, k_counts, buckets, k_sizes, len(k_alive)),
         tuple(
             (number, rows, columns) for number, (rows, columns) in zip(numbers.tolist(), sizes.tolist(), strict=True)
         ),

@@ -64,26 +64,26 @@ class Globals:
 
 @dataclass(frozen=True)
 class Blocks:
-    """A layout on the tokens of one batch, ready to be multiplied; ``M = B·H·N`` counts the queries of all heads.
+    """A layout on the tokens of one batch, ready to be multiplied; ``M = B·H·N_q`` counts the queries of all heads.
 
     Flat scores are first a *prefix* of ``(M, F)``, global keys, then band, then filling; and then the tiles.
 
     Args:
-        shape: ``(B, H, N, D)``.
-        alive: ``(M,)`` bool, tokens that are real and not global: those whose scores are packed into one row.
+        shape: of the queries, ``(B, H, N_q, D)``.
+        alive: ``(M,)`` bool, queries that are real and not global: those whose scores are packed into one row.
         globals: None where no token is global.
         band: None where there is no window.
         tiles: None where there are no buckets.
     """
 
-    shape: torch.Size  # (B, H, N, D)
+    shape: torch.Size  # (B, H, N_q, D)
     alive: Tensor
     globals: Globals | None
     band: Band | None
     tiles: Tiles | None
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        """``q, k (B, H, N, D)`` → flat products of all of them, ``-inf`` on pairs that do not count."""
+        """``q (B, H, N_q, D)``, ``k (B, H, N_k, D)`` → flat products of all of them, ``-inf`` on pairs that do not count."""
         flat_q, flat_k = q.flatten(0, 2), k.flatten(0, 2)
         prefix = []
         if self.globals is not None:
@@ -97,18 +97,18 @@ class Blocks:
         return scores if self.tiles is None else torch.cat([scores, *self.tiles.scores(flat_q, flat_k)])
 
     def apply(self, weights: Tensor, v: Tensor) -> Tensor:
-        """Flat ``weights`` (zeros on pairs that do not count), ``v (B, H, N, D)`` → ``(B, H, N, D)`` sums."""
-        flat_v = v.flatten(0, 2)
-        prefix, in_tiles = weights.split([len(flat_v) * self._prefix_width, self._tile_scores])
-        on_globals, on_band, _ = prefix.view(len(flat_v), self._prefix_width).split(self._prefix_widths, dim=1)
+        """Flat ``weights`` (zeros on pairs that do not count), ``v (B, H, N_k, D)`` → ``(B, H, N_q, D)`` sums."""
+        flat_v, queries = v.flatten(0, 2), len(self.alive)
+        prefix, in_tiles = weights.split([queries * self._prefix_width, self._tile_scores])
+        on_globals, on_band, _ = prefix.view(queries, self._prefix_width).split(self._prefix_widths, dim=1)
         sums = []
         if self.tiles is not None:
-            sums.append(self.tiles.apply(in_tiles, flat_v).view(v.shape))
+            sums.append(self.tiles.apply(in_tiles, flat_v).view(self.shape))
         if self.globals is not None:
             sums.append(on_globals.view(*v.shape[:3], -1) @ self.globals.select(v))
         if self.band is not None:
             sums.append(self.band.apply(on_band, flat_v).view(v.shape))
-        return reduce(torch.add, sums) if sums else v * 0.0
+        return reduce(torch.add, sums) if sums else v.sum() * 0.0 + v.new_zeros(self.shape)
 
     def packed_rows(self) -> PackedRows:
         """Where the scores of each query lie in the flat products."""
@@ -155,9 +155,15 @@ def decompose(layout: Layout, qk: QK) -> Blocks:
     """The blocks of a layout; work and memory grow with N and with the pairs in the layout."""
     batch, heads, tokens, _ = qk.q.shape
     device = qk.q.device
+    if layout.window or layout.is_global is not None:
+        qk.one_text("a window or global tokens")
     is_global = None if layout.is_global is None else layout.is_global & qk.valid
-    alive = qk.valid if is_global is None else qk.valid & ~is_global
-    flat_alive = alive[:, None, :].expand(-1, heads, -1).reshape(-1)
+
+    def flat(valid: Tensor) -> Tensor:
+        alive = valid if is_global is None else valid & ~is_global
+        return alive[:, None, :].expand(-1, heads, -1).reshape(-1)
+
+    flat_alive = flat(qk.queries_valid)
     positions = torch.arange(tokens, device=device).repeat(batch * heads)
     tiles, band, slots = None, None, []
     if layout.buckets is not None:
@@ -166,7 +172,8 @@ def decompose(layout: Layout, qk: QK) -> Blocks:
         own = torch.arange(batch * heads, device=device).view(batch, heads, 1, 1) * buckets.count
         q_ids, k_ids = (shifted(ids, own).flatten(0, 2) for ids in (buckets.q_ids, buckets.k_ids))
         slots = slots_in_common(buckets.q_ids, buckets.k_ids)
-        tiles = lay_out_tiles(q_ids, k_ids, flat_alive, batch * heads * buckets.count)
+        k_alive = flat(qk.valid) if qk.crosses else flat_alive
+        tiles = lay_out_tiles(q_ids, k_ids, flat_alive, k_alive, batch * heads * buckets.count)
         tiles = tiles.hide(q_ids, k_ids, slots, positions if qk.causal else None)
     if layout.window:
         reach = min(layout.window // 2, tokens - 1)

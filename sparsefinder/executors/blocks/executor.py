@@ -39,7 +39,8 @@ class BlocksExecutor:
         return ""
 
     def attend(self, qk: QK, v: Tensor, layout: Layout, normalizer: Normalizer) -> Tensor:
-        """``v (B, H, N, D)`` and vectors without what padding contained → ``(B, H, N, D)`` in the dtype of ``v``."""
+        """``v (B, H_k, N_k, D)`` and vectors without what padding contained → ``(B, H, N_q, D)`` in the dtype of ``v``."""
+        qk, v = qk.a_key_each, v.repeat_interleave(qk.group, dim=1)
         chunks = self._chunks(qk, layout)
         vectors = (chunks.split(x) for x in (at_least_float32(qk.q), at_least_float32(qk.k), v))
         parts = zip(chunks.split_layout(layout, qk), *vectors, strict=True)
@@ -47,6 +48,7 @@ class BlocksExecutor:
 
     def computed_pairs(self, qk: QK, layout: Layout) -> Tensor:
         """Pairs that are multiplied, ``(B, H)`` int64; an entry of a tail is one too."""
+        qk = qk.a_key_each
         chunks = self._chunks(qk, layout)
         pairs = chunks.join([decompose(*part).computed_pairs() for part in chunks.split_layout(layout, qk)])
         return pairs + qk.q.shape[2] * layout.entries

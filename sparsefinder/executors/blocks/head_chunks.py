@@ -34,8 +34,11 @@ class HeadChunks:
 
     def split_layout(self, layout: Layout, qk: QK) -> list[tuple[Layout, QK]]:
         """Each part's layout and tokens."""
-        tokens = zip(self.split(qk.q), self.split(qk.k), self._split_tokens(qk.valid), strict=True)
-        qks = [QK(q, k, valid, qk.causal) for q, k, valid in tokens]
+        vectors = list(zip(self.split(qk.q), self.split(qk.k), self._split_tokens(qk.valid), strict=True))
+        queries: Sequence[Tensor | None] = [None] * len(vectors)
+        if qk.query_valid is not None:
+            queries = self._split_tokens(qk.query_valid)
+        qks = [QK(q, k, valid, qk.causal, own) for (q, k, valid), own in zip(vectors, queries, strict=True)]
         buckets: list[Buckets | None] = [None] * len(qks)
         if layout.buckets is not None:
             ids = zip(self.split(layout.buckets.q_ids), self.split(layout.buckets.k_ids), strict=True)

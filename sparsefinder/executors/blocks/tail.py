@@ -53,7 +53,7 @@ def entries(layout: Layout, qk: QK, v: Tensor) -> Entries:
     """
     assert layout.buckets is not None  # checked when made
     count = layout.buckets.count
-    cluster = layout.buckets.k_ids[..., 0].expand(qk.q.shape[:3])
+    cluster = layout.buckets.k_ids[..., 0].expand(*qk.q.shape[:2], qk.k.shape[2])
     cluster = cluster.masked_fill((cluster < 0) | ~qk.valid[:, None], count)
     numbers = unseen(layout, qk, cluster).to(qk.q.dtype)
     scaled = qk.q / math.sqrt(qk.q.shape[-1])
@@ -81,18 +81,18 @@ def unseen(layout: Layout, qk: QK, cluster: Tensor) -> Tensor:
     assert layout.buckets is not None
     tokens, reach = cluster.shape[2], layout.window // 2
     inside = _inside(cluster, layout.buckets.count, torch.float32)
-    hears_all = ~qk.valid
+    hears_all = ~qk.queries_valid
     if layout.is_global is not None:
         inside = inside.masked_fill(layout.is_global[:, None, :, None], 0.0)  # everyone sees those
         hears_all = hears_all | layout.is_global
     before = F.pad(inside.cumsum(2), (0, 0, 1, 0))  # keys before a position
-    at = torch.arange(tokens, device=cluster.device)
+    at = torch.arange(qk.q.shape[2], device=cluster.device)
     last = at + 1 if qk.causal else torch.full_like(at, tokens)
     numbers = before[:, :, last]
     if layout.window:
         end = torch.minimum(at + reach + 1, last)
         numbers = numbers - before[:, :, end] + before[:, :, (at - reach).clamp_min(0)]
-    q_ids = layout.buckets.q_ids.expand(*cluster.shape, -1)
+    q_ids = layout.buckets.q_ids.expand(*qk.q.shape[:3], -1)
     taken = torch.where(q_ids < 0, layout.buckets.count, q_ids)
     numbers = F.pad(numbers, (0, 1)).scatter(-1, taken, 0.0)[..., :-1]
     return numbers.masked_fill(hears_all[:, None, :, None], 0.0)

@@ -2,8 +2,8 @@
 //
 // A query lists its keys (each once, by a stamp), multiplies with those alone, solves entmax on what can be above the threshold,
 // and adds up the values of its support. Nothing is kept but that row. Forward, all threads share the queries of one head and find
-// its keys in the cache. Backward, a head belongs to one thread: the gradients of its keys and values are sums over queries, which
-// then have one order, and one result.
+// its keys in the cache. Backward, a head of keys belongs to one thread: the gradients of its keys and values are sums over the
+// queries of all heads that share it, which then have one order, and one result.
 
 #include <algorithm>
 #include <cmath>
@@ -22,12 +22,14 @@ namespace {
 
 // a graph in compressed form; the same fields, in this order, in bucketed.py
 struct Graph {
-    int64_t batch, heads, tokens, size;   // B, H, N, D
+    int64_t batch, heads, group;          // B, H, heads of queries that share one of keys
+    int64_t queries, tokens, size;        // N_q, N_k, D
     int64_t q_slots, k_slots, buckets;    // P, P', bucket ids in all
     int64_t back, ahead;                  // the window reaches from i - back to i + ahead; ahead < -back: none
     int64_t causal, threads;
-    const int64_t *q_ids, *k_ids;         // (B, H, N, P), (B, H, N, P'), -1 for none
-    const uint8_t *valid, *is_global;     // (B, N)
+    const int64_t *q_ids, *k_ids;         // (B, H, N_q, P), (B, H, N_k, P'), -1 for none
+    const uint8_t *query_valid, *valid;   // (B, N_q), (B, N_k)
+    const uint8_t *is_global;             // (B, N_k), where queries and keys are the same tokens
     double alpha;
 };
 
@@ -40,9 +42,10 @@ struct Head {
 };
 
 // where the members of each bucket begin, those of none behind the last, by the first `used` of the slots
-std::vector<int32_t> offsets(const Graph &g, const int64_t *ids, int64_t slots, int64_t used, const uint8_t *valid) {
+std::vector<int32_t> offsets(const Graph &g, int64_t tokens, const int64_t *ids, int64_t slots, int64_t used,
+                             const uint8_t *valid) {
     std::vector<int32_t> first(g.buckets + 2, 0);
-    for (int64_t i = 0; i < g.tokens; ++i)
+    for (int64_t i = 0; i < tokens; ++i)
         for (int64_t p = 0; p < used && valid[i]; ++p) ++first[bucket(g, ids[i * slots + p]) + 1];
     for (int64_t b = 0; b <= g.buckets; ++b) first[b + 1] += first[b];
     return first;
@@ -50,9 +53,10 @@ std::vector<int32_t> offsets(const Graph &g, const int64_t *ids, int64_t slots, 
 
 Head prepare(const Graph &g, int64_t example, int64_t head) {
     const uint8_t *valid = g.valid + example * g.tokens, *is_global = g.is_global + example * g.tokens;
-    const int64_t *q_ids = g.q_ids + head * g.tokens * g.q_slots, *k_ids = g.k_ids + head * g.tokens * g.k_slots;
+    const uint8_t *query_valid = g.query_valid + example * g.queries;
+    const int64_t *q_ids = g.q_ids + head * g.queries * g.q_slots, *k_ids = g.k_ids + head * g.tokens * g.k_slots;
     Head h;
-    h.first = offsets(g, k_ids, g.k_slots, g.k_slots, valid);
+    h.first = offsets(g, g.tokens, k_ids, g.k_slots, g.k_slots, valid);
     h.members.resize(h.first.back());
     auto at = h.first;
     for (int64_t j = 0; j < g.tokens; ++j) {
@@ -61,11 +65,11 @@ Head prepare(const Graph &g, int64_t example, int64_t head) {
     }
     // by the first slot, which is filled before the others
     const int64_t used = std::min<int64_t>(g.q_slots, 1);
-    auto next_of = offsets(g, q_ids, g.q_slots, used, valid);
-    h.order.resize(std::count(valid, valid + g.tokens, 1));
+    auto next_of = offsets(g, g.queries, q_ids, g.q_slots, used, query_valid);
+    h.order.resize(std::count(query_valid, query_valid + g.queries, 1));
     int32_t next = 0;
-    for (int64_t i = 0; i < g.tokens; ++i)
-        if (valid[i]) h.order[used ? next_of[bucket(g, q_ids[i * g.q_slots])]++ : next++] = i;
+    for (int64_t i = 0; i < g.queries; ++i)
+        if (query_valid[i]) h.order[used ? next_of[bucket(g, q_ids[i * g.q_slots])]++ : next++] = i;
     return h;
 }
 
@@ -86,12 +90,12 @@ template <class T> void list_keys(const Graph &g, const Head &h, int64_t example
             row.keys.push_back(j);
         }
     };
-    if (g.is_global[example * g.tokens + i]) {
+    if (i < tokens && g.is_global[example * g.tokens + i]) {
         for (int32_t j = 0; j <= last; ++j)
             if (valid[j]) take(j);
         return;
     }
-    const int64_t *ids = g.q_ids + (head * g.tokens + i) * g.q_slots;
+    const int64_t *ids = g.q_ids + (head * g.queries + i) * g.q_slots;
     for (int64_t p = 0; p < g.q_slots; ++p)
         if (const int64_t id = bucket(g, ids[p]); id < g.buckets)
             for (int32_t m = h.first[id]; m < h.first[id + 1]; ++m) take(h.members[m]);
@@ -152,7 +156,7 @@ template <class T> void normalize(double alpha, Row<T> &row) {
 
 // `each(head, its buckets, query, row)` for every query, head after head: all threads share the keys and values of one
 template <class T, class F> void for_queries(const Graph &g, const F &each) {
-    const int64_t some = std::max<int64_t>(1, std::min<int64_t>(64, g.tokens / (4 * g.threads)));
+    const int64_t some = std::max<int64_t>(1, std::min<int64_t>(64, g.queries / (4 * g.threads)));
     Head h;
     Failure failure;
 #pragma omp parallel num_threads(g.threads)
@@ -173,13 +177,13 @@ template <class T, class F> void for_queries(const Graph &g, const F &each) {
 template <class T> void forward(const Graph &g, const T *q, const T *k, const T *v, T *out) {
     const T scale = T(1.0 / std::sqrt(double(g.size)));
     for_queries<T>(g, [&](int64_t head, const Head &h, int32_t i, Row<T> &row) {
-        const int64_t at = head * g.tokens * g.size;
+        const int64_t at = head / g.group * g.tokens * g.size, query = (head * g.queries + i) * g.size;
         list_keys(g, h, head / g.heads, head, i, row);
-        multiply(q + at + i * g.size, k + at, g.size, scale, row);
+        multiply(q + query, k + at, g.size, scale, row);
         normalize(g.alpha, row);
         for (size_t n = 0; n < row.support.size(); ++n) {
             prefetch(v + at, row.support, n, g.size);
-            add(out + at + i * g.size, v + at + row.support[n] * g.size, row.weights[n], g.size);
+            add(out + query, v + at + row.support[n] * g.size, row.weights[n], g.size);
         }
     });
 }
@@ -188,16 +192,17 @@ template <class T>
 void backward(const Graph &g, const T *q, const T *k, const T *v, const T *gradient, T *dq, T *dk, T *dv) {
     const T scale = T(1.0 / std::sqrt(double(g.size)));
     const auto one = [&](int64_t head) {
-        const int64_t example = head / g.heads, at = head * g.tokens * g.size;
+        const int64_t example = head / g.heads, at = head / g.group * g.tokens * g.size;
         const Head h = prepare(g, example, head);
         Row<T> row(g.tokens);
         for (const int32_t i : h.order) {
+            const int64_t query = (head * g.queries + i) * g.size;
             list_keys(g, h, example, head, i, row);
-            multiply(q + at + i * g.size, k + at, g.size, scale, row);
+            multiply(q + query, k + at, g.size, scale, row);
             normalize(g.alpha, row);
             // dz = s (g - (s·g) / Σs) with s = p^(2 - alpha), g the gradients of the probabilities
             row.keys.swap(row.support);
-            multiply(gradient + at + i * g.size, v + at, g.size, T(1), row);
+            multiply(gradient + query, v + at, g.size, T(1), row);
             T weighted = 0, sum = 0;
             const int64_t count = row.keys.size();
             const auto s = [&](int64_t n) {
@@ -209,15 +214,16 @@ void backward(const Graph &g, const T *q, const T *k, const T *v, const T *gradi
             for (int64_t n = 0; n < count; ++n) {
                 const int64_t j = at + row.keys[n] * g.size;
                 const T dz = s(n) * (row.scores[n] - weighted) * scale;
-                add(dv + j, gradient + at + i * g.size, row.weights[n], g.size);
-                add(dk + j, q + at + i * g.size, dz, g.size);
-                add(dq + at + i * g.size, k + j, dz, g.size);
+                add(dv + j, gradient + query, row.weights[n], g.size);
+                add(dk + j, q + query, dz, g.size);
+                add(dq + query, k + j, dz, g.size);
             }
         }
     };
     Failure failure;
 #pragma omp parallel for schedule(dynamic) num_threads(g.threads)
-    for (int64_t head = 0; head < g.batch * g.heads; ++head) failure.guard([&] { one(head); });
+    for (int64_t of_keys = 0; of_keys < g.batch * g.heads / g.group; ++of_keys)
+        for (int64_t n = 0; n < g.group; ++n) failure.guard([&] { one(of_keys * g.group + n); });
     failure.rethrow();
 }
 
@@ -245,5 +251,5 @@ FUNCTIONS(double, float64)
 int count(const Graph *g, int64_t *pairs) {
     return status_of([&] { count_pairs(*g, pairs); });
 }
-int64_t layout(int64_t n) { return layout_of<Graph>(1, n); }
+int64_t layout(int64_t n) { return layout_of<Graph>(2, n); }
 }

@@ -27,6 +27,8 @@ def why_not(work: Work | None) -> str:
     interpreted = work.device.type == "cpu" and os.environ.get(INTERPRET) == "1"
     if work.device.type != "cuda" and not interpreted:
         return f"needs a GPU with CUDA, the queries are on {work.device}"
+    if work.crosses:
+        return "has no kernel for cross-attention, where queries and keys are tokens of two texts"
     if len(set(work.dtypes)) > 1 or torch.float64 in work.dtypes:
         got = ", ".join(str(dtype).removeprefix("torch.") for dtype in work.dtypes)
         return f"needs queries, keys and values of one precision, float32 or half, got {got}"
@@ -71,7 +73,8 @@ class TritonExecutor:
         # imported here: Triton is not needed to import the package, and decides at its import whether it interprets
         from sparsefinder.executors.triton.block_sparse import block_sparse
 
-        return block_sparse(qk.q, qk.k, v, plan(layout, qk, self.block), normalizer.alpha, self.block)
+        keys, values = qk.a_key_each.k, v.repeat_interleave(qk.group, dim=1)
+        return block_sparse(qk.q, keys, values, plan(layout, qk, self.block), normalizer.alpha, self.block)
 
     def computed_pairs(self, qk: QK, layout: Layout) -> Tensor:
         """Pairs that are multiplied, ``(B, H)`` int64."""
