@@ -66,9 +66,13 @@ class Centroids:
             )
         return centres.to(qk.q.device)
 
+    def content(self) -> list[Tensor]:
+        """The published form: the centroids of each layer."""
+        return [centres.cpu().contiguous() for centres in self.layers]
+
     def save(self, path: Path | str) -> None:
         """Write the published form."""
-        save_tensors([centres.cpu().contiguous() for centres in self.layers], path)
+        save_tensors(self.content(), path)
 
 
 def load_centroids(path: Path | str) -> Centroids:
@@ -83,10 +87,24 @@ def load_centroids(path: Path | str) -> Centroids:
     Raises:
         UserError: In one line, for anything else.
     """
-    path = Path(path)
-    content = load_tensors(path, "centroids")
+    return centroids_of(load_tensors(path, "centroids"), str(path))
+
+
+def centroids_of(content: Any, source: str) -> Centroids:
+    """Centroids in the published form, looked at.
+
+    Args:
+        content: What should be a list over layers of tensors ``(H, runs, C, R)``.
+        source: Where it comes from, for messages.
+
+    Returns:
+        The centroids of all layers, in float32.
+
+    Raises:
+        UserError: In one line, for anything else.
+    """
     if not isinstance(content, list) or not content:
-        raise UserError(f"{path}: centroids must be a list over layers of tensors (H, runs, C, R); run stage=cluster")
+        raise UserError(f"{source}: centroids must be a list over layers of tensors (H, runs, C, R); run stage=cluster")
     content = [_means(layer) for layer in content]
     for index, centres in enumerate(content):
         if (
@@ -95,15 +113,17 @@ def load_centroids(path: Path | str) -> Centroids:
             or not centres.is_floating_point()
             or not centres.numel()
         ):
-            raise UserError(f"{path}: layer {index} must be a floating point tensor (H, runs, C, R); run stage=cluster")
+            raise UserError(
+                f"{source}: layer {index} must be a floating point tensor (H, runs, C, R); run stage=cluster"
+            )
         if not torch.isfinite(centres.float()).all():
-            raise UserError(f"{path}: layer {index} contains NaN or infinity; run stage=cluster again")
+            raise UserError(f"{source}: layer {index} contains NaN or infinity; run stage=cluster again")
         if centres.shape[1:3] != content[0].shape[1:3]:
             raise UserError(
-                f"{path}: layer {index} has {tuple(centres.shape[1:3])} runs and clusters, layer 0 has "
+                f"{source}: layer {index} has {tuple(centres.shape[1:3])} runs and clusters, layer 0 has "
                 f"{tuple(content[0].shape[1:3])}"
             )
-    return Centroids([centres.float() for centres in content], str(path))
+    return Centroids([centres.float() for centres in content], source)
 
 
 def nearest(x: Tensor, centres: Tensor, top: int) -> Tensor:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +63,7 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(B, H, N, D)`` → ``(B, H, N, R)``."""
         batch, heads, tokens, _ = x.shape
-        w, b = (own.to(x.dtype).expand(batch, -1, -1, -1).flatten(0, 1) for own in (self.w, self.b))
+        w, b = (own.to(x).expand(batch, -1, -1, -1).flatten(0, 1) for own in (self.w, self.b))
         x = x.flatten(0, 1)
         # one pass, product and bias; of few columns BLAS makes less than half the speed that it makes of as many rows
         narrow = self.out_size <= _NARROW
@@ -99,8 +100,8 @@ class Hidden(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, H, N, D)`` → ``(B, H, N, R)``."""
-        hidden = torch.tanh(x @ self.w1.to(x.dtype) + self.b1.to(x.dtype))
-        return hidden @ self.w2.to(x.dtype) + self.b2.to(x.dtype)
+        hidden = torch.tanh(x @ self.w1.to(x) + self.b1.to(x))
+        return hidden @ self.w2.to(x) + self.b2.to(x)
 
 
 Projection = Identity | Linear | Hidden
@@ -132,10 +133,11 @@ class LayerProjections(nn.Module):
         """
         q, k = at_least_float32(qk.q), at_least_float32(qk.k)
         if self.q.in_size == 2 * q.shape[-1]:
+            qk.one_text("a projection of [q; k]")
             q = k = torch.cat([q, k], dim=-1)
-        padded = ~qk.valid[:, None, :, None]
         # what a projection makes is its own: no second copy of it
-        return qk.with_vectors(*(x.masked_fill_(padded, 0.0) for x in (self.q(q), self.k(k))))
+        sides = ((self.q(q), qk.queries_valid), (self.k(k), qk.valid))
+        return qk.with_vectors(*(x.masked_fill_(~valid[:, None, :, None], 0.0) for x, valid in sides))
 
 
 @dataclass(frozen=True)
@@ -170,16 +172,19 @@ class Projections:
         """Multiplications for projecting a query and a key."""
         return _multiplications(self.layers[0].q) + _multiplications(self.layers[0].k)
 
-    def save(self, path: Path | str) -> None:
-        """Write the published form."""
-        plain = [
+    def content(self) -> list[dict[str, dict[str, Tensor]]]:
+        """The published form: for each layer the state of both sides."""
+        return [
             {
                 side: {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
                 for side, module in (("q", layer.q), ("k", layer.k))
             }
             for layer in self.layers
         ]
-        save_tensors(plain, path)
+
+    def save(self, path: Path | str) -> None:
+        """Write the published form."""
+        save_tensors(self.content(), path)
 
     def check(self, layers: int, heads: int, size: int) -> None:
         """Refuse projections that do not fit queries and keys of that shape.
@@ -214,25 +219,39 @@ def load_projections(path: Path | str) -> Projections:
     Raises:
         UserError: In one line, for anything else.
     """
-    path = Path(path)
-    content = load_tensors(path, "projections")
+    return projections_of(load_tensors(path, "projections"), str(path))
+
+
+def projections_of(content: Any, source: str) -> Projections:
+    """Projections in the published form, looked at.
+
+    Args:
+        content: What should be a list over layers of ``{"q": state_dict, "k": state_dict}``.
+        source: Where it comes from, for messages.
+
+    Returns:
+        The projections of all layers, float32, without gradients.
+
+    Raises:
+        UserError: In one line, for anything else.
+    """
     if not isinstance(content, list) or not content:
         raise UserError(
-            f"{path}: projections must be a list over layers of {{'q': …, 'k': …}}; run stage=project to make them"
+            f"{source}: projections must be a list over layers of {{'q': …, 'k': …}}; run stage=project to make them"
         )
     layers = []
     for index, layer in enumerate(content):
         if not isinstance(layer, dict) or set(layer) != {"q", "k"}:
             raise UserError(
-                f"{path}: layer {index} must be a dict with 'q' and 'k'; run stage=project to make projections"
+                f"{source}: layer {index} must be a dict with 'q' and 'k'; run stage=project to make projections"
             )
-        q, k = (_from_state(layer[side], f"{path}: layer {index}, {side}") for side in ("q", "k"))
+        q, k = (_from_state(layer[side], f"{source}: layer {index}, {side}") for side in ("q", "k"))
         if _sizes(q) != _sizes(k):
             raise UserError(
-                f"{path}: layer {index} projects q by (heads, from, to) {_sizes(q)}, but k by {_sizes(k)}; run stage=project"
+                f"{source}: layer {index} projects q by (heads, from, to) {_sizes(q)}, but k by {_sizes(k)}; run stage=project"
             )
         layers.append(LayerProjections(q, k).requires_grad_(False))
-    return Projections(layers, str(path))
+    return Projections(layers, source)
 
 
 def _from_state(state: object, where: str) -> Projection:
