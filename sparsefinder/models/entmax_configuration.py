@@ -7,6 +7,7 @@ replaced, for configurations with ``attention_alpha`` and for no others:
 
 - the attention that a model calls is always `REGISTERED`; where another one was asked for, that is said once;
 - attention weights may be asked for: this attention has them;
+- a configuration with an index beside its weights names the attention too, and has transformers' own until it is attached;
 - whatever is written, a configuration alone or inside another one too, names the attention (`SAVED_AS`), so that a process
   that never imported ``sparsefinder`` ends in an error that says what to install, and not in softmax.
 
@@ -23,14 +24,22 @@ import importlib.abc
 import importlib.machinery
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from types import ModuleType
 from typing import Any
 
+MODELS = "transformers.modeling_utils"  # where transformers keeps the class of all models
 REGISTERED = "sparsefinder"  # the name of the attention in both registries of transformers
 SAVED_AS = "sparsefinder (entmax attention of the Python package sparsefinder: install it, then import sparsefinder)"
 """`attn_implementation` in config.json: the part of transformers' error that a reader without the package sees."""
+
+
+INDEX = "sparsefinder_index"
+"""Setting of a configuration beside whose weights an index lies (see `sparsefinder.sparse_model`); its value names the file."""
+
+INDEXED_AS = "sparsefinder (sparse attention of the Python package sparsefinder: install it, then import sparsefinder)"
+"""As `SAVED_AS`, in such a configuration."""
 
 
 def remembers_entmax(settings: dict[str, Any]) -> bool:
@@ -39,14 +48,26 @@ def remembers_entmax(settings: dict[str, Any]) -> bool:
     return isinstance(alpha, bool) or alpha != 1.0
 
 
-def follow_transformers() -> None:
-    """Teach transformers, now where it is imported already, else as soon as it is; may be called again."""
+def follow_transformers(also: Mapping[str, Callable[[ModuleType], None]] | None = None) -> None:
+    """Teach transformers, now where it is imported already, else as soon as it is; may be called again.
+
+    Args:
+        also: what else is to be done with a module of transformers, by its name, each once it is imported.
+    """
+    for name, teach in (also or {}).items():
+        if teach not in _TAUGHT.setdefault(name, []):
+            _TAUGHT[name].append(teach)
     if not any(isinstance(finder, _Follower) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Follower())
-    for name, teach in _TAUGHT.items():
+    for name in _TAUGHT:
         module = sys.modules.get(name)
         if module is not None and not getattr(module.__spec__, "_initializing", False):
-            teach(module)
+            _teach(module)
+
+
+def _teach(module: ModuleType) -> None:
+    for teach in _TAUGHT[module.__name__]:
+        teach(module)
 
 
 class _Follower(importlib.abc.MetaPathFinder):
@@ -62,7 +83,7 @@ class _Follower(importlib.abc.MetaPathFinder):
 
         def then_teach(module: ModuleType) -> None:
             execute(module)
-            _TAUGHT[name](module)
+            _teach(module)
 
         spec.loader.exec_module = then_teach  # type: ignore[method-assign]
         return spec
@@ -79,8 +100,8 @@ def _teach_configurations(module: ModuleType) -> None:
     def get_attention(config: Any) -> Any:
         asked = attention.fget(config)
         if not remembers_entmax(config.__dict__):
-            return asked
-        if asked not in (None, REGISTERED, SAVED_AS):
+            return None if asked == INDEXED_AS else asked  # transformers' own, until the index is attached
+        if asked not in (None, REGISTERED, SAVED_AS, INDEXED_AS):
             warnings.warn(
                 f"attn_implementation={asked!r} would be softmax; this model attends with entmax "
                 f"(attention_alpha={config.attention_alpha}) and goes on with it, attention weights included. For softmax call "
@@ -106,6 +127,8 @@ def _teach_configurations(module: ModuleType) -> None:
         strip(self, settings)  # which calls this for every configuration inside
         if remembers_entmax(settings):
             settings["attn_implementation"] = SAVED_AS
+        elif INDEX in settings:
+            settings["attn_implementation"] = INDEXED_AS
 
     base._attn_implementation = property(get_attention, attention.fset)
     base.output_attentions = property(weights.fget, ask_for_weights, doc=weights.__doc__)
@@ -160,7 +183,7 @@ def _with_subclasses(made: Any) -> Iterator[Any]:
         yield from _with_subclasses(below)
 
 
-_TAUGHT: dict[str, Callable[[ModuleType], None]] = {
-    "transformers.configuration_utils": _teach_configurations,
-    "transformers.modeling_utils": _teach_models,
+_TAUGHT: dict[str, list[Callable[[ModuleType], None]]] = {
+    "transformers.configuration_utils": [_teach_configurations],
+    MODELS: [_teach_models],
 }

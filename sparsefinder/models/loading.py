@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ from transformers import (
 )
 
 from sparsefinder.errors import UserError
+from sparsefinder.models import attached
 from sparsefinder.models.checkpoints import check_that_it_runs, load_config, load_model, load_tokenizer, open_checkpoint
-from sparsefinder.models.plugging import _check_family, set_normalizer
+from sparsefinder.models.plugging import check_family, set_normalizer
 from sparsefinder.models.registered import normalizer_of
 from sparsefinder.models.transformers_internals import forget_attention
+
+log = logging.getLogger(__name__)
 
 
 def load_masked_lm(name_or_path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -60,7 +64,7 @@ def load_with_head(
     """
     checkpoint = open_checkpoint(name_or_path, label=f"model={name_or_path}")
     label, settings = checkpoint.label, checkpoint.settings
-    _check_family(settings["model_type"], bool(settings.get("is_decoder")), label)
+    check_family(settings["model_type"], bool(settings.get("is_decoder")), label)
     config = load_config(checkpoint, **options)
     try:
         normalizer = normalizer_of(config)
@@ -69,6 +73,9 @@ def load_with_head(
     forget_attention(config)  # whatever it was saved as; the normalizer is set below
     # transformers would keep half precision, in which small updates are lost
     model, _ = load_model(checkpoint, auto_class, config=config, new_head=bool(options), dtype=torch.float32)
+    if attached.owner_of(model) is not None:
+        attached.detach(model)
+        log.info("%s: the index beside its weights is left out, the model attends densely", label)
     tokenizer = load_tokenizer(checkpoint, model.config.vocab_size)
     if tokenizer.pad_token_id is None:
         raise UserError(f"{label}: its tokenizer has no padding token, which batches need; add one and save it again")

@@ -10,7 +10,7 @@ from torch import Tensor
 from sparsefinder.graphs import QK, Attention
 
 Look = Callable[[int, QK, Tensor, Tensor], None]
-"""``(layer, queries and keys, values (B, H, N, D), output (B, H, N, D))``."""
+"""``(layer, queries and keys, values (B, H_k, N_k, D), output (B, H, N_q, D))``."""
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,18 @@ class Watched:
     attention: Attention
     look: Look
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, layer: int) -> Tensor:
+    @property
+    def causal(self) -> bool:
+        """Whether a query of the attention sees no later key by itself."""
+        return bool(getattr(self.attention, "causal", False))
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, layer: int, query_valid: Tensor | None = None
+    ) -> Tensor:
         """As the attention."""
-        output = self.attention(q, k, v, valid, layer)
-        self.look(layer, QK(q, k, valid), v, output)
+        between_texts = {} if query_valid is None else {"query_valid": query_valid}
+        output = self.attention(q, k, v, valid, layer, **between_texts)
+        self.look(layer, QK(q, k, valid, self.causal and query_valid is None, query_valid), v, output)
         return output
 
 

@@ -22,8 +22,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,11 +36,11 @@ from transformers import logging as transformers_logging
 from sparsefinder.errors import UserError
 from sparsefinder.graphs import Attention
 from sparsefinder.models.entmax_configuration import REGISTERED, follow_transformers
-from sparsefinder.models.packing import Sentences, read_mask
+from sparsefinder.models.plug import Plug, Socket
 from sparsefinder.models.position_tables import CONVENTIONS, reserved_rows_of
 from sparsefinder.models.registered import PLUG, Plugged, normalizer_of
 from sparsefinder.models.transformers_internals import attention_name
-from sparsefinder.numerics.normalizers import Normalizer, is_recorded
+from sparsefinder.numerics.normalizers import Normalizer
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,17 @@ class ModelShape:
 # ---- loading ----
 
 
-def _check_family(family: str, decodes: bool, label: str) -> None:
+def check_family(family: str, decodes: bool, label: str) -> None:
+    """Refuse a model whose attention cannot be replaced.
+
+    Args:
+        family: Its ``model_type``.
+        decodes: Whether it is configured as a decoder.
+        label: What messages call it.
+
+    Raises:
+        UserError: For another family than those of `FAMILIES`, and for a decoder.
+    """
     if family not in FAMILIES:
         raise UserError(
             f"{label} is a {family}, whose attention cannot be replaced; choose a masked language model "
@@ -87,7 +97,7 @@ def set_normalizer(model: PreTrainedModel, normalizer: Normalizer) -> None:
         UserError: for a model that would never call it (Longformer, BigBird, Nyströmformer, Reformer).
     """
     decodes = bool(getattr(model.config, "is_decoder", False))
-    _check_family(model.config.model_type, decodes, model.name_or_path or type(model).__name__)
+    check_family(model.config.model_type, decodes, model.name_or_path or type(model).__name__)
     if normalizer.alpha == 1.0:
         model.config.__dict__.pop("attention_alpha", None)
         model.set_attn_implementation(SOFTMAX)
@@ -135,21 +145,30 @@ def plugged(model: PreTrainedModel, attention: Attention) -> Iterator[None]:
         UserError: for a model whose attention cannot be replaced; within the block, for any other mask but padding, and for a
             text longer than the model.
     """
-    layers: dict[nn.Module, list[int]] = {}
-    for layer, module in enumerate(m for m in _attention_calls(model) if not _is_sliding(m)):
-        layers.setdefault(module, []).append(layer)
-    plug = _Plug(attention, layers)
+    plugs = plugs_of(model, socket := Socket(attention))
 
-    def begin(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        plug.begin()
-        _check_length(model, inputs[0] if inputs else named.get("input_ids"), named)
+    def begin(base: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        socket.begin()
+        check_length(base, inputs, named)
 
     start = model.base_model.register_forward_pre_hook(begin, with_kwargs=True)
     try:
-        with _installed(model, layers, plug):
+        with _installed(model, plugs):
             yield
     finally:
         start.remove()
+
+
+def plugs_of(model: PreTrainedModel, socket: Socket) -> dict[nn.Module, Plug]:
+    """A plug into the socket for each (global) attention module of the model.
+
+    Raises:
+        UserError: for a model whose attention cannot be replaced.
+    """
+    layers: dict[nn.Module, list[int]] = {}
+    for layer, module in enumerate(m for m in _attention_calls(model) if not _is_sliding(m)):
+        layers.setdefault(module, []).append(layer)
+    return {module: Plug(socket, tuple(numbers)) for module, numbers in layers.items()}
 
 
 def describe(model: PreTrainedModel) -> ModelShape:
@@ -168,40 +187,6 @@ def describe(model: PreTrainedModel) -> ModelShape:
     )
 
 
-@dataclass
-class _Plug:
-    attention: Attention
-    layers: dict[nn.Module, list[int]]  # the layers of each attention module: several where it is shared over depth
-    met: dict[nn.Module, int] = field(default_factory=dict)  # calls of a shared module in this forward pass
-    # the mask that was read last, as all layers get the same, and what it says
-    read: tuple[Tensor | None, Tensor, Sentences | None] | None = None
-
-    def begin(self) -> None:
-        """Forget the last forward pass."""
-        self.met.clear()
-        self.read = None
-
-    def __call__(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        if is_recorded():
-            raise UserError(
-                "a plugged attention decides by looking at the numbers of a batch, which a traced or exported model would "
-                "repeat for every other: export the model without it"
-            )
-        layers = self.layers[module]
-        call = 0
-        if len(layers) > 1:
-            call = self.met.get(module, 0)
-            self.met[module] = call + 1
-        if self.read is None or self.read[0] is not mask:
-            self.read = (mask, *read_mask(mask, q, k, getattr(self.attention, "causal", False)))
-        _, valid, sentences = self.read
-        if sentences is None:
-            return self.attention(q, k, v, valid, layers[call])
-        q_apart, k_apart, v_apart = map(sentences.apart, (q, k, v))
-        out = self.attention(q_apart, k_apart, v_apart, sentences.valid, layers[call])
-        return sentences.together(out, q.shape)
-
-
 def _attention_calls(model: PreTrainedModel) -> list[nn.Module]:
     """The attention modules that one forward pass calls, in order; found by running two tokens."""
     calls: list[nn.Module] = []
@@ -214,7 +199,7 @@ def _attention_calls(model: PreTrainedModel) -> list[nn.Module]:
     tokens = torch.full((1, 2), token, device=model.device)
     training = {module: module.training for module in model.modules()}
     try:
-        with _installed(model, training, listen), torch.no_grad():
+        with _installed(model, dict.fromkeys(training, listen)), torch.no_grad():
             model.eval().base_model(input_ids=tokens, attention_mask=torch.ones_like(tokens))
     finally:
         for module, mode in training.items():
@@ -228,11 +213,11 @@ def _attention_calls(model: PreTrainedModel) -> list[nn.Module]:
 
 
 @contextlib.contextmanager
-def _installed(model: PreTrainedModel, modules: Iterable[nn.Module], plug: Plugged) -> Iterator[None]:
-    before = {module: module.__dict__.get(PLUG) for module in modules}
+def _installed(model: PreTrainedModel, plugs: Mapping[nn.Module, Plugged]) -> Iterator[None]:
+    before = {module: module.__dict__.get(PLUG) for module in plugs}
     implementation = attention_name(model.config)
     try:
-        for module in before:
+        for module, plug in plugs.items():
             module.__dict__[PLUG] = plug  # not by setattr: an attention that is a module must not become a submodule
         model.set_attn_implementation(REGISTERED)
         yield
@@ -245,12 +230,22 @@ def _installed(model: PreTrainedModel, modules: Iterable[nn.Module], plug: Plugg
                 module.__dict__[PLUG] = old
 
 
-def _check_length(model: PreTrainedModel, ids: Tensor | None, named: dict[str, Any]) -> None:
-    """A text beyond the table of positions would end in an index error of torch; families without a table read any length."""
-    config = model.config
+def check_length(base: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+    """A text beyond the table of positions would end in an index error of torch; families without a table read any length.
+
+    Args:
+        base: the model without its head, whose forward pass begins.
+        inputs: what it is given by position: token ids first.
+        named: what it is given by name.
+
+    Raises:
+        UserError: for a text longer than the model.
+    """
+    config: Any = base.config
     if CONVENTIONS[config.model_type] == "rotary":
         return
     reserved = reserved_rows_of(config)
+    ids: Tensor | None = inputs[0] if inputs else named.get("input_ids")
     tokens = ids if ids is not None else named.get("inputs_embeds")
     positions = named.get("position_ids")
     length = 0 if tokens is None else tokens.shape[1]

@@ -1,0 +1,89 @@
+"""What an attention module of a model carries while another attention is plugged into it."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsefinder.errors import UserError
+from sparsefinder.graphs import Attention
+from sparsefinder.models.packing import Sentences, read_mask
+from sparsefinder.numerics.normalizers import is_recorded
+
+
+class ForwardPass(threading.local):
+    """What is known within one forward pass, of each thread apart: a server may run a model in several."""
+
+    def __init__(self) -> None:
+        self.calls: dict[Plug, int] = {}  # of modules that are shared over depth
+        # the mask that was read last, as all layers get the same, and what it says
+        self.read: tuple[Tensor | None, Tensor, Sentences | None] | None = None
+
+
+class Socket:
+    """An attention, and what the modules of the model that it is plugged into share.
+
+    Copies and pickles with its model, without what belongs to a forward pass.
+
+    Args:
+        attention: ``(q, k, v, valid, layer) → output``.
+        owner: What stays attached; None for what is plugged in for a while.
+    """
+
+    def __init__(self, attention: Attention, owner: Any = None):
+        self.attention = attention
+        self.owner = owner
+        self.now = ForwardPass()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"attention": self.attention, "owner": self.owner}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, now=ForwardPass())
+
+    def begin(self) -> None:
+        """Forget the last forward pass."""
+        self.now.calls.clear()
+        self.now.read = None
+
+    def reading(self, mask: Tensor | None, q: Tensor, k: Tensor) -> tuple[Tensor, Sentences | None]:
+        """Which tokens are real, and the sentences in a row: see `sparsefinder.models.packing.read_mask`."""
+        read = self.now.read
+        if read is None or read[0] is not mask:
+            read = self.now.read = (mask, *read_mask(mask, q, k, getattr(self.attention, "causal", False)))
+        return read[1], read[2]
+
+
+class Plug:
+    """A layer's way to the attention of its socket.
+
+    Args:
+        socket: Shared by the modules of a model.
+        layers: What the module is called as: several numbers where it is shared over depth.
+    """
+
+    def __init__(self, socket: Socket, layers: tuple[int, ...]):
+        self.socket = socket
+        self.layers = layers
+
+    def __call__(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        if is_recorded():
+            raise UserError(
+                "a plugged attention decides by looking at the numbers of a batch, which a traced or exported model would "
+                "repeat for every other: export the model without it"
+            )
+        calls = self.socket.now.calls
+        layer = self.layers[calls.get(self, 0)]
+        if len(self.layers) > 1:
+            calls[self] = calls.get(self, 0) + 1
+        valid, sentences = self.socket.reading(mask, q, k)
+        # float32 also under autocast: predictions, thresholds and the sum of a row do not survive half precision
+        with torch.autocast(q.device.type, enabled=False):
+            if sentences is None:
+                return self.socket.attention(q, k, v, valid, layer)
+            q_apart, k_apart, v_apart = map(sentences.apart, (q, k, v))
+            output = self.socket.attention(q_apart, k_apart, v_apart, sentences.valid, layer)
+            return sentences.together(output, q.shape)
