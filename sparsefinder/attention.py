@@ -38,11 +38,23 @@ from sparsefinder.numerics.padding import at_least_float32, exactly, without_pad
 _ENTMAX15 = Normalizer(1.5)  # the normalizer of the gold graphs
 
 
+def _prepared(
+    q: Tensor, k: Tensor, v: Tensor, valid: Tensor, causal: bool, query_valid: Tensor | None
+) -> tuple[QK, Tensor]:
+    """Queries, keys and values without what padding contained."""
+    queries = valid if query_valid is None else query_valid
+    qk = QK(without_padding(q, queries), without_padding(k, valid), valid, causal, query_valid)
+    return qk, without_padding(v, valid)
+
+
 class LayoutExecutor(Executor, Protocol):
     """What multiplies a layout."""
 
     def attend(self, qk: QK, v: Tensor, layout: Layout, normalizer: Normalizer) -> Tensor:
-        """Queries and keys without what padding contained, values ``(B, H, N, D)`` → ``(B, H, N, D)`` in their dtype."""
+        """Queries and keys without what padding contained, values of the shape of the keys → ``(B, H, N_q, D)`` in their dtype.
+
+        The bucket ids of the layout are there for every head of queries, also where keys are shared.
+        """
 
     def computed_pairs(self, qk: QK, layout: Layout) -> Tensor:
         """Pairs that are multiplied, ``(B, H)`` int64."""
@@ -71,13 +83,18 @@ class Masked:
     normalizer: Normalizer = _ENTMAX15  # how the scores on the graph become probabilities
     causal: bool = False  # whether a query sees no later key
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, layer: int) -> Tensor:
-        """``q, k, v (B, H, N, D)``, ``valid (B, N)`` bool → ``(B, H, N, D)`` in the dtype of ``v``."""
-        q, k, v = without_padding(q, valid), without_padding(k, valid), without_padding(v, valid)
-        qk = QK(q, k, valid, self.causal)
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, layer: int, query_valid: Tensor | None = None
+    ) -> Tensor:
+        """``q (B, H, N_q, D)``, ``k, v (B, H_k, N_k, D)``, ``valid (B, N_k)`` bool → ``(B, H, N_q, D)`` in the dtype of ``v``.
+
+        ``query_valid``, ``(B, N_q)`` bool, is given in cross-attention.
+        """
+        qk, v = _prepared(q, k, v, valid, self.causal, query_valid)
+        qk, v = qk.a_key_each, v.repeat_interleave(qk.group, dim=1)
         layout = self._layout(qk, layer)
         graph = self.graph(qk, layer) if layout is None else layout.graph(qk)
-        exact = qk.with_vectors(at_least_float32(q), at_least_float32(k))
+        exact = qk.with_vectors(at_least_float32(qk.q), at_least_float32(qk.k))
         scores = (exact.q / math.sqrt(q.shape[-1]) @ exact.k.mT).masked_fill(~graph, -math.inf)
         if layout is None:
             return self.normalizer(scores).to(v.dtype) @ v
@@ -87,15 +104,15 @@ class Masked:
 
     @torch.no_grad()
     def graph(self, qk: QK, layer: int) -> Tensor:
-        """The graph that is executed, ``(B, H, N, N)`` bool."""
-        return self.pattern(qk, layer)
+        """The graph that is executed, ``(B, H, N_q, N_k)`` bool."""
+        return self.pattern(qk.a_key_each, layer)
 
     def computed_pairs(self, qk: QK, layer: int) -> Tensor:
         """Pairs that are multiplied, ``(B, H)`` int64: all of them, and the entries of a tail."""
-        batch, heads, tokens, _ = qk.q.shape
+        batch, heads, queries, keys = qk.graph_shape
         layout = self._layout(qk, layer)
-        columns = tokens + (0 if layout is None else layout.entries)
-        return torch.full((batch, heads), tokens * columns, device=qk.q.device)
+        columns = keys + (0 if layout is None else layout.entries)
+        return torch.full((batch, heads), queries * columns, device=qk.q.device)
 
     @torch.no_grad()
     def _layout(self, qk: QK, layer: int) -> Layout | None:
@@ -103,7 +120,7 @@ class Masked:
         if not has_tail(self.pattern):
             return None
         assert isinstance(self.pattern, HasLayout)  # nothing else can have a tail
-        return self.pattern.layout(qk, layer)
+        return self.pattern.layout(qk.a_key_each, layer)
 
 
 @dataclass(frozen=True)
@@ -139,29 +156,34 @@ class Bucketed:
             )
         check(self._executors(), self.executor)
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, layer: int) -> Tensor:
-        """``q, k, v (B, H, N, D)``, ``valid (B, N)`` bool → ``(B, H, N, D)`` in the dtype of ``v``."""
-        q, k, v = without_padding(q, valid), without_padding(k, valid), without_padding(v, valid)
-        qk = QK(q, k, valid, self.causal)
-        executor = choose(self._executors(), self.executor, self._work(q, k, v))
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, layer: int, query_valid: Tensor | None = None
+    ) -> Tensor:
+        """``q (B, H, N_q, D)``, ``k, v (B, H_k, N_k, D)``, ``valid (B, N_k)`` bool → ``(B, H, N_q, D)`` in the dtype of ``v``.
+
+        ``query_valid``, ``(B, N_q)`` bool, is given in cross-attention.
+        """
+        qk, v = _prepared(q, k, v, valid, self.causal, query_valid)
+        executor = choose(self._executors(), self.executor, self._work(qk, v))
         return executor.attend(qk, v, self._layout(qk, layer), self.normalizer)
 
     @torch.no_grad()
     def graph(self, qk: QK, layer: int) -> Tensor:
-        """The graph that is executed, in its dense form: ``(B, H, N, N)`` bool."""
+        """The graph that is executed, in its dense form: ``(B, H, N_q, N_k)`` bool."""
         return self._layout(qk, layer).graph(qk)
 
     def computed_pairs(self, qk: QK, layer: int) -> Tensor:
         """Pairs that are multiplied, ``(B, H)`` int64: those of the graph, and but for ``native`` the filling too."""
-        executor = choose(self._executors(), self.executor, self._work(qk.q, qk.k))
+        executor = choose(self._executors(), self.executor, self._work(qk))
         return executor.computed_pairs(qk, self._layout(qk, layer))
 
     def explain(self, q: Tensor, *others: Tensor) -> str:
         """Which executor multiplies these queries (and keys and values) and why no other one does: a line for each."""
-        return explain(self._executors(), self.executor, self._work(q, *others))
+        work = replace(Work.of(q, *others), tail=has_tail(self.pattern))
+        return explain(self._executors(), self.executor, work)
 
-    def _work(self, q: Tensor, *others: Tensor) -> Work:
-        return replace(Work.of(q, *others), tail=has_tail(self.pattern))
+    def _work(self, qk: QK, *others: Tensor) -> Work:
+        return replace(Work.of(qk.q, qk.k, *others), tail=has_tail(self.pattern), crosses=qk.crosses)
 
     def _executors(self) -> tuple[LayoutExecutor, ...]:
         return NativeExecutor(), BlocksExecutor(self.queries_at_once), TritonExecutor(self.block)
@@ -169,7 +191,7 @@ class Bucketed:
     @torch.no_grad()
     def _layout(self, qk: QK, layer: int) -> Layout:
         assert isinstance(self.pattern, HasLayout)  # checked when made
-        return self.pattern.layout(qk, layer)
+        return self.pattern.layout(qk.a_key_each, layer)
 
 
 @dataclass(frozen=True)
@@ -204,10 +226,17 @@ class Dense:
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(f"dropout must be 0 or more and below 1, got {self.dropout}")
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, layer: int = 0) -> Tensor:
-        """``q, k, v (B, H, N, D)``, ``valid (B, N)`` bool → ``(B, H, N, D)`` in the dtype of ``v``."""
-        q, k, v = without_padding(q, valid), without_padding(k, valid), without_padding(v, valid)
-        return self._attend(q, k, v, self._pairs(valid, valid))
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, layer: int = 0, query_valid: Tensor | None = None
+    ) -> Tensor:
+        """``q (B, H, N_q, D)``, ``k, v (B, H_k, N_k, D)``, ``valid (B, N_k)`` bool → ``(B, H, N_q, D)`` in the dtype of ``v``.
+
+        ``query_valid``, ``(B, N_q)`` bool, is given in cross-attention.
+        """
+        qk, v = _prepared(q, k, v, valid, self.causal, query_valid)
+        if self.window:
+            qk.one_text(f"a window of {self.window} tokens")
+        return self._attend(qk.q, qk.k, v, self._pairs(qk.queries_valid, valid))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """Keys of another number, heads that are shared, and a mask of any kind; a query without a key gets zeros.
@@ -253,7 +282,7 @@ class Dense:
     @torch.no_grad()
     def graph(self, qk: QK, layer: int) -> Tensor:
         """Which pairs there are: ``(B, H, N, N)`` bool."""
-        pairs = qk.allowed.expand(-1, qk.q.shape[1], -1, -1)
+        pairs = qk.allowed.expand(qk.graph_shape)
         return pairs & band(qk.q.shape[2], self.window, qk.q.device) if self.window else pairs
 
     def computed_pairs(self, qk: QK, layer: int) -> Tensor:

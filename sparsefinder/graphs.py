@@ -1,7 +1,8 @@
 """Attention graphs: who may look at whom, and the form that every pattern shares.
 
-Letters used in the whole package: ``B`` batch, ``L`` layers, ``H`` heads, ``N`` tokens, ``D`` head size, ``R`` projected
-size, ``C`` clusters, ``W`` window. A *graph* is a bool tensor ``(B, H, N, N)``; **True means that the query (row) may
+Letters used in the whole package: ``B`` batch, ``L`` layers, ``H`` heads (``H_k`` of the keys where they are shared), ``N``
+tokens (``N_q`` and ``N_k`` where queries and keys are of two texts), ``D`` head size, ``R`` projected size, ``C`` clusters,
+``W`` window. A *graph* is a bool tensor ``(B, H, N, N)``; **True means that the query (row) may
 attend to the key (column)**, the sign of ``torch.nn.functional.scaled_dot_product_attention``. A graph is never True on
 a pair that is not allowed: both tokens are real, and the key does not lie after the query where attention is causal.
 """
@@ -23,50 +24,101 @@ from sparsefinder.errors import UserError
 class QK:
     """Queries and keys of one layer.
 
-    ``q`` and ``k`` may also be projections of size ``R``: a pattern does not care which space it is given.
+    ``q`` and ``k`` may also be projections of size ``R``: a pattern does not care which space it is given. Heads may be
+    *grouped*: ``g = H / H_k`` heads of queries share one of keys. In *cross-attention* queries and keys are tokens of two
+    texts; it is never causal, since no key of another text lies after a query.
 
     Args:
-        q: Queries, ``(B, H, N, D)`` floating point, not rescaled (scores are ``q·k / √D``). What padded positions contain
+        q: Queries, ``(B, H, N_q, D)`` floating point, not rescaled (scores are ``q·k / √D``). What padded positions contain
             never matters.
-        k: Keys, of the same shape; their padding never matters either.
-        valid: ``(B, N)`` bool, True on real tokens.
+        k: Keys, ``(B, H_k, N_k, D)``, ``H`` a multiple of ``H_k``; their padding never matters either.
+        valid: ``(B, N_k)`` bool, True on real tokens.
         causal: Whether a query sees no later key.
+        query_valid: Of cross-attention: ``(B, N_q)`` bool, True on real queries. None where queries and keys are the same
+            tokens.
     """
 
     q: Tensor
     k: Tensor
     valid: Tensor
     causal: bool = False
+    query_valid: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.q.shape != self.k.shape or self.q.ndim != 4:
+        if self.q.ndim != 4 or self.k.ndim != 4 or self.q.shape[::3] != self.k.shape[::3]:
             raise ValueError(
-                f"queries and keys must both be (B, H, N, D), got {tuple(self.q.shape)} and {tuple(self.k.shape)}"
+                f"queries and keys must be (B, H, N_q, D) and (B, H_k, N_k, D), got {tuple(self.q.shape)} and "
+                f"{tuple(self.k.shape)}"
             )
-        batch, _, tokens, _ = self.q.shape
-        if self.valid.shape != (batch, tokens) or self.valid.dtype != torch.bool:
+        if self.q.shape[1] % max(self.k.shape[1], 1):
+            raise ValueError(f"{self.q.shape[1]} heads of queries cannot share {self.k.shape[1]} heads of keys evenly")
+        if not self.crosses and self.q.shape[2] != self.k.shape[2]:
             raise ValueError(
-                f"valid must be bool ({batch}, {tokens}), got {self.valid.dtype} {tuple(self.valid.shape)}"
+                f"{self.q.shape[2]} queries and {self.k.shape[2]} keys are not the same tokens: cross-attention needs "
+                "query_valid"
             )
+        if self.crosses and self.causal:
+            raise ValueError("cross-attention cannot be causal: no key lies after a query of another text")
+        for name, mask, side in (("valid", self.valid, self.k), ("query_valid", self.queries_valid, self.q)):
+            if mask.shape != side.shape[::2] or mask.dtype != torch.bool:
+                expected = tuple(side.shape[::2])
+                raise ValueError(f"{name} must be bool {expected}, got {mask.dtype} {tuple(mask.shape)}")
+
+    @property
+    def crosses(self) -> bool:
+        """Whether queries and keys are tokens of two texts."""
+        return self.query_valid is not None
+
+    @property
+    def group(self) -> int:
+        """Heads of queries that share one of keys, ``g``; 1 where each has its own."""
+        return self.q.shape[1] // max(self.k.shape[1], 1)
+
+    @property
+    def queries_valid(self) -> Tensor:
+        """``(B, N_q)`` bool, True on real queries."""
+        return self.valid if self.query_valid is None else self.query_valid
 
     @property
     def lengths(self) -> Tensor:
-        """Real tokens of each example, ``(B,)`` int64."""
+        """Real keys of each example, ``(B,)`` int64."""
         return self.valid.sum(-1)
 
     @property
     def positions(self) -> Tensor:
-        """Position of each token among the real ones of its example, ``(B, N)`` int64 from 0; on padding any that there is."""
-        return (self.valid.long().cumsum(-1) - 1).clamp_min(0)
+        """Position of each key among the real ones of its example, ``(B, N_k)`` int64 from 0; on padding any that there is."""
+        return _positions(self.valid)
+
+    @property
+    def query_positions(self) -> Tensor:
+        """The same of the queries, ``(B, N_q)``."""
+        return _positions(self.queries_valid)
 
     @property
     def allowed(self) -> Tensor:
-        """Pairs that may attend at all, ``(B, 1, N, N)`` bool."""
-        return allowed_pairs(self.valid, self.causal)
+        """Pairs that may attend at all, ``(B, 1, N_q, N_k)`` bool."""
+        return allowed_pairs(self.valid, self.causal, self.query_valid)
+
+    @property
+    def graph_shape(self) -> torch.Size:
+        """``(B, H, N_q, N_k)``."""
+        return torch.Size((*self.q.shape[:3], self.k.shape[2]))
+
+    @property
+    def a_key_each(self) -> QK:
+        """The same with keys repeated, so that every head of queries has its own: what patterns are shown."""
+        return self if self.group == 1 else replace(self, k=self.k.repeat_interleave(self.group, dim=1))
+
+    @property
+    def swapped(self) -> QK:
+        """Queries in the place of keys and the other way round, for what is done to both sides alike."""
+        return replace(
+            self, q=self.k, k=self.q, valid=self.queries_valid, query_valid=self.valid if self.crosses else None
+        )
 
     def scores(self) -> Tensor:
-        """``q·k / √D`` on allowed pairs, ``-inf`` elsewhere: ``(B, H, N, N)`` in the dtype of ``q``."""
-        products = self.q @ self.k.transpose(-1, -2) / math.sqrt(self.q.shape[-1])
+        """``q·k / √D`` on allowed pairs, ``-inf`` elsewhere: ``(B, H, N_q, N_k)`` in the dtype of ``q``."""
+        products = self.q @ self.a_key_each.k.transpose(-1, -2) / math.sqrt(self.q.shape[-1])
         return products.masked_fill(~self.allowed, -math.inf)
 
     def in_blocks(self, size: int) -> QK:
@@ -78,30 +130,53 @@ class QK:
         Returns:
             Chunks whose vector is the concatenation of their tokens' vectors, ``(B, H, ⌈N/b⌉, b·D)``, with zeros for padding.
         """
-        missing = -self.q.shape[2] % size
-        padded = ~self.valid[:, None, :, None]
-        q, k = (
-            F.pad(x.masked_fill(padded, 0.0), (0, 0, 0, missing)).unflatten(2, (-1, size)).flatten(3)
-            for x in (self.q, self.k)
-        )
-        return QK(q, k, F.pad(self.valid, (0, missing)).unflatten(1, (-1, size)).any(-1), self.causal)
+        q, query_valid = _chunks(self.q, self.queries_valid, size)
+        k, valid = _chunks(self.k, self.valid, size)
+        return QK(q, k, valid, self.causal, query_valid if self.crosses else None)
 
     def with_vectors(self, q: Tensor, k: Tensor) -> QK:
         """The same tokens with other vectors, for instance projected ones."""
         return replace(self, q=q, k=k)
 
+    def one_text(self, what: str) -> None:
+        """Refuse cross-attention in the name of whatever compares positions.
 
-def allowed_pairs(valid: Tensor, causal: bool = False) -> Tensor:
+        Args:
+            what: Whose idea needs a diagonal.
+
+        Raises:
+            UserError: Queries and keys are tokens of two texts.
+        """
+        if self.crosses:
+            raise UserError(
+                f"{what} compares positions within one text, and cross-attention has two: choose a "
+                "pattern of vectors, such as kmeans, quantize, distance or routed"
+            )
+
+
+def _positions(valid: Tensor) -> Tensor:
+    return (valid.long().cumsum(-1) - 1).clamp_min(0)
+
+
+def _chunks(x: Tensor, valid: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    missing = -x.shape[2] % size
+    filled = F.pad(x.masked_fill(~valid[:, None, :, None], 0.0), (0, 0, 0, missing))
+    return filled.unflatten(2, (-1, size)).flatten(3), F.pad(valid, (0, missing)).unflatten(1, (-1, size)).any(-1)
+
+
+def allowed_pairs(valid: Tensor, causal: bool = False, query_valid: Tensor | None = None) -> Tensor:
     """Pairs of real tokens, without the future where attention is causal.
 
     Args:
-        valid: ``(B, N)`` bool, True on real tokens.
+        valid: ``(B, N_k)`` bool, True on real tokens.
         causal: Whether a query sees no later key.
+        query_valid: ``(B, N_q)`` bool, the queries of cross-attention; None where they are the same tokens.
 
     Returns:
-        ``(B, 1, N, N)`` bool, False on every pair with a padded token.
+        ``(B, 1, N_q, N_k)`` bool, False on every pair with a padded token.
     """
-    pairs = valid[:, None, :, None] & valid[:, None, None, :]
+    queries = valid if query_valid is None else query_valid
+    pairs = queries[:, None, :, None] & valid[:, None, None, :]
     if causal:
         tokens = valid.shape[-1]
         pairs = pairs & torch.ones(tokens, tokens, dtype=torch.bool, device=valid.device).tril()
@@ -116,7 +191,11 @@ class Pattern(Protocol):
 
 
 class Attention(Protocol):
-    """``(q, k, v, valid, layer) → output (B, H, N, D)``; a query without an allowed key, or padded, gets zeros."""
+    """``(q, k, v, valid, layer) → output (B, H, N, D)``; a query without an allowed key, or padded, gets zeros.
+
+    Keys and values may have fewer heads, which are shared. An attention that can be run between two texts takes
+    ``query_valid`` besides, as `QK` has it.
+    """
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, layer: int) -> Tensor: ...
 
@@ -129,9 +208,9 @@ class Buckets:
     bucket at most once. Ids of padded tokens are arbitrary: whoever reads them masks with ``valid``.
 
     Args:
-        q_ids: ``(B, H, N, P)`` int64, the buckets of each query in ``[0, count)``, or -1 where it is in fewer buckets than
+        q_ids: ``(B, H, N_q, P)`` int64, the buckets of each query in ``[0, count)``, or -1 where it is in fewer buckets than
             others.
-        k_ids: ``(B, H, N, P')`` int64, the same for each key.
+        k_ids: ``(B, H, N_k, P')`` int64, the same for each key, for each head of queries where keys are shared.
         count: Number of buckets of each example and head.
     """
 
@@ -140,18 +219,19 @@ class Buckets:
     count: int
 
     def graph(self, allowed: Tensor) -> Tensor:
-        """The dense form, ``(B, H, N, N)`` bool: a query sees the members of its buckets, a row of the table for each bucket."""
+        """The dense form, ``(B, H, N_q, N_k)`` bool: a query sees the members of its buckets, a row of the table for each."""
         batch, heads, tokens, _ = self.k_ids.shape
-        rows = batch * heads * tokens
+        queries = self.q_ids.shape[2]
         inside = torch.zeros(batch, heads, tokens, self.count + 1, dtype=torch.bool, device=allowed.device)
         inside.scatter_(-1, self._slots(self.k_ids), True)
         inside[..., self.count] = False  # where no bucket is
         members = inside.mT.reshape(-1, tokens)
         first = torch.arange(batch * heads, device=allowed.device).view(batch, heads, 1, 1) * (self.count + 1)
+        rows = batch * heads * queries
         seen = torch.zeros(rows, tokens, dtype=torch.bool, device=allowed.device)
         for bucket in (self._slots(self.q_ids) + first).reshape(rows, -1).unbind(-1):
             seen |= members.index_select(0, bucket)
-        return seen.view(batch, heads, tokens, tokens) & allowed
+        return seen.view(batch, heads, queries, tokens) & allowed
 
     def _slots(self, ids: Tensor) -> Tensor:
         return torch.where(ids < 0, self.count, ids)
@@ -203,7 +283,9 @@ class Layout:
         return self.buckets.count if self.tail and self.buckets is not None else 0
 
     def graph(self, qk: QK) -> Tensor:
-        """The dense form, ``(B, H, N, N)`` bool, on allowed pairs only; of a layout with a tail the part that is exact."""
+        """The dense form, ``(B, H, N_q, N_k)`` bool, on allowed pairs only; of a layout with a tail the part that is exact."""
+        if self.window or self.is_global is not None:
+            qk.one_text("a window or global tokens")
         allowed = qk.allowed.expand(-1, qk.q.shape[1], -1, -1)
         edges = torch.zeros_like(allowed)
         if self.buckets is not None:

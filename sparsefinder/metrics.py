@@ -107,7 +107,7 @@ class Gold:
     def of(cls, qk: QK, alpha: float) -> Gold:
         """That of queries and keys under α-entmax, without a matrix of N × N."""
         found = support(qk, alpha)
-        return cls(found.rows, found.keys, found.probabilities, torch.Size((*qk.q.shape[:3], qk.k.shape[2])))
+        return cls(found.rows, found.keys, found.probabilities, qk.graph_shape)
 
     @classmethod
     def of_matrix(cls, probabilities: Tensor) -> Gold:
@@ -153,7 +153,7 @@ def count(predicted: Tensor, gold: Gold, qk: QK, near: Tensor | None = None) -> 
     Returns:
         The counts of each example and head.
     """
-    real = qk.valid[:, None, :].expand(predicted.shape[:3])
+    real = qk.queries_valid[:, None, :].expand(predicted.shape[:3])
     hit = predicted.flatten()[gold.indices]
     missing = torch.zeros(real.numel(), dtype=torch.bool, device=hit.device).index_fill_(0, gold.rows[~hit], True)
     hits = gold.sums(hit.double())

@@ -66,8 +66,15 @@ def test_scores_are_absent_outside_allowed_pairs() -> None:
 
 
 def test_shapes_are_checked() -> None:
-    with pytest.raises(ValueError, match="must both be"):
-        QK(torch.zeros(1, 1, 3, 2), torch.zeros(1, 1, 4, 2), torch.ones(1, 3, dtype=torch.bool))
+    three, four = torch.ones(1, 3, dtype=torch.bool), torch.ones(1, 4, dtype=torch.bool)
+    with pytest.raises(ValueError, match="3 queries and 4 keys are not the same tokens"):
+        QK(torch.zeros(1, 1, 3, 2), torch.zeros(1, 1, 4, 2), four)
+    with pytest.raises(ValueError, match=r"must be .* got"):
+        QK(torch.zeros(1, 1, 3, 2), torch.zeros(1, 1, 3, 5), three)
+    with pytest.raises(ValueError, match="3 heads of queries cannot share 2 heads of keys"):
+        QK(torch.zeros(1, 3, 3, 2), torch.zeros(1, 2, 3, 2), three)
+    with pytest.raises(ValueError, match="cannot be causal"):
+        QK(torch.zeros(1, 1, 3, 2), torch.zeros(1, 1, 4, 2), four, True, three)
     with pytest.raises(ValueError, match="valid must be bool"):
         QK(torch.zeros(1, 1, 3, 2), torch.zeros(1, 1, 3, 2), torch.ones(1, 3))
 

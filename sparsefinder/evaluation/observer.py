@@ -40,8 +40,8 @@ class Observer:
     pairs: dict[int, list[Tensor]] = field(default_factory=dict)  # computed and allowed, each ``(B, H)``
 
     def __call__(self, layer: int, qk: QK, v: Tensor, output: Tensor) -> None:
-        """Measure a call of the attention: its queries and keys, values and output, the last two ``(B, H, N, D)``."""
-        dense = Dense(self.own)(qk.q, qk.k, v, qk.valid, layer)
+        """Measure a call of the attention: its queries and keys, values ``(B, H_k, N_k, D)`` and output ``(B, H, N_q, D)``."""
+        dense = Dense(self.own, causal=qk.causal)(qk.q, qk.k, v, qk.valid, layer, qk.query_valid)
         difference = (output.float() - dense.float()).flatten(2).norm(dim=-1)
         self.errors.setdefault(layer, []).append(difference / dense.float().flatten(2).norm(dim=-1).clamp_min(1e-30))
         qk = qk.with_vectors(qk.q.float(), qk.k.float())

@@ -41,6 +41,8 @@ class BigBird(Free):
 
     sparsity_parameter: ClassVar[str | None] = "block"
     needs: ClassVar[tuple[str, ...]] = ()
+    # in causal attention
+    reads_ahead: ClassVar[str] = "where the sentence ends, whose last blocks are global and not drawn"
 
     def __post_init__(self) -> None:
         at_least(1, block=self.block)
@@ -49,6 +51,7 @@ class BigBird(Free):
 
     def layout(self, qk: QK, layer: int) -> Layout:
         """Blocks of keys as buckets: a query is in those that it sees, a key in its own; and the global blocks' tokens."""
+        qk.one_text(type(self).__name__)
         heads = qk.q.shape[1]
         block_of_token = qk.positions // self.block
         blocks = -(-qk.lengths // self.block)  # (B,), of each sentence

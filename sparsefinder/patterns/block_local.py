@@ -32,6 +32,7 @@ class BlockLocal(Free):
 
     def layout(self, qk: QK, layer: int) -> Layout:
         """Blocks as buckets."""
+        qk.one_text(type(self).__name__)
         ids = memberships(qk.q.shape[1], qk.positions // self.block)
         return Layout(Buckets(ids, ids, qk.valid.shape[1] // self.block + 1))
 

@@ -53,9 +53,10 @@ class BlockPool:
             q = blocks.running_means(q) if self.pool_queries else q
             of_own_block = (q * blocks.running_means(k)).sum(-1)
             return blocks.layout(blocks.best(blocks.visible(q @ means, of_own_block), self.share), self.tail)
-        rows = blocks.means(q) if self.pool_queries else q
+        of_queries = TokenBlocks.cut(qk.swapped, self.size) if qk.crosses else blocks
+        rows = of_queries.means(q) if self.pool_queries else q
         chosen = blocks.best(blocks.visible(rows @ means, None), self.share)
-        return blocks.layout(blocks.spread(chosen) if self.pool_queries else chosen, self.tail)
+        return blocks.layout(of_queries.spread(chosen) if self.pool_queries else chosen, self.tail)
 
     def cost(self, tokens: int, size: int) -> float:
         """``D`` for each block of keys; with pooled queries once for a block of them."""

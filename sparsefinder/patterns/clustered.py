@@ -45,6 +45,8 @@ class Clustered:
 
     sparsity_parameter: ClassVar[str | None] = "share"
     needs: ClassVar[tuple[str, ...]] = ()
+    # in causal attention
+    reads_ahead: ClassVar[str] = "clusters and their means are those of all queries of the sentence"
 
     def __post_init__(self) -> None:
         check_share("share", self.share)
@@ -56,7 +58,7 @@ class Clustered:
         """Clusters as buckets: a query is in its own, a key in those whose mean takes it."""
         q, k = vectors(qk)
         cluster = self._clusters(q, qk, layer)
-        means, _ = means_of(q, qk.valid, cluster, self.n_clusters)
+        means, _ = means_of(q, qk.queries_valid, cluster, self.n_clusters)
         taken = first_share(k @ means.transpose(-1, -2), qk, self.share)
         return Layout(Buckets(cluster[..., None], as_ids(taken), self.n_clusters))
 
@@ -72,8 +74,8 @@ class Clustered:
     def _clusters(self, q: Tensor, qk: QK, layer: int) -> Tensor:
         """The cluster of each query, ``(B, H, N)`` int64."""
         points = self._signs(q, layer) if self.bits else q
-        centres = first_centres(points, qk, self.n_clusters, self.seed, layer)
-        return nearest(points, lloyd(points, qk.valid, centres, self.iterations))
+        centres = first_centres(points, qk.swapped, self.n_clusters, self.seed, layer)
+        return nearest(points, lloyd(points, qk.queries_valid, centres, self.iterations))
 
     def _signs(self, q: Tensor, layer: int) -> Tensor:
         head, size, bit = (torch.arange(n, device=q.device) for n in (q.shape[1], q.shape[-1], self.bits))

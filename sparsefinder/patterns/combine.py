@@ -104,7 +104,8 @@ class Blocked:
             raise UserError("a window or global tokens of blocks have no bucketed form: unite them outside the blocks")
         if layout.buckets is None:
             return layout
-        q_ids, k_ids = (self._to_tokens(ids, 2, qk) for ids in (layout.buckets.q_ids, layout.buckets.k_ids))
+        q_ids = self._to_tokens(layout.buckets.q_ids, 2, qk.queries_valid)
+        k_ids = self._to_tokens(layout.buckets.k_ids, 2, qk.valid)
         return Layout(Buckets(q_ids, k_ids, layout.buckets.count), tail=layout.tail)
 
     def cost(self, tokens: int, size: int) -> float:
@@ -114,16 +115,18 @@ class Blocked:
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool."""
         edges = self.pattern(self._chunks(qk), layer)
-        return self._to_tokens(self._to_tokens(edges, 2, qk), 3, qk) & qk.allowed
+        return self._to_tokens(self._to_tokens(edges, 2, qk.queries_valid), 3, qk.valid) & qk.allowed
 
     def _chunks(self, qk: QK) -> QK:
-        back = -_first_real(qk)
-        q, k = (_rolled(x, back, 2) for x in (qk.q, qk.k))
-        return QK(q, k, _rolled(qk.valid, back, 1), qk.causal).in_blocks(self.size)
+        back, back_queries = -_first_real(qk.valid), -_first_real(qk.queries_valid)
+        query_valid = None if qk.query_valid is None else _rolled(qk.query_valid, back_queries, 1)
+        q, k = _rolled(qk.q, back_queries, 2), _rolled(qk.k, back, 2)
+        return QK(q, k, _rolled(qk.valid, back, 1), qk.causal, query_valid).in_blocks(self.size)
 
-    def _to_tokens(self, x: Tensor, dim: int, qk: QK) -> Tensor:
-        tokens = x.repeat_interleave(self.size, dim=dim).narrow(dim, 0, qk.q.shape[2])
-        return _rolled(tokens, _first_real(qk), dim)
+    def _to_tokens(self, x: Tensor, dim: int, valid: Tensor) -> Tensor:
+        """Each token gets what its chunk has, along a dimension whose tokens are ``valid (B, N)``."""
+        tokens = x.repeat_interleave(self.size, dim=dim).narrow(dim, 0, valid.shape[1])
+        return _rolled(tokens, _first_real(valid), dim)
 
 
 @dataclass(frozen=True)
@@ -162,6 +165,48 @@ class Causal:
         return self.pattern(replace(qk, causal=True), layer)
 
 
+@dataclass(frozen=True)
+class ShareInGroup:
+    """Any pattern, asked once for the heads that share their keys: it sees the mean of their queries, and all get its graph.
+
+    A prediction costs as much less as there are heads in a group, and what is learned for it has ``H_k`` heads.
+
+    Args:
+        pattern: Sees vectors ``(B, H_k, N, D)``.
+        group: ``g``, heads of queries that share one of keys.
+    """
+
+    pattern: Pattern
+    group: int
+
+    @property
+    def tail(self) -> bool:
+        """Whether the pattern has a tail, which is of each head's own keys and values."""
+        return has_tail(self.pattern)
+
+    def cost(self, tokens: int, size: int) -> float:
+        """That of the pattern, shared by the heads of a group."""
+        return cost_of(self.pattern, tokens, size) / self.group
+
+    def layout(self, qk: QK, layer: int) -> Layout:
+        """Bucket ids of a group for each of its heads; a `UserError` where the pattern has no layout."""
+        layout = layout_of(self.pattern, self._shared(qk), layer)
+        if layout.buckets is None:
+            return layout
+        q_ids, k_ids = (
+            ids.repeat_interleave(self.group, dim=1) for ids in (layout.buckets.q_ids, layout.buckets.k_ids)
+        )
+        return replace(layout, buckets=replace(layout.buckets, q_ids=q_ids, k_ids=k_ids))
+
+    def __call__(self, qk: QK, layer: int) -> Tensor:
+        """``(B, H, N, N)`` bool."""
+        return self.pattern(self._shared(qk), layer).repeat_interleave(self.group, dim=1)
+
+    def _shared(self, qk: QK) -> QK:
+        keys = qk.k if qk.group == self.group else qk.k[:, :: self.group]
+        return qk.with_vectors(qk.q.unflatten(1, (-1, self.group)).mean(2), keys)
+
+
 def layout_of(pattern: Pattern, qk: QK, layer: int) -> Layout:
     """The layout of a pattern.
 
@@ -183,9 +228,9 @@ def layout_of(pattern: Pattern, qk: QK, layer: int) -> Layout:
     return pattern.layout(qk, layer)
 
 
-def _first_real(qk: QK) -> Tensor:
+def _first_real(valid: Tensor) -> Tensor:
     """Index of the first real token of each example, ``(B,)``."""
-    return qk.valid.long().argmax(-1)
+    return valid.long().argmax(-1)
 
 
 def _rolled(x: Tensor, by: Tensor, dim: int) -> Tensor:

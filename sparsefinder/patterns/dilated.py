@@ -35,6 +35,7 @@ class Dilated(Free):
 
     def layout(self, qk: QK, layer: int) -> Layout:
         """A bucket for each query, see `dilated`; a plain window where there are no gaps."""
+        qk.one_text(type(self).__name__)
         return dilated(qk, self.width, [self.dilation] * qk.q.shape[1])
 
     def __call__(self, qk: QK, layer: int) -> Tensor:

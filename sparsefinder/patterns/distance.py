@@ -63,5 +63,5 @@ class Distance:
 
     def _random(self, qk: QK, layer: int) -> Tensor:
         heads = torch.arange(qk.q.shape[1], device=qk.q.device)
-        position = qk.positions  # counted over real tokens, so that padding changes nothing
-        return uniform(self.seed, layer, heads[:, None, None], position[:, None, :, None], position[:, None, None, :])
+        query, key = qk.query_positions, qk.positions  # counted over real tokens, so that padding changes nothing
+        return uniform(self.seed, layer, heads[:, None, None], query[:, None, :, None], key[:, None, None, :])

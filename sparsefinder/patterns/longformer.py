@@ -55,6 +55,7 @@ class Longformer(Free):
 
     def layout(self, qk: QK, layer: int) -> Layout:
         """The window, in buckets where it has gaps, and the global tokens, in two buckets where they are random."""
+        qk.one_text(type(self).__name__)
         heads = qk.q.shape[1]
         near = dilated(qk, self.width, [self.dilation if h < self.dilated_heads else 1 for h in range(heads)])
         if self.placement == "first":

@@ -54,6 +54,7 @@ class LSG:
 
     def layout(self, qk: QK, layer: int) -> Layout:
         """A bucket for each block of queries, with the keys that it sees, and the global tokens."""
+        qk.one_text(type(self).__name__)
         is_global = GlobalTokens(self.num_global_tokens).layout(qk, layer)
         packed = pack(qk.valid)
         prefix = self.num_global_tokens

@@ -57,7 +57,7 @@ class MagicPIG:
         q, k = vectors(qk)
         planes = self._planes(qk, layer).to(q.dtype)
         q_codes, k_codes = (self._codes(x, planes) for x in (q, k - _mean_keys(k, qk)))
-        shared = torch.zeros(*q.shape[:3], q.shape[2], dtype=torch.int32, device=q.device)
+        shared = torch.zeros(qk.graph_shape, dtype=torch.int32, device=q.device)
         for q_code, k_code in zip(q_codes, k_codes, strict=True):
             shared += q_code[..., :, None] == k_code[..., None, :]
         return (shared >= self.collisions) & qk.allowed

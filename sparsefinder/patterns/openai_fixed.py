@@ -41,6 +41,7 @@ class OpenAIFixed(Free):
 
     def layout(self, qk: QK, layer: int) -> Layout:
         """Blocks as buckets, and one bucket more that all queries and the keys in the columns are in."""
+        qk.one_text(type(self).__name__)
         block, within = qk.positions // self.block, qk.positions % self.block
         shared = qk.valid.shape[1] // self.block + 1
         is_column = within >= self.block - self.columns

@@ -39,6 +39,7 @@ class OpenAIStrided(Free):
 
     def layout(self, qk: QK, layer: int) -> Layout:
         """What is left of a position modulo the stride as buckets, and a window."""
+        qk.one_text(type(self).__name__)
         ids = memberships(qk.q.shape[1], qk.positions % self.stride)
         return Layout(Buckets(ids, ids, self.stride), window=2 * self.near - 1)
 

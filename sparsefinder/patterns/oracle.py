@@ -31,7 +31,6 @@ class Oracle(EveryPair):
         found = support(
             qk, self.alpha
         )  # the list that metrics compare with: pairs at the threshold too are the same ones
-        batch, heads, tokens, _ = qk.q.shape
-        graph = torch.zeros(batch * heads * tokens, tokens, dtype=torch.bool, device=qk.q.device)
-        graph[found.rows, found.keys] = True
-        return graph.view(batch, heads, tokens, tokens)
+        graph = torch.zeros(qk.graph_shape, dtype=torch.bool, device=qk.q.device)
+        graph.flatten(0, 2)[found.rows, found.keys] = True
+        return graph

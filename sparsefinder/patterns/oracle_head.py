@@ -38,6 +38,8 @@ class OracleHead(EveryPair):
 
     sparsity_parameter: ClassVar[str | None] = "share"
     needs: ClassVar[tuple[str, ...]] = ()
+    # in causal attention
+    reads_ahead: ClassVar[str] = "one threshold is taken over all pairs of the sentence"
 
     def __post_init__(self) -> None:
         Normalizer(self.alpha)

@@ -49,6 +49,8 @@ class Routing:
 
     sparsity_parameter: ClassVar[str | None] = "share"
     needs: ClassVar[tuple[str, ...]] = ()
+    # in causal attention
+    reads_ahead: ClassVar[str] = "centroids are moved by all tokens of the sentence"
 
     def __post_init__(self) -> None:
         check_share("share", self.share)
@@ -60,7 +62,7 @@ class Routing:
         """Centroids as buckets: a token is in those that take it."""
         q, k = (F.layer_norm(x, x.shape[-1:]) for x in vectors(qk))
         centres = self._first_centres(qk, layer).to(q.dtype).expand(q.shape[0], -1, -1, -1)
-        tokens, valid = torch.cat([q, k], dim=2), torch.cat([qk.valid, qk.valid], dim=1)
+        tokens, valid = torch.cat([q, k], dim=2), torch.cat([qk.queries_valid, qk.valid], dim=1)
         return taken(q, k, lloyd(tokens, valid, centres, self.iterations, spherical=True), qk, self.share)
 
     def cost(self, tokens: int, size: int) -> float:
@@ -121,5 +123,6 @@ class LearnedRouting:
 
 def taken(q: Tensor, k: Tensor, centres: Tensor, qk: QK, share: float) -> Layout:
     """Each of the ``centres (…, C, R)`` as a bucket of the tokens that it takes: those of largest ``c · x``."""
-    q_ids, k_ids = (as_ids(first_share(x @ centres.transpose(-1, -2), qk, share)) for x in (q, k))
+    sides = ((q, qk.swapped), (k, qk))
+    q_ids, k_ids = (as_ids(first_share(x @ centres.transpose(-1, -2), side, share)) for x, side in sides)
     return Layout(Buckets(q_ids, k_ids, centres.shape[-2]))

@@ -23,10 +23,10 @@ class NearestRouting(LearnedRouting):
         """Centroids as buckets: run ``u`` uses the ids ``u · C … u · C + C − 1``."""
         centres = self.centres(qk, layer)
 
-        def ids(x: Tensor) -> Tensor:
+        def ids(x: Tensor, side: QK) -> Tensor:
             # −‖x − c‖² without ‖c‖², which is the same for all tokens that a centroid chooses from
             closeness = 2 * x @ centres.to(x.dtype).mT - x.square().sum(-1, keepdim=True)
-            return as_ids(first_share(closeness, qk, self.share))
+            return as_ids(first_share(closeness, side, self.share))
 
         q, k = vectors(qk)
-        return Layout(Buckets(ids(q), ids(k), centres.shape[1]))
+        return Layout(Buckets(ids(q, qk.swapped), ids(k, qk), centres.shape[1]))

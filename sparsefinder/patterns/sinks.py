@@ -38,6 +38,7 @@ class Sinks(Free):
 
     def layout(self, qk: QK, layer: int) -> Layout:
         """One bucket that all queries and the sinks are in, and a window."""
+        qk.one_text(type(self).__name__)
         position = qk.positions
         q_ids = memberships(qk.q.shape[1], torch.zeros_like(position))
         k_ids = memberships(qk.q.shape[1], torch.where(position < self.sinks, 0, -1))

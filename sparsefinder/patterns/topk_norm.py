@@ -40,7 +40,7 @@ class TopKNorm:
         """One bucket: all queries and the kept keys."""
         norms = torch.linalg.vector_norm(vectors(qk)[1], dim=-1, keepdim=True)
         k_ids = torch.where(first_share(norms, qk, self.share), 0, -1)
-        return Layout(Buckets(torch.zeros_like(k_ids), k_ids, 1))
+        return Layout(Buckets(k_ids.new_zeros(*qk.q.shape[:3], 1), k_ids, 1))
 
     def cost(self, tokens: int, size: int) -> float:
         """``D``: the norm of each key."""

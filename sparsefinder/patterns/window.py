@@ -30,6 +30,7 @@ class Window(Free):
 
     def layout(self, qk: QK, layer: int) -> Layout:
         """The band, unbuilt."""
+        qk.one_text(type(self).__name__)
         return Layout(window=self.width)
 
     def __call__(self, qk: QK, layer: int) -> Tensor:
@@ -56,6 +57,7 @@ class GlobalTokens(Free):
 
     def layout(self, qk: QK, layer: int) -> Layout:
         """Which tokens are global, ``(B, N)``, without a graph."""
+        qk.one_text(type(self).__name__)
         rank = qk.valid.long().cumsum(-1)
         is_global = rank <= self.first
         if self.last:

@@ -218,7 +218,7 @@ def test_ids_and_globals_of_all_heads_at_once() -> None:
     written = Buckets(*(ids.expand(2, 3, -1, -1) for ids in (shared.q_ids, shared.k_ids.long())), one.count)
     expected = bucketed.attend(qk, v, Layout(written, 3, is_global.expand(2, -1)), 1.5)
     assert torch.equal(bucketed.attend(qk, v, Layout(shared, 3, is_global), 1.5), expected)
-    with pytest.raises(ValueError, match="values must be of the shape of the queries"):
+    with pytest.raises(ValueError, match="values must be of the shape of the keys"):
         bucketed.attend(qk, v[..., :2], Layout(written), 1.5)
 
 

@@ -69,7 +69,7 @@ def test_memory_that_runs_out_is_a_python_error() -> None:
 # calls that allocate, one after the other; the last of the arrays of allocation_failures.cpp are written
 CALLS = {
     "bucketed": """[] {
-        Graph g{1, 2, N, D, 1, 1, 4, 2, 2, 0, THREADS, ids, ids, valid, none, 1.5};
+        Graph g{1, 2, 1, N, N, D, 1, 1, 4, 2, 2, 0, THREADS, ids, ids, valid, valid, none, 1.5};
         return until_it_works("forward", [&] { return forward_float32(&g, x, y, z, a); }) ||
                until_it_works("backward", [&] { return backward_float32(&g, x, y, z, x, a, b, c); }) ||
                until_it_works("count", [&] { return count(&g, counts); });

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparsefinder.errors import UserError
 from sparsefinder.graphs import QK, Buckets, Layout
 from sparsefinder.numerics.counter_rng import uniform
 from sparsefinder.patterns.window import Window
@@ -29,8 +30,8 @@ class Mine:
 
     def __call__(self, qk: QK, layer: int) -> Tensor:
         heads = torch.arange(qk.q.shape[1])
-        position = qk.positions
-        drawn = uniform(self.seed, layer, heads[:, None, None], position[:, None, :, None], position[:, None, None, :])
+        query, key = qk.query_positions, qk.positions
+        drawn = uniform(self.seed, layer, heads[:, None, None], query[:, None, :, None], key[:, None, None, :])
         return ((qk.scores() < self.similarity) | (drawn < self.chance)) & qk.allowed
 
 
@@ -110,6 +111,24 @@ def _without_padding_rule(graph: Tensor, qk: QK) -> Tensor:
     return graph & (mean < 1)
 
 
+def _of_the_last_key(graph: Tensor, qk: QK) -> Tensor:
+    last = qk.k.masked_fill(~qk.valid[:, None, :, None], 0.0).sum((1, 2, 3))
+    return graph & (last > 0)[:, None, None, None]
+
+
+@dataclass(frozen=True)
+class AheadOfNothing(Mine):
+    reads_ahead: ClassVar[str] = "everything"
+
+
+@dataclass(frozen=True)
+class Refusing(Mine):
+    def __call__(self, qk: QK, layer: int) -> Tensor:
+        if qk.crosses:
+            raise UserError("no")
+        return super().__call__(qk, layer)
+
+
 BROKEN = {
     "shape": [Changed(lambda graph, qk: graph.float()), Changed(lambda graph, qk: graph[:, :1])],
     "allowed": [Changed(lambda graph, qk: ~graph), Changed(lambda graph, qk: graph | qk.valid[:, None, None])],
@@ -123,6 +142,12 @@ BROKEN = {
     "sparsity_parameter": [Mine(seed=1), Window(3)],
     "layout": [WrongLayout(), WrongLayout(kind="twice"), WrongLayout(kind="range")],
     "bucketed": [WrongLayout()],
+    "future": [Changed(_of_the_last_key), AheadOfNothing()],
+    "crossing": [
+        Changed(lambda graph, qk: graph | (qk.valid[:, None, None] if qk.crosses else False)),
+        Changed(lambda graph, qk: graph & (~qk.k.isnan().any() if qk.crosses else True)),
+        Refusing(),
+    ],
 }
 
 
@@ -146,7 +171,9 @@ def test_density_that_is_not_reached() -> None:
 
 
 def test_all_broken_promises_are_listed() -> None:
-    with pytest.raises(AssertionError, match=r"^2 of \d+ promises are broken\nChanged breaks .*\nChanged breaks "):
+    with pytest.raises(
+        AssertionError, match=r"^3 of \d+ promises are broken\nChanged breaks .*\nChanged breaks .*\nChanged breaks "
+    ):
         check_pattern(Changed(lambda graph, qk: graph | qk.valid[:, None, None]))
 
 

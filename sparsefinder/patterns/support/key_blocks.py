@@ -37,7 +37,7 @@ class TokenBlocks:
         """The blocks of each sentence of a batch; as many as the longest one needs, and one for a batch without tokens.
 
         Args:
-            qk: Queries and keys, of which only ``valid`` is read.
+            qk: Queries and keys, of which only the keys' ``valid`` is read.
             size: Tokens in a block.
         """
         blocks = max(-(-int(qk.lengths.max()) // size), 1)
@@ -120,7 +120,7 @@ class TokenBlocks:
 
     def layout(self, chosen: Tensor, tail: bool) -> Layout:
         """Blocks as buckets: a query is in those that were ``chosen (B, H, N, P)``, a key in its own."""
-        k_ids = self.block_of[:, None, :, None].expand(*chosen.shape[:3], 1)
+        k_ids = self.block_of[:, None, :, None].expand(-1, chosen.shape[1], -1, 1)
         return Layout(Buckets(chosen, k_ids, self.count), tail=tail)
 
 

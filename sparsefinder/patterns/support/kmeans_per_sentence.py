@@ -18,7 +18,7 @@ def first_centres(points: Tensor, qk: QK, clusters: int, seed: int, layer: int) 
 
     Args:
         points: ``(B, H, N, E)``.
-        qk: Says which tokens are real; padding is never drawn.
+        qk: Whose keys say which tokens are real; padding is never drawn.
         clusters: ``C``; a sentence with fewer tokens has some of them several times.
         seed: Of the pattern.
         layer: Index of the layer.

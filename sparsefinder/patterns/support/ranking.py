@@ -32,7 +32,7 @@ def check_counts(**counts: int) -> None:
 
 def vectors(qk: QK) -> tuple[Tensor, Tensor]:
     """Queries and keys ``(B, H, N, D)``, float32 at least, zeros on padding: even NaN there cannot reach a sum."""
-    return at_least_float32(without_padding(qk.q, qk.valid)), at_least_float32(without_padding(qk.k, qk.valid))
+    return at_least_float32(without_padding(qk.q, qk.queries_valid)), at_least_float32(without_padding(qk.k, qk.valid))
 
 
 def share_of(counts: Tensor, share: float) -> Tensor:
@@ -111,23 +111,6 @@ def best(scores: Tensor, kept: Tensor) -> Tensor:
     order = scores.argsort(dim=-1, descending=True, stable=True)
     among = torch.arange(scores.shape[-1], device=scores.device) < kept
     return torch.zeros_like(among.expand(scores.shape)).scatter(-1, order, among.expand(scores.shape))
-
-
-def fewest(weights: Tensor, share: float) -> Tensor:
-    """The fewest columns of each row that hold a share of what the row holds; of equal ones the earlier come first.
-
-    Args:
-        weights: ``(…, N)``, 0 or more.
-        share: In [0, 1].
-
-    Returns:
-        ``(…, N)`` bool; nothing of a row of zeros.
-    """
-    # sums in float64: the smallest weights are less than the rounding of a float32 sum near 1
-    held = weights.double().sort(-1, descending=True).values.cumsum(-1)
-    enough = share * held[..., -1:]
-    # a column is needed as long as those before it hold too little
-    return best(weights, (held < enough).sum(-1, keepdim=True) + (enough > 0))
 
 
 def memberships(heads: int, *ids: Tensor) -> Tensor:

@@ -1,0 +1,212 @@
+"""What was learned for one model: projections, centroids, curves, and how to run them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsefinder.attention import Bucketed, Masked
+from sparsefinder.errors import UserError
+from sparsefinder.executors.choose import AUTO
+from sparsefinder.experiment.configuration import Configuration, Dials, Learned
+from sparsefinder.graphs import Attention
+from sparsefinder.numerics.normalizers import Normalizer
+from sparsefinder.predictors.centroids import load_centroids
+from sparsefinder.predictors.projections import load_projections
+from sparsefinder.sparse_model.curves import Curves, Target
+from sparsefinder.sparse_model.named_patterns import named_pattern
+
+Values = tuple[tuple[float, ...], ...]
+"""Of the sparsity parameter, for each layer and head."""
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The model that an index was learned for.
+
+    Args:
+        name: Its folder, or its name on the hub.
+        family: Its ``model_type``.
+        content: Hash of its weights, see `hash_of_weights`; empty where it is not known.
+        layers: Attention layers that are replaced.
+        heads: Of each.
+        head_size: Of each.
+        alpha: Of its entmax; 1 is softmax.
+    """
+
+    name: str
+    family: str
+    content: str
+    layers: int
+    heads: int
+    head_size: int
+    alpha: float
+
+
+@dataclass(frozen=True)
+class Attached:
+    """How an index is run in a model.
+
+    Args:
+        target: What the values were chosen for, such as ``density=0.1``; None for the pattern's own setting.
+        values: Of the sparsity parameter, for each layer and head; None for the pattern's own.
+        auto: Whether dense attention is used below the length at which the prediction pays.
+        executor: What multiplies: see `sparsefinder.attention.Bucketed`.
+    """
+
+    target: str | None = None
+    values: Values | None = None
+    auto: bool = True
+    executor: str = AUTO
+
+
+@dataclass(frozen=True)
+class Index:
+    """What `sparsefinder.fit` learned, ready for `sparsefinder.attach`.
+
+    Args:
+        base: The model that it belongs to.
+        configuration: The pattern and what it is united with, without what was learned.
+        learned: Projections and centroids, by name.
+        curves: What values of the sparsity parameter give each head; None where nothing was measured.
+        quality: Rows of what the whole model gave on held-out texts, one for each density that was tried: ``density``,
+            ``difference`` (1 − the cosine of the pooled output to the dense one) and ``tokens``.
+        facts: How it was learned: texts, tokens, seed, seconds, versions.
+        attached: How it was run in the model that it was saved with; None for an index that was saved alone.
+        saved_with: Hash of the weights that it was saved beside, where these were trained after it was learned.
+    """
+
+    base: BaseModel
+    configuration: Configuration
+    learned: Learned
+    curves: Curves | None = None
+    quality: tuple[Mapping[str, float], ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    attached: Attached | None = None
+    saved_with: str = ""
+
+    @property
+    def normalizer(self) -> Normalizer:
+        """That of the model."""
+        return Normalizer(self.base.alpha)
+
+    def setting(self, target: Target | None, auto: bool, executor: str) -> Attached:
+        """The values of the sparsity parameter for a target.
+
+        Raises:
+            UserError: The index has no curves, or nothing tells the loss.
+        """
+        if target is None:
+            return Attached(None, None, auto, executor)
+        if self.curves is None:
+            raise UserError(
+                f"{target}: this index of {self.configuration.name} holds no measured curves to choose by: attach it without "
+                "density, recall and loss_tolerance, or learn one with sparsefinder.fit"
+            )
+        wanted = self._density_for(target) if target.measure == "loss_tolerance" else target
+        return Attached(str(target), self.curves.choose(wanted), auto, executor)
+
+    def _density_for(self, target: Target) -> Target:
+        """The smallest density that was tried, and those above it, whose difference is within the tolerance."""
+        tried = sorted(self.quality, key=lambda row: -row["density"])
+        enough = None
+        for row in tried:
+            if row["difference"] > target.value:
+                break
+            enough = row["density"]
+        if enough is None:
+            best = min((row["difference"] for row in tried), default=float("nan"))
+            raise UserError(
+                f"{target}: the least difference that was measured is {best:.2g}; give a larger tolerance, or a density"
+            )
+        return Target("density", enough)
+
+    def attention(self, setting: Attached) -> Attention:
+        """What is plugged into the model, without `auto`."""
+        configuration = self.configuration
+        if setting.values is not None:
+            configuration = replace(configuration, dials=Dials(setting.target or "given", setting.values))
+        pattern = configuration.build(self.learned)
+        if configuration.bucketed(self.learned, self.base.head_size):
+            return Bucketed(pattern, self.normalizer, executor=setting.executor)
+        return Masked(pattern, self.normalizer)
+
+    def save(self, folder: Path | str) -> None:
+        """Write ``sparsefinder.json`` and ``sparsefinder.safetensors`` into a folder, which is made where it is missing."""
+        from sparsefinder.sparse_model.index_files import write
+
+        write(self, Path(folder))
+
+    @classmethod
+    def load(cls, folder: Path | str) -> Index:
+        """Read what `save` wrote, alone or beside a model. Raises `UserError` for a folder without, cut or altered files."""
+        from sparsefinder.sparse_model.index_files import read
+
+        return read(Path(folder))
+
+    @classmethod
+    def from_published(
+        cls,
+        projections: Path | str,
+        centroids: Path | str,
+        *,
+        window: int | None = None,
+        top_clusters: int = 1,
+        alpha: float = 1.5,
+        base_model: str = "",
+        family: str = "",
+    ) -> Index:
+        """An index of the published Sparsefinder's two files: tokens that share a near centroid, united with a window.
+
+        Args:
+            projections: ``projections.pickle``.
+            centroids: ``centroids.pickle``.
+            window: Odd; None for no window.
+            top_clusters: Centroids that a token belongs to.
+            alpha: Of the model's entmax; 1 for softmax.
+            base_model: Its name, for the card.
+            family: Its ``model_type``; empty for any.
+
+        Returns:
+            An index that fits any model with these layers, heads and head size.
+
+        Raises:
+            UserError: For files that cannot be read or do not belong together.
+        """
+        learned = Learned({"projections": load_projections(projections), "centroids": load_centroids(centroids)})
+        pattern = replace(named_pattern("kmeans", alpha, 0).pattern, top_clusters=top_clusters)
+        layers = learned.artefacts["projections"].layers
+        weight = next(iter(layers[0].q.parameters()), None)
+        if weight is None:
+            heads, _, _, size = learned.artefacts["centroids"].layers[0].shape
+        else:
+            heads, size = weight.shape[0], layers[0].q.in_size
+        base = BaseModel(base_model, family, "", len(layers), heads, size, alpha)
+        return cls(base, Configuration("kmeans", pattern, window=window), learned, facts={"source": "published files"})
+
+
+def hash_of_weights(model: nn.Module) -> str:
+    """SHA-256 of the weights that decide about queries and keys, as bfloat16: the same in float32 and in bfloat16.
+
+    Without the pooler, which not every head has, and without the table of positions, which may be lengthened.
+
+    Args:
+        model: Without its head.
+    """
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.named_parameters()):
+        if not name.startswith("pooler.") and "position_embeddings" not in name:
+            digest.update(name.encode())
+            digest.update(_bytes(weight))
+    return digest.hexdigest()
+
+
+def _bytes(weight: Tensor) -> bytes:
+    rounded = weight.detach().to("cpu", torch.bfloat16).contiguous()
+    return rounded.view(torch.int16).numpy().tobytes()
