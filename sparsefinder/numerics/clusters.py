@@ -70,6 +70,30 @@ def with_clusters(
     return (x - threshold).clamp_min(0) ** power, numbers * mass(a - threshold, spread, power)[0]
 
 
+def threshold(mean: Tensor, variance: Tensor, numbers: Tensor, alpha: float) -> Tensor:
+    """The threshold of α-entmax over clusters alone, in units of ``(α − 1) z``.
+
+    Args:
+        mean: ``(..., C)``, of the scores of each cluster.
+        variance: ``(..., C)``, of these; 0 or more.
+        numbers: ``(..., C)`` floating point, the keys in each cluster; 0 where it is absent.
+        alpha: 1 < α ≤ 2, such that ``1/(α−1)`` is whole.
+
+    Returns:
+        ``(..., 1)``; ``-inf`` where there is no cluster.
+
+    Raises:
+        UserError: For an α that has no closed form.
+    """
+    check_alpha(alpha)
+    power = round(1 / (alpha - 1))
+    a, spread = (alpha - 1) * mean, (alpha - 1) * variance.clamp_min(_LEAST**2).sqrt()
+    start = (a - numbers ** (-1 / power)).amax(-1, keepdim=True)
+    empty = start == -math.inf
+    a = (a - start.masked_fill(empty, 0.0)).masked_fill(numbers == 0, 0.0)
+    return start + _threshold(a[..., :0], a, spread, numbers, power)
+
+
 def mass(a: Tensor, b: Tensor, power: int) -> tuple[Tensor, Tensor]:
     """``I_p(a, b)`` and ``I_{p−1}(a, b)``, of any shape, for a whole ``p`` of 1 or more and ``b > 0``."""
     t = a / b

@@ -11,7 +11,7 @@ from sparsefinder.errors import UserError
 from sparsefinder.graphs import QK
 from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.patterns.support.cost import EveryPair
-from sparsefinder.patterns.support.ranking import best
+from sparsefinder.patterns.support.ranking import fewest
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,4 @@ class OracleTopP(EveryPair):
 
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool."""
-        scores = qk.scores()
-        # sums in float64: the last keys of a row are smaller than the rounding of a float32 sum near 1
-        held = Normalizer(self.alpha)(scores).double().sort(-1, descending=True).values.cumsum(-1)
-        enough = self.p * held[..., -1:]
-        # a key is needed as long as those before it hold too little
-        kept = (held < enough).sum(-1, keepdim=True) + (enough > 0)
-        return best(scores, kept) & qk.allowed
+        return fewest(Normalizer(self.alpha)(qk.scores()), self.p) & qk.allowed

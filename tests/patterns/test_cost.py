@@ -25,7 +25,9 @@ from sparsefinder.patterns.full import Full
 from sparsefinder.patterns.kmeans import KMeans
 from sparsefinder.patterns.lowrank import LowRank
 from sparsefinder.patterns.magicpig import MagicPIG
+from sparsefinder.patterns.multipole import Multipole
 from sparsefinder.patterns.oracle_topk import OracleTopK
+from sparsefinder.patterns.pages import Pages
 from sparsefinder.patterns.per_head import PerHead
 from sparsefinder.patterns.quantize import Quantize
 from sparsefinder.patterns.quest import Quest
@@ -36,7 +38,9 @@ from sparsefinder.patterns.routing_nearest import NearestRouting
 from sparsefinder.patterns.routing_trained import TrainedRouting
 from sparsefinder.patterns.support.cost import cost_of
 from sparsefinder.patterns.topk_norm import TopKNorm
+from sparsefinder.patterns.twilight import Twilight
 from sparsefinder.patterns.window import Window
+from sparsefinder.patterns.xattention import XAttention
 from sparsefinder.predictors.centroids import Centroids
 from sparsefinder.predictors.projections import Hidden, LayerProjections, Linear, Projections
 from sparsefinder.testing import random_qk
@@ -83,6 +87,9 @@ PATTERNS = [
     BlockPool(0.2, pool_queries=False),
     BlockPool(0.2),
     TopKNorm(),
+    Pages(),
+    XAttention(),
+    Twilight(share=1.0),
     Reformer(),
     MagicPIG(n_tables=10),
     LearnedRouting(0.1, centroids()),
@@ -91,7 +98,13 @@ PATTERNS = [
     Routed(key_centroids=centroids(count=24)),
 ]
 # a mean over the tokens of a cluster is a product with ones and zeros there, which the method need not make
-WITH_MEANS = [Routing(n_clusters=8, iterations=0), Routing(n_clusters=8), Clustered(n_clusters=8), Clustered(bits=0)]
+WITH_MEANS = [
+    Routing(n_clusters=8, iterations=0),
+    Routing(n_clusters=8),
+    Clustered(n_clusters=8),
+    Clustered(bits=0),
+    Multipole(n_clusters=8, tail=False),
+]
 
 
 def counted(pattern: Any, monkeypatch: pytest.MonkeyPatch, size: int = SIZE) -> float:

@@ -113,6 +113,23 @@ def best(scores: Tensor, kept: Tensor) -> Tensor:
     return torch.zeros_like(among.expand(scores.shape)).scatter(-1, order, among.expand(scores.shape))
 
 
+def fewest(weights: Tensor, share: float) -> Tensor:
+    """The fewest columns of each row that hold a share of what the row holds; of equal ones the earlier come first.
+
+    Args:
+        weights: ``(…, N)``, 0 or more.
+        share: In [0, 1].
+
+    Returns:
+        ``(…, N)`` bool; nothing of a row of zeros.
+    """
+    # sums in float64: the smallest weights are less than the rounding of a float32 sum near 1
+    held = weights.double().sort(-1, descending=True).values.cumsum(-1)
+    enough = share * held[..., -1:]
+    # a column is needed as long as those before it hold too little
+    return best(weights, (held < enough).sum(-1, keepdim=True) + (enough > 0))
+
+
 def memberships(heads: int, *ids: Tensor) -> Tensor:
     """Bucket ids that all heads share.
 
