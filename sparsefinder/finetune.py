@@ -26,7 +26,7 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from sparsefinder import models
-from sparsefinder.corpora import Corpus, block_length, masked_batches, token_blocks, train_tokenizer
+from sparsefinder.corpora import Corpus, TokenBlocks, block_length, masked_batches, token_blocks, train_tokenizer
 from sparsefinder.errors import UserError, check_counts, one_of
 from sparsefinder.models.masked_lm import gold_sparsity, unigram_entropy, validation_loss
 from sparsefinder.models.position_tables import CONVENTIONS, reserved_rows
@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 STARTS = ("random", "statistics")
 SCHEDULES = ("linear", "cosine", "constant_with_warmup")
 _SPARSITY_BATCHES = 4  # validation batches on which the mean gold sparsity is measured
+_LOCAL = ("global_every", "local_window")  # settings of layers that do not attend to all tokens
 # what a family's configuration calls a setting, where not as the others do: a name that it does not know is ignored
 _OTHER_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     "distilbert": {
@@ -74,19 +75,27 @@ class NewModel:
     intermediate_size: int = 512
     dropout: float = 0.0  # of hidden states and attention; a small model on much text needs none
     initializer_range: float = 0.02
+    # of modernbert, whose positions are relative: one layer of so many attends to all tokens, the others through a window (3 is
+    # what was published); of the other families every layer does
+    global_every: int = 1
+    local_window: int = 128  # tokens of that window
     # or statistics: frequencies and word vectors are counted first, see `sparsefinder.models.statistical_init`
     start: str = "random"
 
     def __post_init__(self) -> None:
         if self.family not in models.FAMILIES:
             raise UserError(f"model.family={self.family} is unknown; {one_of(models.FAMILIES, self.family)}")
-        check_counts(
-            "model", self, "vocabulary_size", "max_length", "layers", "heads", "hidden_size", "intermediate_size"
-        )
+        sizes = ("vocabulary_size", "max_length", "layers", "heads", "hidden_size", "intermediate_size")
+        check_counts("model", self, *sizes, *_LOCAL)
         if self.start not in STARTS:
             raise UserError(f"model.start={self.start} is unknown; {one_of(STARTS, self.start)}")
         if self.hidden_size % self.heads:
             raise UserError(f"model.hidden_size={self.hidden_size} is not a multiple of model.heads={self.heads}")
+        if self.global_every > 1 and CONVENTIONS[self.family] != "rotary":
+            raise UserError(
+                f"model.global_every={self.global_every}, but every layer of a {self.family} attends to all tokens: give 1, or "
+                "model.family=modernbert"
+            )
 
     def make(self, corpus: Corpus, cache: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model, from the random state of the moment, and its tokenizer."""
@@ -108,6 +117,11 @@ class NewModel:
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
         }
+        if CONVENTIONS[self.family] == "rotary":
+            kinds = [
+                "sliding_attention" if depth % self.global_every else "full_attention" for depth in range(self.layers)
+            ]
+            settings |= {"layer_types": kinds, "local_attention": self.local_window}
         names = _OTHER_NAMES.get(self.family, {})
         config = AutoConfig.for_model(
             self.family, **{own: value for name, value in settings.items() for own in names.get(name, (name,))}
@@ -149,13 +163,14 @@ class FinetuneSettings(TrainingSettings):
     corpus: Corpus
     model: NewModel | Pretrained
     length: int | None = None  # tokens of a block; None: what the model can take
+    longer_length: int | None = None  # tokens of a block in the last `longer_steps`; None: what the model can take
     steps: int | None = 3000  # updates; 0 takes the model as it is; None where epochs are counted
     epochs: float | None = None  # times that the text is read, instead of steps
     eval_blocks: int = 200  # blocks of the validation part that the loss is taken on
 
     def __post_init__(self) -> None:
         check_counts("finetune", self, "batch_size", "accumulation", "eval_steps", "eval_blocks")
-        for name in ("steps", "warmup", "weight_decay"):
+        for name in ("steps", "warmup", "weight_decay", "longer_steps"):
             if (getattr(self, name) or 0) < 0:
                 raise UserError(f"finetune.{name} must not be negative, got {getattr(self, name)}")
         if self.epochs is not None and not 0 < self.epochs < math.inf:
@@ -164,6 +179,11 @@ class FinetuneSettings(TrainingSettings):
             raise UserError(
                 f"finetune.steps={self.steps} and finetune.epochs={self.epochs}: one of them says how long to train; set the "
                 "other to null"
+            )
+        if self.longer_steps and self.longer_steps >= (self.steps or 0):
+            raise UserError(
+                f"finetune.longer_steps={self.longer_steps} are the last of finetune.steps={self.steps}: give fewer, and steps "
+                "instead of epochs"
             )
         for name in ("learning_rate", "clip", "adam_epsilon"):
             if not getattr(self, name) > 0:
@@ -210,8 +230,9 @@ def run(settings: FinetuneSettings, store: Store) -> None:
             lambda: token_blocks(settings.corpus, tokenizer, "train", length, cache=cache)
         )
         steps = steps_over(settings, len(training))
+        longer = _longer_blocks(settings, model, tokenizer, cache)
         checkpoints = distributed.once(lambda: _checkpoints(settings, store))
-        model = train(settings, steps, model, tokenizer, training, held_out, checkpoints)
+        model = train(settings, steps, model, tokenizer, training, held_out, checkpoints, longer)
     if not distributed.first():
         return
     loss, entropy = validation_loss(model, held_out), unigram_entropy(held_out)
@@ -234,6 +255,14 @@ def run(settings: FinetuneSettings, store: Store) -> None:
         "finetune: %d steps, %.0f s; validation loss %.3f, unigram entropy %.3f: %.3f nats below; mean gold sparsity %.3f",
         *(steps, seconds, loss, entropy, entropy - loss, sparsity),
     )
+
+
+def _longer_blocks(settings: FinetuneSettings, model: Any, tokenizer: Any, cache: Path) -> TokenBlocks | None:
+    """What the last steps read; None where they read what the others do."""
+    if not settings.longer_steps:
+        return None
+    length = block_length(settings.longer_length, models.describe(model).max_length, "finetune.longer_length")
+    return distributed.first_then_all(lambda: token_blocks(settings.corpus, tokenizer, "train", length, cache=cache))
 
 
 def steps_over(settings: FinetuneSettings, blocks: int) -> int:

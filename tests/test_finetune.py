@@ -20,6 +20,7 @@ from sparsefinder.models import (
     get_normalizer,
     load_masked_lm,
     masked_lm,
+    plugged,
     set_normalizer,
     statistical_init,
     trainer,
@@ -249,6 +250,37 @@ def test_settings_check_themselves(corpus):
             dataclasses.replace(TINY, **changes)
 
 
+def test_mixed_precision_works_without_a_gpu(corpus, tmp_path):
+    store = run(settings_for(corpus, bf16=True), tmp_path / "run")
+    assert store._facts["model"]["validation_loss"] < math.log(300)
+
+
+def test_the_last_steps_read_longer_blocks(corpus, tmp_path, monkeypatch):
+    read = []
+    loss = trainer.MaskedLMTrainer.compute_loss
+
+    def look(self, model, inputs, *arguments, **named):
+        if model.training:
+            read.append(inputs["input_ids"].shape[1])
+        return loss(self, model, inputs, *arguments, **named)
+
+    monkeypatch.setattr(trainer.MaskedLMTrainer, "compute_loss", look)
+    changes = {"length": 12, "longer_length": 24, "longer_steps": 2, "accumulation": 2}
+    run(settings_for(corpus, **changes), tmp_path / "run")
+    assert len(read) == 12
+    assert max(read[:8]) == 12
+    assert min(read[8:]) > 12
+    whole = trainer.Examples(*(examples := _blocks_and_masking()), 8, 4, 3)
+    last = trainer.Examples(*examples, 4, 4, 3, first=4)
+    assert whole.order[:4] == last.order
+    assert not torch.equal(whole[0][1], last[0][1])  # the same block, masked anew
+    for wrong in ({"longer_steps": 6}, {"longer_steps": 2, "steps": None, "epochs": 1.0}):
+        with pytest.raises(UserError, match=r"finetune\.longer_steps=\d are the last of finetune\.steps="):
+            settings_for(corpus, **wrong)
+    with pytest.raises(UserError, match=r"finetune\.longer_length=100, but the model takes at most 24 tokens"):
+        run(settings_for(corpus, longer_steps=1, longer_length=100), tmp_path / "long")
+
+
 def test_blocks_longer_than_the_model_are_refused(corpus, tmp_path):
     with pytest.raises(UserError, match=r"finetune\.length=100, but the model takes at most 24 tokens"):
         run(settings_for(corpus, length=100), tmp_path)
@@ -257,11 +289,16 @@ def test_blocks_longer_than_the_model_are_refused(corpus, tmp_path):
 # ---- what is read, and when ----
 
 
-def test_examples_follow_from_seed_and_index():
+def _blocks_and_masking():
     lengths = torch.randint(8, 30, (23,), generator=torch.Generator().manual_seed(0))
-    statistical_init = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
-    blocks = TokenBlocks(torch.randint(5, 90, (int(statistical_init[-1]),), dtype=torch.int32), statistical_init)
-    masking = Masking(4, 90, (0, 1, 2, 3, 4))
+    starts = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
+    blocks = TokenBlocks(torch.randint(5, 90, (int(starts[-1]),), dtype=torch.int32), starts)
+    return blocks, Masking(4, 90, (0, 1, 2, 3, 4))
+
+
+def test_examples_follow_from_seed_and_index():
+    blocks, masking = _blocks_and_masking()
+    lengths = blocks.lengths
     some, more = (trainer.Examples(blocks, masking, count, batch_size=4, seed=3) for count in (40, 100))
     assert some.order == more.order[:40]
     assert len(some) == 40
@@ -381,6 +418,44 @@ def test_a_start_from_statistics_writes_all_it_promises(corpus, tmp_path):
     counts = token_blocks(corpus, tokenizer, "train", 24).ids.long().bincount(minlength=300)
     offset = model.lm_head.decoder.bias - (counts + 0.5).log()
     torch.testing.assert_close(offset, offset[:1].expand(300), rtol=0, atol=1e-5)
-    for family in ("albert", "distilbert", "modernbert"):
+    for family in ("albert", "distilbert"):
         with pytest.raises(UserError, match="start=statistics works for the families roberta, bert"):
             dataclasses.replace(new, family=family).make(corpus, tmp_path)
+
+
+def test_a_start_from_statistics_where_positions_turn_vectors(corpus, tmp_path):
+    new = dataclasses.replace(
+        TINY, family="modernbert", start="statistics", dropout=0.0, hidden_size=64, global_every=2
+    )
+    torch.manual_seed(0)
+    model, tokenizer = new.make(corpus, tmp_path)
+    assert model.config.layer_types == ["full_attention", "sliding_attention"]
+    second = model.model.layers[1].attn
+    query, key, value = second.Wqkv.weight.chunk(3)
+    assert torch.equal(query, key)
+    assert torch.equal(second.Wo.weight, value.T)
+    counts = token_blocks(corpus, tokenizer, "train", 24).ids.long().bincount(minlength=300)
+    offset = model.decoder.bias - (counts + 0.5).log()
+    torch.testing.assert_close(offset, offset[:1].expand(300), rtol=0, atol=1e-5)
+
+    seen = {}
+
+    class Look:
+        def __call__(self, q, k, v, valid, layer):
+            seen[layer] = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)
+            return v
+
+    ids = torch.tensor([tokenizer(SENTENCE)["input_ids"][:24]])
+    with torch.no_grad(), plugged(model, Look()):
+        model(input_ids=ids)
+    tokens = torch.arange(4, ids.shape[1] - 4)
+    for head, offset in enumerate((-1, 1)):
+        beside = seen[0][0, head, tokens, tokens + offset]
+        assert beside.median() > 0.3, f"head {head} looks elsewhere"  # of 24 tokens
+
+
+def test_layers_with_a_window_are_for_relative_positions():
+    with pytest.raises(UserError, match=r"model\.global_every=3, but every layer of a roberta attends to all tokens"):
+        dataclasses.replace(TINY, global_every=3)
+    with pytest.raises(UserError, match=r"model\.local_window must be 1 or more, got 0"):
+        dataclasses.replace(TINY, family="modernbert", local_window=0)

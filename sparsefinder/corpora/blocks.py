@@ -188,8 +188,10 @@ def token_blocks(
         )
     starts = torch.frombuffer(ends, dtype=torch.int64)
     blocks = TokenBlocks(torch.frombuffer(ids, dtype=torch.int32), starts)
+    full = int((blocks.lengths == length).sum())
     log.info(
-        "corpus: %s: %s blocks of at most %d tokens, %s tokens", split, f"{len(blocks):,}", length, f"{starts[-1]:,}"
+        "corpus: %s: %s blocks of at most %d tokens, %s tokens; %.0f %% of the blocks are full",
+        *(split, f"{len(blocks):,}", length, f"{starts[-1]:,}", 100 * full / len(blocks)),
     )
     _report_room(blocks, length, split, _packs(corpus))
     if file is not None:

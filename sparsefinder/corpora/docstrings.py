@@ -2,7 +2,9 @@
 
 Real English by many authors, a few million words, on every machine that can run this project, and never downloaded. The
 packages are those of the lock file, named in ``conf/corpus/docstrings.yaml``; whole packages are held out for validation and
-test. A document is a module: its paragraphs, in order, a line each. Nothing is imported or executed.
+test. A document is a module: its paragraphs, in order, a line each. Nothing is imported or executed. Few modules fill a
+long block, so ``document`` can ask for more: a ``package`` (the modules of one top folder of a distribution, those below it
+included) or a whole ``distribution``, their modules in the order of their paths, a package's own introduction first.
 
 Documentation repeats itself (transformers says most things once per model), so a paragraph is kept only where it is new:
 if most of its five-word sequences were met before, in any split, it is left out. The training part is read first; what
@@ -27,13 +29,14 @@ from pathlib import Path
 
 from sparsefinder.corpora import prose
 from sparsefinder.corpora.files import check_limits
-from sparsefinder.errors import UserError
+from sparsefinder.errors import UserError, one_of
 from sparsefinder.storage.files import remove
 from sparsefinder.storage.store import progress
 
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
+UNITS = ("module", "package", "distribution")
 PYTHON = "python"  # in a list of packages: the language reference that comes with the interpreter (`pydoc_data.topics`)
 
 _UNREAD = {"tests", "test", "testing", "_vendor", "vendored"}  # folders whose documentation is about something else
@@ -49,6 +52,7 @@ class Docstrings:
     train: Sequence[str]
     validation: Sequence[str]
     test: Sequence[str]
+    document: str = "module"  # what a document is: module, package (a top folder) or distribution
     max_characters: int | None = None  # of the training part, an eighth of it for each other part; None for all
     pack: bool = False  # several documents in a block, see `token_blocks`
 
@@ -56,6 +60,8 @@ class Docstrings:
         for split in SPLITS:
             object.__setattr__(self, split, tuple(getattr(self, split)))
         check_limits(None, self.max_characters)
+        if self.document not in UNITS:
+            raise UserError(f"corpus.document={self.document} is unknown; {one_of(UNITS, self.document)}")
         named = [*self.train, *self.validation, *self.test]
         twice = sorted({name for name in named if named.count(name) > 1})
         if twice:
@@ -97,7 +103,8 @@ class Docstrings:
         """Changes with the packages, their versions, the limit, and the way of cleaning."""
         versions = {split: {name: _version(name) for name in getattr(self, split)} for split in SPLITS}
         code = inspect.getsource(prose) + Path(__file__).read_text(encoding="utf-8")
-        return hashlib.sha256(json.dumps([versions, self.max_characters, code]).encode()).hexdigest()
+        settings = [versions, self.max_characters, self.document, code]
+        return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
 
 def _collect(corpus: Docstrings) -> dict[str, list[tuple[str, str]]]:
@@ -108,23 +115,38 @@ def _collect(corpus: Docstrings) -> dict[str, list[tuple[str, str]]]:
         limit = corpus.max_characters
         if limit is not None and split != "train":
             limit = max(limit // _HELD_OUT_SHARE, _TOO_LITTLE)
-        documents[split] = _read(getattr(corpus, split), split, limit, repetitions)
+        modules = _read(getattr(corpus, split), split, limit, repetitions)
+        documents[split] = list(_joined(modules, corpus.document))
     return documents
 
 
-def _read(packages: Sequence[str], split: str, limit: int | None, repetitions: _Repetitions) -> list[tuple[str, str]]:
-    documents: list[tuple[str, str]] = []
+def _joined(modules: Sequence[tuple[str, str, str]], unit: str) -> Iterator[tuple[str, str]]:
+    """Distribution and document, from distribution, path and text of every module; a document where its first module was."""
+    texts: dict[tuple[str, ...], list[str]] = {}
+    for package, path, text in modules:
+        top = tuple(path.split("/")[:-1][:2])  # such as ("scipy", "optimize"); () for a module beside all folders
+        key = {"module": (package, path), "package": (package, *top), "distribution": (package,)}[unit]
+        texts.setdefault(key, []).append(text)
+    for key, parts in texts.items():
+        yield key[0], "\n".join(parts)
+
+
+def _read(
+    packages: Sequence[str], split: str, limit: int | None, repetitions: _Repetitions
+) -> list[tuple[str, str, str]]:
+    """Distribution, path and prose of every module that says something new."""
+    documents: list[tuple[str, str, str]] = []
     raw = kept = 0
     for package in progress(packages, f"reading documentation ({split})"):
         if _version(package) is None:
             log.warning("corpus: %s is not installed, its documentation is left out of %s", package, split)
             continue
-        for source in _sources(package):
+        for path, source in _sources(package):
             texts = list(_parse(source))
             raw += sum(map(len, texts))
             document = "\n".join(p for text in texts for p in _new_paragraphs(text, repetitions))
             if document:
-                documents.append((package, document))
+                documents.append((package, path, document))
                 kept += len(document)
             if limit is not None and kept >= limit:
                 break
@@ -160,23 +182,23 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _sources(package: str) -> Iterator[str]:
-    """The Python files of an installed distribution that hold a long string, in sorted order."""
-    for path in _files(package):
+def _sources(package: str) -> Iterator[tuple[str, str]]:
+    """Path inside the distribution and content of its Python files that hold a long string, in sorted order."""
+    for name, path in _files(package):
         try:
             source = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError):
             continue
         if '"""' in source or "'''" in source or package == PYTHON:
-            yield source
+            yield name, source
 
 
-def _files(package: str) -> Iterable[Path]:
+def _files(package: str) -> Iterable[tuple[str, Path]]:
     if package == PYTHON:
-        return [Path(sysconfig.get_path("stdlib")) / "pydoc_data" / "topics.py"]
+        return [("pydoc_data/topics.py", Path(sysconfig.get_path("stdlib")) / "pydoc_data" / "topics.py")]
     distribution = importlib.metadata.distribution(package)
     files = sorted(str(file) for file in distribution.files or () if file.suffix == ".py")
-    return [Path(str(distribution.locate_file(file))) for file in files if _UNREAD.isdisjoint(file.split("/"))]
+    return [(file, Path(str(distribution.locate_file(file)))) for file in files if _UNREAD.isdisjoint(file.split("/"))]
 
 
 def _version(package: str) -> str | None:

@@ -30,7 +30,14 @@ from sparsefinder.corpora import TokenBlocks
 from sparsefinder.errors import UserError
 from sparsefinder.models.position_tables import reserved_rows_of
 
-FAMILIES = ("roberta", "bert", "xlm-roberta", "camembert")  # where these things have the same names
+_ROTARY = ("modernbert",)  # where positions turn queries and keys, and all three projections are one
+FAMILIES = (
+    "roberta",
+    "bert",
+    "xlm-roberta",
+    "camembert",
+    *_ROTARY,
+)  # where these things have names that are known here
 
 _REACH = 4  # words to each side that are counted as neighbours, the d-th with weight 1/d
 _MOST_WORDS = 8192  # that get a counted embedding, the most frequent ones: memory grows with the square
@@ -38,6 +45,12 @@ _SMOOTHING = 0.75  # exponent of the context's frequency (Levy, Goldberg and Dag
 _ALIKE = 2.0  # variance of the entries of a query: a token's score with itself starts at 2√D
 _PASSED = 0.8  # share of a value that attention passes on
 _BESIDE = 1.4  # weight of "look beside you" in the first layer's queries and keys
+_SHARED = 4.0  # where positions only turn vectors: a coordinate of all words, in standard deviations of the others
+_LESS_ALIKE = (
+    0.3  # there, what is left of the first layer's look for what is alike, which would outweigh the word beside
+)
+_TURNS = 0.03  # and the slowest turn from a position to the next that tells two neighbours apart
+_BESIDE_BY_TURNING = 1.9  # and the weight of the shared coordinate
 _OFFSETS = (-1, 1, -2, 2, -3, 3, -4, 4)  # of its heads, in turn
 
 
@@ -53,38 +66,67 @@ def from_statistics(model: PreTrainedModel, blocks: TokenBlocks, special: list[i
         special: ids without meaning of their own, which keep their random embeddings.
 
     Raises:
-        UserError: for a family without learned absolute positions and separate projections.
+        UserError: for a family whose weights have other names.
     """
     config: Any = model.config
     if config.model_type not in FAMILIES:
         raise UserError(
             f"model.start=statistics works for the families {', '.join(FAMILIES)}, not for {config.model_type}"
         )
-    encoder: Any = model.base_model
-    embeddings = encoder.embeddings
-    words, scale = embeddings.word_embeddings.weight, config.initializer_range
-    frequencies = blocks.ids.long().bincount(minlength=len(words)).double() + 0.5
+    words: Any = model.get_input_embeddings()
+    frequencies = blocks.ids.long().bincount(minlength=len(words.weight)).double() + 0.5
     logarithms = frequencies.log()
     head: Any = model.get_output_embeddings()
     head.bias.copy_(logarithms - logarithms.mean())
 
+    size, scale = config.hidden_size, config.initializer_range
     ranked = frequencies.argsort(descending=True, stable=True)
     ranked = ranked[~torch.isin(ranked, torch.tensor(special))][:_MOST_WORDS]
-    words[ranked] = word_vectors(blocks, ranked, words.shape[1]) * scale * math.sqrt(words.shape[1])
+    words.weight[ranked] = word_vectors(blocks, ranked, size) * scale * math.sqrt(size)
+    (_rotary if config.model_type in _ROTARY else _with_a_table)(model)
 
-    table = embeddings.position_embeddings.weight
+
+def _with_a_table(model: PreTrainedModel) -> None:
+    """Positions and attention of a family with a table of positions."""
+    config: Any = model.config
+    encoder: Any = model.base_model
+    table = encoder.embeddings.position_embeddings.weight
     reserved = reserved_rows_of(config)
-    table[reserved:] = sinusoids(len(table) - reserved, table.shape[1]) * scale * math.sqrt(2.0)
-
+    table[reserved:] = sinusoids(len(table) - reserved, table.shape[1]) * config.initializer_range * math.sqrt(2.0)
     for layer in encoder.encoder.layer:
         attention = layer.attention.self
-        hidden = attention.query.weight.shape[1]
-        attention.query.weight.normal_(0.0, math.sqrt(_ALIKE / hidden))
-        attention.key.weight.copy_(attention.query.weight)
-        attention.value.weight.normal_(0.0, math.sqrt(_PASSED / hidden))
-        layer.attention.output.dense.weight.copy_(attention.value.weight.T)
+        projections = (attention.query.weight, attention.key.weight, attention.value.weight)
+        _mimetic(*projections, layer.attention.output.dense.weight)
     first = encoder.encoder.layer[0].attention.self
     look_beside(first.query.weight, first.key.weight, config.num_attention_heads, len(table) - reserved)
+
+
+def _rotary(model: PreTrainedModel) -> None:
+    """The same where positions turn queries and keys: what is turned is one coordinate that all words share.
+
+    That coordinate adds the same to the score of every word in the head, which is nothing.
+    """
+    config: Any = model.config
+    encoder: Any = model.base_model
+    words = encoder.embeddings.tok_embeddings.weight
+    words[:, 0] += _SHARED * config.initializer_range
+    for layer in encoder.layers:
+        query, key, value = layer.attn.Wqkv.weight.chunk(3)
+        _mimetic(query, key, value, layer.attn.Wo.weight)
+    query, key, _ = encoder.layers[0].attn.Wqkv.weight.chunk(3)
+    query *= _LESS_ALIKE
+    key *= _LESS_ALIKE
+    angles = getattr(encoder.rotary_emb, f"{config.layer_types[0]}_inv_freq")
+    look_beside_by_turning(query, key, config.num_attention_heads, angles)
+
+
+def _mimetic(query: Tensor, key: Tensor, value: Tensor, output: Tensor) -> None:
+    """Attention that looks for what is alike and passes it on, in place; all ``(hidden, hidden)``."""
+    hidden = query.shape[1]
+    query.normal_(0.0, math.sqrt(_ALIKE / hidden))
+    key.copy_(query)
+    value.normal_(0.0, math.sqrt(_PASSED / hidden))
+    output.copy_(value.T)
 
 
 def word_vectors(blocks: TokenBlocks, words: Tensor, size: int) -> Tensor:
@@ -146,6 +188,21 @@ def look_beside(query: Tensor, key: Tensor, heads: int, positions: int) -> None:
         start = head * (query.shape[0] // heads)
         query[start : start + size, :size] += _BESIDE * torch.block_diag(*turns)
         key[start : start + size, :size] += _BESIDE * torch.eye(size)
+
+
+def look_beside_by_turning(query: Tensor, key: Tensor, heads: int, angles: Tensor) -> None:
+    """As `look_beside`, where position ``i`` turns coordinates ``c`` and ``c + D/2`` of a head by ``i · angles[c]``.
+
+    Both vectors are the same for all words, made of the coordinate 0 that these share; queries are turned by the offset more.
+    """
+    angles = angles[angles >= _TURNS]
+    half = query.shape[0] // heads // 2
+    for head in range(heads):
+        first = head * 2 * half + torch.arange(len(angles))
+        turned = angles * _OFFSETS[head % len(_OFFSETS)]
+        query[first, 0] += _BESIDE_BY_TURNING * turned.cos()
+        query[first + half, 0] += _BESIDE_BY_TURNING * turned.sin()
+        key[first, 0] += _BESIDE_BY_TURNING
 
 
 def _rates(positions: int, size: int) -> Tensor:

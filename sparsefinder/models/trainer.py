@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -65,6 +65,9 @@ class TrainingSettings:
     # tensorboard, wandb, …, a list of them, or all that are installed: pip install 'sparsefinder[trackers]'
     report_to: str | tuple[str, ...] = "none"
     bf16: bool = False  # mixed precision where the device has it; the normalizer stays in float32
+    longer_steps: int = (
+        0  # the last steps, which read blocks of `longer_length` tokens, as a model for long texts is trained
+    )
     seed: int = 0
 
 
@@ -76,6 +79,7 @@ def train(
     blocks: TokenBlocks,
     held_out: Sequence[Batch],
     folder: Path,
+    longer: TokenBlocks | None = None,
 ) -> PreTrainedModel:
     """Train a masked language model in place; a run that was killed goes on from its last checkpoint.
 
@@ -87,6 +91,7 @@ def train(
         blocks: of the training part.
         held_out: batches with labels to measure on.
         folder: where checkpoints go.
+        longer: blocks of the same part that the last ``settings.longer_steps`` steps read; None where there are no such steps.
     """
     arguments = OneDevice(
         output_dir=str(folder),
@@ -114,16 +119,26 @@ def train(
         report_to=settings.report_to if isinstance(settings.report_to, str) else list(settings.report_to),
         disable_tqdm=not sys.stderr.isatty(),
         bf16=settings.bf16,
-        use_cpu=distributed.count() > 1 and not torch.cuda.is_available(),  # or the Trainer does not see the others
+        # asked for where it is all there is: or the Trainer does not see the other processes, and takes bf16 for a GPU's
+        use_cpu=not torch.cuda.is_available() and (distributed.count() > 1 or settings.bf16),
         seed=settings.seed,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
     masking = Masking.of(tokenizer, settings.mask_fraction)
-    count = steps * settings.batch_size * settings.accumulation * arguments.world_size
+    at_once, in_a_step = (
+        n * arguments.world_size for n in (settings.batch_size, settings.batch_size * settings.accumulation)
+    )
+    at_last = 0 if longer is None else settings.longer_steps * in_a_step
+    examples: Dataset[tuple[Tensor, Tensor]] = Examples(
+        blocks, masking, steps * in_a_step - at_last, at_once, settings.seed
+    )
+    if longer is not None:
+        last = Examples(longer, masking, at_last, at_once, settings.seed, first=steps * in_a_step - at_last)
+        examples = ConcatDataset([examples, last])
     trainer = MaskedLMTrainer(
         model=model,
         args=arguments,
-        train_dataset=Examples(blocks, masking, count, settings.batch_size * arguments.world_size, settings.seed),
+        train_dataset=examples,
         eval_dataset=_HeldOut(held_out),
         data_collator=lambda examples: collate(examples, tokenizer.pad_token_id),
         processing_class=tokenizer,
@@ -164,13 +179,13 @@ class OneDevice(TrainingArguments):
 
 
 class Examples(Dataset[tuple[Tensor, Tensor]]):
-    """Everything that a run will see, in order: example ``j`` is a block, masked by the seed and ``j``.
+    """Everything that a run will see, in order: example ``j`` is a block, masked by the seed and ``first + j``.
 
     Each pass over the blocks is shuffled anew. Blocks of like length come together, a batch at a time.
     """
 
-    def __init__(self, blocks: TokenBlocks, masking: Masking, count: int, batch_size: int, seed: int):
-        self.blocks, self.masking, self.seed = blocks, masking, seed
+    def __init__(self, blocks: TokenBlocks, masking: Masking, count: int, batch_size: int, seed: int, first: int = 0):
+        self.blocks, self.masking, self.seed, self.first = blocks, masking, seed, first
         generator = torch.Generator().manual_seed(seed)
         lengths = blocks.lengths
         batches: list[Tensor] = []
@@ -188,7 +203,7 @@ class Examples(Dataset[tuple[Tensor, Tensor]]):
         return len(self.order)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.masking(self.blocks[self.order[index]], self.seed, index)
+        return self.masking(self.blocks[self.order[index]], self.seed, self.first + index)
 
 
 class _HeldOut(Dataset[tuple[Tensor, Tensor]]):

@@ -160,6 +160,33 @@ def test_docstrings_are_deterministic_cached_and_held_out(cache, monkeypatch, ca
     assert all(is_prose(line) for found in lines.values() for line in found)
 
 
+def test_documents_of_whole_packages_hold_their_modules_in_order():
+    modules = [
+        ("one", "one/__init__.py", "a"), ("one", "one/inner/__init__.py", "b"), ("one", "one/inner/deep/x.py", "c"),
+        ("one", "one/module.py", "d"), ("one", "beside.py", "e"), ("two", "two/__init__.py", "f"),
+    ]  # fmt: skip
+    found = {unit: list(docstrings_module._joined(modules, unit)) for unit in docstrings_module.UNITS}
+    assert found["module"] == [(name, text) for name, _, text in modules]
+    assert found["package"] == [("one", "a\nd"), ("one", "b\nc"), ("one", "e"), ("two", "f")]
+    assert found["distribution"] == [("one", "a\nb\nc\nd\ne"), ("two", "f")]
+
+
+def test_whole_packages_fill_long_blocks(cache, caplog):
+    """The same words, and blocks that are full."""
+    caplog.set_level("INFO")
+    whole = dataclasses.replace(SMALL, document="distribution")
+    tokenizer = train_tokenizer(SMALL.documents("train", cache), 300, 512)
+    shares = {}
+    for corpus in (SMALL, whole):
+        blocks = token_blocks(corpus, tokenizer, "train", 4096)
+        shares[corpus.document] = float((blocks.lengths == 4096).double().mean())
+        assert f"{100 * shares[corpus.document]:.0f} % of the blocks are full" in caplog.text
+    assert shares["module"] < 0.9 < shares["distribution"]
+    words = ["\n".join(corpus.documents("train", cache)).split() for corpus in (SMALL, whole)]
+    assert words[0] == words[1]
+    assert whole.fingerprint() != SMALL.fingerprint()
+
+
 def test_repeated_paragraphs_are_kept_once():
     repetitions = docstrings_module._Repetitions()
     base = "If set, the model returns the hidden states of all its layers as one tuple of tensors for the caller."
@@ -192,6 +219,8 @@ def test_docstrings_errors():
         list(Docstrings(train=["no-such-package"], validation=["joblib"], test=[]).documents("train"))
     with pytest.raises(UserError, match="no split dev"):
         list(SMALL.documents("dev"))
+    with pytest.raises(UserError, match=r"corpus\.document=modul is unknown; did you mean module"):
+        dataclasses.replace(SMALL, document="modul")
 
 
 # ---- text files ----
