@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -9,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsefinder.attention import Bucketed, Masked
+from sparsefinder.attention import Bucketed, Dense, Masked
 from sparsefinder.errors import UserError
 from sparsefinder.graphs import QK, Buckets, Layout
+from sparsefinder.numerics.clusters import with_clusters
 from sparsefinder.numerics.normalizers import Normalizer
 from tests.executors.tails import Tailed, plain
 from tests.test_attention import assert_same, positions, right_padded, routed, vectors, with_gradients
@@ -73,3 +76,150 @@ def test_keys_in_several_buckets_have_no_tail() -> None:
     assert one.union(Layout(window=3)).tail
     with pytest.raises(UserError, match="a tail needs every key in one bucket, here it may be in 3"):
         one.union(Layout(Buckets(ids, ids, 1)))
+
+
+# ---- limits in which a tail is something known ----
+
+ALL_ALPHAS = pytest.mark.parametrize("alpha", ALPHAS)
+
+
+@ALL_ALPHAS
+@EACH
+def test_who_takes_every_cluster_attends_densely(attention: Any, alpha: float) -> None:
+    ids = routed(2, 2, TOKENS, 1, 4).k_ids.clamp_min(0)
+    pattern = Tailed(Buckets(torch.arange(4).expand(2, 2, TOKENS, 4), ids, 4))
+    expected = Dense(Normalizer(alpha))(*INPUTS, VALID)
+    torch.testing.assert_close(attention(pattern, Normalizer(alpha))(*INPUTS, VALID, 0), expected)
+
+
+@ALL_ALPHAS
+@pytest.mark.parametrize("causal", [False, True])
+@EACH
+def test_clusters_of_one_key_are_that_key(attention: Any, causal: bool, alpha: float) -> None:
+    own = torch.arange(TOKENS)[:, None].expand(2, 2, TOKENS, 1)
+    pattern = Tailed(Buckets(own[..., :0], own, TOKENS))
+    expected = with_gradients(Dense(Normalizer(alpha), causal), INPUTS, VALID)
+    assert_same(with_gradients(attention(pattern, Normalizer(alpha), causal), INPUTS, VALID), expected, 1e-5)
+
+
+@ALL_ALPHAS
+@EACH
+def test_clusters_of_equal_keys_are_those_keys(attention: Any, alpha: float) -> None:
+    """Some of them seen one by one, in a window; values are equal too, since an entry has their mean."""
+    own = torch.arange(TOKENS)[:, None].expand(2, 2, TOKENS, 1) // 3
+    q, k, v = INPUTS[0], *(x[:, :, torch.arange(TOKENS) // 3] for x in INPUTS[1:])
+    pattern = Tailed(Buckets(own[..., :0], own, TOKENS // 3), 5)
+    expected = Dense(Normalizer(alpha))(q, k, v, VALID)
+    torch.testing.assert_close(attention(pattern, Normalizer(alpha))(q, k, v, VALID, 0), expected, atol=1e-5, rtol=1e-5)
+
+
+# ---- the normalizer ----
+
+
+def clusters(count: int = 5, rows: int = 6) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Scores of keys, and mean, variance and number of those of clusters; the last one has no key."""
+    generator = torch.Generator().manual_seed(0)
+    scores, mean = (2 * torch.randn(rows, n, generator=generator, dtype=torch.float64) for n in (3, count))
+    variance = torch.rand(rows, count, generator=generator, dtype=torch.float64) * 3
+    numbers = torch.tensor([1.0, 40.0, 7.0, 3.0, 0.0], dtype=torch.float64)[:count].expand(rows, count)
+    return scores, mean, variance, numbers
+
+
+@ALL_ALPHAS
+def test_a_cluster_weighs_what_many_keys_drawn_like_it_weigh(alpha: float) -> None:
+    """Each cluster expanded to the quantiles of its scores, as many keys as make up its number."""
+    scores, mean, variance, numbers = clusters()
+    many = 4000
+    normal = torch.special.ndtri((torch.arange(many, dtype=torch.float64) + 0.5) / many)
+    expanded = mean[..., None] + variance.sqrt()[..., None] * normal
+    drawn = torch.cat([scores, expanded.flatten(1)], dim=-1)
+    each = torch.cat([torch.ones_like(scores), (numbers / many).repeat_interleave(many, dim=-1)], dim=-1)
+    if alpha == 1.0:
+        p = each * drawn.exp() / (each * drawn.exp()).sum(-1, keepdim=True)
+    else:
+        x = (alpha - 1) * drawn
+        low, high = x.amax(-1, keepdim=True) - 100, x.amax(-1, keepdim=True)
+        for _ in range(60):
+            middle = (low + high) / 2
+            p = each * (x - middle).clamp_min(0) ** (1 / (alpha - 1))
+            enough = p.sum(-1, keepdim=True) >= 1
+            low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+    expected = p[:, :3], p[:, 3:].unflatten(1, (-1, many)).sum(-1)
+    for got, right in zip(with_clusters(scores, mean, variance, numbers, alpha), expected, strict=True):
+        torch.testing.assert_close(got, right, atol=2e-3, rtol=2e-3)
+
+
+@ALL_ALPHAS
+def test_all_probabilities_together_are_one(alpha: float) -> None:
+    for dtype, near in ((torch.float64, 1e-9), (torch.float32, 1e-4)):
+        for wide in (0.0, 1.0, 10.0):
+            scores, mean, variance, numbers = (x.to(dtype) for x in clusters())
+            both = torch.cat(with_clusters(scores, 10 * mean, wide * variance, numbers, alpha), dim=-1)
+            assert (both >= 0).all()
+            torch.testing.assert_close(both.sum(-1), torch.ones(6, dtype=dtype), atol=near, rtol=0)
+            assert not both[:, -1].any(), "a cluster without a key has a probability"
+    nothing = with_clusters(torch.full((1, 2), -math.inf), torch.ones(1, 3), torch.ones(1, 3), torch.zeros(1, 3), alpha)
+    assert not torch.cat(nothing, dim=-1).any()
+
+
+@ALL_ALPHAS
+def test_gradients_of_scores_means_and_variances(alpha: float) -> None:
+    scores, mean, variance, numbers = clusters(rows=3)
+    inputs = [x.clone().requires_grad_() for x in (scores, mean, variance + 0.1)]
+    assert torch.autograd.gradcheck(lambda *x: with_clusters(*x, numbers, alpha), inputs)
+
+
+def test_an_alpha_without_a_closed_form() -> None:
+    for attention in EXECUTORS.values():
+        with pytest.raises(
+            UserError, match=r"a tail has no closed form for alpha=1\.3: choose 1 \(softmax\), 1\.5 or 2"
+        ):
+            attention(PATTERNS["clusters"], Normalizer(1.3))(*INPUTS, VALID, 0)
+
+
+# ---- promises ----
+
+
+@ALL_ALPHAS
+@EACH
+def test_the_future_never_changes_the_past(attention: Any, alpha: float) -> None:
+    """And there is a gradient of what came before, none of what comes later."""
+    run = attention(PATTERNS["window and globals"], Normalizer(alpha), causal=True)
+    inputs = [x.clone().requires_grad_() for x in INPUTS]
+    past = run(*inputs, VALID, 0)[:, :, :9]
+    changed = [torch.cat([x[:, :, :9], 3 * x[:, :, 9:] + 1], dim=2) for x in INPUTS]
+    torch.testing.assert_close(run(*changed, VALID, 0)[:, :, :9], past, atol=1e-10, rtol=1e-10)
+    past.square().sum().backward()
+    for x in inputs:
+        assert x.grad is not None
+        assert x.grad[:, :, :9].any()
+        assert not x.grad[:, :, 9:].any()
+
+
+@EACH
+def test_what_padding_holds_never_matters(attention: Any) -> None:
+    pattern, right = PATTERNS["window and globals"], INPUTS
+    wrong = [x.masked_fill(~VALID[:, None, :, None], math.nan) for x in INPUTS]
+    expected, got = (with_gradients(attention(pattern), x, VALID) for x in (right, wrong))
+    assert_same(got, expected, 1e-12)
+    assert not got[0][(~VALID)[:, None].expand(-1, 2, -1)].any()
+
+
+@EACH
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(attention: Any, dtype: torch.dtype) -> None:
+    inputs = [x.to(dtype) for x in INPUTS]
+    out, *gradients = with_gradients(attention(PATTERNS["window"]), inputs, VALID)
+    assert {x.dtype for x in (out, *gradients)} == {dtype}
+    expected = attention(PATTERNS["window"])(*(x.float() for x in inputs), VALID, 0)
+    torch.testing.assert_close(out.float(), expected, rtol=0, atol=8 * torch.finfo(dtype).eps)
+
+
+def test_entries_are_counted_among_the_pairs() -> None:
+    qk = QK(INPUTS[0], INPUTS[1], VALID)
+    for name, pattern in PATTERNS.items():
+        without = replace(pattern, tail=False)
+        for attention in (Masked, EXECUTORS["blocks"]):
+            more = attention(pattern).computed_pairs(qk, 0) - attention(without).computed_pairs(qk, 0)
+            assert (more == TOKENS * pattern.buckets.count).all(), name
+        assert torch.equal(Bucketed(pattern).graph(qk, 0), without(qk, 0))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,11 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from sparsefinder.attention import Bucketed, Masked
 from sparsefinder.errors import UserError
 from sparsefinder.experiment.configuration import LOADERS, Configuration, Learned
 from sparsefinder.graphs import QK, Pattern
+from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.patterns.combine import Blocked, Projected, Union, layout_of
 from sparsefinder.patterns.distance import Distance
 from sparsefinder.patterns.full import Full
@@ -23,7 +25,8 @@ from sparsefinder.patterns.routed import Routed
 from sparsefinder.patterns.window import GlobalTokens, Window
 from sparsefinder.predictors.centroids import Centroids
 from sparsefinder.predictors.projections import LayerProjections, Linear, Projections
-from sparsefinder.testing import CHECKS, Check, Subject
+from sparsefinder.testing import CHECKS, Check, Subject, single_sentence
+from sparsefinder.testing import random_qk as ragged
 from tests.conftest import ROOT, random_qk
 
 SPACES = {"projections", "lowrank", "bilinear_projections"}  # artefacts that are projections
@@ -168,6 +171,41 @@ WITH_TAIL = [path for path in FILES if hasattr(settings(path)[0], "tail") and pa
 def test_conformance_with_a_tail(path: Path, check: Check) -> None:
     for around in ("alone", "all"):
         check(subject(path, around, tail=True))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("attention", [Masked, Bucketed, partial(Bucketed, executor="blocks")])
+@pytest.mark.parametrize("path", WITH_TAIL, ids=lambda path: path.stem)
+def test_with_a_tail_a_sentence_stays_what_it_is(path: Path, attention: Any, causal: bool) -> None:
+    """By itself, in a batch, in another order, padded on the left; and the tail changes something."""
+    lengths = [5, 17, 11, 1]
+    run = attention(subject(path, "all", tail=True).whole, Normalizer(1.0), causal)
+    right, left = (ragged(lengths, HEADS, SIZE, causal=causal, left=side) for side in (False, True))
+    together, on_the_left = (run(x.q, x.k, x.k, x.valid, 0) for x in (right, left))
+    mixed = torch.tensor([2, 0, 3, 1])
+    shuffled = run(right.q[mixed], right.k[mixed], right.k[mixed], right.valid[mixed], 0)
+    torch.testing.assert_close(shuffled, together[mixed], rtol=1e-5, atol=1e-5)
+    for index, length in enumerate(lengths):
+        one = single_sentence(right, index)
+        alone = run(one.q, one.k, one.k, one.valid, 0)
+        for other in (together[index : index + 1, :, :length], on_the_left[index : index + 1, :, -length:]):
+            torch.testing.assert_close(other, alone, rtol=1e-5, atol=1e-5)
+    without = attention(subject(path, "all", tail=False).whole, Normalizer(1.0), causal)
+    assert not torch.allclose(without(right.q, right.k, right.k, right.valid, 0), together)
+
+
+def test_a_tail_of_kmeans_needs_one_cluster_for_each_key() -> None:
+    qk = random_qk([9], HEADS, SIZE)
+    centres = learned()[1].get("centroids", "kmeans")
+    for runs, top, slots in ((1, 2, 2), (2, 1, 2)):
+        one = Centroids([layer[:, :runs] for layer in centres.layers])
+        pattern = Projected(KMeans(top, one, tail=True), learned()[1].get("projections", "kmeans"))
+        with pytest.raises(UserError, match=f"a tail needs every key in one bucket, here it may be in {slots}: "):
+            pattern.layout(qk, 0)
+    one = Centroids([layer[:, :1] for layer in centres.layers])
+    pattern = Projected(KMeans(1, one, tail=True), learned()[1].get("projections", "kmeans"))
+    masked, bucketed = (run(pattern)(qk.q, qk.k, qk.k, qk.valid, 0) for run in (Masked, Bucketed))
+    torch.testing.assert_close(bucketed, masked, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
