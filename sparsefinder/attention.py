@@ -33,7 +33,7 @@ from sparsefinder.executors.workload import Pairs, Work
 from sparsefinder.graphs import QK, HasLayout, Layout, Pattern, band, has_tail
 from sparsefinder.numerics.clusters import with_clusters
 from sparsefinder.numerics.normalizers import Normalizer, PerHead
-from sparsefinder.numerics.padding import at_least_float32, exactly, without_padding
+from sparsefinder.numerics.padding import at_least_float32, exactly, right_padded, without_padding
 
 _ENTMAX15 = Normalizer(1.5)  # the normalizer of the gold graphs
 
@@ -233,6 +233,10 @@ class Dense:
 
         ``query_valid``, ``(B, N_q)`` bool, is given in cross-attention.
         """
+        if self._is_softmax and not self.window and query_valid is None and q.device.type == "cpu":
+            lengths = right_padded(valid)
+            if lengths is not None and q.shape[2] == k.shape[2]:
+                return self._softmax_of_texts(*exactly(q, k, v), lengths).to(v.dtype)
         qk, v = _prepared(q, k, v, valid, self.causal, query_valid)
         if self.window:
             qk.one_text(f"a window of {self.window} tokens")
@@ -288,6 +292,22 @@ class Dense:
     def computed_pairs(self, qk: QK, layer: int) -> Tensor:
         """Pairs whose products are taken, exactly or not, ``(B, H)`` int64: all of them."""
         return self.graph(qk, layer).sum((-2, -1))
+
+    def _softmax_of_texts(self, q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+        """One text at a time, without a mask and without copies: what is cut off is never computed."""
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            shared = q.shape[1] != k.shape[1]
+            return F.scaled_dot_product_attention(
+                *(q, k, v, None, self.dropout), is_causal=self.causal, enable_gqa=shared
+            )
+
+        if all(length == q.shape[2] for length in lengths):
+            return attend(q, k, v)
+        output = v.new_zeros(q.transpose(1, 2).shape).transpose(1, 2)  # in the order of what torch returns
+        for row, length in enumerate(lengths):
+            output[row, :, :length] = attend(*(x[row : row + 1, :, :length] for x in (q, k, v)))[0]
+        return output
 
     def _softmax(self, q: Tensor, k: Tensor, v: Tensor, pairs: Pairs) -> Tensor:
         if self._is_banded(q, k, pairs):

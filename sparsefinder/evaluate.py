@@ -30,9 +30,10 @@ from sparsefinder.corpora.blocks import draw
 from sparsefinder.errors import UserError, check_counts
 from sparsefinder.evaluation import tasks
 from sparsefinder.evaluation.adapt import AdaptSettings, adapt, attending
-from sparsefinder.evaluation.cost import Stopwatch, now, peak_memory
+from sparsefinder.evaluation.cost import Stopwatch, peak_memory
 from sparsefinder.evaluation.observer import Observer, measure_graphs, on
 from sparsefinder.evaluation.variants import AttentionChoice, Conversion, Variant, check_some, crossed
+from sparsefinder.executors.crossover import now
 from sparsefinder.experiment.calibration import calibrated
 from sparsefinder.experiment.configuration import Configuration, Learned, buildable, fitted, needed
 from sparsefinder.graphs import Attention

@@ -4,6 +4,7 @@ offline mode for everything."""
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,9 @@ if (
     "PYTEST_XDIST_WORKER" in os.environ
 ):  # before any import of torch: a core each, threads of several would wait for one another
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# what is raced on a busy machine is no answer to keep for this user
+os.environ["SPARSEFINDER_CROSSOVERS"] = str(Path(tempfile.gettempdir(), f"crossovers-{os.getpid()}.json"))
 
 import pytest
 import torch

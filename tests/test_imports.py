@@ -27,8 +27,9 @@ FLOORS: dict[str, tuple[str, ...]] = {
     "storage": ("errors", "graphs", "numerics"),
     "executors/workload": (),
     "executors/choose": ("executors/workload", "errors"),
+    "executors/crossover": ("storage",),
     "executors/blocks": ("executors/workload", "graphs", "numerics", "errors"),
-    "executors/native": ("executors/workload", "graphs", "numerics", "errors"),
+    "executors/native": ("executors/workload", "storage", "graphs", "numerics", "errors"),
     "executors/lsg": ("graphs", "numerics", "errors"),
     "executors/triton": ("executors/workload", "executors/blocks", "graphs", "numerics", "errors"),
     "executors/entmax_support": (
@@ -36,6 +37,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
     ),
     "metrics": ("executors/entmax_support", "graphs", "numerics", "errors"),
     "attention": ("executors", "numerics", "graphs", "errors"),
+    "auto": ("attention", "executors", "numerics", "graphs", "errors"),
     "predictors": ("storage", "executors", "numerics", "graphs", "metrics", "errors"),
     "patterns": ("graphs", "numerics", "predictors", "executors", "storage", "errors"),
     "experiment": ("patterns", "predictors", "metrics", "storage", "graphs", "numerics", "errors"),
@@ -46,8 +48,8 @@ FLOORS: dict[str, tuple[str, ...]] = {
     "analysis": ("metrics", "storage", "errors"),
     "evaluation/tasks": ("corpora", "models", "storage", "numerics", "errors"),
     "evaluation": (
-        *("evaluation/tasks", "experiment", "models", "conversions", "predictors", "patterns", "attention", "corpora"),
-        *("metrics", "storage", "numerics", "graphs", "errors"),
+        *("evaluation/tasks", "experiment", "models", "conversions", "predictors", "patterns", "auto", "attention"),
+        *("corpora", "metrics", "executors/crossover", "storage", "numerics", "graphs", "errors"),
     ),
     "sparse_model": (
         *(

@@ -5,15 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from sparsefinder.executors.crossover import now
 from sparsefinder.graphs import QK, Layout
 
 _STATM = Path("/proc/self/statm")  # Linux only; elsewhere peak memory on the CPU is not measured
@@ -63,19 +63,14 @@ def _resident() -> int:
     return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def now(device: torch.device) -> float:
-    """Seconds, after everything that was sent to the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 @dataclass
 class Stopwatch:
     """A pattern that lets another one work and adds up the seconds it takes: the predictor's own share of the time."""
 
     pattern: Any
     seconds: float = 0.0
+
+    transparent: ClassVar[bool] = True  # to `sparsefinder.executors.crossover.fingerprint`
 
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """As the pattern."""

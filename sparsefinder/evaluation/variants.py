@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sparsefinder.attention import Bucketed
+from sparsefinder.auto import Auto
 from sparsefinder.errors import UserError
 from sparsefinder.experiment.configuration import Configuration, Learned
 from sparsefinder.experiment.instantiate import construct
@@ -20,6 +21,7 @@ from sparsefinder.storage.manifests import plain
 
 log = logging.getLogger(__name__)
 
+_BY_LAYOUT = (Auto, Bucketed)  # attentions that can run no other pattern than one with a bucketed form
 NO_BUCKETS = "which compares every pair, so that it has no bucketed form"
 
 
@@ -112,7 +114,7 @@ def crossed(
         for configuration in configurations:
             if isinstance(configuration.pattern, Full):
                 continue
-            if attention.kind is Bucketed and not configuration.bucketed(learned, head_size):
+            if attention.kind in _BY_LAYOUT and not configuration.bucketed(learned, head_size):
                 without.append(f"{attention.name} {configuration.name}")
             else:
                 variants.append(Variant(attention, configuration, normalizer))
@@ -123,7 +125,7 @@ def crossed(
 
 def check_some(attentions: tuple[AttentionChoice, ...], configurations: tuple[Configuration, ...]) -> None:
     """Raise a `UserError`, before any work, where every attention is bucketed and no pattern has a bucketed form."""
-    bucketed = all(attention.kind is Bucketed for attention in attentions)
+    bucketed = all(attention.kind in _BY_LAYOUT for attention in attentions)
     impossible = [each.quadratic and not isinstance(each.pattern, Full) for each in configurations]
     if bucketed and impossible and all(impossible):
         names = ", ".join(dict.fromkeys(configuration.name for configuration in configurations))

@@ -19,6 +19,16 @@ def without_padding(x: Tensor, valid: Tensor) -> Tensor:
     return x if bool(valid.all()) else x.masked_fill(~valid[:, None, :, None], 0.0)
 
 
+def right_padded(valid: Tensor) -> list[int] | None:
+    """Real tokens of each example of ``valid (B, N)`` where all padding is on the right; None where it is not."""
+    batch, tokens = valid.shape
+    if bool(valid.all()):
+        return [tokens] * batch
+    lengths = valid.sum(-1)
+    in_front = torch.arange(tokens, device=valid.device) < lengths[:, None]
+    return lengths.tolist() if torch.equal(in_front, valid) else None
+
+
 def at_least_float32(x: Tensor) -> Tensor:
     """The dtype that scores are computed in: half precision becomes float32, float64 stays."""
     return x if x.dtype == torch.float64 else x.float()

@@ -45,6 +45,11 @@ def why_not_written(error: BaseException) -> str | None:
     return None
 
 
+def cache_folder() -> Path:
+    """Where this machine keeps what can be made again: ``$XDG_CACHE_HOME/sparsefinder``, by default ``~/.cache/sparsefinder``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsefinder"
+
+
 def make_folder(folder: Path | str) -> None:
     """``mkdir -p``, with one clear line where that is not allowed."""
     folder = Path(folder)

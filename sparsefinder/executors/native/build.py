@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from sparsefinder.errors import UserError
+from sparsefinder.storage.files import cache_folder
 
 # no flag here changes a sum's meaning for infinity or NaN; of vectors of 256 and 512 bits the former were as fast or faster
 _FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared")
@@ -46,7 +47,7 @@ def load(name: str) -> ctypes.CDLL:
     identity = (*texts, *command, platform.system(), platform.machine())
     key = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:16]
     reason: Exception | None = None
-    for folder in (_cache, _temporary):
+    for folder in (cache_folder, _temporary):
         try:
             return _built(source, folder() / f"{name}-{key}.so", command)
         except (OSError, RuntimeError) as error:  # no home, not writable, full, or no program may be loaded from there
@@ -60,10 +61,6 @@ def _sanitizers() -> tuple[str, ...]:
     """Flags by ``SPARSEFINDER_SANITIZE``, such as ``address,undefined``: what `make test-sanitized` compiles with."""
     chosen = os.environ.get("SPARSEFINDER_SANITIZE", "")
     return (f"-fsanitize={chosen}", "-fno-sanitize-recover=undefined", "-O1", "-g") if chosen else ()
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsefinder"
 
 
 def _temporary() -> Path:
