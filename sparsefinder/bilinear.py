@@ -44,7 +44,7 @@ from sparsefinder.predictors.all_layers import (
 )
 from sparsefinder.predictors.closed_form import fit_lowrank, normal_form
 from sparsefinder.predictors.gold_pairs import GoldPairs, mean_of_heads
-from sparsefinder.predictors.kmeans import KeyClusterSettings, fit_centroids
+from sparsefinder.predictors.kmeans import KeyClusterSettings, fit_tree
 from sparsefinder.predictors.projections import Projections
 from sparsefinder.storage.held_out import training_samples, validation_samples
 from sparsefinder.storage.samples import Samples
@@ -78,7 +78,15 @@ class BilinearSettings(KeyClusterSettings):
         if self.loss not in LOSSES:
             raise UserError(f"bilinear.loss={self.loss} is unknown; {one_of(LOSSES, self.loss)}")
         check_counts(
-            "bilinear", self, "rounds", "batch_size", "queries", "n_clusters", "max_iterations", "eval_samples"
+            "bilinear",
+            self,
+            "rounds",
+            "batch_size",
+            "queries",
+            "n_clusters",
+            "coarsest",
+            "max_iterations",
+            "eval_samples",
         )
         if self.steps < 0 or self.eval_every < 0:
             raise UserError("bilinear.steps and bilinear.eval_every must be 0 or more")
@@ -99,7 +107,7 @@ def run(settings: BilinearSettings, store: Store) -> None:
     """Make ``bilinear_projections`` and ``bilinear_centroids`` from ``qk``, measuring on ``qk_validation``."""
     samples = training_samples(store)
     trained = train_bilinear(samples, validation_samples(store), settings)
-    centroids = fit_centroids(samples, trained.projections, settings.clusters, sides=("k",))
+    centroids = fit_tree(samples, trained.projections, settings)
     with store.writing("bilinear_projections") as path:
         trained.projections.save(path)
     with store.writing("bilinear_centroids") as path:

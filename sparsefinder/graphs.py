@@ -10,6 +10,7 @@ a pair that is not allowed: both tokens are real, and the key does not lie after
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
@@ -133,6 +134,11 @@ class QK:
         q, query_valid = _chunks(self.q, self.queries_valid, size)
         k, valid = _chunks(self.k, self.valid, size)
         return QK(q, k, valid, self.causal, query_valid if self.crosses else None)
+
+    def part(self, examples: Tensor) -> QK:
+        """Some of the examples, by their numbers ``(b,)`` int64."""
+        names = ("q", "k", "valid", *(("query_valid",) if self.crosses else ()))
+        return replace(self, **{name: getattr(self, name)[examples] for name in names})
 
     def with_vectors(self, q: Tensor, k: Tensor) -> QK:
         """The same tokens with other vectors, for instance projected ones."""
@@ -333,6 +339,27 @@ def _join_buckets(first: Buckets | None, second: Buckets | None) -> Buckets | No
     return Buckets(
         torch.cat([first.q_ids, q_ids], dim=-1), torch.cat([first.k_ids, k_ids], dim=-1), first.count + second.count
     )
+
+
+def joined(parts: Sequence[tuple[Sequence[int], Buckets]], examples: int) -> Buckets:
+    """The buckets of all examples, from those of some each.
+
+    Args:
+        parts: Numbers of examples, and their buckets.
+        examples: ``B``, how many there are in all parts together.
+
+    Returns:
+        As many slots and buckets as the part that has most of them.
+    """
+    together = []
+    for side in ("q_ids", "k_ids"):
+        each: list[Tensor] = [getattr(buckets, side) for _, buckets in parts]
+        ids = each[0].new_full((examples, *each[0].shape[1:3], max(part.shape[-1] for part in each)), -1)
+        for (own, _), part in zip(parts, each, strict=True):
+            ids[torch.tensor(own, device=ids.device), ..., : part.shape[-1]] = part
+        together.append(ids)
+    q_ids, k_ids = together
+    return Buckets(q_ids, k_ids, max(buckets.count for _, buckets in parts))
 
 
 def shifted(ids: Tensor, by: int | Tensor) -> Tensor:

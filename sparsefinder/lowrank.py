@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 from sparsefinder.errors import check_counts
 from sparsefinder.predictors.closed_form import fit_lowrank
-from sparsefinder.predictors.kmeans import KeyClusterSettings, fit_centroids
+from sparsefinder.predictors.kmeans import KeyClusterSettings, fit_tree
 from sparsefinder.storage.held_out import training_samples
 from sparsefinder.storage.store import Store
 
@@ -37,7 +37,7 @@ class RouteSettings(KeyClusterSettings):
     rank: int = 32  # R, numbers that queries and keys are compared by; at most the head size
 
     def __post_init__(self) -> None:
-        check_counts("route", self, "rank", "n_clusters", "max_iterations")
+        check_counts("route", self, "rank", "n_clusters", "coarsest", "max_iterations")
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -49,7 +49,7 @@ def run(settings: RouteSettings, store: Store) -> None:
     """Make ``lowrank`` and ``key_centroids`` from ``qk``."""
     samples = training_samples(store)
     lowrank = fit_lowrank(samples, settings.rank)
-    centroids = fit_centroids(samples, lowrank, settings.clusters, sides=("k",))
+    centroids = fit_tree(samples, lowrank, settings)
     with store.writing("lowrank") as path:
         lowrank.save(path)
     with store.writing("key_centroids") as path:

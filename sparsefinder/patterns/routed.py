@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparsefinder.errors import UserError
 from sparsefinder.executors.native import predictors as native
-from sparsefinder.graphs import QK, Buckets, Layout
+from sparsefinder.graphs import QK, Buckets, Layout, joined
 from sparsefinder.numerics.moments import moments
 from sparsefinder.numerics.padding import without_padding
 from sparsefinder.numerics.selection import check_rule, select
 from sparsefinder.patterns.support.ranking import as_ids
-from sparsefinder.predictors.centroids import Centroids, nearest
+from sparsefinder.predictors.centroids import Centroids, clusters_of_keys
 from sparsefinder.storage.store import missing
 
 # vectors, the cluster of each, and how many clusters there are → their numbers, means and variances
@@ -30,7 +31,8 @@ _AT_ONCE = 1 << 20  # scores of queries and clusters in memory at one time: what
 class ToClusters:
     """Edge iff the query is routed to the cluster of the key; subclasses say whose space and centroids these are.
 
-    Each key joins its nearest centroid ``c``. A query scores each cluster by what its best keys may be worth,
+    Each key joins its nearest centroid ``c``; of a tree of clusters each sentence uses the level that fits its length. A
+    query scores each cluster by what its best keys may be worth,
 
         ``s_ic = (q'_i·μ_c + √(Σ_r q'_ir² σ_cr²)) / √R``,
 
@@ -50,10 +52,15 @@ class ToClusters:
     # whether each cluster that a query does not take is one entry among its scores: see `Layout`
     tail: bool = field(default=False, kw_only=True)
 
+    # of a tree of clusters each sentence uses the level that has so many of its keys in a cluster, as nearly as there is
+    keys_per_cluster: float = field(default=4.0, kw_only=True)
+
     sparsity_parameter: ClassVar[str | None] = "level"
     needs: ClassVar[tuple[str, ...]]
 
     def __post_init__(self) -> None:
+        if self.keys_per_cluster <= 0:
+            raise UserError(f"keys_per_cluster must be above 0, got {self.keys_per_cluster}")
         check_rule(self.rule, self.level, self.alpha)
 
     @property
@@ -64,6 +71,12 @@ class ToClusters:
         if centroids is None:
             raise missing(type(self).__name__, name)
         return centroids
+
+    @property
+    def reads_ahead(self) -> str:
+        """What later tokens change in causal attention: with a tree of clusters, how many there are."""
+        centroids: Centroids | None = getattr(self, self.needs[-1])
+        return "the length of the sentence chooses the level of the tree" if centroids and centroids.coarser else ""
 
     def layout(self, qk: QK, layer: int) -> Layout:
         """Clusters as buckets: each key in one, each query in those that it is routed to."""
@@ -76,12 +89,27 @@ class ToClusters:
         return self._layout(qk, layer, torch.tensor(values, dtype=torch.float64))
 
     def _layout(self, qk: QK, layer: int, level: float | Tensor) -> Layout:
-        centres = self.centroids(qk, layer).flatten(1, 2)  # several runs are as many clusters more
+        """Each sentence on the level of the tree that fits its own length."""
+        levels = [self._level(length) for length in qk.lengths.tolist()] if self.centroids.coarser else [self.centroids]
+        used = {each.clusters: each for each in levels}
+        parts = []
+        for clusters, centroids in used.items():
+            own = [example for example, each in enumerate(levels) if each.clusters == clusters]
+            part = qk if len(used) == 1 else qk.part(torch.tensor(own, device=qk.q.device))
+            parts.append((own, self._buckets(part, layer, level, centroids)))
+        buckets = parts[0][1] if len(parts) == 1 else joined(parts, len(levels))
+        return Layout(buckets, tail=self.tail)
+
+    def _level(self, tokens: int) -> Centroids:
+        return self.centroids.level(tokens / self.keys_per_cluster)
+
+    def _buckets(self, qk: QK, layer: int, level: float | Tensor, centroids: Centroids) -> Buckets:
+        centres = centroids(qk, layer).flatten(1, 2)  # several runs are as many clusters more
         count = centres.shape[1]
-        cluster = nearest(qk.k, centres[:, None], 1)[..., 0].masked_fill(~qk.valid[:, None], count)  # (B, H, N)
+        cluster = clusters_of_keys(qk, centroids, layer).masked_fill(~qk.valid[:, None], count)  # (B, H, N)
         route = self._route if qk.causal or not native.works_on(qk.q) else self._route_natively
         q_ids = route(qk, cluster, centres, level)
-        return Layout(Buckets(q_ids, cluster.masked_fill(cluster == count, -1)[..., None], count), tail=self.tail)
+        return Buckets(q_ids, cluster.masked_fill(cluster == count, -1)[..., None], count)
 
     def _route_natively(self, qk: QK, cluster: Tensor, centres: Tensor, level: float | Tensor) -> Tensor:
         """The clusters of each query ``(B, H, N, P)`` int64, -1 in slots that it does not need."""
@@ -101,8 +129,14 @@ class ToClusters:
         return torch.cat([F.pad(part, (0, most - part.shape[-1]), value=-1) for part in slots], dim=1)
 
     def cost(self, tokens: int, size: int) -> float:
-        """``3 · C · R``: each key with each centroid, each query with the mean and the spread of each cluster."""
-        return 3.0 * self.centroids.count * size
+        """``3 · C · R``: each key with each centroid, each query with the mean and the spread of each cluster.
+
+        In a tree a key is compared with the ``C'`` clusters of the entrance and the children of one, ``C / C'``.
+        """
+        level = self._level(tokens)
+        entrance = level.entrance
+        of_a_key = level.count if entrance is None else entrance.clusters + level.clusters / entrance.clusters
+        return (of_a_key + 2.0 * level.count) * size
 
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool from vectors ``(B, H, N, R)``."""

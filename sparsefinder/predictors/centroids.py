@@ -1,9 +1,14 @@
-"""Centroids of projected queries and keys: the file, and who is nearest to whom."""
+"""Centroids of projected queries and keys: the file, and who is nearest to whom.
+
+Centroids may be a tree: the finest level, and coarser ones around it (`sparsefinder.predictors.nested_kmeans`), so that a long
+text can have more clusters than a short one, and the nearest one is found without looking at all of them.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +21,8 @@ from sparsefinder.graphs import QK
 from sparsefinder.numerics.distances import closeness
 from sparsefinder.storage.tensor_files import load_tensors, save_tensors
 
+_CHILDREN = 32  # of a cluster of the entrance: as many as are multiplied at a time
+
 
 @dataclass(frozen=True)
 class Centroids:
@@ -24,10 +31,13 @@ class Centroids:
     Args:
         layers: For each layer ``(H, runs, C, R)`` float32.
         source: Where they come from, for messages.
+        coarser: The levels above, the coarsest first; cluster ``c`` of a level has the children ``c·b … c·b + b − 1`` in any
+            finer one with ``b`` times as many clusters.
     """
 
     layers: Sequence[Tensor]
     source: str = "memory"
+    coarser: tuple[Centroids, ...] = ()
 
     @property
     def clusters(self) -> int:
@@ -66,17 +76,30 @@ class Centroids:
             )
         return centres.to(qk.q.device)
 
-    def content(self) -> list[Tensor]:
-        """The published form: the centroids of each layer."""
-        return [centres.cpu().contiguous() for centres in self.layers]
+    def level(self, clusters: float) -> Centroids:
+        """The level whose number of clusters is nearest to ``clusters``, as a ratio, with those above it."""
+        levels = (*self.coarser, self)
+        best = min(range(len(levels)), key=lambda i: (abs(math.log(levels[i].clusters / max(clusters, 1e-9))), i))
+        return replace(levels[best], coarser=levels[:best])
+
+    @property
+    def entrance(self) -> Centroids | None:
+        """The level above from which this one is reached by looking at few clusters of both; None where none saves work."""
+        able = [level for level in self.coarser if level.clusters * 8 <= self.clusters]
+        return min(able, key=lambda level: abs(math.log(self.clusters / level.clusters / _CHILDREN)), default=None)
+
+    def content(self) -> Any:
+        """The published form, the centroids of each layer; of a tree ``{"levels": [that form, …]}``, the coarsest first."""
+        levels = [[centres.cpu().contiguous() for centres in level.layers] for level in (*self.coarser, self)]
+        return {"levels": levels} if self.coarser else levels[0]
 
     def save(self, path: Path | str) -> None:
-        """Write the published form."""
+        """Write `content`."""
         save_tensors(self.content(), path)
 
 
 def load_centroids(path: Path | str) -> Centroids:
-    """Read a file of centroids, ours or the published Sparsefinder's.
+    """Read a file of centroids, ours or the published Sparsefinder's; a file of one level is a tree of one level.
 
     Args:
         path: Of the file.
@@ -91,10 +114,10 @@ def load_centroids(path: Path | str) -> Centroids:
 
 
 def centroids_of(content: Any, source: str) -> Centroids:
-    """Centroids in the published form, looked at.
+    """Centroids in the form of `Centroids.content`, looked at.
 
     Args:
-        content: What should be a list over layers of tensors ``(H, runs, C, R)``.
+        content: What should be a list over layers of tensors ``(H, runs, C, R)``, or a tree.
         source: Where it comes from, for messages.
 
     Returns:
@@ -103,6 +126,33 @@ def centroids_of(content: Any, source: str) -> Centroids:
     Raises:
         UserError: In one line, for anything else.
     """
+    if not isinstance(content, dict):
+        return Centroids(_level(source, content), source)
+    if [*content] != ["levels"] or not isinstance(content["levels"], list) or not content["levels"]:
+        raise UserError(f"{source}: a tree of centroids must be a list named levels, and nothing else; run stage=route")
+    levels = list[Centroids]()
+    for layers in content["levels"]:
+        level = Centroids(_level(source, layers), source)
+        if levels:
+            _check_nested(source, levels[-1], level)
+        levels.append(level)
+    return replace(levels[-1], coarser=tuple(levels[:-1]))
+
+
+def _check_nested(source: str, coarse: Centroids, fine: Centroids) -> None:
+    shapes = [[(x.shape[0], x.shape[1], x.shape[3]) for x in level.layers] for level in (coarse, fine)]
+    if shapes[0] != shapes[1] or fine.clusters % coarse.clusters or fine.clusters == coarse.clusters:
+        raise UserError(
+            f"{source}: a level of {fine.clusters} clusters does not lie inside one of {coarse.clusters}; run stage=route again"
+        )
+    if shapes[0][0][1] != 1:
+        raise UserError(
+            f"{source}: a tree of centroids has one run of k-means, not {shapes[0][0][1]}; run stage=route again"
+        )
+
+
+def _level(source: str, content: Any) -> list[Tensor]:
+    """The centroids ``(H, runs, C, R)`` float32 of all layers, checked."""
     if not isinstance(content, list) or not content:
         raise UserError(f"{source}: centroids must be a list over layers of tensors (H, runs, C, R); run stage=cluster")
     content = [_means(layer) for layer in content]
@@ -123,7 +173,7 @@ def centroids_of(content: Any, source: str) -> Centroids:
                 f"{source}: layer {index} has {tuple(centres.shape[1:3])} runs and clusters, layer 0 has "
                 f"{tuple(content[0].shape[1:3])}"
             )
-    return Centroids([centres.float() for centres in content], source)
+    return [centres.float() for centres in content]
 
 
 def nearest(x: Tensor, centres: Tensor, top: int) -> Tensor:
@@ -138,6 +188,37 @@ def nearest(x: Tensor, centres: Tensor, top: int) -> Tensor:
         ``(B, H, N, runs · top)`` int64.
     """
     return native.nearest(x, centres, top) if native.works_on(x) else nearest_by_products(x, centres, top)
+
+
+def clusters_of_keys(qk: QK, centroids: Centroids, layer: int) -> Tensor:
+    """The cluster of each key: the nearest one, in a tree the nearest child of the nearest cluster of the entrance.
+
+    Args:
+        qk: Projected vectors, keys ``(B, H, N_k, R)``; padding gets arbitrary ids.
+        centroids: One level of a tree, or any centroids; those of several runs are as many clusters more.
+        layer: Index of the layer.
+
+    Returns:
+        ``(B, H, N_k)`` int64.
+    """
+    centres, entrance = centroids(qk, layer).flatten(1, 2), centroids.entrance
+    if entrance is None:
+        return nearest(qk.k, centres[:, None], 1)[..., 0]
+    parents = nearest(qk.k, entrance(qk, layer), 1)[..., 0]
+    of_children = native.nearest_child if native.works_on(qk.k) else nearest_child_by_products
+    return of_children(qk.k, centres, parents, centres.shape[1] // entrance.clusters)
+
+
+def nearest_child_by_products(x: Tensor, centres: Tensor, parents: Tensor, branching: int) -> Tensor:
+    """`sparsefinder.executors.native.predictors.nearest_child` by torch's operations, on any device."""
+    ids = []
+    for tokens, own, parent in zip(
+        x.unbind(1), centres.to(x.dtype).unflatten(1, (-1, branching)), parents.unbind(1), strict=True
+    ):
+        children = own[parent]  # (B, N, b, R)
+        near = (children @ tokens[..., None])[..., 0] - children.square().sum(-1) / 2
+        ids.append(parent * branching + near.argmax(-1))
+    return torch.stack(ids, dim=1)
 
 
 def nearest_by_products(x: Tensor, centres: Tensor, top: int) -> Tensor:

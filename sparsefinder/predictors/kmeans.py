@@ -7,6 +7,7 @@ sample gives its share, drawn by the seed: memory does not grow with the number 
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,11 +18,14 @@ from torch import Tensor
 
 from sparsefinder.errors import UserError
 from sparsefinder.predictors.centroids import Centroids
+from sparsefinder.predictors.nested_kmeans import nested_centroids
 from sparsefinder.predictors.projections import Projections
 from sparsefinder.storage.samples import Samples
 from sparsefinder.storage.store import progress
 
 log = logging.getLogger(__name__)
+
+_KEYS_EACH = 4  # keys that a cluster of a tree should have at least, in the mean
 
 
 @dataclass(frozen=True)
@@ -41,17 +45,24 @@ class Clustering:
 class KeyClusterSettings:
     """How a stage clusters the keys, and the keys only, after it has learned the space in which it does."""
 
-    n_clusters: int = 64  # of keys
+    n_clusters: int = 1024  # of keys, on the finest level of a tree
+    coarsest: int = 16  # clusters on its coarsest level at least; each level has twice as many as the one above
     max_iterations: int = 100  # of Lloyd's algorithm
     seed: int = 0
     jobs: int = -1  # heads clustered at the same time; -1: one for each core
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """Clusters on each level, the coarsest first."""
+        sizes = [self.n_clusters]
+        while sizes[0] % 2 == 0 and sizes[0] >= 2 * self.coarsest:
+            sizes.insert(0, sizes[0] // 2)
+        return tuple(sizes)
+
+    @property
     def clusters(self) -> Clustering:
-        """How the keys are clustered."""
-        return Clustering(
-            n_clusters=self.n_clusters, max_iterations=self.max_iterations, seed=self.seed, jobs=self.jobs
-        )
+        """How the keys are clustered on the coarsest level."""
+        return Clustering(n_clusters=self.sizes[0], max_iterations=self.max_iterations, seed=self.seed, jobs=self.jobs)
 
 
 def fit_centroids(
@@ -75,6 +86,44 @@ def fit_centroids(
     ]
     log.info("clustered %d layers × %d heads into %d clusters", layers, samples.shape[1], settings.n_clusters)
     return Centroids(centroids)
+
+
+def fit_tree(samples: Samples, projections: Projections, settings: KeyClusterSettings) -> Centroids:
+    """A tree of clusters of the projected keys, for each layer and head.
+
+    Args:
+        samples: Keys, ``(n, D)`` for each head.
+        projections: Into the space that is clustered.
+        settings: Number of clusters and levels. Levels with more clusters than a quarter of the keys are left out.
+
+    Returns:
+        Centroids ``(H, 1, C, R)`` of each layer on the finest level, and those above it.
+    """
+    layers, clustering = samples.shape[0], settings.clusters
+    keys = min(sum(samples.lengths), clustering.max_points or math.inf)
+    sizes = [size for size in settings.sizes if size * _KEYS_EACH <= keys or size == settings.sizes[0]]
+    if len(sizes) < len(settings.sizes):
+        log.info("%d keys are few: %d clusters on the finest level instead of %d", keys, sizes[-1], settings.n_clusters)
+    levels: list[list[Tensor]] = [[] for _ in sizes]
+    for layer in progress(range(layers), "cluster", layers):
+        points = _points(samples, projections, layer, clustering, sides=("k",))
+        for level, centres in zip(levels, _fit_levels(points, sizes, clustering), strict=True):
+            level.append(centres)
+    log.info("clustered %d layers × %d heads into %s clusters", layers, samples.shape[1], ", ".join(map(str, sizes)))
+    coarser = tuple(Centroids(level) for level in levels[:-1])
+    return Centroids(levels[-1], coarser=coarser)
+
+
+def _fit_levels(points: np.ndarray, sizes: Sequence[int], settings: Clustering) -> list[Tensor]:
+    from joblib import Parallel, delayed
+
+    coarsest = _fit_layer(points, settings)[:, 0]
+    rest = (sizes, settings.max_iterations, settings.seed)
+    heads = Parallel(n_jobs=settings.jobs, prefer="threads")(
+        delayed(nested_centroids)(torch.from_numpy(head), top, *rest)
+        for head, top in zip(points, coarsest, strict=True)
+    )
+    return [torch.stack(level)[:, None] for level in zip(*heads, strict=True)]
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <limits>
 #include <memory>
@@ -79,6 +80,33 @@ void nearest(int64_t batch, int64_t heads, int64_t tokens, int64_t size, int64_t
         }
 }
 
+// id of the nearest of the `branching` children of each parent
+template <class T>
+void nearest_child(int64_t batch, int64_t heads, int64_t tokens, int64_t size, int64_t count, int64_t branching, int64_t threads,
+                   const T *x, const T *centres, const int64_t *parents, int64_t *ids) {
+    for (int64_t head = 0; head < heads; ++head) {
+        const T *own = centres + head * count * size;
+        const Panels<T> laid(own, count, size);
+        std::vector<T> bias(laid.width());
+        for (int64_t c = 0; c < count; ++c) bias[c] = dot<T>(own + c * size, own + c * size, size) / -2;
+        for (int64_t example = 0; example < batch; ++example)
+#pragma omp parallel for schedule(static) num_threads(threads)
+            for (int64_t i = 0; i < tokens; ++i) {
+                const int64_t row = (example * heads + head) * tokens + i;
+                const int64_t first = parents[row] * branching, end = first + branching;
+                T closeness[PANEL], most = -std::numeric_limits<T>::infinity();
+                ids[row] = first;
+                for (int64_t panel = first / PANEL; panel * PANEL < end; ++panel) {
+                    const int64_t from = std::max(first - panel * PANEL, int64_t(0)), to = std::min(end - panel * PANEL, PANEL);
+                    std::copy_n(bias.begin() + panel * PANEL, PANEL, closeness);
+                    laid.single(x + row * size, panel, closeness);
+                    for (int64_t c = from; c < to; ++c)
+                        if (closeness[c] > most) most = closeness[c], ids[row] = panel * PANEL + c;
+                }
+            }
+    }
+}
+
 // number, mean and variance of the vectors in each cluster; whoever has another id is in none
 template <class T>
 void moments(int64_t parts, int64_t tokens, int64_t size, int64_t count, int64_t threads, const T *x, const int64_t *ids,
@@ -113,7 +141,11 @@ void moments(int64_t parts, int64_t tokens, int64_t size, int64_t count, int64_t
 template <class T> struct Scores {
     T *values = nullptr, level, budget;
     std::vector<T> most, above, many;
-    Scores(int64_t panels, T level, T budget) : level(level), budget(budget), most(panels) {}
+    std::vector<uint8_t> flags;
+    std::vector<int32_t> candidates;
+    Scores(int64_t panels, T level, T budget)
+        : level(level), budget(budget), most(panels), above(panels * PANEL), many(panels * PANEL), flags(panels * PANEL),
+          candidates(panels * PANEL) {}
 };
 
 // columns of largest score until they stand for a share of the keys
@@ -134,24 +166,34 @@ template <class T> void by_budget(const Choice &rule, const T *numbers, Scores<T
 
 // columns above the threshold of entmax less the level; a column stands for as many equal keys as its number says
 template <class T> void by_margin(const Choice &rule, const T *numbers, Scores<T> &row, std::vector<int32_t> &kept) {
-    const T *scores = row.values;
-    const T scale = rule.alpha - 1.0;
-    T peak = -std::numeric_limits<T>::infinity();
-    for (int64_t c = 0; c < rule.columns; ++c)
-        if (numbers[c] > 0) peak = std::max(peak, scores[c]);
+    const T *scores = row.values, scale = rule.alpha - 1.0;
+    const int64_t width = row.most.size() * PANEL;
+    const T peak = largest(scores, width);
     if (std::isinf(peak)) return;
-    // what can be above the threshold: how far it is below the peak, and for how many keys it stands
-    row.above.resize(rule.columns), row.many.resize(rule.columns);
-    T *above = row.above.data(), *many = row.many.data();
+    // what can be kept, or be above the threshold, which lies in [-1, 0] below the peak: few, so that they are looked at alone
+    const T bound = peak - (T(1) + std::max(row.level, T(0))) / scale * (1 + 8 * std::numeric_limits<T>::epsilon());
+    uint8_t *flags = row.flags.data();
+#pragma omp simd
+    for (int64_t c = 0; c < width; ++c) flags[c] = scores[c] >= bound;
+    int32_t *ids = row.candidates.data();
     int64_t some = 0;
-    for (int64_t c = 0; c < rule.columns; ++c) {
-        const T below = (scores[c] - peak) * scale;
-        above[some] = below, many[some] = numbers[c];
-        some += numbers[c] > 0 && below > T(-1);
+    for (int64_t c = 0; c < width; c += 8) {
+        uint64_t eight;
+        std::memcpy(&eight, flags + c, 8);
+        if (!eight) continue;
+        for (int64_t n = c; eight; ++n, eight >>= 8) ids[some] = n, some += eight & 1;
     }
-    const T threshold = threshold_of(above, some, rule.alpha, [&](int64_t n) { return many[n]; });
-    for (int64_t c = 0; c < rule.columns; ++c)
-        if (numbers[c] > 0 && (scores[c] - peak) * scale >= threshold - row.level) kept.push_back(c);
+    T *above = row.above.data(), *many = row.many.data();
+    int64_t near = 0;
+    for (int64_t n = 0; n < some; ++n) {
+        const T below = (scores[ids[n]] - peak) * scale;
+        above[near] = below, many[near] = numbers[ids[n]];
+        near += below > T(-1);
+    }
+    const T threshold = threshold_of(above, near, rule.alpha, [&](int64_t n) { return many[n]; });
+    for (int64_t n = 0; n < some; ++n)
+        if (scores[ids[n]] > -std::numeric_limits<T>::infinity() && (scores[ids[n]] - peak) * scale >= threshold - row.level)
+            kept.push_back(ids[n]);
 }
 
 // what a thread works on: scores and squares of a few rows, and the row that chooses
@@ -219,6 +261,11 @@ std::unique_ptr<Kept> route(const Choice &rule, int64_t size, const T *q, const 
                        int64_t top, int64_t threads, const T *x, const T *centres, int64_t *ids) {                        \
         return status_of([&] { nearest(batch, heads, tokens, size, runs, count, top, threads, x, centres, ids); });       \
     }                                                                                                                     \
+    int nearest_child_##NAME(int64_t batch, int64_t heads, int64_t tokens, int64_t size, int64_t count, int64_t branching, \
+                             int64_t threads, const T *x, const T *centres, const int64_t *parents, int64_t *ids) {       \
+        return status_of(                                                                                                 \
+            [&] { nearest_child(batch, heads, tokens, size, count, branching, threads, x, centres, parents, ids); });     \
+    }                                                                                                                     \
     int moments_##NAME(int64_t parts, int64_t tokens, int64_t size, int64_t count, int64_t threads, const T *x,           \
                        const int64_t *ids, T *numbers, T *mean, T *variance) {                                            \
         return status_of([&] { moments(parts, tokens, size, count, threads, x, ids, numbers, mean, variance); });         \
@@ -249,5 +296,5 @@ int release(Kept *kept) {
     delete kept;
     return FINE;
 }
-int64_t layout(int64_t n) { return layout_of<Choice>(2, n); }
+int64_t layout(int64_t n) { return layout_of<Choice>(3, n); }
 }

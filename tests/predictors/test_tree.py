@@ -1,0 +1,198 @@
+"""Trees of centroids: how they are grown, kept and descended, and that every sentence uses the level of its own length."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparsefinder.errors import UserError
+from sparsefinder.executors.native import predictors as native
+from sparsefinder.graphs import QK
+from sparsefinder.patterns.routed import Routed
+from sparsefinder.predictors.centroids import (
+    Centroids,
+    clusters_of_keys,
+    load_centroids,
+    nearest_by_products,
+    nearest_child_by_products,
+)
+from sparsefinder.predictors.kmeans import KeyClusterSettings, fit_tree
+from sparsefinder.predictors.nested_kmeans import nested_centroids
+from sparsefinder.predictors.projections import Identity, LayerProjections, Projections
+from sparsefinder.storage.samples import Samples
+from sparsefinder.testing import CHECKS, Check, Subject, random_qk, single_sentence
+
+HEADS, SIZE, SIZES = 2, 8, (2, 4, 8, 16)
+
+
+def points(count: int = 400, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(9, SIZE, generator=generator)[torch.arange(count) % 9] * 2 + torch.randn(
+        count, SIZE, generator=generator
+    )
+
+
+def tree(sizes: tuple[int, ...] = SIZES, layers: int = 2) -> Centroids:
+    heads = [nested_centroids(x := points(seed=seed), x[: sizes[0]], sizes, 20, seed) for seed in range(layers * HEADS)]
+    levels = [torch.stack(level).unflatten(0, (layers, HEADS)).unsqueeze(2) for level in zip(*heads, strict=True)]
+    made = [Centroids(list(level)) for level in levels]
+    return Centroids(made[-1].layers, coarser=tuple(made[:-1]))
+
+
+class TestGrowing:
+    def test_every_child_is_the_mean_of_what_is_nearest_to_it_among_its_siblings(self) -> None:
+        x = points()
+        levels = nested_centroids(x, x[:2], SIZES, 100, 0)
+        owner = torch.cdist(x, levels[0]).argmin(-1)
+        for coarse, fine in itertools.pairwise(levels):
+            branching = len(fine) // len(coarse)
+            families = fine.unflatten(0, (len(coarse), branching))
+            for parent in range(len(coarse)):
+                members = x[owner == parent]
+                own = torch.cdist(members, families[parent]).argmin(-1)
+                for child in range(branching):
+                    torch.testing.assert_close(members[own == child].mean(0), families[parent, child])
+            owner = owner * branching + torch.stack(
+                [(families[p] - v).norm(dim=-1).argmin() for p, v in zip(owner.tolist(), x, strict=True)]
+            )
+
+    def test_more_levels_lie_nearer(self) -> None:
+        x = points()
+        levels = nested_centroids(x, x[:2], SIZES, 20, 0)
+        spread = [torch.cdist(x, level).amin(-1).square().mean() for level in levels]
+        assert spread == sorted(spread, reverse=True)
+        assert spread[-1] < 0.6 * spread[0]
+
+    def test_a_seed_has_one_tree(self) -> None:
+        x = points()
+        first, again, other = (nested_centroids(x, x[:2], SIZES, 20, seed)[-1] for seed in (0, 0, 1))
+        assert torch.equal(first, again)
+        assert not torch.equal(first, other)
+
+    def test_fewer_points_than_children(self) -> None:
+        x = points(3)
+        levels = nested_centroids(x, x[:2], SIZES, 20, 0)
+        assert [len(level) for level in levels] == list(SIZES)
+        assert levels[-1].isfinite().all()
+        assert torch.cdist(x, levels[-1]).amin(-1).max() < 1e-4, "each point is a cluster of its own"
+
+    def test_of_a_run(self, caplog: pytest.LogCaptureFixture) -> None:
+        space = Projections([LayerProjections(Identity(), Identity()) for _ in range(2)])
+        keys = [points(n, seed=n).expand(2, HEADS, -1, -1) for n in (60, 68)]
+        settings = KeyClusterSettings(n_clusters=32, coarsest=4, jobs=1)
+        assert settings.sizes == (4, 8, 16, 32)
+        assert KeyClusterSettings(n_clusters=6, coarsest=16).sizes == (6,)
+        assert KeyClusterSettings().sizes == (16, 32, 64, 128, 256, 512, 1024)
+        made = fit_tree(Samples(keys, keys), space, settings)
+        assert [level.clusters for level in (*made.coarser, made)] == [4, 8, 16, 32]
+        with caplog.at_level("INFO"):
+            few = fit_tree(Samples(keys[:1], keys[:1]), space, settings)
+        assert few.clusters == 8
+        assert "60 keys are few: 8 clusters on the finest level instead of 32" in caplog.text
+        with pytest.raises(UserError, match="choose fewer clusters"):
+            fit_tree(Samples(keys[:1], keys[:1]), space, KeyClusterSettings(n_clusters=64, coarsest=64, jobs=1))
+
+
+class TestFile:
+    def test_a_tree_comes_back(self, tmp_path: Path) -> None:
+        made = tree()
+        made.save(tmp_path / "tree")
+        found = load_centroids(tmp_path / "tree")
+        assert found.source == str(tmp_path / "tree")
+        for a, b in zip((*made.coarser, made), (*found.coarser, found), strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(a.layers, b.layers, strict=True))
+            assert not b.coarser or b is found
+
+    def test_one_level_is_the_published_form(self, tmp_path: Path) -> None:
+        tree().level(4).coarser[0].save(tmp_path / "one")
+        content = torch.load(tmp_path / "one", weights_only=True)
+        assert [tuple(layer.shape) for layer in content] == [(HEADS, 1, 2, SIZE)] * 2
+        found = load_centroids(tmp_path / "one")
+        assert found.level(1000).clusters == 2
+        assert found.entrance is None
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ({"levels": []}, "must be a list named levels"),
+            ({"levels": [[torch.zeros(2, 1, 2, 4)]], "more": 1}, "and nothing else"),
+            ({"levels": [[torch.zeros(2, 1, 4, 4)], [torch.zeros(2, 1, 6, 4)]]}, "does not lie inside"),
+            ({"levels": [[torch.zeros(2, 1, 4, 4)], [torch.zeros(2, 1, 8, 3)]]}, "does not lie inside"),
+            ({"levels": [[torch.zeros(2, 2, 4, 4)], [torch.zeros(2, 2, 8, 4)]]}, "one run of k-means"),
+            ({"levels": [torch.zeros(2, 1, 4, 4)]}, "must be a list over layers"),
+        ],
+    )
+    def test_no_tree(self, content: Any, message: str, tmp_path: Path) -> None:
+        torch.save(content, tmp_path / "file")
+        with pytest.raises(UserError, match=message):
+            load_centroids(tmp_path / "file")
+
+
+class TestDescending:
+    def test_the_level_is_the_nearest_one(self) -> None:
+        made = tree()
+        assert [made.level(n).clusters for n in (0, 1, 2.5, 3, 5.6, 5.7, 1e6)] == [2, 2, 2, 4, 4, 8, 16]
+        assert [level.clusters for level in made.level(8).coarser] == [2, 4]
+
+    @pytest.mark.parametrize("sizes", [(2, 16), (4, 8, 64), (3, 24, 240)])
+    def test_a_key_joins_the_nearest_child_of_its_nearest_parent(self, sizes: tuple[int, ...]) -> None:
+        made, qk = tree(sizes), random_qk([70, 31], HEADS, SIZE)
+        entrance = made.entrance
+        assert entrance is not None
+        branching = made.clusters // entrance.clusters
+        found = clusters_of_keys(qk, made, 1)
+        parents = nearest_by_products(qk.k, entrance.layers[1], 1)[..., 0]
+        plain = nearest_child_by_products(qk.k, made.layers[1][:, 0], parents, branching)
+        assert torch.equal(found, plain)
+        for head in range(HEADS):
+            for j, key in enumerate(qk.k[0, head]):
+                parent = int((entrance.layers[1][head, 0] - key).norm(dim=-1).argmin())
+                children = made.layers[1][head, 0, parent * branching : (parent + 1) * branching]
+                assert found[0, head, j] == parent * branching + int((children - key).norm(dim=-1).argmin())
+        doubles = native.nearest_child(qk.k.double(), made.layers[1][:, 0], parents, branching)
+        assert torch.equal(doubles, found)
+
+
+def routed(rule: str = "margin", level: float = 0.2) -> Routed:
+    return Routed(rule, level, keys_per_cluster=1.0, key_centroids=tree())
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=str)
+@pytest.mark.parametrize(("rule", "sweep"), [("margin", [0.0, 0.5, 2.0]), ("budget", [0.1, 0.3, 0.6])])
+def test_it_keeps_every_promise_of_a_pattern(rule: str, sweep: list[float], check: Check) -> None:
+    check(Subject(routed(rule), sweep=sweep, heads=HEADS, size=SIZE))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_every_sentence_uses_the_level_of_its_length(causal: bool) -> None:
+    qk = random_qk([16, 3, 9, 40], HEADS, SIZE, causal)
+    together, pattern = routed()(qk, 0), routed()
+    for index, clusters in enumerate((16, 4, 8, 16)):
+        level = pattern.centroids.level(clusters)
+        alone = Routed(keys_per_cluster=1e9, key_centroids=level if level.entrance else Centroids(level.layers))
+        if level.entrance:
+            alone = Routed(keys_per_cluster=1.0, key_centroids=level)
+        one = single_sentence(qk, index)
+        length = one.k.shape[2]
+        assert torch.equal(together[index : index + 1, :, :length, :length], alone(one, 0))
+    assert pattern.layout(qk, 0).buckets.count == 16
+    assert pattern.layout(single_sentence(qk, 1), 0).buckets.count == 4
+
+
+def test_wrong_settings() -> None:
+    with pytest.raises(UserError, match="keys_per_cluster must be above 0"):
+        Routed(keys_per_cluster=0.0)
+
+
+def test_examples_are_taken_by_their_numbers() -> None:
+    qk = random_qk([5, 3, 4], HEADS, SIZE)
+    part = qk.part(torch.tensor([2, 0]))
+    assert part.lengths.tolist() == [4, 5]
+    assert torch.equal(part.k[1], qk.k[0])
+    crossed = QK(qk.q, qk.k[:, :, :2], qk.valid[:, :2], query_valid=qk.valid).part(torch.tensor([1]))
+    assert crossed.queries_valid.sum() == 3
