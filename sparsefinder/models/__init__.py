@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sparsefinder.models.entmax_configuration import REGISTERED
-    from sparsefinder.models.loading import load_masked_lm, load_with_head
+    from sparsefinder.models.families import DECODERS, ENCODER_DECODERS, FAMILIES, kind_of
+    from sparsefinder.models.loading import load_causal_lm, load_language_model, load_masked_lm, load_with_head
     from sparsefinder.models.plugging import (
-        FAMILIES,
         SOFTMAX,
         ModelShape,
         describe,
@@ -24,12 +24,17 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "DECODERS",
+    "ENCODER_DECODERS",
     "FAMILIES",
     "REGISTERED",
     "SOFTMAX",
     "ModelShape",
     "describe",
     "get_normalizer",
+    "kind_of",
+    "load_causal_lm",
+    "load_language_model",
     "load_masked_lm",
     "load_with_head",
     "plugged",
@@ -37,7 +42,11 @@ __all__ = [
     "softmax",
 ]
 
-_ELSEWHERE = {"load_masked_lm": "loading", "load_with_head": "loading", "REGISTERED": "entmax_configuration"}
+_ELSEWHERE = {
+    "REGISTERED": "entmax_configuration",
+    **dict.fromkeys(("load_causal_lm", "load_language_model", "load_masked_lm", "load_with_head"), "loading"),
+    **dict.fromkeys(("DECODERS", "ENCODER_DECODERS", "FAMILIES", "kind_of"), "families"),
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -16,7 +18,8 @@ from transformers import (
 from sparsefinder.errors import UserError
 from sparsefinder.models import attached
 from sparsefinder.models.checkpoints import check_that_it_runs, load_config, load_model, load_tokenizer, open_checkpoint
-from sparsefinder.models.plugging import check_family, set_normalizer
+from sparsefinder.models.families import TRAITS, Kind, check_family
+from sparsefinder.models.plugging import set_normalizer
 from sparsefinder.models.registered import normalizer_of
 from sparsefinder.models.transformers_internals import forget_attention
 
@@ -35,16 +38,36 @@ def load_masked_lm(name_or_path: str | Path) -> tuple[PreTrainedModel, PreTraine
     Raises:
         UserError: as `load_with_head`, and for a tokenizer without a mask token.
     """
-    model, tokenizer = load_with_head(name_or_path, AutoModelForMaskedLM)
+    model, tokenizer = load_with_head(name_or_path, AutoModelForMaskedLM, ("encoder",))
     if tokenizer.mask_token_id is None:
         raise UserError(f"model={name_or_path}: its tokenizer has no mask token; a masked language model needs one")
     return model, tokenizer
 
 
+def load_causal_lm(name_or_path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model, with the attention that it was finetuned with, and its tokenizer; see `load_masked_lm`.
+
+    Where the tokenizer has no padding token, as GPT-2's, that of the end stands for it: padding is never attended.
+    """
+    return load_with_head(name_or_path, AutoModelForCausalLM, ("decoder",))
+
+
+def load_language_model(name_or_path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A masked or a causal language model, or an encoder-decoder, by its family; see `load_masked_lm`."""
+    checkpoint = open_checkpoint(name_or_path, label=f"model={name_or_path}")
+    traits = TRAITS.get(checkpoint.settings["model_type"])
+    if traits is None or traits.kind == "encoder":
+        check_family(checkpoint.settings["model_type"], checkpoint.label)
+        return load_masked_lm(name_or_path)
+    if traits.kind == "decoder":
+        return load_causal_lm(name_or_path)
+    return load_with_head(name_or_path, AutoModelForSeq2SeqLM, ("encoder_decoder",))
+
+
 def load_with_head(
-    name_or_path: str | Path, auto_class: Any, **options: Any
+    name_or_path: str | Path, auto_class: Any, kinds: tuple[Kind, ...] = ("encoder",), **options: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model of one of `FAMILIES` by an Auto class, with the attention that it was finetuned with, and its tokenizer.
+    """A model of one of the families by an Auto class, with the attention that it was finetuned with, and its tokenizer.
 
     A head or pooler that the checkpoint lacks, or has in another size, is drawn from torch's global random state and named in the
     log. No remote code is ever run.
@@ -52,6 +75,7 @@ def load_with_head(
     Args:
         name_or_path: a folder written by ``save_pretrained``, or a name on the Hugging Face hub.
         auto_class: the Auto class of transformers that says which head the model has.
+        kinds: of the families that can have it.
         **options: settings of the configuration, such as ``num_labels=3``; with these the head may have another size than in the
             checkpoint.
 
@@ -64,7 +88,9 @@ def load_with_head(
     """
     checkpoint = open_checkpoint(name_or_path, label=f"model={name_or_path}")
     label, settings = checkpoint.label, checkpoint.settings
-    check_family(settings["model_type"], bool(settings.get("is_decoder")), label)
+    check_family(settings["model_type"], label, kinds)
+    if kinds == ("encoder",) and settings.get("is_decoder"):
+        raise UserError(f"{label} is configured as a decoder; a masked language model needs is_decoder=false")
     config = load_config(checkpoint, **options)
     try:
         normalizer = normalizer_of(config)
@@ -77,6 +103,8 @@ def load_with_head(
         attached.detach(model)
         log.info("%s: the index beside its weights is left out, the model attends densely", label)
     tokenizer = load_tokenizer(checkpoint, model.config.vocab_size)
+    if tokenizer.pad_token_id is None and "decoder" in kinds:
+        tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:
         raise UserError(f"{label}: its tokenizer has no padding token, which batches need; add one and save it again")
     check_that_it_runs(model, label)

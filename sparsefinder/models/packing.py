@@ -35,13 +35,44 @@ class Sentences:
         return flat.unflatten(0, (batch, tokens)).transpose(1, 2)
 
 
+def read_mask_between(mask: Tensor | None, k: Tensor) -> Tensor:
+    """Which keys of cross-attention are real: ``(B, N_k)`` bool.
+
+    Args:
+        mask: None, or ``(B, 1, N_q or 1, N_k)``, as an attention of transformers gets it.
+        k: keys ``(B, H_k, N_k, D)``.
+
+    Raises:
+        UserError: for a mask that is not padding.
+    """
+    batch, _, keys, _ = k.shape
+    if mask is None:
+        return torch.ones(batch, keys, dtype=torch.bool, device=k.device)
+    pairs = _pairs(mask)[:, 0]
+    if bool((pairs != pairs[:, :1]).any()):
+        raise UserError("a mask of cross-attention that differs from query to query is not honoured by this attention")
+    return pairs[:, 0].expand(batch, keys)
+
+
+def _pairs(mask: Tensor) -> Tensor:
+    """Where a query may attend, ``(B, 1, …)``; a `UserError` for a mask that says more."""
+    pairs, bias = split_mask(mask)
+    if bias is not None and bool((bias[pairs] != 0).any()):
+        raise UserError("a mask that adds other numbers than 0 to the scores is not honoured here; give a boolean one")
+    if bool((pairs != pairs[:, :1]).any()):
+        raise UserError(
+            "a mask that differs from head to head is not honoured here; give one mask (B, 1, N, N) for all"
+        )
+    return pairs
+
+
 def read_mask(mask: Tensor | None, q: Tensor, k: Tensor, causal: bool) -> tuple[Tensor, Sentences | None]:
     """Which tokens are real and, where a row holds several sentences, these.
 
     Args:
         mask: None, ``(B, 1, N, N)``, or ``(B, 1, 1, N)`` for padding, as an attention of transformers gets it.
         q: queries ``(B, H, N, D)``.
-        k: keys of the same shape.
+        k: keys ``(B, H_k, N, D)``.
         causal: whether the attention sees no later key by itself.
 
     Returns:
@@ -52,16 +83,12 @@ def read_mask(mask: Tensor | None, q: Tensor, k: Tensor, causal: bool) -> tuple[
     """
     batch, _, tokens, _ = q.shape
     if k.shape[2] != tokens:
-        raise UserError(f"this attention needs as many keys as queries, got {k.shape[2]} and {tokens}")
+        raise UserError(
+            f"this attention needs as many keys as queries, got {k.shape[2]} and {tokens}: read whole texts, use_cache=False"
+        )
     if mask is None:
         return torch.ones(batch, tokens, dtype=torch.bool, device=q.device), None
-    pairs, bias = split_mask(mask)
-    if bias is not None and bool((bias[pairs] != 0).any()):
-        raise UserError("a mask that adds other numbers than 0 to the scores is not honoured here; give a boolean one")
-    if bool((pairs != pairs[:, :1]).any()):
-        raise UserError(
-            "a mask that differs from head to head is not honoured here; give one mask (B, 1, N, N) for all"
-        )
+    pairs = _pairs(mask)
     if pairs.shape[-2] == 1:
         return pairs[:, 0, 0].expand(batch, tokens), None
     pairs = pairs[:, 0].expand(batch, tokens, tokens)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sparsefinder.errors import UserError
 from sparsefinder.graphs import Attention
-from sparsefinder.models.packing import Sentences, read_mask
+from sparsefinder.models.packing import Sentences, read_mask, read_mask_between
 from sparsefinder.numerics.normalizers import is_recorded
 
 
@@ -63,11 +63,13 @@ class Plug:
     Args:
         socket: Shared by the modules of a model.
         layers: What the module is called as: several numbers where it is shared over depth.
+        crosses: Whether queries and keys are tokens of two texts.
     """
 
-    def __init__(self, socket: Socket, layers: tuple[int, ...]):
+    def __init__(self, socket: Socket, layers: tuple[int, ...], crosses: bool = False):
         self.socket = socket
         self.layers = layers
+        self.crosses = crosses
 
     def __call__(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         if is_recorded():
@@ -79,9 +81,14 @@ class Plug:
         layer = self.layers[calls.get(self, 0)]
         if len(self.layers) > 1:
             calls[self] = calls.get(self, 0) + 1
-        valid, sentences = self.socket.reading(mask, q, k)
         # float32 also under autocast: predictions, thresholds and the sum of a row do not survive half precision
         with torch.autocast(q.device.type, enabled=False):
+            if self.crosses:
+                between: Any = self.socket.attention
+                queries = torch.ones(q.shape[0], q.shape[2], dtype=torch.bool, device=q.device)
+                output: Tensor = between(q, k, v, read_mask_between(mask, k), layer, query_valid=queries)
+                return output
+            valid, sentences = self.socket.reading(mask, q, k)
             if sentences is None:
                 return self.socket.attention(q, k, v, valid, layer)
             q_apart, k_apart, v_apart = map(sentences.apart, (q, k, v))

@@ -5,34 +5,25 @@ A learned position table has `reserved_rows` leading rows that no token ever use
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
-Convention = Literal["absolute", "after_padding", "offset_two", "sinusoidal", "rotary"]
+from sparsefinder.models.families import TRAITS, Convention
 
 CONVENTIONS: dict[str, Convention] = {
-    "albert": "absolute",
-    "bart": "offset_two",
-    "bert": "absolute",
-    "camembert": "after_padding",
-    "distilbert": "absolute",
-    "electra": "absolute",
+    **{family: traits.positions for family, traits in TRAITS.items()},
     "longformer": "after_padding",
-    "mbart": "offset_two",
-    "modernbert": "rotary",
-    "pegasus": "sinusoidal",
-    "roberta": "after_padding",
-    "xlm-roberta": "after_padding",
 }
-"""`model_type` of a family -> how its positions are laid out; the one place where this is written down."""
+"""`model_type` of a family -> how its positions are laid out."""
 
 
 def reserved_rows(convention: Convention, padding_idx: int | None = None) -> int:
     """How many leading rows of a position table belong to no token.
 
     Args:
-        convention: `absolute` (BERT, ALBERT, ELECTRA, DistilBERT), `sinusoidal` (Pegasus) and `rotary` (ModernBERT, which
-            has no table): 0. `after_padding` (RoBERTa, XLM-R, CamemBERT, Longformer): `padding_idx + 1`, since token
-            positions count on from the padding id. `offset_two` (BART, mBART, BARThez): 2, whatever the padding id.
+        convention: `absolute` (BERT, ALBERT, ELECTRA, DistilBERT, GPT-2), `sinusoidal` (Pegasus, Marian), and `rotary`
+            (ModernBERT, Llama) and `relative` (T5), which have no table: 0. `after_padding` (RoBERTa, XLM-R, CamemBERT,
+            Longformer): `padding_idx + 1`, since token positions count on from the padding id. `offset_two` (BART, mBART,
+            BARThez): 2, whatever the padding id.
         padding_idx: id of the padding token; only `after_padding` reads it.
 
     Returns:
@@ -41,7 +32,7 @@ def reserved_rows(convention: Convention, padding_idx: int | None = None) -> int
     Raises:
         ValueError: for another convention, or if `after_padding` has no padding id.
     """
-    if convention in ("absolute", "sinusoidal", "rotary"):
+    if convention in ("absolute", "sinusoidal", "rotary", "relative"):
         return 0
     if convention == "offset_two":
         return 2
@@ -50,7 +41,7 @@ def reserved_rows(convention: Convention, padding_idx: int | None = None) -> int
             raise ValueError("after_padding needs the padding id: positions count on from it")
         return padding_idx + 1
     raise ValueError(
-        f"{convention!r} is no convention; needed: absolute, after_padding, offset_two, sinusoidal or rotary"
+        f"{convention!r} is no convention; needed: absolute, after_padding, offset_two, sinusoidal, rotary or relative"
     )
 
 

@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from sparsefinder.attention import Dense
 from sparsefinder.errors import UserError
-from sparsefinder.models.sliding import window_of
+from sparsefinder.models.sliding import causal_of, window_of
 from sparsefinder.models.transformers_internals import weights_are_collected
 from sparsefinder.numerics.normalizers import Normalizer, is_recorded
 
 PLUG = "_sparsefinder_plug"  # attribute of an attention module while something is plugged in
 
 _ABSENT = -1e4  # at or below it a number in an additive mask says "never": BERT's old convention, and those after it
-_UNKNOWN = ("position_bias", "softcap", "s_aux")  # what some models do to scores, and this attention does not
+_UNKNOWN = ("softcap", "s_aux")  # what some models do to scores, and this attention does not
 
 
 class Plugged(Protocol):
@@ -47,12 +47,14 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """What transformers calls: ``(B, H, N, D)`` → ``(B, N, H, D)``, and the probabilities where there are any.
 
-    ``attention_mask``: None, or ``(B, 1, N, N)``, ``(B, 1, 1, N)`` where all queries see the same keys, bool with True where a
-    query may attend, or numbers that are added to the scores. Probabilities are a matrix ``N × N``, and made only where they
-    are asked for.
+    Keys and values may have fewer heads, which are shared, or be those of another text. ``attention_mask``: None, or
+    ``(B, 1, N, N)``, ``(B, 1, 1, N)`` where all queries see the same keys, bool with True where a query may attend, or numbers
+    that are added to the scores. Probabilities are a matrix ``N × N``, and made only where they are asked for.
     """
     if unknown := [name for name in _UNKNOWN if others.get(name) is not None]:
         raise UserError(f"{type(module).__name__} attends with {unknown[0]}, which entmax attention does not know")
+    if (bias := others.get("position_bias")) is not None:
+        attention_mask = _with_bias(attention_mask, bias)
     natural = 1.0 / math.sqrt(query.shape[-1])
     if scaling is not None and not math.isclose(scaling, natural):
         query = query * (scaling / natural)
@@ -76,13 +78,28 @@ def _attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, d
     )  # as transformers' own layers count: the token itself is one of `sliding_window`
     band = window_of(mask, reach) if reach > 0 else None
     if band is None:
-        return dense.attend(q, k, v, mask)
+        real = causal_of(mask)
+        return (
+            dense.attend(q, k, v, mask)
+            if real is None
+            else replace(dense, causal=True)(q, k, v, real.expand(q.shape[0], -1))
+        )
     valid, causal = band
     banded = replace(dense, causal=causal, window=2 * reach + 1)
     if dense.normalizer.sparse:
         return banded.attend(q, k, v, valid[:, None, None])
     # softmax is ours only while something is plugged in, and then padded queries get zeros in the other layers too
     return banded(q, k, v, valid.expand(q.shape[0], -1))
+
+
+def _with_bias(mask: Tensor | None, bias: Tensor) -> Tensor | None:
+    """A mask with a bias on the scores ``(1 or B, H, N_q, N_k)``; one that is zero everywhere, as between T5's texts, is none."""
+    if not bool(bias.any()):
+        return mask
+    if mask is None:
+        return bias
+    present, added = split_mask(mask)
+    return (bias if added is None else bias + added).masked_fill(~present, -math.inf)
 
 
 def _adds(mask: Tensor | None) -> bool:
@@ -110,6 +127,7 @@ def _with_probabilities(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dense: Dense
 ) -> tuple[Tensor, Tensor]:
     with torch.autocast(query.device.type, enabled=False):
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
         scores = query.float() @ key.float().transpose(-1, -2) / math.sqrt(query.shape[-1])
         if mask is not None:
             present, bias = split_mask(mask)

@@ -1,4 +1,4 @@
-"""The window of a sliding layer, read from its mask: an attention that knows it multiplies a band, not N × N."""
+"""What a mask is, read from its numbers: the window of a sliding layer, or the past. Whoever knows multiplies no more."""
 
 from __future__ import annotations
 
@@ -29,3 +29,15 @@ def window_of(mask: Tensor | None, reach: int) -> tuple[Tensor, bool] | None:
         inside += int(keys.sum())
     # ten times as fast as torch's sum
     return (valid, causal) if np.count_nonzero(pairs.numpy()) == inside else None
+
+
+def causal_of(mask: Tensor | None) -> Tensor | None:
+    """``valid (B, N)``, where a mask hides nothing but padding and later keys; else None.
+
+    Args:
+        mask: ``(B, 1, N, N)`` bool, True where a query may attend.
+    """
+    if mask is None or mask.shape[1] != 1 or mask.shape[2] != mask.shape[3] or mask.shape[3] < 2:
+        return None
+    valid = mask[:, 0, -1]  # the last query sees all that is real
+    return valid if mask[:, 0].equal(valid[:, None].expand(mask[:, 0].shape).tril()) else None

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from sparsefinder.errors import UserError
 from sparsefinder.executors.choose import AUTO
 from sparsefinder.models import FAMILIES, attached, describe, get_normalizer
-from sparsefinder.models.plugging import check_family
+from sparsefinder.models.plugging import check_model
 from sparsefinder.sparse_model.curves import Target
 from sparsefinder.sparse_model.index import Attached, Index, hash_of_weights
 
@@ -118,7 +118,7 @@ def encoder_of(model: Any) -> PreTrainedModel:
             f"{label} is a {config.model_type}, which decodes, and only encoders are supported here: "
             f"{', '.join(FAMILIES)}"
         )
-    check_family(config.model_type, bool(getattr(config, "is_decoder", False)), label)
+    check_model(config, label)
     return encoder
 
 

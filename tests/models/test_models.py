@@ -325,7 +325,7 @@ DEAF = {
 def test_models_that_never_call_the_registry_are_refused(family, tmp_path):
     model = AutoModelForMaskedLM.from_config(tiny_config(family, **DEAF[family]))
     for change in (lambda: set_normalizer(model, Normalizer(1.5)), lambda: plugged(model, dense(None)).__enter__()):
-        with pytest.raises(UserError, match="choose a masked language model of one of these families: roberta, bert"):
+        with pytest.raises(UserError, match="choose a language model of one of these families: roberta, bert"):
             change()
     model.config.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=f"is a {model.config.model_type}, whose attention cannot be replaced"):
