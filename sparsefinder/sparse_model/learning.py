@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -68,10 +69,12 @@ def learn(needs: tuple[str, ...], model: Any, texts: list[Tensor], normalizer: N
         seed: Of whatever is drawn.
 
     Raises:
-        UserError: For too few tokens.
+        UserError: For too few tokens, and where scikit-learn is not installed.
     """
     if not needs:
         return Learned()
+    if importlib.util.find_spec("sklearn") is None:
+        raise UserError("scikit-learn is not installed, with which keys are clustered: pip install 'sparsefinder[fit]'")
     generator = torch.Generator().manual_seed(seed)
     if apart := set(needs) <= {*_OF_TOKENS}:
         share = min(1.0, _POINTS / sum(ids.shape[1] for ids in texts))

@@ -1,41 +1,12 @@
-"""A tiny encoder, what was fitted for it, and texts."""
+"""An index of a tiny encoder, learned once."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import pytest
-import torch
-from tiny_models import WORDS, tiny_batch, tiny_model, tiny_tokenizer
-from torch import Tensor
+from tiny_index import LENGTHS, Fitted, sentences
+from tiny_models import tiny_batch, tiny_model, tiny_tokenizer
 
 import sparsefinder
-from sparsefinder import Index
-
-LENGTHS = (38, 21, 9)
-
-
-def sentences(count: int = 24, seed: int = 0) -> list[str]:
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(len(WORDS), (count, 60), generator=generator)
-    return [" ".join(WORDS[word] for word in row) for row in drawn.tolist()]
-
-
-@dataclass
-class Fitted:
-    index: Index
-    batch: dict[str, Tensor]
-
-    def model(self, **overrides: Any) -> Any:
-        """The model that the index was learned for."""
-        return tiny_model(**overrides).base_model
-
-    def states(self, model: Any) -> Tensor:
-        """Last hidden states of the real tokens, ``(tokens, E)``."""
-        with torch.inference_mode():
-            out = model.base_model(**self.batch)[0]
-        return out[self.batch["attention_mask"].bool()]
 
 
 @pytest.fixture(scope="session")

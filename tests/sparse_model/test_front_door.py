@@ -11,7 +11,7 @@ import threading
 
 import pytest
 import torch
-from conftest import LENGTHS, Fitted, sentences
+from tiny_index import LENGTHS, Fitted, sentences
 from tiny_models import tiny_batch, tiny_model, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Fitted, sentences
+from tiny_index import Fitted, sentences
 from tiny_models import save_tiny, tiny_config, tiny_model, tiny_tokenizer
 from transformers import (
     AutoConfig,
