@@ -61,6 +61,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
             "predictors",
             "patterns",
             "attention",
+            "auto",
         ),
         *("executors", "metrics", "storage", "numerics", "graphs", "errors"),
     ),

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from sparsefinder.errors import UserError
 from sparsefinder.executors.choose import AUTO
-from sparsefinder.models import FAMILIES, attached, describe, get_normalizer
-from sparsefinder.models.plugging import check_model
+from sparsefinder.models import attached, describe, get_normalizer
+from sparsefinder.models.families import check_family
 from sparsefinder.sparse_model.curves import Target
 from sparsefinder.sparse_model.index import Attached, Index, hash_of_weights
 
@@ -112,13 +112,9 @@ def encoder_of(model: Any) -> PreTrainedModel:
             )
         encoder = inside[0]
     label = encoder.name_or_path or type(encoder).__name__
-    config = encoder.config
-    if getattr(config, "is_encoder_decoder", False) or (encoder.can_generate() and config.model_type not in FAMILIES):
-        raise UserError(
-            f"{label} is a {config.model_type}, which decodes, and only encoders are supported here: "
-            f"{', '.join(FAMILIES)}"
-        )
-    check_model(config, label)
+    check_family(encoder.config.model_type, label, ("encoder",))
+    if getattr(encoder.config, "is_decoder", False):
+        raise UserError(f"{label} is configured as a decoder; an index needs is_decoder=false")
     return encoder
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsefinder.attention import Bucketed, Masked
+from sparsefinder.auto import Auto
 from sparsefinder.errors import UserError
 from sparsefinder.executors.choose import AUTO
 from sparsefinder.experiment.configuration import Configuration, Dials, Learned
@@ -128,12 +129,17 @@ class Index:
         return Target("density", enough)
 
     def attention(self, setting: Attached) -> Attention:
-        """What is plugged into the model, without `auto`."""
+        """What is plugged into the model.
+
+        With `auto` only where the pattern has a bucketed form: compared with every key it never pays.
+        """
         configuration = self.configuration
         if setting.values is not None:
             configuration = replace(configuration, dials=Dials(setting.target or "given", setting.values))
         pattern = configuration.build(self.learned)
         if configuration.bucketed(self.learned, self.base.head_size):
+            if setting.auto:
+                return Auto(pattern, self.normalizer, executor=setting.executor)
             return Bucketed(pattern, self.normalizer, executor=setting.executor)
         return Masked(pattern, self.normalizer)
 

@@ -17,13 +17,14 @@ from sparsefinder.models.observed_attention import Recorder, Watched
 from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.predictors.centroids import Centroids, centroids_of
 from sparsefinder.predictors.closed_form import fit_lowrank
-from sparsefinder.predictors.kmeans import Clustering, fit_centroids
+from sparsefinder.predictors.kmeans import Clustering, KeyClusterSettings, fit_centroids, fit_tree
 from sparsefinder.predictors.projections import Projections, projections_of
 from sparsefinder.storage.samples import Samples
 from sparsefinder.storage.store import progress
 
 RANK = 32  # numbers that queries and keys are compared by
-CLUSTERS = 64
+CLUSTERS = 16  # of what is clustered once
+FINEST = 256  # clusters of keys on the finest level of their tree: 3 MB of a model with 72 heads
 _POINTS = 16_384  # tokens of a layer that are kept in memory and clustered
 _ITERATIONS = 25  # of Lloyd's algorithm; more moves nothing that a calibration could see
 _OF_TOKENS = ("lowrank", "key_centroids")  # learned from tokens apart: any share of a text will do
@@ -92,18 +93,21 @@ def learn(needs: tuple[str, ...], model: Any, texts: list[Tensor], normalizer: N
     clusters = min(CLUSTERS, tokens // 4)
     if clusters < 2:
         raise UserError(f"the texts have {tokens} tokens to learn from, which is too few: give longer ones or more")
-    clustering = Clustering(n_clusters=clusters, max_iterations=_ITERATIONS, max_points=_POINTS, seed=seed)
+    tree = KeyClusterSettings(n_clusters=FINEST, coarsest=min(16, clusters), max_iterations=_ITERATIONS, seed=seed)
     made: dict[str, Any] = {}
     if apart:
         made["lowrank"] = fit_lowrank(samples, RANK)
         if "key_centroids" in needs:
-            made["key_centroids"] = fit_centroids(samples, made["lowrank"], clustering, sides=("k",))
+            made["key_centroids"] = fit_tree(samples, made["lowrank"], tree)
     else:
-        made = _of_pairs(needs, samples, clustering, normalizer.alpha if normalizer.sparse else 1.5)
+        clustering = Clustering(n_clusters=clusters, max_iterations=_ITERATIONS, max_points=_POINTS, seed=seed)
+        made = _of_pairs(needs, samples, clustering, tree, normalizer.alpha if normalizer.sparse else 1.5)
     return Learned({name: rounded(made[name]) for name in needs})
 
 
-def _of_pairs(needs: tuple[str, ...], samples: Samples, clustering: Clustering, alpha: float) -> dict[str, Any]:
+def _of_pairs(
+    needs: tuple[str, ...], samples: Samples, clustering: Clustering, tree: KeyClusterSettings, alpha: float
+) -> dict[str, Any]:
     """What is learned from gold pairs, and what is learned in that space."""
     training, held_out = samples.split_last_tenth()
     made: dict[str, Any] = {}
@@ -127,7 +131,7 @@ def _of_pairs(needs: tuple[str, ...], samples: Samples, clustering: Clustering, 
         made["bilinear_projections"] = train_bilinear(
             training, held_out, BilinearSettings(alpha=alpha, seed=clustering.seed)
         ).projections
-        made["bilinear_centroids"] = fit_centroids(training, made["bilinear_projections"], clustering, sides=("k",))
+        made["bilinear_centroids"] = fit_tree(training, made["bilinear_projections"], tree)
     return made
 
 
