@@ -25,8 +25,7 @@ from torch import Tensor
 from sparsefinder import models
 from sparsefinder.analysis.bootstrap import ratio_difference
 from sparsefinder.attention import Dense
-from sparsefinder.corpora import Corpus, block_length, masked_batches, token_blocks
-from sparsefinder.corpora.blocks import draw
+from sparsefinder.corpora import Corpus, block_length
 from sparsefinder.errors import UserError, check_counts
 from sparsefinder.evaluation import tasks
 from sparsefinder.evaluation.adapt import AdaptSettings, adapt, attending
@@ -67,7 +66,8 @@ class EvaluateSettings:
     batch_size: int = 8
     mask_probability: float = 0.15
     measured: int = 8  # blocks on which graphs and output errors are measured
-    # or one with labels, docs/how-to/tasks.md: sequence_classification, token_classification, question_answering
+    # or embedding (states beside the dense model's; always so without a head), or one with labels, docs/how-to/tasks.md:
+    # sequence_classification, token_classification, question_answering
     task: str = tasks.MASKED_LM
     # of a task with labels; made from the corpus where no data set is given
     labels: tasks.LabelledData = field(default_factory=tasks.LabelledData)
@@ -130,7 +130,7 @@ class EvaluateSettings:
     @property
     def inputs(self) -> dict[str, str]:
         """What else the result depends on, by content."""
-        labels = self.labels.of(self.corpus).fingerprint() if self.task != tasks.MASKED_LM else ""
+        labels = self.labels.of(self.corpus).fingerprint() if self.task in tasks.LABELLED else ""
         return {"corpus": self.corpus.fingerprint()} | ({"labels": labels} if labels else {})
 
 
@@ -140,11 +140,16 @@ def _item(what: dict[str, Any], needs: tuple[str, ...]) -> Item:
 
 def run(settings: EvaluateSettings, store: Store) -> None:
     """Make ``evaluate``: ``results`` (one row per variant), ``layers`` (× layer × head) and ``blocks`` (× block of text)."""
-    model, tokenizer = models.load_masked_lm(store.path("model"))
+    model, tokenizer = models.load_encoder(store.path("model"))
     learned = Learned.load(store, needed(settings.configurations))
     shape = models.describe(model)
     learned.check(shape.layers, shape.heads, shape.head_size)
     table, typed = Table.of("evaluate", settings, store), settings.configurations
+    if settings.task == tasks.MASKED_LM and not models.has_head(model):
+        if settings.conversions:
+            raise UserError("conversion= needs a masked language model, and this model has no head")
+        log.info("this model has no head to guess words with: its states are compared with the dense model's")
+        settings = replace(settings, task=tasks.EMBEDDING)
     settings = replace(settings, configurations=fitted(typed, shape.layers, shape.heads))
     own = models.get_normalizer(model)
     length = block_length(settings.length, shape.max_length, "evaluate.length")
@@ -217,28 +222,16 @@ def _name_apart(outcomes: Sequence[Outcome], taken: Sequence[str]) -> None:
 
 
 def _asked(settings: EvaluateSettings, store: Store, model: Any, tokenizer: Any, length: int) -> tasks.Asked:
-    """What every variant is asked: words behind masks, or a task with labels that the model first learns."""
+    """What every variant is asked: words behind masks, states, or a task with labels that the model first learns."""
+    shared = ("corpus", "labels", "head", "split", "samples", "batch_size", "seed")
     adapting = settings.adapt.steps * settings.adapt.batch_size
-    if settings.task != tasks.MASKED_LM:
-        shared = ("corpus", "labels", "head", "split", "samples", "batch_size", "seed")
-        wanted = {name: getattr(settings, name) for name in shared}
-        request = tasks.Request(**wanted, adapt_examples=adapting, adapt_batch_size=settings.adapt.batch_size)
-        return tasks.ask(tasks.LABELLED[settings.task], request, store, model, tokenizer, length)
-
-    def batches(split: str, wanted: int, batch_size: int) -> list[Batch]:
-        cache = store.scratch("corpus")
-        blocks = distributed.first_then_all(
-            lambda: token_blocks(settings.corpus, tokenizer, split, length, cache=cache)
-        )
-        chosen = draw(len(blocks), min(wanted, len(blocks)), settings.seed, f"the {split} split of the corpus")
-        return masked_batches(
-            [blocks[index] for index in chosen], tokenizer, settings.mask_probability, settings.seed, batch_size
-        )
-
-    held_out = batches(settings.split, settings.samples, settings.batch_size)
-    training = batches("train", adapting, settings.adapt.batch_size) if adapting else []
-    masked = sum(int((batch["labels"] != -100).sum()) for batch in held_out)
-    return tasks.Asked(model, _MASKED_WORDS, held_out, training, {"masked_tokens": masked})
+    wanted = {name: getattr(settings, name) for name in shared}
+    request = tasks.Request(**wanted, adapt_examples=adapting, adapt_batch_size=settings.adapt.batch_size)
+    if settings.task == tasks.EMBEDDING:
+        return tasks.ask_states(request, store, model, tokenizer, length)
+    if settings.task == tasks.MASKED_LM:
+        return tasks.ask_masked_words(request, store, model, tokenizer, length, settings.mask_probability)
+    return tasks.ask(tasks.LABELLED[settings.task], request, store, model, tokenizer, length)
 
 
 def _at_target(settings: EvaluateSettings, store: Store, learned: Learned) -> tuple[Configuration, ...]:

@@ -77,7 +77,7 @@ class ExtractSettings:
 
 def run(settings: ExtractSettings, store: Store) -> None:
     """Make ``qk`` and ``qk_validation`` with ``model``."""
-    model, tokenizer = models.load_masked_lm(store.path("model"))
+    model, tokenizer = models.load_encoder(store.path("model"))
     length = block_length(settings.length, models.describe(model).max_length, "extract.length")
     for name, split, wanted in (("qk", "train", settings.nsamples), ("qk_validation", "validation", settings.held_out)):
         _extract(name, split, wanted, length, model, tokenizer, settings, store)

@@ -191,8 +191,10 @@ def summary(store: Store, settings: ReportSettings | None = None, asked: Mapping
             if len(advantage):
                 parts.append(_ADVANTAGE_BY_COST + "\n" + text_table(advantage))
     if results.variants is not None:
-        scores = ["accuracy", "macro-F1", "exact match", "F1 of answers"]
-        wanted = ["variant", "loss, nats", "Δ dense entmax", *scores, "sparsity", "recall", "latency, ms"]
+        scores = ["accuracy", "macro-F1", "exact match", "F1 of answers", "pooled cosine", "token cosine"]
+        scores += ["text found by its title"]
+        loss = [] if text_tables.of_states(results.variants) else ["loss, nats", "Δ dense entmax"]
+        wanted = ["variant", *loss, *scores, "sparsity", "recall", "latency, ms"]
         lines = text_tables.variant_lines(results.variants)
         lines = lines[[name for name in wanted if name in lines]]
         parts.append(f"In the model, on the same {text_tables.asked(results.variants)}\n" + text_table(lines))

@@ -59,7 +59,9 @@ class LossDifference:
     @classmethod
     def of(cls, store: Store, corpus: Corpus, text: MaskedText) -> LossDifference:
         """That of the model of a run, on text of a corpus."""
-        model, tokenizer = models.load_masked_lm(store.path("model"))
+        model, tokenizer = models.load_encoder(store.path("model"))
+        if not models.has_head(model):
+            raise UserError("a target of loss needs a masked language model, and this one has no head: give a density")
         length = block_length(text.length, models.describe(model).max_length, "calibrate.text.length")
         found = token_blocks(corpus, tokenizer, text.split, length, cache=store.scratch("corpus"))
         drawn = draw(len(found), min(text.blocks, len(found)), text.seed, f"the {text.split} split of the corpus")

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sparsefinder.models.entmax_configuration import REGISTERED
     from sparsefinder.models.families import DECODERS, ENCODER_DECODERS, FAMILIES, kind_of
-    from sparsefinder.models.loading import load_causal_lm, load_language_model, load_masked_lm, load_with_head
+    from sparsefinder.models.loading import (
+        has_head,
+        load_causal_lm,
+        load_encoder,
+        load_language_model,
+        load_masked_lm,
+        load_with_head,
+    )
     from sparsefinder.models.plugging import (
         SOFTMAX,
         ModelShape,
@@ -32,8 +39,10 @@ __all__ = [
     "ModelShape",
     "describe",
     "get_normalizer",
+    "has_head",
     "kind_of",
     "load_causal_lm",
+    "load_encoder",
     "load_language_model",
     "load_masked_lm",
     "load_with_head",
@@ -42,9 +51,10 @@ __all__ = [
     "softmax",
 ]
 
+_LOADING = ("load_causal_lm", "load_encoder", "load_language_model", "load_masked_lm", "load_with_head")
 _ELSEWHERE = {
     "REGISTERED": "entmax_configuration",
-    **dict.fromkeys(("load_causal_lm", "load_language_model", "load_masked_lm", "load_with_head"), "loading"),
+    **dict.fromkeys(("has_head", *_LOADING), "loading"),
     **dict.fromkeys(("DECODERS", "ENCODER_DECODERS", "FAMILIES", "kind_of"), "families"),
 }
 

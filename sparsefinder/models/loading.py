@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
@@ -58,10 +59,33 @@ def load_language_model(name_or_path: str | Path) -> tuple[PreTrainedModel, PreT
     traits = TRAITS.get(checkpoint.settings["model_type"])
     if traits is None or traits.kind == "encoder":
         check_family(checkpoint.settings["model_type"], checkpoint.label)
-        return load_masked_lm(name_or_path)
+        return load_encoder(name_or_path)
     if traits.kind == "decoder":
         return load_causal_lm(name_or_path)
     return load_with_head(name_or_path, AutoModelForSeq2SeqLM, ("encoder_decoder",))
+
+
+def load_encoder(name_or_path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A masked language model, or the encoder alone where the checkpoint has no head: nothing is drawn at random then.
+
+    Args:
+        name_or_path: as in `load_masked_lm`.
+
+    Returns:
+        The model, in evaluation mode and float32, and its tokenizer; `has_head` tells which.
+
+    Raises:
+        UserError: as `load_masked_lm`.
+    """
+    named = open_checkpoint(name_or_path, label=f"model={name_or_path}").settings.get("architectures") or ["For"]
+    if any("For" in name for name in named):  # BertForMaskedLM, and not BertModel
+        return load_masked_lm(name_or_path)
+    return load_with_head(name_or_path, AutoModel)
+
+
+def has_head(model: PreTrainedModel) -> bool:
+    """Whether a model is more than an encoder."""
+    return model.base_model is not model
 
 
 def load_with_head(

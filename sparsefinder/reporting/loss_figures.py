@@ -12,6 +12,7 @@ from matplotlib.lines import Line2D
 
 from sparsefinder.analysis.method_families import BOUNDS, OURS, PUBLISHED, family_of
 from sparsefinder.reporting.style import FEW, GREY, blank, colour_of, panel_title, panels_of, style
+from sparsefinder.reporting.text_tables import of_states
 
 _ATTENTIONS = {"masked": ("o", 62, False), "bucketed": ("s", 17, True)}  # marker, size, filled: both stay visible
 _OTHER_ATTENTIONS = (("^", 62, False), ("D", 42, False), ("v", 62, False), ("P", 30, True))
@@ -47,7 +48,7 @@ def loss_sparsity(results: pd.DataFrame) -> Figure:
         for axes in list(grid.flat)[len(panels) :]:
             axes.remove()
         for axes in grid[:, 0]:
-            axes.set_ylabel(f"{loss_name(results)}, nats  (better ↓)")
+            axes.set_ylabel(f"{loss_name(results)}{'' if of_states(results) else ', nats'}  (better ↓)")
         handles = [_dot(pattern, colour) for pattern, colour in colours.items()]
         if others := variants.loc[~variants["pattern"].isin(colours), "pattern"].nunique():
             handles.append(_dot(f"{others} other patterns", GREY))
@@ -61,6 +62,8 @@ def loss_sparsity(results: pd.DataFrame) -> Figure:
 
 def loss_name(results: pd.DataFrame) -> str:
     """What the column ``loss`` is the loss of."""
+    if of_states(results):
+        return "1 − cosine of token states"
     return "masked-LM loss" if "task" not in results else f"loss of {results['task'].iloc[0].replace('_', ' ')}"
 
 

@@ -181,7 +181,12 @@ def gold_density(table: pd.DataFrame) -> list[float]:
 def variant_lines(results: pd.DataFrame) -> pd.DataFrame:
     """``evaluate/results`` as text; what has no token graph says so."""
     columns: dict[str, tuple[str, Callable[[float], str], str]] = {
-        "loss": ("loss, nats", "{:.4f}".format, "–"),
+        "loss": (loss_title(results), "{:.4f}".format, "–"),
+        "pooled_cosine": ("pooled cosine", "{:.4f}".format, "–"),
+        "token_cosine": ("token cosine", "{:.4f}".format, "–"),
+        "similarity_spearman": ("rank correlation of similarities", "{:.4f}".format, "–"),
+        "retrieval_accuracy": ("text found by its title", "{:.3f}".format, "–"),
+        "retrieval_mrr": ("reciprocal rank", "{:.3f}".format, "–"),
         "loss_minus_entmax": ("Δ dense entmax", "{:+.4f}".format, "–"),
         "loss_minus_softmax": ("Δ dense softmax", "{:+.4f}".format, "–"),
         "perplexity": ("perplexity", "{:.2f}".format, "–"),
@@ -216,8 +221,20 @@ def variant_lines(results: pd.DataFrame) -> pd.DataFrame:
     return lines
 
 
+def loss_title(results: pd.DataFrame) -> str:
+    """What the column ``loss`` holds, with its unit."""
+    return "1 − token cosine" if of_states(results) else "loss, nats"
+
+
+def of_states(results: pd.DataFrame) -> bool:
+    """Whether variants were compared by what they turn texts into."""
+    return "task" in results and results["task"].iloc[0] == "embedding"
+
+
 def asked(results: pd.DataFrame) -> str:
     """What every variant was asked, in words."""
+    if of_states(results):
+        return "texts, whose states are compared with the dense model's"
     return "masked positions" if "task" not in results else f"examples of {results['task'].iloc[0].replace('_', ' ')}"
 
 
