@@ -32,6 +32,8 @@ _FACTS: dict[tuple[str, str], tuple[str, Callable[[Any], str]]] = {
     ("evaluate", "task"): ("task", lambda value: str(value).replace("_", " ")),
     ("evaluate", "classes"): ("classes to tell apart", str),
     ("evaluate", "learned_examples"): ("examples that its head has learned from", str),
+    ("evaluate", "texts"): ("texts that were embedded", str),
+    ("evaluate", "full_texts"): ("of these as long as the limit", "{:.0%}".format),
     ("evaluate", "masked_tokens"): ("masked positions, the same for every variant", str),
 }
 
