@@ -9,6 +9,9 @@ far below the threshold, where errors do no harm. Training starts from there and
   the positives ``p_ij > 0`` of a head and that over its zeros weigh the same, though zeros are many more.
 - ``pair``: the hinge ``relu(m − s_ij + s_il)``, ``j`` positive and ``l`` a zero drawn from the same row: what Sparsefinder
   asks of distances (`sparsefinder.quantization`). Only the order within a row is learned.
+- ``kl``: ``KL(p_i ‖ softmax(s_i))``, the distance of the estimates from the dense attention itself, as the indexers of language
+  models are trained (DeepSeek-AI 2025, DeepSeek-V3.2): a key that is worth more counts more, and zeros only by what they are
+  given.
 
 Every step draws some queries of some samples and takes whole rows of them, in all layers and heads at once. In the end the
 projections are brought into the normal form of the closed form (white queries; the inner products stay), where keys are
@@ -52,7 +55,7 @@ from sparsefinder.storage.store import Store, progress
 
 log = logging.getLogger(__name__)
 
-LOSSES = ("bce", "pair")
+LOSSES = ("bce", "pair", "kl")
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,8 @@ class BilinearSettings(KeyClusterSettings):
     """Settings of the stage ``bilinear``."""
 
     rounds: int = 4  # R, numbers that queries and keys are compared by; at most the head size
-    loss: str = "bce"  # bce: cross-entropy around each row's own threshold; pair: a hinge for each positive
+    # bce: cross-entropy around each row's own threshold; pair: a hinge for each positive; kl: divergence from the attention
+    loss: str = "bce"
     sharpness: float = 4.0  # β of bce
     margin: float = 1.0  # m of pair
     steps: int = 200  # 0: the closed form
@@ -137,7 +141,7 @@ def train_bilinear(training: Samples, held_out: Samples, settings: BilinearSetti
         for index in batch:
             whole = stacked_sample(training, index, settings.causal)
             drawn = torch.randperm(whole.q.shape[2], generator=generator)[: settings.queries]
-            gold = Normalizer(settings.alpha)(_rows(whole, drawn)) > 0
+            gold = Normalizer(settings.alpha)(_rows(whole, drawn))
             allowed = whole.allowed[0, 0, drawn]
             sample_loss = row_loss(_rows(stack(whole), drawn), gold, allowed, settings, generator) / len(batch)
             # a sum over layers: each is trained as if alone
@@ -165,7 +169,7 @@ def row_loss(
 
     Args:
         scores: ``(H, n, N)`` estimates, ``-inf`` on keys that are not allowed.
-        gold: bool of that shape, True where entmax gives a probability above zero.
+        gold: of that shape, the probabilities of the dense entmax attention.
         allowed: ``(n, N)`` bool.
         settings: which loss, and its constants.
         generator: draws the zeros of ``pair``.
@@ -173,6 +177,10 @@ def row_loss(
     Returns:
         A number that can be differentiated in ``scores``.
     """
+    if settings.loss == "kl":
+        estimates = scores.log_softmax(-1).masked_fill(~allowed, 0.0)
+        return (torch.xlogy(gold, gold) - gold * estimates).sum(-1).mean()
+    gold = gold > 0
     if settings.loss == "bce":
         height = (settings.alpha - 1) * scores - row_thresholds(scores, settings.alpha)
         logits = (settings.sharpness * height).masked_fill(~allowed, 0.0)

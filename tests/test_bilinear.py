@@ -40,11 +40,11 @@ def halves() -> tuple[Samples, Samples]:
 
 
 def rows(causal: bool, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Estimates of ``(H, n, N)`` scores, the true support, and the allowed keys of each row."""
+    """Estimates of ``(H, n, N)`` scores, the true probabilities, and the allowed keys of each row."""
     generator = torch.Generator().manual_seed(seed)
     allowed = torch.ones(5, 7, dtype=torch.bool).tril(2) if causal else torch.ones(5, 7, dtype=torch.bool)
     estimates, true = (2 * torch.randn(2, 5, 7, generator=generator, dtype=torch.float64) for _ in range(2))
-    gold = Normalizer(1.5)(true.masked_fill(~allowed, -math.inf)) > 0
+    gold = Normalizer(1.5)(true.masked_fill(~allowed, -math.inf))
     return estimates.masked_fill(~allowed, -math.inf), gold, allowed
 
 
@@ -55,6 +55,23 @@ def test_row_thresholds_and_their_gradient(alpha: float) -> None:
     torch.testing.assert_close(row_thresholds(scores, alpha), expected, atol=1e-5, rtol=0)
     free = rows(causal=False)[0].requires_grad_()
     assert torch.autograd.gradcheck(lambda s: row_thresholds(s, alpha), (free,), atol=1e-4)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_divergence_by_hand(causal: bool) -> None:
+    scores, gold, allowed = rows(causal)
+    divergences = []
+    for h in range(2):
+        for i in range(5):
+            weights = [math.exp(float(s)) for s, may in zip(scores[h, i], allowed[i], strict=True) if may]
+            truth = [float(p) for p, may in zip(gold[h, i], allowed[i], strict=True) if may]
+            pairs = zip(truth, weights, strict=True)
+            divergences.append(sum(p * math.log(p / (w / sum(weights))) for p, w in pairs if p > 0))
+    found = row_loss(scores, gold, allowed, BilinearSettings(loss="kl"), NEVER)
+    assert found.item() == pytest.approx(sum(divergences) / 10)
+    # the probabilities of softmax have no divergence from their own scores
+    own = scores.softmax(-1).masked_fill(~allowed, 0.0)
+    assert row_loss(scores, own, allowed, BilinearSettings(loss="kl"), NEVER).item() == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -69,7 +86,7 @@ def test_cross_entropy_by_hand(causal: bool) -> None:
             for j in range(7):
                 if allowed[i, j]:
                     chance = 1 / (1 + math.exp(-3.0 * (0.5 * float(scores[h, i, j]) - float(tau[h, i]))))
-                    positive = bool(gold[h, i, j])
+                    positive = bool(gold[h, i, j] > 0)
                     losses[positive].append(-math.log(chance if positive else 1 - chance))
         heads.append(sum(sum(each) / len(each) for each in losses.values()))
     assert row_loss(scores, gold, allowed, settings, NEVER).item() == pytest.approx(sum(heads) / 2)
@@ -80,13 +97,13 @@ def test_hinges_by_hand(causal: bool) -> None:
     scores, gold, allowed = rows(causal)
     settings = BilinearSettings(loss="pair", margin=0.7)
     found = row_loss(scores, gold, allowed, settings, torch.Generator().manual_seed(1))
-    pairs = GoldPairs.of(gold, allowed)
+    pairs = GoldPairs.of(gold > 0, allowed)
     kept, negatives = pairs.draw_negatives(torch.Generator().manual_seed(1))
     hinges: dict[int, list[float]] = {0: [], 1: []}
     for row, positive, negative in zip(pairs.rows[kept], pairs.columns[kept], negatives, strict=True):
         head, i = divmod(int(row), 5)
         assert allowed[i, negative]
-        assert not gold[head, i, negative]
+        assert gold[head, i, negative] == 0
         hinges[head].append(max(0.0, 0.7 - float(scores[head, i, positive]) + float(scores[head, i, negative])))
     assert found.item() == pytest.approx(sum(sum(each) / len(each) for each in hinges.values()) / 2)
 
@@ -103,7 +120,7 @@ def test_gradients_of_the_losses(loss: str) -> None:
     assert torch.autograd.gradcheck(value, (free,), atol=1e-4)
     gradient = torch.autograd.grad(value(free), free)[0]
     torch.testing.assert_close(gradient.sum(-1), torch.zeros(2, 5).double(), atol=1e-6, rtol=0)  # shifts are invisible
-    assert (gradient[gold] <= 1e-6).sum() > (gradient[gold] > 1e-6).sum(), "positives are pulled up"
+    assert (gradient[gold > 0] <= 1e-6).sum() > (gradient[gold > 0] > 1e-6).sum(), "positives are pulled up"
 
 
 @pytest.mark.parametrize("loss", bilinear.LOSSES)
@@ -235,7 +252,7 @@ def test_samples_of_two_models_are_refused(halves: tuple[Samples, Samples]) -> N
     ("changes", "message"),
     [
         ({"rounds": 0}, "rounds must be 1 or more"),
-        ({"loss": "row"}, "choose one of bce, pair"),
+        ({"loss": "row"}, "choose one of bce, pair, kl"),
         ({"steps": -1}, "must be 0 or more"),
         ({"alpha": 1.0}, "softmax has no zeros"),
         ({"eval_density": 1.5}, "between 0 and 1"),
