@@ -1,0 +1,189 @@
+"""Recall at equal total cost, every method at its best budget: projections of 4 to 32 numbers, 16 to 128 clusters.
+
+    python benchmarks/budgets.py --run runs/tiny                    # queries and keys that a run has recorded; some minutes
+    python benchmarks/budgets.py --run runs/tiny --samples 20       # fewer held-out samples
+
+A table at equal density forgets what the prediction multiplies, and one at the published budget (4 numbers, 16 clusters)
+makes any method look good that was given more. Here each learned method is trained at every budget, scored over its sparsity
+parameter, and stands in the table with the best of them all; the others are scored as they are. Costs: `cost` of each pattern.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from measuring import machine
+from omegaconf import OmegaConf
+
+from sparsefinder import kmeans_centroids, lowrank, quantization, score
+from sparsefinder.analysis import frontiers
+from sparsefinder.analysis.bootstrap import Replicas
+from sparsefinder.analysis.method_families import ALL_OTHERS
+from sparsefinder.experiment.configuration import Configuration
+from sparsefinder.experiment.instantiate import construct
+from sparsefinder.patterns.distance import Distance
+from sparsefinder.patterns.hashattention import HashAttention
+from sparsefinder.patterns.kmeans import KMeans
+from sparsefinder.patterns.lowrank import LowRank
+from sparsefinder.patterns.quantize import Quantize
+from sparsefinder.patterns.routed import Routed
+from sparsefinder.report import text_table
+from sparsefinder.reporting import text_tables
+from sparsefinder.storage.manifests import plain
+from sparsefinder.storage.store import Store
+
+PATTERNS = Path(__file__).resolve().parent.parent / "conf" / "pattern"
+LEVELS = (0.02, 0.05, 0.1, 0.2, 0.3)
+COSTS = (0.05, 0.1, 0.2, 0.3, 0.5)
+UNLEARNED = (
+    "oracle_topk",
+    "window",
+    "pages",
+    "quest",
+    "block_pool",
+    "xattention",
+    "twilight",
+    "multipole",
+    "clustered",
+)
+UNLEARNED += ("routing", "reformer", "magicpig")
+
+
+def of_projections(rounds: int) -> Iterator[Configuration]:
+    """What is swept in a learned space; distances grow with the number of coordinates, and so do their thresholds."""
+    for threshold in (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.5, 4.0, 8.0):
+        yield Configuration("distance", Distance("l2", threshold * rounds / 4))
+    for size in (1, 2, 4, 8, 16) if rounds <= 8 else ():
+        yield Configuration("quantize", Quantize(size))
+    for share in (0.01, 0.02, 0.05, 0.1, 0.2, 0.3):
+        yield Configuration("hashattention", HashAttention(share))
+
+
+def of_centroids(clusters: int) -> Iterator[Configuration]:
+    """K-means with more clusters takes more of them."""
+    for top in (1, 2, 3, 4, 6, 9, 14, 20):
+        if top <= clusters // 2:
+            yield Configuration("kmeans", KMeans(top))
+
+
+def of_key_centroids() -> Iterator[Configuration]:
+    """Ours, and the same without clusters."""
+    for level in (-0.5, -0.25, 0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5):
+        yield Configuration("routed", Routed(level=level))
+
+
+def of_file(name: str) -> Iterator[Configuration]:
+    """A pattern of conf/pattern at each value of its sweep."""
+    node: Any = OmegaConf.create(
+        {"alpha": 1.5, "seed": 0, "pattern": OmegaConf.load(PATTERNS / f"{name}.yaml")}
+    ).pattern
+    given = {key: value for key, value in node.items() if key not in ("_target_", "sweep")}
+    module, _, kind = node["_target_"].rpartition(".")
+    found = getattr(__import__(module, fromlist=[kind]), kind)
+    for value in node.sweep:
+        yield Configuration(name, construct(found, given | {found.sparsity_parameter: value}, "pattern"))
+
+
+class Budgets:
+    """Runs below one folder: a budget is trained, scored and put beside the others."""
+
+    def __init__(self, folder: Path, recorded: Store, samples: int | None):
+        self.folder = folder
+        self.qk = {name: recorded.path(name) for name in ("qk", "qk_validation")}
+        self.samples = samples
+        self.tables: list[tuple[pd.DataFrame, pd.DataFrame]] = []
+
+    def store(self, name: str, **given: Path) -> Store:
+        """A run of its own with the recorded queries and keys, and what other runs have learned."""
+        (self.folder / name).mkdir(parents=True)
+        return Store(self.folder / name, given={**self.qk, **given})
+
+    def score(self, store: Store, configurations: list[Configuration]) -> None:
+        """Score and keep the tables, configurations numbered on."""
+        settings = score.ScoreSettings(tuple(configurations), samples=self.samples)
+        score.run(settings, store)
+        store.finish("score", "score", plain(settings), {}, 0)
+        metrics, counts = (pd.read_parquet(store.path("score") / f"{name}.parquet") for name in ("metrics", "counts"))
+        first = sum(table["configuration"].nunique() for table, _ in self.tables)
+        self.tables.append(
+            tuple(table.assign(configuration=table["configuration"] + first) for table in (metrics, counts))
+        )
+
+    @property
+    def points(self) -> tuple[pd.DataFrame, Replicas | None]:
+        """All configurations of all budgets, and their replicas."""
+        metrics, counts = (pd.concat(tables, ignore_index=True) for tables in zip(*self.tables, strict=True))
+        points = frontiers.points(metrics)
+        return points, Replicas.of(points, counts, replicas=300)
+
+
+def train(stage: Any, settings: Any, store: Store, *made: str) -> dict[str, Path]:
+    """Run a stage; where its artefacts lie."""
+    stage.run(settings, store)
+    for name in made:
+        store.finish(name, made[0], plain(settings), {}, 0)
+    return {name: store.path(name) for name in made}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, default=Path("runs/tiny"))
+    parser.add_argument("--samples", type=int, default=None)
+    parser.add_argument("--rounds", type=int, nargs="+", default=[4, 8, 16, 32])
+    parser.add_argument("--clusters", type=int, nargs="+", default=[16, 64, 128])
+    parser.add_argument("--epochs", type=int, default=None, help="of the projections; by default those of the stage")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        budgets = Budgets(Path(folder), Store(given.run), given.samples)
+        budgets.score(budgets.store("unlearned"), [c for name in UNLEARNED for c in of_file(name)])
+        project = quantization.ProjectSettings()
+        if given.epochs is not None:
+            project = replace(project, epochs=given.epochs)
+        for rounds in given.rounds:
+            store = budgets.store(f"space-{rounds}")
+            space = train(quantization, replace(project, rounds=rounds), store, "projections")
+            budgets.score(store, list(of_projections(rounds)))
+            for clusters in given.clusters:
+                store = budgets.store(f"kmeans-{rounds}-{clusters}", **space)
+                train(kmeans_centroids, kmeans_centroids.ClusterSettings(n_clusters=clusters), store, "centroids")
+                budgets.score(store, list(of_centroids(clusters)))
+                store = budgets.store(f"routed-{rounds}-{clusters}")
+                settings = lowrank.RouteSettings(rank=rounds, n_clusters=clusters)
+                train(lowrank, settings, store, "lowrank", "key_centroids")
+                budgets.score(store, list(of_key_centroids()))
+            low = {"lowrank": store.path("lowrank")}
+            levels = (-0.25, 0.0, 0.2, 0.5, 1.0)
+            budgets.score(
+                budgets.store(f"lowrank-{rounds}", **low), [Configuration("lowrank", LowRank(level=v)) for v in levels]
+            )
+        print(report(budgets, given))
+
+
+def report(budgets: Budgets, given: argparse.Namespace) -> str:
+    """Two tables, and what the best of ours has more than the best of all others."""
+    points, replicas = budgets.points
+    by_cost = frontiers.by_cost(points)
+    at_cost = None if replicas is None else replicas.by_cost(points["prediction_share"].to_numpy(float))
+    samples = points["samples"].iloc[0]
+    parts = [
+        f"{machine()}. {given.run}: {samples} held-out samples, R in {given.rounds}, C in {given.clusters}.",
+        "Recall at equal density, each method at its best budget",
+        text_table(text_tables.recall_lines(points, LEVELS, replicas, far=False)),
+        "Recall at equal total cost (prediction and attention, as a share of dense attention's multiplications)",
+        text_table(text_tables.recall_lines(by_cost, COSTS, at_cost, far=False)),
+        "The best of ours minus the best of all others at equal density",
+        text_table(text_tables.advantage_lines(points, replicas, LEVELS, ALL_OTHERS)),
+        "The best of ours minus the best of all others at equal total cost",
+        text_table(text_tables.advantage_lines(by_cost, at_cost, COSTS, ALL_OTHERS, "cost")),
+    ]
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    main()
