@@ -248,9 +248,10 @@ class Layout:
     """A graph in the compressed form that bucketed attention executes: buckets ∪ a local window ∪ global tokens.
 
     With a *tail*, the keys of a bucket that a query does not see one by one are one entry among its scores instead of absent:
-    ``n_ic`` keys with the score ``N(q_i·μ_c / √D, Σ_r q_ir² σ²_cr / D)``, and the mean of the bucket's values. ``μ_c`` and
-    ``σ²_c`` (and that mean) are over all keys of the bucket that are allowed, ``n_ic`` are those of them that are not in the
-    graph. Keys in no bucket have no tail. How the executors hand such entries to a normalizer: `sparsefinder.numerics.clusters`.
+    ``n_ic`` keys whose scores have the mean ``q_i·μ_c / √D`` and the variance ``Σ_r q_ir² σ²_cr / D``, and the mean of the
+    bucket's values. ``μ_c``, ``σ²_c`` and that mean are over all keys of the bucket that are allowed, ``n_ic`` are those of them
+    that are not in the graph. Keys in no bucket have no tail. What a normalizer makes of such an entry:
+    `sparsefinder.numerics.clusters`.
 
     Args:
         buckets: Memberships of queries and keys; None for none.

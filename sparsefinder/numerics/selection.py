@@ -79,7 +79,7 @@ def _most_columns(numbers: Tensor, level: float | Tensor) -> int:
     return max(1, int(fitting.sum(-1).max()))
 
 
-def thresholds(scaled: Tensor, numbers: Tensor, alpha: float) -> Tensor:
+def thresholds(scaled: Tensor, numbers: Tensor, alpha: float, least: float = 1.0) -> Tensor:
     """Thresholds of entmax where each column stands for several equal scores.
 
     Newton's method on ``‖[x − τ]₊‖_p − 1`` with ``p = 1/(α − 1)``, from the left: see `sparsefinder.numerics.entmax_newton`,
@@ -89,6 +89,7 @@ def thresholds(scaled: Tensor, numbers: Tensor, alpha: float) -> Tensor:
         scaled: ``(α − 1) s``, ``(..., rows, M)``, ``-inf`` where a column is absent.
         numbers: Equal copies of each column, broadcastable to it.
         alpha: 1 < α ≤ 2.
+        least: No column that is there stands for fewer; ``τ ≥ max x − least^{1−α}`` is where the steps start.
 
     Returns:
         ``τ (..., rows, 1)``; ``-inf`` in a row without any key.
@@ -96,7 +97,7 @@ def thresholds(scaled: Tensor, numbers: Tensor, alpha: float) -> Tensor:
     peak = scaled.amax(-1, keepdim=True)
     if scaled.numel() == 0:
         return peak
-    height = torch.ones_like(peak)  # max x − τ
+    height = torch.full_like(peak, least ** (1 - alpha))  # max x − τ
     for _ in range(_LOOKS):
         before, height = height, compiled(_newton, alpha)(scaled, numbers, height)
         if not bool((before - height > _STILL).any()):

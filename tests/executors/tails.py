@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,41 +63,26 @@ def plain(layout: Layout, qk: QK, v: Tensor, alpha: float) -> Tensor:
 
 
 def probabilities(keys: list[Tensor], clusters: list[tuple[Tensor, Tensor, int]], alpha: float) -> list[Tensor]:
-    """Those of keys by their scores, and of clusters by mean, variance and number of theirs."""
+    """Those of keys by their scores, and of clusters by mean, variance and number of theirs: two halves, ``m ± s``."""
+    halves = [(m + sign * s.clamp_min(1e-12).sqrt(), n / 2) for m, s, n in clusters for sign in (1, -1)]
+    scores = torch.stack([*keys, *(z for z, _ in halves)])
+    copies = torch.tensor([1.0] * len(keys) + [n for _, n in halves], dtype=torch.float64)
     if alpha == 1.0:
-        weights = [z.exp() for z in keys] + [n * (m + s / 2).exp() for m, s, n in clusters]
-        total = torch.stack(weights).sum()
-        return [w / total for w in weights]
-    x = (alpha - 1) * torch.stack(keys) if keys else torch.zeros(0, dtype=torch.float64)
-    some = clusters or [(x.max(), x.sum() * 0, 0)]  # one of no key where there is none
-    a, b, n = (torch.stack([torch.as_tensor(each[field]).double() for each in some]) for field in range(3))
-    a, b = (alpha - 1) * a if clusters else a, (alpha - 1) * b.clamp_min(1e-12).sqrt()
+        p = copies * scores.exp() / (copies * scores.exp()).sum()
+    else:
+        x, power = (alpha - 1) * scores, 1 / (alpha - 1)
+        p = copies * (x - root(x, copies, power)).clamp_min(0) ** power
+    return [*p[: len(keys)], *p[len(keys) :].view(-1, 2).sum(-1)]
 
-    def at(threshold: Tensor) -> Tensor:
-        above = (x - threshold).clamp_min(0) ** (1 / (alpha - 1))
-        return torch.cat([above, n * mass(a - threshold, b, 1 / (alpha - 1))])
 
+def root(x: Tensor, copies: Tensor, power: float) -> Tensor:
+    """The threshold by bisection, with the derivative of a root: -(that of the sum in all else) / (that in the root)."""
     with torch.no_grad():
-        centre = torch.cat([x, a]).max()
-        low, high = centre - 1 - 9 * b.max(), centre + 9 * b.max()
+        low, high = x.max() - 2, x.max()
         for _ in range(50):
             middle = (low + high) / 2
-            low, high = (middle, high) if at(middle).sum() >= 1 else (low, middle)
-    # the derivative of the root of a sum: -(its derivative in all else) / (its derivative in the root)
-    root = low.detach().requires_grad_()
-    with torch.enable_grad():
-        (slope,) = torch.autograd.grad(at(root).sum(), root)
-    return list(at(low - (at(low).sum() - 1) / slope)[: len(keys) + len(clusters)])
-
-
-NODES, WEIGHTS = (torch.from_numpy(each) for each in np.polynomial.legendre.leggauss(100))
-
-
-def mass(a: Tensor, b: Tensor, power: float) -> Tensor:
-    """``E[(a + b ε)₊^power]`` by quadrature where ``a + b ε`` is positive."""
-    a, b = a[:, None], b[:, None]
-    low = (-a / b).clamp(-9, 9)
-    width = (9 - low) / 2
-    at = low + width * (NODES + 1)
-    values = (a + b * at).clamp_min(0) ** power * (-at.square() / 2).exp()
-    return (WEIGHTS * width * values).sum(-1) / math.sqrt(2 * math.pi)
+            enough = (copies * (x - middle).clamp_min(0) ** power).sum() >= 1
+            low, high = (middle, high) if enough else (low, middle)
+    above = (x - low).clamp_min(0)
+    slope = (copies * power * above ** (power - 1) * (above > 0)).sum().detach()
+    return low + ((copies * above**power).sum() - 1) / slope
