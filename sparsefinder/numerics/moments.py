@@ -6,6 +6,25 @@ import torch
 from torch import Tensor
 
 
+def merged(numbers: Tensor, mean: Tensor, variance: Tensor, branching: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The moments of larger clusters, each made of so many that stand side by side.
+
+    Args:
+        numbers: ``(B, H, C)``.
+        mean: ``(B, H, C, R)``.
+        variance: ``(B, H, C, R)``.
+        branching: ``b``, a divisor of ``C``.
+
+    Returns:
+        ``(B, H, C / b)`` and twice ``(B, H, C / b, R)``, zeros for an empty cluster.
+    """
+    numbers, mean, variance = (x.unflatten(2, (-1, branching)) for x in (numbers, mean, variance))
+    total = numbers.sum(-1)
+    share = (numbers / total.clamp_min(1)[..., None])[..., None]
+    centre = (share * mean).sum(3)
+    return total, centre, (share * (variance + (mean - centre[:, :, :, None]).square())).sum(3)
+
+
 def moments(x: Tensor, ids: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """`sparsefinder.executors.native.predictors.moments` by torch's operations, on any device.
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from sparsefinder.errors import UserError
 from sparsefinder.executors.native import predictors as native
 from sparsefinder.graphs import QK, Buckets, Layout, joined
-from sparsefinder.numerics.moments import moments
+from sparsefinder.numerics.moments import merged, moments
 from sparsefinder.numerics.padding import without_padding
-from sparsefinder.numerics.selection import check_rule, select
+from sparsefinder.numerics.selection import check_rule, select, thresholds
 from sparsefinder.patterns.support.ranking import as_ids
 from sparsefinder.predictors.centroids import Centroids, clusters_of_keys
 from sparsefinder.storage.store import missing
@@ -24,6 +24,7 @@ from sparsefinder.storage.store import missing
 # vectors, the cluster of each, and how many clusters there are → their numbers, means and variances
 Moments = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
 
+REACH, DOORS = 3.0, 4.0  # as in executors/native/routing.hpp, see `ToClusters`
 _AT_ONCE = 1 << 20  # scores of queries and clusters in memory at one time: what fits the cache is faster
 
 
@@ -38,7 +39,9 @@ class ToClusters:
 
     the mean and spread of the scores of that sentence's keys in it (``μ_c``, ``σ_c²``: their mean and variance), and takes
     clusters by ``rule`` and ``level`` (see `sparsefinder.numerics.selection`; a cluster counts as many keys as it holds). The
-    cost is ``N·C·R`` instead of ``N²·D``. In causal attention the mean of a sentence would show the future: there the
+    cost is ``N·C·R`` instead of ``N²·D``. Where a tree has a level with at most a 32nd of the clusters, a query looks into those
+    of that level alone whose mean and three spreads reach what is kept there (budget: those of largest reach that hold four
+    times the budget), about a third of them. In causal attention the mean of a sentence would show the future: there the
     centroids stand for their keys, without spread, and a query counts the keys up to itself.
 
     Source:
@@ -108,35 +111,62 @@ class ToClusters:
         count = centres.shape[1]
         cluster = clusters_of_keys(qk, centroids, layer).masked_fill(~qk.valid[:, None], count)  # (B, H, N)
         route = self._route if qk.causal or not native.works_on(qk.q) else self._route_natively
-        q_ids = route(qk, cluster, centres, level)
+        q_ids = route(qk, cluster, centres, level, centroids.families)
         return Buckets(q_ids, cluster.masked_fill(cluster == count, -1)[..., None], count)
 
-    def _route_natively(self, qk: QK, cluster: Tensor, centres: Tensor, level: float | Tensor) -> Tensor:
+    def _route_natively(
+        self, qk: QK, cluster: Tensor, centres: Tensor, level: float | Tensor, families: int | None
+    ) -> Tensor:
         """The clusters of each query ``(B, H, N, P)`` int64, -1 in slots that it does not need."""
         of_clusters = _estimates(native.moments, qk, cluster, centres.shape[1])
-        return native.routed(qk.q, *of_clusters, self.rule, level, self.alpha)
+        entrance = None if families is None else merged(*of_clusters, centres.shape[1] // families)
+        return native.routed(qk.q, *of_clusters, self.rule, level, self.alpha, entrance)
 
-    def _route(self, qk: QK, cluster: Tensor, centres: Tensor, level: float | Tensor) -> Tensor:
+    def _route(self, qk: QK, cluster: Tensor, centres: Tensor, level: float | Tensor, families: int | None) -> Tensor:
         """The same with torch's operations, some heads at a time."""
         some = max(_AT_ONCE // max(cluster.shape[0] * cluster.shape[2] * centres.shape[1], 1), 1)
         of_heads = torch.as_tensor(level, dtype=torch.float64).to(qk.q).expand(len(centres))[:, None, None]
         split = (*(x.split(some, dim=1) for x in (qk.q, qk.k, cluster)), centres.split(some), of_heads.split(some))
         slots = []
         for q, k, ids, own, levels in zip(*split, strict=True):
-            scores, numbers = (_causal if qk.causal else _whole)(qk.with_vectors(q, k), ids, own)
+            if qk.causal:
+                scores, numbers = _causal(qk.with_vectors(q, k), ids, own)
+            else:
+                of_clusters = _estimates(moments, qk.with_vectors(q, k), ids, own.shape[1])
+                mean, spread = _scores(q, *of_clusters)
+                scores, numbers = mean.add_(spread), of_clusters[0][:, :, None]
+                if families is not None:
+                    branching = own.shape[1] // families
+                    opened = self._opened(q, merged(*of_clusters, branching), levels)
+                    inside = numbers * opened.repeat_interleave(branching, -1)
+                    if self.rule == "budget":  # a share of all keys, whatever is opened
+                        levels = levels * numbers.sum(-1, keepdim=True) / inside.sum(-1, keepdim=True).clamp_min(1)
+                    numbers = inside
             slots.append(as_ids(select(scores, numbers, self.rule, levels, self.alpha)))
         most = max(part.shape[-1] for part in slots)
         return torch.cat([F.pad(part, (0, most - part.shape[-1]), value=-1) for part in slots], dim=1)
 
+    def _opened(self, q: Tensor, entrance: tuple[Tensor, Tensor, Tensor], levels: Tensor) -> Tensor:
+        """Clusters of the entrance that each query looks into, ``(B, H, N, C')`` bool."""
+        mean, spread = _scores(q, *entrance)
+        numbers, reach = entrance[0][:, :, None], mean + REACH * spread
+        if self.rule == "budget":
+            return select(reach, numbers, self.rule, (DOORS * levels).clamp_max(1.0), self.alpha)
+        scaled = ((self.alpha - 1) * (mean + spread)).masked_fill(numbers == 0, -torch.inf)
+        bound = thresholds(scaled, numbers, self.alpha) - levels
+        return ((self.alpha - 1) * reach >= bound) & (numbers > 0)
+
     def cost(self, tokens: int, size: int) -> float:
         """``3 · C · R``: each key with each centroid, each query with the mean and the spread of each cluster.
 
-        In a tree a key is compared with the ``C'`` clusters of the entrance and the children of one, ``C / C'``.
+        In a tree a key is compared with the ``C'`` clusters of the entrance and the children of one, ``C / C'``, and a query that
+        descends with those of the entrance and the children of four in ten, as many as it opened on recorded vectors.
         """
         level = self._level(tokens)
         entrance = level.entrance
         of_a_key = level.count if entrance is None else entrance.clusters + level.clusters / entrance.clusters
-        return (of_a_key + 2.0 * level.count) * size
+        of_a_query = level.count if level.families is None else level.families + 0.4 * level.clusters
+        return (of_a_key + 2.0 * of_a_query) * size
 
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool from vectors ``(B, H, N, R)``."""
@@ -152,11 +182,9 @@ class Routed(ToClusters):
     needs: ClassVar[tuple[str, ...]] = ("lowrank", "key_centroids")
 
 
-def _whole(qk: QK, cluster: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores of the clusters ``(B, H, N, C)`` and their keys ``(B, H, 1, C)``; ``cluster`` is C on padding."""
-    numbers, mean, variance = _estimates(moments, qk, cluster, centres.shape[1])
-    scores = (qk.q.square() @ variance.mT).sqrt_()  # the spread; N × C numbers, so nothing is copied
-    return scores.add_(qk.q @ mean.mT), numbers[:, :, None]
+def _scores(q: Tensor, _numbers: Tensor, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and spread of the scores of the keys in each cluster, ``(B, H, N, C)`` each."""
+    return q @ mean.mT, (q.square() @ variance.mT).sqrt_()
 
 
 def _estimates(moments: Moments, qk: QK, cluster: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:

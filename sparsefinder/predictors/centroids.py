@@ -88,6 +88,12 @@ class Centroids:
         able = [level for level in self.coarser if level.clusters * 8 <= self.clusters]
         return min(able, key=lambda level: abs(math.log(self.clusters / level.clusters / _CHILDREN)), default=None)
 
+    @property
+    def families(self) -> int | None:
+        """Clusters of the entrance for queries, where looking into some of them saves work: whole panels of children."""
+        entrance = self.entrance
+        return entrance.clusters if entrance and self.clusters >= _CHILDREN * entrance.clusters else None
+
     def content(self) -> Any:
         """The published form, the centroids of each layer; of a tree ``{"levels": [that form, …]}``, the coarsest first."""
         levels = [[centres.cpu().contiguous() for centres in level.layers] for level in (*self.coarser, self)]

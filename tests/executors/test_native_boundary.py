@@ -93,10 +93,10 @@ CALLS = {
     }()""",
     "predictors": """[] {
         const double levels[2]{0.5, 0.1};
-        Choice rule{2, 2, N, 4, 1, THREADS, levels, 1.5}, other{2, 2, N, 4, 0, THREADS, levels, 1.5};
+        Choice rule{2, 2, N, 4, 2, 1, THREADS, levels, 1.5}, other{2, 2, N, 4, 0, 0, THREADS, levels, 1.5};
         const auto routed = [](const Choice &by) {
             Kept *kept = nullptr;
-            const int status = route_float32(&by, D, x, z, y, y, few, &kept);
+            const int status = route_float32(&by, D, x, z, y, y, z, y, y, few, &kept);
             release(kept);
             return status;
         };

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from sparsefinder.errors import UserError
 from sparsefinder.executors.native import predictors as native
 from sparsefinder.graphs import QK
+from sparsefinder.numerics.selection import select, thresholds
 from sparsefinder.patterns.routed import Routed
 from sparsefinder.predictors.centroids import (
     Centroids,
@@ -163,9 +165,72 @@ def routed(rule: str = "margin", level: float = 0.2) -> Routed:
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=str)
-@pytest.mark.parametrize(("rule", "sweep"), [("margin", [0.0, 0.5, 2.0]), ("budget", [0.1, 0.3, 0.6])])
-def test_it_keeps_every_promise_of_a_pattern(rule: str, sweep: list[float], check: Check) -> None:
-    check(Subject(routed(rule), sweep=sweep, heads=HEADS, size=SIZE))
+@pytest.mark.parametrize(
+    ("pattern", "sweep"),
+    [
+        pytest.param(routed("margin"), [0.0, 0.5, 2.0], id="margin"),
+        pytest.param(routed("budget"), [0.1, 0.3, 0.6], id="budget"),
+        pytest.param(
+            Routed(keys_per_cluster=0.1, key_centroids=tree((4, 16, 128))),
+            [0.0, 0.5, 2.0],
+            id="margin, queries descend",
+        ),
+    ],
+)
+def test_it_keeps_every_promise_of_a_pattern(pattern: Routed, sweep: list[float], check: Check) -> None:
+    check(Subject(pattern, sweep=sweep, heads=HEADS, size=SIZE))
+
+
+def opened_plainly(q: Tensor, k: Tensor, ids: list[int], pattern: Routed, branching: int, families: int) -> list[int]:
+    """What one query opens: cluster by cluster of the entrance."""
+    scores, reaches, numbers = [], [], []
+    for family in range(families):
+        members = k[[j for j, c in enumerate(ids) if c // branching == family]]
+        numbers.append(len(members))
+        each = members @ q / math.sqrt(len(q)) if len(members) else torch.zeros(1)
+        spread = ((q**2 * members.var(0, correction=0)).sum() / len(q)).sqrt() if len(members) else torch.zeros(())
+        scores.append(float(each.mean() + spread))
+        reaches.append(float(each.mean() + 3 * spread))
+    row, count = torch.tensor([reaches if pattern.rule == "budget" else scores]), torch.tensor([numbers]).float()
+    if pattern.rule == "budget":
+        kept = select(row, count, "budget", min(1.0, 4 * pattern.level), 1.5)[0]
+        return kept.nonzero().flatten().tolist()
+    tau = float(thresholds((row / 2).masked_fill(count == 0, -torch.inf), count, 1.5))
+    return [c for c in range(families) if numbers[c] and reaches[c] / 2 >= tau - pattern.level]
+
+
+@pytest.mark.parametrize("sizes", [(4, 128), (3, 144)])
+@pytest.mark.parametrize(("rule", "level"), [("margin", 0.1), ("margin", -0.2), ("budget", 0.05)])
+def test_a_query_looks_into_what_it_opens(
+    rule: str, level: float, sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """C++, torch, and pair by pair; queries are long, so that some clusters of the entrance stay closed."""
+    pattern = Routed(rule, level, keys_per_cluster=0.1, key_centroids=tree(sizes))
+    families, branching = sizes[0], sizes[1] // sizes[0]
+    assert pattern.centroids.families == families
+    qk = random_qk([60, 41], HEADS, SIZE)
+    qk = qk.with_vectors(3 * qk.q, qk.k)
+    graph = pattern(qk, 0)
+    monkeypatch.setattr(native, "works_on", lambda _: False)
+    assert (pattern(qk, 0) ^ graph).sum() <= 2, "ties"
+    ids = clusters_of_keys(qk, pattern.centroids, 0)
+    closed = 0
+    for head in range(HEADS):
+        k, own = qk.k[1, head, :41], ids[1, head, :41].tolist()
+        for i in range(0, 41, 5):
+            q = qk.q[1, head, i]
+            opened = opened_plainly(q, k, own, pattern, branching, families)
+            closed += families - len(opened)
+            scores, numbers = torch.zeros(1, sizes[1]), torch.zeros(1, sizes[1])
+            for c in {c for c in own if c // branching in opened}:
+                members = k[[j for j, other in enumerate(own) if other == c]]
+                spread = ((q**2 * members.var(0, correction=0)).sum() / len(q)).sqrt()
+                scores[0, c], numbers[0, c] = (members @ q).mean() / math.sqrt(len(q)) + spread, len(members)
+            share = level if rule == "margin" else level * 41 / float(numbers.sum())
+            kept = select(scores, numbers, rule, share, 1.5)[0]
+            expected = {j for j in range(41) if kept[own[j]]}
+            assert {*graph[1, head, i].nonzero().flatten().tolist()} == expected
+    assert closed > 5
 
 
 @pytest.mark.parametrize("causal", [False, True])

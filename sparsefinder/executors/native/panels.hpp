@@ -67,8 +67,6 @@ template <class T> struct Panels {
             for (int v = 0; v < N; ++v) a[v] += x[r] * from[v], b[v] += x[r + 1] * from[N + v];
         for (int v = 0; v < N; ++v) to[v] = a[v] + b[v] + (r < size ? x[r] * from[v] : Vector<T>{});
     }
-
-   private:
     // two rows at a time: as many sums as a processor adds to at once
     void two(const T *x, const T *y, int64_t panel, T *x_sums, T *y_sums) const {
         constexpr int N = VECTORS<T>;

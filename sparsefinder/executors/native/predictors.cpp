@@ -3,43 +3,15 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
-#include <functional>
 #include <limits>
-#include <memory>
-#include <numeric>
-#include <optional>
 #include <vector>
 
 #include "boundary.hpp"
-#include "entmax.hpp"
 #include "panels.hpp"
+#include "routing.hpp"
 #include "vectors.hpp"
 
 namespace {
-
-constexpr int64_t BLOCK = 64;  // rows that a thread takes at a time
-
-struct Choice {
-    int64_t heads, groups, rows, columns;  // scores (groups, rows, columns); a group is a head of an example
-    int64_t budget, threads;               // the rule: 1 budget, 0 margin
-    const double *levels;                  // of each head
-    double alpha;
-};
-
-// what rows chose, those of a block one after the other; how many each chose is kept elsewhere
-struct Kept {
-    int64_t in_group;  // blocks
-    std::vector<std::vector<int32_t>> blocks;
-    explicit Kept(const Choice &rule) : in_group((rule.rows + BLOCK - 1) / BLOCK), blocks(rule.groups * in_group) {}
-};
-
-// position of the largest of the values, given the largest of each panel; the first of equals, and nothing beyond `count`
-template <class T> int64_t largest_of(const T *values, const std::vector<T> &most, int64_t count) {
-    const int64_t panel = std::max_element(most.begin(), most.end()) - most.begin();
-    const T *from = values + panel * PANEL;
-    return std::min<int64_t>(std::find(from, from + PANEL, most[panel]) - values, count - 1);
-}
 
 // ids of the `top` centroids of largest x·c - |c|²/2 in each run
 template <class T>
@@ -136,124 +108,6 @@ void moments(int64_t parts, int64_t tokens, int64_t size, int64_t count, int64_t
     }
 }
 
-// the scores of one row, of whole panels, -inf where there is no key, the level of its head, how many keys that is of a
-// budget, and room to choose
-template <class T> struct Scores {
-    T *values = nullptr, level, budget;
-    std::vector<T> most, above, many;
-    std::vector<uint8_t> flags;
-    std::vector<int32_t> candidates;
-    Scores(int64_t panels, T level, T budget)
-        : level(level), budget(budget), most(panels), above(panels * PANEL), many(panels * PANEL), flags(panels * PANEL),
-          candidates(panels * PANEL) {}
-};
-
-// columns of largest score until they stand for a share of the keys
-template <class T> void by_budget(const Choice &rule, const T *numbers, Scores<T> &row, std::vector<int32_t> &kept) {
-    const T nothing = -std::numeric_limits<T>::infinity();
-    for (size_t panel = 0; panel < row.most.size(); ++panel) row.most[panel] = largest(row.values + panel * PANEL, PANEL);
-    T before = 0;
-    for (int64_t taken = 0; taken < rule.columns; ++taken) {
-        const int64_t at = largest_of(row.values, row.most, rule.columns);
-        // a column is kept where that brings the row nearer to its budget than stopping before it; the first one always is
-        if (!(row.values[at] > nothing) || (taken && !(before + numbers[at] / 2 <= row.budget))) break;
-        kept.push_back(at);
-        before += numbers[at];
-        row.values[at] = nothing;
-        row.most[at / PANEL] = largest(row.values + at / PANEL * PANEL, PANEL);
-    }
-}
-
-// columns above the threshold of entmax less the level; a column stands for as many equal keys as its number says
-template <class T> void by_margin(const Choice &rule, const T *numbers, Scores<T> &row, std::vector<int32_t> &kept) {
-    const T *scores = row.values, scale = rule.alpha - 1.0;
-    const int64_t width = row.most.size() * PANEL;
-    const T peak = largest(scores, width);
-    if (std::isinf(peak)) return;
-    // what can be kept, or be above the threshold, which lies in [-1, 0] below the peak: few, so that they are looked at alone
-    const T bound = peak - (T(1) + std::max(row.level, T(0))) / scale * (1 + 8 * std::numeric_limits<T>::epsilon());
-    uint8_t *flags = row.flags.data();
-#pragma omp simd
-    for (int64_t c = 0; c < width; ++c) flags[c] = scores[c] >= bound;
-    int32_t *ids = row.candidates.data();
-    int64_t some = 0;
-    for (int64_t c = 0; c < width; c += 8) {
-        uint64_t eight;
-        std::memcpy(&eight, flags + c, 8);
-        if (!eight) continue;
-        for (int64_t n = c; eight; ++n, eight >>= 8) ids[some] = n, some += eight & 1;
-    }
-    T *above = row.above.data(), *many = row.many.data();
-    int64_t near = 0;
-    for (int64_t n = 0; n < some; ++n) {
-        const T below = (scores[ids[n]] - peak) * scale;
-        above[near] = below, many[near] = numbers[ids[n]];
-        near += below > T(-1);
-    }
-    const T threshold = threshold_of(above, near, rule.alpha, [&](int64_t n) { return many[n]; });
-    for (int64_t n = 0; n < some; ++n)
-        if (scores[ids[n]] > -std::numeric_limits<T>::infinity() && (scores[ids[n]] - peak) * scale >= threshold - row.level)
-            kept.push_back(ids[n]);
-}
-
-// what a thread works on: scores and squares of a few rows, and the row that chooses
-template <class T> struct Scratch {
-    std::vector<T> scores, squares;
-    Scores<T> row;
-    Scratch(int64_t width, int64_t size, int64_t panels, T level, T budget)
-        : scores(AT_ONCE * width), squares(AT_ONCE * size), row(panels, level, budget) {}
-};
-
-// from queries (groups, rows, size) and the number, mean and variance (groups, columns, size) of the keys in each column
-template <class T>
-std::unique_ptr<Kept> route(const Choice &rule, int64_t size, const T *q, const T *numbers, const T *mean, const T *variance,
-                            int32_t *counts) {
-    auto kept = std::make_unique<Kept>(rule);
-    for (int64_t group = 0; group < rule.groups; ++group) {
-        const Panels<T> means(mean + group * rule.columns * size, rule.columns, size);
-        const Panels<T> variances(variance + group * rule.columns * size, rule.columns, size);
-        const T *own = numbers + group * rule.columns;
-        const int64_t width = means.width();
-        std::vector<T> missing(width, -std::numeric_limits<T>::infinity());
-        for (int64_t c = 0; c < rule.columns; ++c)
-            if (own[c] > 0) missing[c] = 0;
-        const T level = rule.levels[group % rule.heads], budget = level * std::accumulate(own, own + rule.columns, T(0));
-        const auto one = [&](int64_t block, Scratch<T> &scratch) {
-            auto &[scores, squares, row] = scratch;
-            auto &ids = kept->blocks[group * kept->in_group + block];
-            const int64_t end = std::min((block + 1) * BLOCK, rule.rows);
-            for (int64_t from = block * BLOCK; from < end; from += AT_ONCE) {
-                const int64_t rows = std::min(AT_ONCE, end - from), first = group * rule.rows + from;
-                const T *x = q + first * size;
-                // scores q·mean + √(q²·variance)
-                std::fill(scores.begin(), scores.end(), T(0));
-                std::transform(x, x + rows * size, x, squares.begin(), std::multiplies<T>());
-                variances.multiply(squares.data(), rows, scores.data());
-                for (int64_t i = 0; i < rows; ++i)
-#pragma omp simd
-                    for (int64_t c = 0; c < width; ++c) scores[i * width + c] = std::sqrt(scores[i * width + c]) + missing[c];
-                means.multiply(x, rows, scores.data());
-                for (int64_t i = 0; i < rows; ++i) {
-                    row.values = scores.data() + i * width;  // gone when the row has chosen
-                    const size_t before = ids.size();
-                    (rule.budget ? by_budget<T> : by_margin<T>)(rule, own, row, ids);
-                    counts[first + i] = ids.size() - before;
-                }
-            }
-        };
-        Failure failure;
-#pragma omp parallel num_threads(rule.threads)
-        {
-            std::optional<Scratch<T>> scratch;
-            failure.guard([&] { scratch.emplace(width, size, means.panels, level, budget); });
-#pragma omp for schedule(dynamic)
-            for (int64_t block = 0; block < kept->in_group; ++block) failure.guard([&] { one(block, *scratch); });
-        }
-        failure.rethrow();
-    }
-    return kept;
-}
-
 }  // namespace
 
 #define FUNCTIONS(T, NAME)                                                                                                \
@@ -271,8 +125,9 @@ std::unique_ptr<Kept> route(const Choice &rule, int64_t size, const T *q, const 
         return status_of([&] { moments(parts, tokens, size, count, threads, x, ids, numbers, mean, variance); });         \
     }                                                                                                                     \
     int route_##NAME(const Choice *rule, int64_t size, const T *q, const T *numbers, const T *mean, const T *variance,    \
-                     int32_t *counts, Kept **kept) {                                                                      \
-        return status_of([&] { *kept = route(*rule, size, q, numbers, mean, variance, counts).release(); });              \
+                     const T *doors, const T *door_mean, const T *door_variance, int32_t *counts, Kept **kept) {          \
+        const Estimates<T> columns{numbers, mean, variance}, entrance{doors, door_mean, door_variance};                   \
+        return status_of([&] { *kept = route(*rule, size, q, columns, entrance, counts).release(); });                    \
     }
 
 extern "C" {
@@ -296,5 +151,5 @@ int release(Kept *kept) {
     delete kept;
     return FINE;
 }
-int64_t layout(int64_t n) { return layout_of<Choice>(3, n); }
+int64_t layout(int64_t n) { return layout_of<Choice>(4, n); }
 }

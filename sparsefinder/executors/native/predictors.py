@@ -19,13 +19,13 @@ class _Choice(ctypes.Structure):
     """``Choice`` of predictors.cpp: the same fields in the same order."""
 
     _fields_ = [
-        *((name, LONG) for name in ("heads", "groups", "rows", "columns", "budget", "threads")),
+        *((name, LONG) for name in ("heads", "groups", "rows", "columns", "branching", "budget", "threads")),
         ("levels", POINTER),
         ("alpha", ctypes.c_double),
     ]
 
 
-_LIBRARY = Library("predictors", 3, (_Choice,))
+_LIBRARY = Library("predictors", 4, (_Choice,))
 
 
 def works_on(x: Tensor) -> bool:
@@ -92,7 +92,14 @@ def moments(x: Tensor, ids: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]
 
 
 def routed(
-    q: Tensor, numbers: Tensor, mean: Tensor, variance: Tensor, rule: str, level: float | Tensor, alpha: float
+    q: Tensor,
+    numbers: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    rule: str,
+    level: float | Tensor,
+    alpha: float,
+    entrance: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
     """The clusters that each query keeps by `sparsefinder.numerics.selection`: ids ``(B, H, N, P)`` int64, then -1.
 
@@ -106,13 +113,17 @@ def routed(
         rule: ``budget`` or ``margin``.
         level: of the rule; one for all heads, or ``(H,)``.
         alpha: of entmax, for the margin.
+        entrance: number, mean and variance of fewer clusters, each of which holds equally many of these, side by side: a
+            query looks into those alone that it opens (`sparsefinder.patterns.routed`). None: at every cluster.
     """
     batch, heads, rows, size = q.shape
-    read = tuple(x.to(q.dtype).contiguous() for x in (q, numbers, mean, variance))
+    doors = tuple(x.to(q.dtype).contiguous() for x in entrance or (numbers, mean, variance))
+    read = tuple(x.to(q.dtype).contiguous() for x in (q, numbers, mean, variance)) + doors
     counts, kept = torch.zeros(batch, heads, rows, dtype=torch.int32), POINTER()
     levels = torch.as_tensor(level, dtype=torch.float64).expand(heads).contiguous()
     shape = (heads, batch * heads, rows, numbers.shape[-1])
-    choice = _Choice(*shape, rule == "budget", torch.get_num_threads(), *pointers(levels), alpha)
+    branching = numbers.shape[-1] // doors[0].shape[-1] if entrance else 0
+    choice = _Choice(*shape, branching, rule == "budget", torch.get_num_threads(), *pointers(levels), alpha)
     function = f"route_{DTYPES[q.dtype]}"
     _LIBRARY.call(function, ctypes.byref(choice), LONG(size), *pointers(*read, counts), ctypes.byref(kept))
     try:
