@@ -31,6 +31,7 @@ NOT_RUN = {
     ("README.md", "sets up an environment, then minutes of work; `make -n` is what tests can do"),
     ("README.md", "needs the Hugging Face hub and a GPU"),
     ("README.md", "minutes, on a quiet machine"),
+    ("README.md", "trains at every budget, which takes minutes"),
     (
         "CONTRIBUTING.md",
         "sets up environments and runs the suite that this test is part of; `make -n` is what it can do",
@@ -42,6 +43,7 @@ NOT_RUN = {
     ),
     ("docs/reference/lsg.md", "needs the Hugging Face hub"),
     ("docs/how-to/tasks.md", "needs the Hugging Face hub"),
+    ("docs/how-to/tasks.md", "needs a model of yours"),
     ("docs/tutorial/first_hour.md", "sets up an environment; `make -n` is what tests can do"),
     ("docs/tutorial/first_hour.md", "installs; tests/test_package.py builds the wheel and runs its commands"),
     (
