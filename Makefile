@@ -9,7 +9,7 @@ DOCS := .venv-docs
 # files of tests are shared among the cores
 PYTEST := -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: run test test-faults test-sanitized test-lowest test-transformers check docs setup lock bench bench-gpu clean
+.PHONY: run test test-faults test-sanitized test-lowest test-transformers check docs setup lock bench bench-real bench-gpu clean
 
 run: setup
 	$(BIN)/python scripts/run.py $(ARGS)
@@ -79,9 +79,16 @@ docs:
 # ratios measured side by side in one run, on a quiet machine; half an hour. The README quotes the file that this writes
 bench: setup
 	rm -f benchmarks/results.new
-	for each in normalizers entmax_steps dense bucketed lsg learning stages; do \
+	for each in normalizers entmax_steps dense lsg learning stages; do \
 	    echo "measuring: $$each"; $(BIN)/python benchmarks/$$each.py >> benchmarks/results.new || exit 1; done
 	mv benchmarks/results.new benchmarks/results.md
+	$(BIN)/python benchmarks/quote.py
+
+# a whole encoder, and attention on what it attends with, for the README too: make bench-real MODEL=FOLDER TRAIN=FILE TEST=FILE
+bench-real: setup
+	$(BIN)/python benchmarks/encoder.py --model $(MODEL) --train $(TRAIN) --test $(TEST) > benchmarks/real.new
+	$(BIN)/python benchmarks/bucketed.py --model $(MODEL) --train $(TRAIN) --test $(TEST) >> benchmarks/real.new
+	mv benchmarks/real.new benchmarks/real.md
 	$(BIN)/python benchmarks/quote.py
 
 # needs CUDA, triton, and for all rows of its table adasplash

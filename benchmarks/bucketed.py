@@ -1,14 +1,19 @@
-"""Bucketed Sparsefinder attention against dense softmax (SDPA) and dense entmax, side by side in one run.
+"""Bucketed Sparsefinder attention against dense softmax (SDPA), on what a real model attends with.
 
-    python benchmarks/bucketed.py                       # 2,048 to 32,768 tokens, forward; forward and backward up to 4,096
-    python benchmarks/bucketed.py --tokens 4096 32768 --backward
+    python benchmarks/bucketed.py --model FOLDER --train valid.txt --test test.txt      # some minutes on two cores
+    python benchmarks/bucketed.py --model FOLDER --train A --test B --tokens 4096 --shape --growth    # one table
 
-12 heads of 64, one text, window 11, one global token, buckets of about 64 tokens, float32. Queries, keys and values are normal
-noise, projected to 4 numbers at random; the centroids of k-means are N / 64 of the projected tokens, so its clusters are
-uneven. Routed queries are compared, by 32 numbers, with as many centroids of the keys. The predictor (projection and buckets)
-is inside every bucketed time, and is also timed alone.
+Queries, keys and values are those of one layer of the model, which reads as many tokens of ``--test`` as each table says (a
+position table that is too short is repeated). What patterns learn, they learn from 24 texts of 512 tokens of ``--train``; they
+are united with a window of 11 and one global token, and the predictor is inside every time. Attention has the normalizer of the
+model. Beside every time stands what it buys, on 64 queries of every head: recall of the gold edges (the support of entmax with
+α = 1.5 where the model has softmax), and the error of the output to dense attention's with the same normalizer, ``‖o − o_dense‖
+/ ‖o_dense‖``. One row is of noise, to compare with older tables: what it recalls is chance.
 
-Bucketed attention is in C++ (its executor ``native``); routed queries also with the executor ``blocks``, in torch.
+``--shape`` is a whole layer of RoBERTa-base (12 heads of 64, 768, 3,072; random weights around the attention, which cost what
+any others do). Of a model with heads of 32, such as MiniLM, those of two layers stand side by side: real vectors of the right
+size. The last column is the share of Amdahl's bound, the time of the layer with attention left out. ``--growth`` sets the share
+of keys at every length so that recall is that of the first length, and gives the exponent of the time.
 
 How it is measured is told in `measuring.py`. Dense entmax is exact (`dense.py` measures it alone).
 """
@@ -17,130 +22,280 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import recorded
 import torch
 import torch.nn.functional as F
 from measuring import Measured, machine, measure
-from torch import Tensor
+from recorded import Vectors
+from torch import Tensor, nn
 
+from sparsefinder import models
 from sparsefinder.attention import Bucketed, Dense
-from sparsefinder.graphs import QK, Pattern
-from sparsefinder.patterns.combine import Projected, Union
-from sparsefinder.patterns.kmeans import KMeans
-from sparsefinder.patterns.quantize import Quantize
+from sparsefinder.executors.entmax_support import support
+from sparsefinder.experiment.configuration import Configuration, Learned
+from sparsefinder.graphs import QK, Attention, Layout
+from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.patterns.routed import Routed
-from sparsefinder.patterns.window import GlobalTokens, Window
-from sparsefinder.predictors.centroids import Centroids
-from sparsefinder.predictors.projections import LayerProjections, Linear, Projections
+from sparsefinder.patterns.window import Window
+from sparsefinder.storage.samples import Samples
 
-HEADS, SIZE, BUCKET, WINDOW, RANK = 12, 64, 64, 11, 32
-BASELINE = "SDPA softmax"
-IN_BLOCKS = f"routed, {BUCKET} keys"  # the one that is also run by torch's operations
-
-
-@torch.no_grad()
-def patterns(q: Tensor, k: Tensor, valid: Tensor) -> dict[str, Pattern]:
-    """The predictors, each united with the window and the global token."""
-    torch.manual_seed(0)
-    tokens = q.shape[2]
-    surroundings = (Window(WINDOW), GlobalTokens(1))
-    found: dict[str, Pattern] = {}
-    for coordinates in (1, 4):
-        linear = Linear(HEADS, SIZE, coordinates)
-        projections = Projections([LayerProjections(linear, linear)])
-        quantized = Projected(Quantize(bucket_size=BUCKET), projections)
-        found[f"quantize, {coordinates} round{'s' * (coordinates > 1)}"] = Union((quantized, *surroundings))
-    quarter = Projected(Quantize(bucket_size=BUCKET // 4), projections)
-    found[f"quantize, 4 rounds of {BUCKET // 4}"] = Union((quarter, *surroundings))
-    projected = projections(QK(q, k, valid), 0)
-    some = torch.randperm(tokens)[: tokens // BUCKET]
-    centroids = Centroids(
-        [torch.where(some[:, None] % 2 == 0, projected.q[0, :, some], projected.k[0, :, some])[:, None]]
-    )
-    for top in (1, 2):
-        kmeans = Projected(KMeans(top, centroids), projections)
-        found[f"kmeans, top {top}"] = Union((kmeans, *surroundings))
-    linear = Linear(HEADS, SIZE, RANK)
-    space = Projections([LayerProjections(linear, Linear(HEADS, SIZE, RANK))])
-    key_centroids = Centroids([space(QK(q, k, valid), 0).k[0, :, some][:, None]])
-    for keys in (BUCKET, 2 * BUCKET):
-        routed = Projected(Routed("budget", keys / tokens, key_centroids=key_centroids), space)
-        found[f"routed, {keys} keys"] = Union((routed, *surroundings))
-    return found
+SOME = 64  # queries of each head on which recall and error are measured
+BASELINE, BOUND = "SDPA softmax", "no attention"
+HEADS, SIZE, HIDDEN, INNER = 12, 64, 768, 3072  # of RoBERTa-base
+TOLERANCE = 0.005  # of recall, in the table of growth
 
 
-def report(title: str, results: dict[str, Measured], pairs: dict[str, float]) -> None:
-    baseline = results[BASELINE]
-    print(f"\n### {title}\n")
-    print("| attention | median ms | min – max | SDPA ÷ this | peak MB | pairs per query |")
-    print("|---|---|---|---|---|---|")
-    for name, measured in results.items():
-        each = f"{pairs[name]:,.0f}" if name in pairs else ""
-        print(
-            f"| {name} | {measured.times} | {measured.faster_than(baseline):.2f} | {measured.megabytes} | {each} |",
-            flush=True,
-        )
+@dataclass(frozen=True)
+class Quality:
+    """What an attention keeps, means over some queries of all heads."""
+
+    recall: float | None
+    error: float
 
 
-def compare(tokens: int, rounds: int, backward: bool) -> dict[str, Measured]:
-    """One table: every variant at one length."""
-    torch.manual_seed(tokens)
-    q, k, v = (torch.randn(1, HEADS, tokens, SIZE, requires_grad=backward) for _ in range(3))
-    valid = torch.ones(1, tokens, dtype=torch.bool)
-    attentions: dict[str, Callable[[], Tensor]] = {
-        BASELINE: lambda: F.scaled_dot_product_attention(q, k, v),
-        "dense entmax": lambda: Dense()(q, k, v, valid),
+def routed(learned: Learned, **settings: Any) -> Any:
+    """A routed pattern with its window and global token."""
+    return Configuration("routed", Routed(**settings), window=11, global_tokens=1).build(learned)
+
+
+def arms(learned: Learned, normalizer: Normalizer) -> dict[str, Bucketed]:
+    """In the settings of the quality tables."""
+    patterns = {
+        "window 257": Window(257),
+        "routed, margin 0.2": routed(learned, rule="margin", level=0.2),
+        "routed, 5% of the keys": routed(learned, rule="budget", level=0.05),
+        "routed, 10% of the keys": routed(learned, rule="budget", level=0.1),
+        "routed, 1% and the tail": routed(learned, rule="budget", level=0.01, tail=True),
+        "routed, 5% and the tail": routed(learned, rule="budget", level=0.05, tail=True),
     }
-    layouts: dict[str, Callable[[], object]] = {}
-    pairs = {BASELINE: float(tokens), "dense entmax": float(tokens)}
-    predictors = patterns(q, k, valid)
-    executed = {name: Bucketed(pattern, executor="native") for name, pattern in predictors.items()}
-    executed[f"{IN_BLOCKS}, in torch"] = Bucketed(predictors[IN_BLOCKS], executor="blocks")
-    for name, bucketed in executed.items():
-        attentions[name] = lambda bucketed=bucketed: bucketed(q, k, v, valid, 0)  # type: ignore[misc]
-        pairs[name] = bucketed.computed_pairs(QK(q, k, valid), 0).double().mean().item() / tokens
-    for name, pattern in predictors.items():
-        layouts[f"{name}: predictor alone"] = lambda pattern=pattern: pattern.layout(QK(q, k, valid), 0)  # type: ignore[misc]
-
-    def with_gradients(attention: Callable[[], Tensor]) -> Callable[[], object]:
-        return lambda: torch.autograd.grad(attention().sum(), (q, k, v))
-
-    calls = {name: with_gradients(call) if backward else call for name, call in attentions.items()}
-    with torch.set_grad_enabled(backward):
-        results = measure({**calls, **({} if backward else layouts)}, rounds)
-    report(f"{tokens:,} tokens, {'forward and backward' if backward else 'forward'}, {rounds} rounds", results, pairs)
-    return results
+    return {name: Bucketed(pattern, normalizer) for name, pattern in patterns.items()}
 
 
+# ---- what it buys ----
+
+
+def rows_of(layout: Layout, qk: QK, some: Tensor) -> Tensor:
+    """The graph of some queries, ``(H, S, N)`` bool, without the others."""
+    tokens = qk.k.shape[2]
+    positions = torch.arange(tokens)
+    edges = ((some[:, None] - positions).abs() <= layout.window // 2) & (layout.window > 0)
+    edges = edges.expand(qk.q.shape[1], -1, -1).clone()
+    if layout.is_global is not None:
+        edges |= layout.is_global[0] | layout.is_global[0, some, None]
+    if layout.buckets is not None:
+        ids, count = layout.buckets.q_ids[0][:, some], layout.buckets.count
+        taken = torch.zeros(*ids.shape[:2], count + 1, dtype=torch.bool)
+        taken.scatter_(-1, torch.where(ids < 0, count, ids), True)
+        taken[..., count] = False
+        for slot in layout.buckets.k_ids[0].unbind(-1):
+            edges |= taken.gather(-1, torch.where(slot < 0, count, slot)[:, None].expand(-1, len(some), -1))
+    return edges
+
+
+def quality(attention: Attention, vectors: Vectors, layer: int, normalizer: Normalizer) -> Quality:
+    """Recall of the exact part, and the error of the output."""
+    q, k, v = vectors
+    some = torch.linspace(0, q.shape[2] - 1, SOME).long()
+    valid = torch.ones(1, q.shape[2], dtype=torch.bool)
+    scores = q[0][:, some] @ k[0].mT / math.sqrt(q.shape[-1])
+    dense = normalizer(scores) @ v[0]
+    off = attention(q, k, v, valid, layer)[0][:, some] - dense
+    error = float((off.flatten(1).norm(dim=-1) / dense.flatten(1).norm(dim=-1)).mean())
+    if not isinstance(attention, Bucketed):
+        return Quality(None, error)
+    gold = Normalizer(normalizer.alpha if normalizer.sparse else 1.5)(scores) > 0
+    qk = QK(q, k, valid)
+    edges = rows_of(attention._layout(qk, layer), qk, some)
+    return Quality(float(((edges & gold).sum(-1) / gold.sum(-1)).mean()), error)
+
+
+# ---- attention alone ----
+
+
+def compare(vectors: Vectors, layer: int, learned: Learned, normalizer: Normalizer, rounds: int) -> None:
+    """One table: every arm at one length."""
+    q, k, v = vectors
+    tokens = q.shape[2]
+    valid = torch.ones(1, tokens, dtype=torch.bool)
+    attentions: dict[str, Attention] = {
+        BASELINE: lambda q, k, v, valid, layer: F.scaled_dot_product_attention(q, k, v),
+        "exact entmax": Dense(Normalizer(normalizer.alpha if normalizer.sparse else 1.5)),
+        **arms(learned, normalizer),
+    }
+    calls: dict[str, Callable[[], object]] = {
+        name: lambda each=each: each(q, k, v, valid, layer)
+        for name, each in attentions.items()  # type: ignore[misc]
+    }
+    generator = torch.Generator().manual_seed(tokens)
+    noise = tuple(torch.randn(q.shape, generator=generator) for _ in range(3))
+    on_noise = attentions[name := "routed, 5% of the keys"]
+    calls[f"the same as “{name}”, on noise"] = lambda: on_noise(noise[0], noise[1], noise[2], valid, layer)
+    results = measure(calls, rounds)
+    kinds = {name: quality(each, vectors, layer, normalizer) for name, each in arms(learned, normalizer).items()}
+    kinds[f"the same as “{name}”, on noise"] = quality(on_noise, (noise[0], noise[1], noise[2]), layer, normalizer)
+    gold = support(QK(q, k, valid), normalizer.alpha if normalizer.sparse else 1.5).counts.double().mean().item()
+    heads = f"{q.shape[1]} heads of {q.shape[3]}, {gold:.0f} gold keys a query"
+    print(f"\n### Recorded: {tokens:,} tokens, forward, {rounds} rounds\n\n{heads}\n")
+    print("| attention | median ms | min – max | SDPA ÷ this | peak MB | recall | output error |")
+    print("|---|---|---|---|---|---|---|")
+    for name, each in results.items():
+        print(row(name, each, results[BASELINE], kinds.get(name)), flush=True)
+
+
+def row(name: str, measured: Measured, baseline: Measured, kind: Quality | None, *more: str) -> str:
+    recall = "" if kind is None or kind.recall is None else f"{kind.recall:.3f}"
+    error = "" if kind is None else f"{kind.error:.3f}"
+    cells = (name, measured.times, f"{measured.faster_than(baseline):.2f}", measured.megabytes, recall, error, *more)
+    return f"| {' | '.join(cells)} |"
+
+
+# ---- a whole layer ----
+
+
+def side_by_side(parts: Sequence[Tensor]) -> Tensor:
+    """Heads of two layers as one of twice the size."""
+    return torch.cat(list(parts), dim=-1)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Everything around the attention of a layer of RoBERTa-base."""
+
+    projections: nn.Linear
+    output: nn.Linear
+    inner: nn.Linear
+    outer: nn.Linear
+    norm: nn.LayerNorm
+
+    @classmethod
+    def drawn(cls) -> Layer:
+        """With random weights: they cost what any others do."""
+        torch.manual_seed(0)
+        linear = (nn.Linear(HIDDEN, 3 * HIDDEN), nn.Linear(HIDDEN, HIDDEN))
+        return cls(*linear, nn.Linear(HIDDEN, INNER), nn.Linear(INNER, HIDDEN), nn.LayerNorm(HIDDEN))
+
+    def __call__(self, x: Tensor, attend: Callable[[], Tensor]) -> Tensor:
+        """``x (1, N, 768)``; ``attend`` gives ``(1, 12, N, 64)`` whatever is projected here."""
+        self.projections(x)
+        x = self.norm(x + self.output(attend().transpose(1, 2).flatten(2)))
+        out: Tensor = self.norm(x + self.outer(F.gelu(self.inner(x))))
+        return out
+
+
+def compare_layers(vectors: Vectors, learned: Learned, normalizer: Normalizer, rounds: int) -> None:
+    """One table: a whole layer with every arm."""
+    q, k, v = vectors
+    tokens = q.shape[2]
+    valid, layer = torch.ones(1, tokens, dtype=torch.bool), Layer.drawn()
+    x = torch.randn(1, tokens, HIDDEN, generator=torch.Generator().manual_seed(0))
+    attentions: dict[str, Attention] = {
+        BASELINE: lambda q, k, v, valid, layer: F.scaled_dot_product_attention(q, k, v),
+        BOUND: lambda q, k, v, valid, layer: v,
+        **arms(learned, normalizer),
+    }
+    calls: dict[str, Callable[[], object]] = {
+        name: lambda each=each: layer(x, lambda: each(q, k, v, valid, 0))
+        for name, each in attentions.items()  # type: ignore[misc]
+    }
+    results = measure(calls, rounds)
+    bound = results[BOUND].faster_than(results[BASELINE])
+    print(f"\n### A layer of RoBERTa-base: {tokens:,} tokens, forward, {rounds} rounds\n")
+    print("| attention | median ms | min – max | SDPA ÷ this | peak MB | recall | output error | of the bound |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name, each in results.items():
+        kind = None if name in (BASELINE, BOUND) else quality(attentions[name], vectors, 0, normalizer)
+        share = f"{each.faster_than(results[BASELINE]) / bound:.2f}"
+        print(row(name, each, results[BASELINE], kind, share), flush=True)
+
+
+# ---- growth ----
+
+
+def at_recall(wanted: float, vectors: Vectors, layer: int, learned: Learned, normalizer: Normalizer) -> Bucketed:
+    """Routed attention with the fewest keys that recall so much, within `TOLERANCE`."""
+    low, high = 0.0, 1.0
+    for _ in range(12):
+        share = 0.5 * (low + high)
+        attention = Bucketed(routed(learned, rule="budget", level=share), normalizer)
+        recall = quality(attention, vectors, layer, normalizer).recall or 0.0
+        if abs(recall - wanted) <= TOLERANCE:
+            break
+        low, high = (share, high) if recall < wanted else (low, share)
+    return attention
+
+
+def growth(found: dict[int, Vectors], layer: int, learned: Learned, normalizer: Normalizer, rounds: int) -> None:
+    """Times of routed attention at the recall that 5 % of the keys have at the first length."""
+    first, last = min(found), max(found)
+    start = Bucketed(routed(learned, rule="budget", level=0.05), normalizer)
+    wanted = quality(start, found[first], layer, normalizer).recall or 0.0
+    print(f"\n### Growth at a recall of {wanted:.3f}\n")
+    print("| tokens | keys a query | recall | output error | median ms |")
+    print("|---|---|---|---|---|")
+    times = {}
+    for tokens, (q, k, v) in sorted(found.items()):
+        attention = start if tokens == first else at_recall(wanted, (q, k, v), layer, learned, normalizer)
+        valid = torch.ones(1, tokens, dtype=torch.bool)
+        call = lambda: attention(q, k, v, valid, layer)  # noqa: B023, E731
+        times[tokens] = measure({"routed": call}, rounds)["routed"].median
+        kind = quality(attention, (q, k, v), layer, normalizer)
+        keys = attention.computed_pairs(QK(q, k, valid), layer).double().mean().item() / tokens
+        cells = (
+            f"{tokens:,}",
+            f"{keys:,.0f}",
+            f"{kind.recall:.3f}",
+            f"{kind.error:.3f}",
+            f"{1e3 * times[tokens]:,.1f}",
+        )
+        print(f"| {' | '.join(cells)} |", flush=True)
+    exponent = math.log(times[last] / times[first]) / math.log(last / first)
+    print(f"\n- growth at constant recall, {first:,} to {last:,} tokens: {exponent:.2f}")
+
+
+@torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096, 8192, 16384, 32768])
-    parser.add_argument(
-        "--backward", action="store_true", help="forward and backward at every length, and nothing else"
-    )
-    parser.add_argument(
-        "--rounds", type=int, default=7, help="rounds up to 4,096 tokens; half as many, at least 3, beyond"
-    )
-    arguments = parser.parse_args()
+    parser.add_argument("--model", type=Path, required=True, help="a folder with a model of any family")
+    parser.add_argument("--train", type=Path, required=True, help="a text file that patterns learn from")
+    parser.add_argument("--test", type=Path, required=True, help="a text file to measure on")
+    parser.add_argument("--tokens", type=int, nargs="*", default=[512, 2048, 4096, 8192, 16384], help="attention alone")
+    parser.add_argument("--shape", type=int, nargs="*", default=[4096, 16384], help="a whole layer of RoBERTa-base")
+    parser.add_argument("--growth", type=int, nargs="*", default=[4096, 8192, 16384, 32768], help="at constant recall")
+    parser.add_argument("--layer", type=int, default=2, help="whose vectors are taken; and the one before, for --shape")
+    parser.add_argument("--rounds", type=int, default=5, help="up to 4,096 tokens; 3 beyond")
+    given = parser.parse_args()
+    lengths = sorted({*given.tokens, *given.shape, *given.growth})
+    model, tokenizer = recorded.lengthened(given.model, lengths[-1])
+    normalizer, layer = models.get_normalizer(model), given.layer
+    training = recorded.texts(given.train, tokenizer, recorded.LEARNED, recorded.TRAINING)
+    samples = recorded.samples(model, training)
+    learned = recorded.learned(samples)
     print(machine())
+    ids = recorded.texts(given.test, tokenizer, lengths[-1], 1)[0]
 
     def rounds(tokens: int) -> int:
-        return arguments.rounds if tokens <= 4096 else max(3, arguments.rounds // 2)
+        return int(given.rounds) if tokens <= 4096 else 3
 
-    if arguments.backward:
-        for tokens in arguments.tokens:
-            compare(tokens, rounds(tokens), backward=True)
-        return
-    forward = {tokens: compare(tokens, rounds(tokens), backward=False) for tokens in arguments.tokens}
-    for tokens in (n for n in arguments.tokens if n <= 4096):
-        compare(tokens, rounds(tokens), backward=True)
-    shorter, longer = min((n for n in forward if n >= 4096), default=0), max(forward)
-    if shorter and longer > shorter:
-        print(f"\n### Growth from {shorter:,} to {longer:,} tokens: exponent of the median time\n")
-        for name in (name for name in forward[longer] if name in forward[shorter]):
-            ratio = forward[longer][name].median / forward[shorter][name].median
-            print(f"- {name}: {math.log(ratio) / math.log(longer / shorter):.2f}")
+    found: dict[int, list[Vectors]] = {}
+    for tokens in lengths:
+        found[tokens] = recorded.vectors(model, ids[:, :tokens], (layer - 1, layer))
+    for tokens in given.tokens:
+        compare(found[tokens][1], layer, learned, normalizer, rounds(tokens))
+    if given.shape:
+        two = Samples(
+            *([side_by_side(x[layer - 1 : layer + 1].split(1)) for x in side] for side in (samples.q, samples.k))
+        )
+        of_shape = recorded.learned(two)
+    for tokens in given.shape:
+        joined = tuple(side_by_side(pair) for pair in zip(*found[tokens], strict=True))
+        compare_layers((joined[0], joined[1], joined[2]), of_shape, normalizer, rounds(tokens))
+    if given.growth:
+        growth({tokens: found[tokens][1] for tokens in given.growth}, layer, learned, normalizer, 3)
 
 
 if __name__ == "__main__":

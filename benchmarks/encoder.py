@@ -143,7 +143,7 @@ def main() -> None:
     given = parser.parse_args()
     model, tokenizer = recorded.lengthened(given.model, max(given.tokens))
     training = recorded.texts(given.train, tokenizer, recorded.LEARNED, recorded.TRAINING)
-    attentions = arms(recorded.learned(model, training))
+    attentions = arms(recorded.learned(recorded.samples(model, training)))
     print(machine())
     rows: list[Row] = []
     with ExitStack() as stack:

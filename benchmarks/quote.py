@@ -1,26 +1,50 @@
-"""The README's figures of speed, written anew from ``benchmarks/results.md``, so that no figure in it is typed by hand.
+"""The README's figures of speed, written anew from what the benchmarks printed, so that no figure in it is typed by hand.
 
-python benchmarks/quote.py
+    python benchmarks/quote.py
+
+Reads ``benchmarks/results.md`` (`make bench`) and ``benchmarks/real.md`` (`make bench-real`), and replaces what stands between
+``<!-- quoted: NAME -->`` and ``<!-- end -->`` in the README and in `docs/explanation/performance.md`. Of what was not measured
+the text says so.
 """
 
 from __future__ import annotations
 
 import re
 import textwrap
+from collections.abc import Callable, Iterable
 from itertools import dropwhile, takewhile
 from pathlib import Path
 
 HERE = Path(__file__).parent
-BEGIN, END = "### Speed", "The hinge per pair beats"
-NAMES = [
-    *("SDPA softmax", "dense entmax", "quantize, 1 round", "quantize, 4 rounds of 16", "kmeans, top 1"),
-    *("routed, 64 keys", "routed, 64 keys, in torch"),
-]
-LENGTHS = ["2,048", "4,096", "8,192", "16,384", "32,768"]
+PAGES = (HERE.parent / "README.md", HERE.parent / "docs" / "explanation" / "performance.md")
+QUOTED = re.compile(r"(<!-- quoted: (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+BASELINE = "SDPA softmax"
+
+
+class NotMeasuredError(Exception):
+    """A table or a line that a quotation needs is not there."""
+
+
+# ---- reading ----
+
+
+def sections(results: str, title: str) -> dict[str, str]:
+    """Every section whose heading begins with ``title``: the length in its heading → its text."""
+    parts = re.split(r"^### ", results, flags=re.MULTILINE)
+    found = {}
+    for part in parts:
+        match = re.match(rf"{re.escape(title)}: ([\d,]+) tokens", part)
+        if match:
+            found[match[1]] = part
+    if not found:
+        raise NotMeasuredError(title)
+    return found
 
 
 def rows(results: str, title: str) -> dict[str, list[str]]:
     """The cells of each row of the table below ``### title``, by the first one."""
+    if f"### {title}" not in results:
+        raise NotMeasuredError(title)
     return table(re.split(r"\n### ", results.split(f"### {title}", 1)[1])[0])
 
 
@@ -31,6 +55,114 @@ def table(text: str) -> dict[str, list[str]]:
         [cell.strip() for cell in line.strip("|").split("|")] for line in takewhile(lambda x: x.startswith("|"), lines)
     ]
     return {first: rest for first, *rest in cells[2:]}
+
+
+def found(what: str, text: str) -> str:
+    """The first group of a pattern that must be there."""
+    match = re.search(what, text, re.MULTILINE)
+    if match is None:
+        raise NotMeasuredError(what)
+    return match[1]
+
+
+def lines_of(heads: Iterable[str], body: Iterable[Iterable[str]]) -> str:
+    """A table in Markdown."""
+    heads = list(heads)
+    written = [f"| {' | '.join(cells)} |" for cells in (heads, *body)]
+    return "\n".join((written[0], f"|{'---|' * len(heads)}", *written[1:]))
+
+
+def machine(results: str) -> str:
+    """Processor, threads and versions."""
+    return found(r"(.*threads, torch.*)", results)
+
+
+# ---- what is quoted ----
+
+
+def encoder(results: str) -> str:
+    """A whole encoder: speed and cosines, an arm a row and a length a column."""
+    of_length = {tokens: table(text) for tokens, text in sections(results, "Whole encoder").items()}
+    whole = {tokens: each for tokens, each in of_length.items() if "no attention" in each}
+    longest = list(whole)[-1]
+
+    def cell(row: list[str]) -> str:
+        return f"{row[1]} ({row[3]}, {row[4]})" if row[3] else row[1]
+
+    body = [
+        [name, *(cell(each[name]) for each in whole.values()), last[2]]
+        for name, last in whole[longest].items()
+        if all(name in each for each in whole.values())
+    ]
+    text = lines_of(["attention", *(f"{tokens} tokens" for tokens in whole), f"MB at {longest}"], body)
+    parts = re.findall(r"### Whole encoder: ([\d,]+) tokens[^\n]*\n\n(.*?)(?=\n###|\Z)", results, re.DOTALL)
+    alone = [(tokens, table(part)) for tokens, part in parts if "no attention" not in part]
+    if alone:
+        text += (
+            "\n\n`auto` beside SDPA: "
+            + ", ".join(f"{each['auto'][1]} at {tokens} tokens" for tokens, each in alone)
+            + "."
+        )
+    return f"{machine(results)}.\n\n{text}"
+
+
+def attention_alone(results: str) -> str:
+    """Attention of one layer on recorded vectors: speed, recall and error."""
+    of_length = {tokens: table(text) for tokens, text in sections(results, "Recorded").items()}
+
+    def cell(row: list[str]) -> str:
+        quality = ", ".join(part for part in (row[4], row[5]) if part)
+        return f"{row[2]} ({quality})" if quality else row[2]
+
+    names = list(of_length[list(of_length)[-1]])
+    body = [[name, *(cell(each[name]) if name in each else "" for each in of_length.values())] for name in names]
+    return lines_of(["attention", *(f"{tokens} tokens" for tokens in of_length)], body)
+
+
+def shape(results: str) -> str:
+    """A whole layer of RoBERTa-base."""
+    of_length = {tokens: table(text) for tokens, text in sections(results, "A layer of RoBERTa-base").items()}
+    body = [
+        [name, *(f"{row[name][2]} ({row[name][6]}; {row[name][5] or '–'})" for row in of_length.values())]
+        for name in next(iter(of_length.values()))
+    ]
+    return lines_of(["attention", *(f"{tokens} tokens" for tokens in of_length)], body)
+
+
+def growth(results: str) -> str:
+    """The exponent of the time at constant recall."""
+    span = found(r"^- growth at constant recall, (.*) tokens: ", results)
+    exponent = found(r"^- growth at constant recall, .*: ([\d.]+)$", results)
+    return f"From {span} tokens, at a recall of {found(r'### Growth at a recall of ([0-9.]+)', results)}: exponent {exponent}."
+
+
+def dense(results: str) -> str:
+    """Exact entmax: how many times as fast as SDPA."""
+    pattern = r"^### Exact entmax, (.*?): ([\d,]+) tokens, (forward(?: and backward)?), \d+ rounds$"
+    headings = re.findall(pattern, results, re.MULTILINE)
+    if not headings:
+        raise NotMeasuredError("Exact entmax")
+    columns = list(dict.fromkeys((tokens, way) for _, tokens, way in headings))
+    cells: dict[str, dict[tuple[str, str], str]] = {}
+    for title, tokens, way in headings:
+        text = rows(results, f"Exact entmax, {title}: {tokens} tokens, {way}, ")
+        cells.setdefault(title, {})[tokens, way] = text["exact entmax"][2]
+    heads = [f"{tokens}{', and backward' if way != 'forward' else ''}" for tokens, way in columns]
+    body = [[title, *(own.get(column, "") for column in columns)] for title, own in cells.items()]
+    return lines_of(["tokens", *heads], body)
+
+
+def normalizer(results: str) -> str:
+    """The normalizer itself."""
+    body = []
+    for length in ("512", "2,048"):
+        alone = rows(results, f"6,144 rows of {length}, forward, ")
+        trained = rows(results, f"6,144 rows of {length}, forward and backward")["entmax15"]
+        of_dense = float(rows(results, f"Dense attention over {length} tokens, forward, ")["entmax15"][2])
+        ours, package = alone["entmax15"], alone["entmax15 of the package"]
+        body.append([length, f"{ours[2]} ×", f"{trained[2]} ×", f"{ours[4]} and {package[4]}", f"{1 / of_dense:.2f}"])
+    heads = ["rows of", "forward", "forward and backward", "peak MB, ours and the package's", "dense attention"]
+    return lines_of(heads, body)
 
 
 def learning(results: str) -> str:
@@ -53,62 +185,41 @@ def learning(results: str) -> str:
         f"`extract` runs at {record['extract'][2]} of the speed of the forward pass alone, `evaluate` at",
         f"{record['evaluate'][2]} of it.",
     ]
-    return "### Learning and measuring\n\n" + textwrap.fill(" ".join(sentences), 130) + "\n\n"
+    return textwrap.fill(" ".join(sentences), 130)
 
 
-def found(what: str, text: str) -> str:
-    """The first group of a pattern that must be there."""
-    match = re.search(what, text)
-    if match is None:
-        raise SystemExit(f"results.md has no line like {what}: run make bench")
-    return match[1]
+WRITERS: dict[str, Callable[[str], str]] = {
+    "encoder": encoder,
+    "attention": attention_alone,
+    "shape": shape,
+    "growth": growth,
+    "dense": dense,
+    "normalizer": normalizer,
+    "learning": learning,
+}
 
 
-def section(results: str) -> str:
-    """Tables in Markdown."""
-    machine = re.search(r".*threads, torch.*", results)
-    forward = {length: rows(results, f"{length} tokens, forward, ") for length in LENGTHS}
-    both = {length: rows(results, f"{length} tokens, forward and backward") for length in LENGTHS[:2]}
-    heads = [f"{length} tokens" for length in LENGTHS] + [f"{length}, and backward" for length in both]
-    lines = [
-        f"{BEGIN}\n",
-        f"`make bench` ({machine.group() if machine else ''}); `benchmarks/results.md` is what it",
-        "printed, [`docs/explanation/performance.md`](docs/explanation/performance.md) tells what was tried.",
-        "Bucketed entmax attention, predictor inside, beside torch's dense",
-        "softmax attention (SDPA): how many times as fast, and the median time. 12 heads of 64, buckets of 64",
-        "tokens, a window of 11, one global token; the bucketed ones in C++ but for the last row, which multiplies the",
-        "filling of its blocks too. Growth: the exponent of the time",
-        f"from {LENGTHS[1]} to {LENGTHS[-1]} tokens.\n",
-        f"| attention | {' | '.join(heads)} | pairs multiplied, of a query at 8,192 | MB at 16,384 | growth |",
-        f"|---{'|---' * (len(heads) + 3)}|",
-    ]
-    growth = dict(re.findall(r"^- (.*): ([\d.]+)$", results, re.MULTILINE))
-    for name in NAMES:
-        times = [
-            f"{found[name][2]} ({found[name][0]} ms)" if name in found else ""
-            for found in (*forward.values(), *both.values())
-        ]
-        more = forward["8,192"][name][4], forward["16,384"][name][3], growth.get(name, "")
-        lines.append(f"| {name} | {' | '.join((*times, *more))} |")
-    lines += [
-        "\nThe normalizer: α-entmax (α = 1.5) in the speed of the `entmax` package, and the time of dense attention",
-        "with it in that of dense softmax attention, forward.\n",
-        "| rows of | forward | forward and backward | peak MB, ours and the package's | dense attention |",
-        "|---|---|---|---|---|",
-    ]
-    for length in ("512", "2,048"):
-        alone = rows(results, f"6,144 rows of {length}, forward, ")
-        trained = rows(results, f"6,144 rows of {length}, forward and backward")["entmax15"]
-        dense = float(rows(results, f"Dense attention over {length} tokens, forward, ")["entmax15"][2])
-        ours, package = alone["entmax15"], alone["entmax15 of the package"]
-        lines.append(f"| {length} | {ours[2]} × | {trained[2]} × | {ours[4]} and {package[4]} | {1 / dense:.2f} |")
-    return "\n".join(lines) + "\n\n"
+def quoted(name: str, results: str, before: str) -> str:
+    """What stands between the marks of ``name``; as before where it was not measured again."""
+    try:
+        return WRITERS[name](results)
+    except NotMeasuredError as what:
+        print(f"{name}: results.md and real.md have nothing like “{what}”; left as it is")
+        return before
+
+
+def main() -> None:
+    files = (HERE / name for name in ("results.md", "real.md"))
+    results = "\n".join(path.read_text(encoding="utf-8") for path in files if path.exists())
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+
+        def replaced(match: re.Match[str]) -> str:
+            before = match[0][len(match[1]) : -len(match[3])]
+            return f"{match[1]}{quoted(match[2], results, before)}{match[3]}"
+
+        page.write_text(QUOTED.sub(replaced, text), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    readme = HERE.parent / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN, 1)
-    after = rest[rest.index(END) :]
-    results = (HERE / "results.md").read_text(encoding="utf-8")
-    readme.write_text(before + section(results) + learning(results) + after, encoding="utf-8")
+    main()

@@ -2,42 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel
 
 from sparsefinder import models
+from sparsefinder.attention import Dense
 from sparsefinder.conversions.positions import replace_embedding, resize_buffers, tile_rows
 from sparsefinder.experiment.configuration import Learned
-from sparsefinder.graphs import QK
-from sparsefinder.models.loading import load_with_head
-from sparsefinder.models.observed_attention import Watched
-from sparsefinder.models.position_tables import reserved_rows_of
-from sparsefinder.numerics.normalizers import Normalizer
-from sparsefinder.sparse_model.learning import learn
+from sparsefinder.models.position_tables import CONVENTIONS, reserved_rows_of
+from sparsefinder.predictors.closed_form import fit_lowrank
+from sparsefinder.predictors.kmeans import KeyClusterSettings, fit_tree
+from sparsefinder.sparse_model.learning import record
+from sparsefinder.storage.samples import Samples
 
-NEEDS = ("lowrank", "key_centroids")
 TRAINING = 24  # texts of `LEARNED` tokens that patterns learn from
 LEARNED = 512
+RANK = 32  # numbers that queries and keys are compared by
+
+Vectors = tuple[Tensor, Tensor, Tensor]
+"""Queries, keys and values ``(1, H, N, D)``."""
 
 
 def lengthened(folder: Path, length: int) -> tuple[Any, Any]:
     """An encoder that reads so many tokens, its position table repeated (RoBERTa's and BERT's), and its tokenizer."""
-    model, tokenizer = load_with_head(folder, AutoModel)
-    shape = models.describe(model)
-    if shape.max_length < length:
-        embeddings: Any = model.embeddings
+    model, tokenizer = models.load_encoder(folder)
+    if models.describe(model).max_length < length and CONVENTIONS[model.config.model_type] != "rotary":
+        embeddings: Any = model.base_model.embeddings
         table: nn.Embedding = embeddings.position_embeddings
         rows = tile_rows(table.weight.detach(), length, reserved=reserved_rows_of(model.config))
         replace_embedding(table, rows)
         resize_buffers(embeddings, len(rows))
         model.config.max_position_embeddings = len(rows)
     tokenizer.model_max_length = length
-    return model.eval(), tokenizer
+    return model.base_model.eval(), tokenizer
 
 
 def texts(file: Path, tokenizer: Any, length: int, count: int) -> list[Tensor]:
@@ -52,23 +54,34 @@ def texts(file: Path, tokenizer: Any, length: int, count: int) -> list[Tensor]:
     ]
 
 
-def learned(model: Any, training: Sequence[Tensor]) -> Learned:
-    """What routed patterns learn from texts of the length that the model was trained at."""
-    return learn(NEEDS, model, list(training), Normalizer(1.0), seed=0)
+def learned(samples: Samples) -> Learned:
+    """What routed patterns learn: the closed-form space, and a tree of clusters of keys in it."""
+    lowrank = fit_lowrank(samples, RANK)
+    return Learned({"lowrank": lowrank, "key_centroids": fit_tree(samples, lowrank, KeyClusterSettings())})
+
+
+def samples(model: Any, training: Sequence[Tensor]) -> Samples:
+    """Queries and keys of all layers from texts of the length that the model was trained at."""
+    return record(model, training, models.get_normalizer(model), lambda tokens: slice(None))
+
+
+class _EnoughError(Exception):
+    """All layers that were wanted have been met."""
 
 
 @torch.inference_mode()
-def vectors(model: Any, ids: Tensor, layers: Sequence[int]) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
-    """Queries, keys and values ``(1, H, N, D)`` of some layers, as the model itself attends."""
-    found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+def vectors(model: Any, ids: Tensor, wanted: Sequence[int]) -> list[Vectors]:
+    """What some layers attend with, as the model itself attends; nothing beyond the last of them is computed."""
+    found: dict[int, Vectors] = {}
+    dense = Dense(models.get_normalizer(model))
 
-    def look(layer: int, qk: QK, v: Tensor, output: Tensor) -> None:
-        if layer in layers:
-            found[layer] = (qk.q.contiguous(), qk.k.contiguous(), v.contiguous())
+    def attend(q: Tensor, k: Tensor, v: Tensor, valid: Tensor, layer: int) -> Tensor:
+        if layer in wanted:
+            found[layer] = (q.contiguous(), k.contiguous(), v.contiguous())
+        if len(found) == len(set(wanted)):
+            raise _EnoughError
+        return dense(q, k, v, valid, layer)
 
-    def dense(q: Tensor, k: Tensor, v: Tensor, valid: Tensor, layer: int) -> Tensor:
-        return nn.functional.scaled_dot_product_attention(q, k, v)
-
-    with models.plugged(model, Watched(dense, look)):
-        model(input_ids=ids, attention_mask=torch.ones_like(ids))
-    return found
+    with models.plugged(model, attend), contextlib.suppress(_EnoughError):
+        model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    return [found[layer] for layer in wanted]

@@ -1,0 +1,67 @@
+"""What the README says of speed is copied from what the benchmarks printed, and from nowhere else."""
+
+from __future__ import annotations
+
+import importlib.util
+from types import ModuleType
+
+import pytest
+
+from tests.conftest import ROOT
+
+REAL = """A processor, 2 threads, torch 9
+### Whole encoder: 128 tokens, 20 documents, 50 rounds
+
+| attention | median ms | SDPA ÷ this | peak MB | pooled cosine | token cosine | of the bound |
+|---|---|---|---|---|---|---|
+| SDPA softmax | 2.0 | 1.00 | 3 |  |  |  |
+| auto | 2.1 | 0.98 | 4 | 1.0000 | 1.0000 |  |
+
+### Whole encoder: 2,048 tokens, 20 documents, 5 rounds
+
+| attention | median ms | SDPA ÷ this | peak MB | pooled cosine | token cosine | of the bound |
+|---|---|---|---|---|---|---|
+| SDPA softmax | 20.0 | 1.00 | 3 |  |  | 0.50 |
+| no attention | 10.0 | 2.00 | 4 |  |  | 1.00 |
+| auto | 12.5 | 1.60 | 5 | 0.9911 | 0.9901 | 0.80 |
+
+### A layer of RoBERTa-base: 4,096 tokens, forward, 5 rounds
+
+| attention | median ms | min – max | SDPA ÷ this | peak MB | recall | output error | of the bound |
+|---|---|---|---|---|---|---|---|
+| SDPA softmax | 20.0 | 19.0 – 21.0 | 1.00 | 7 |  |  | 0.54 |
+| window 257 | 11.0 | 10.0 – 12.0 | 1.70 | 8 | 0.500 | 0.250 | 0.92 |
+
+### Growth at a recall of 0.950
+
+- growth at constant recall, 4,096 to 32,768 tokens: 1.15
+"""
+
+
+@pytest.fixture(scope="module")
+def quote() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("quote", ROOT / "benchmarks" / "quote.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_what_is_quoted(quote: ModuleType) -> None:
+    said = quote.encoder(REAL)
+    assert "| auto | 1.60 (0.9911, 0.9901) | 5 |" in said
+    assert "| no attention | 2.00 | 4 |" in said
+    assert said.endswith("`auto` beside SDPA: 0.98 at 128 tokens.")
+    assert "| window 257 | 1.70 (0.92; 0.250) |" in quote.shape(REAL)
+    assert quote.growth(REAL) == "From 4,096 to 32,768 tokens, at a recall of 0.950: exponent 1.15."
+
+
+def test_what_was_not_measured_stays(quote: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert quote.quoted("attention", REAL, "before") == "before"
+    assert "attention: " in capsys.readouterr().out
+
+
+def test_every_mark_has_a_writer(quote: ModuleType) -> None:
+    marks = [match[2] for page in quote.PAGES for match in quote.QUOTED.finditer(page.read_text(encoding="utf-8"))]
+    assert {*marks} == {*quote.WRITERS}
