@@ -27,6 +27,7 @@ from sparsefinder.executors.blocks.tail import entries
 from sparsefinder.executors.choose import AUTO, Executor, check, choose, explain
 from sparsefinder.executors.native.bucketed import NativeExecutor
 from sparsefinder.executors.native.dense import NativeDenseExecutor
+from sparsefinder.executors.native.tailed import TailedExecutor
 from sparsefinder.executors.triton.dense import TritonDenseExecutor
 from sparsefinder.executors.triton.executor import TritonExecutor
 from sparsefinder.executors.workload import Pairs, Work
@@ -129,22 +130,25 @@ class Bucketed:
 
     The same output and gradients as ``Masked`` of the same pattern, to rounding. The pattern must have a ``layout``: buckets,
     a window, global tokens and unions of these. Work and memory are linear in N where buckets keep their size; a bucket with
-    all tokens costs what dense attention costs. Three executors multiply it:
+    all tokens costs what dense attention costs. Four executors multiply it:
 
     - ``native``, C++ on a CPU (`sparsefinder.executors.native.bucketed`): a query at a time, the pairs of the graph and no
       others;
+    - ``tailed``, C++ on a CPU (`sparsefinder.executors.native.tailed`), of a layout with a tail: clusters of keys as panels, some
+      queries at a time; softmax without a window, global tokens or causality;
     - ``blocks``, torch's products on any device (`sparsefinder.executors.blocks.decompose`): buckets are filled up to a few
       sizes, so that those of like size are one product (never up to the fullest one), and ``computed_pairs`` counts the
       filling;
     - ``triton``, kernels on a GPU (`sparsefinder.executors.triton`), float32 or half precision: only where it is asked for.
 
-    ``auto`` is ``native`` wherever it works, which on a CPU needs a C++ compiler the first time; ``explain`` says what it took.
+    ``auto`` is ``native`` or ``tailed`` wherever they work, which on a CPU need a C++ compiler the first time; ``explain`` says
+    what it took.
     """
 
     pattern: Pattern  # who may attend to whom; must have a layout
     normalizer: Normalizer = _ENTMAX15  # how the scores on the graph become probabilities
     causal: bool = False  # whether a query sees no later key
-    executor: str = AUTO  # auto, native, blocks or triton
+    executor: str = AUTO  # auto, native, tailed, blocks or triton
     queries_at_once: int = 1 << 15  # of blocks: queries (once for each bucket) whose scores are in memory at one time
     block: int = 64  # of triton: queries and keys of a block, a power of two from 16
 
@@ -164,8 +168,9 @@ class Bucketed:
         ``query_valid``, ``(B, N_q)`` bool, is given in cross-attention.
         """
         qk, v = _prepared(q, k, v, valid, self.causal, query_valid)
-        executor = choose(self._executors(), self.executor, self._work(qk, v))
-        return executor.attend(qk, v, self._layout(qk, layer), self.normalizer)
+        layout = self._layout(qk, layer)
+        executor = choose(self._executors(), self.executor, self._work(qk, layout, v))
+        return executor.attend(qk, v, layout, self.normalizer)
 
     @torch.no_grad()
     def graph(self, qk: QK, layer: int) -> Tensor:
@@ -174,19 +179,23 @@ class Bucketed:
 
     def computed_pairs(self, qk: QK, layer: int) -> Tensor:
         """Pairs that are multiplied, ``(B, H)`` int64: those of the graph, and but for ``native`` the filling too."""
-        executor = choose(self._executors(), self.executor, self._work(qk))
-        return executor.computed_pairs(qk, self._layout(qk, layer))
+        layout = self._layout(qk, layer)
+        executor = choose(self._executors(), self.executor, self._work(qk, layout))
+        return executor.computed_pairs(qk, layout)
 
     def explain(self, q: Tensor, *others: Tensor) -> str:
         """Which executor multiplies these queries (and keys and values) and why no other one does: a line for each."""
-        work = replace(Work.of(q, *others), tail=has_tail(self.pattern))
-        return explain(self._executors(), self.executor, work)
+        return explain(self._executors(), self.executor, self._kind(Work.of(q, *others)))
 
-    def _work(self, qk: QK, *others: Tensor) -> Work:
-        return replace(Work.of(qk.q, qk.k, *others), tail=has_tail(self.pattern), crosses=qk.crosses)
+    def _work(self, qk: QK, layout: Layout, *others: Tensor) -> Work:
+        surrounded = bool(layout.window) or layout.is_global is not None
+        return replace(self._kind(Work.of(qk.q, qk.k, *others)), crosses=qk.crosses, surrounded=surrounded)
+
+    def _kind(self, work: Work) -> Work:
+        return replace(work, tail=has_tail(self.pattern), causal=self.causal, alpha=self.normalizer.alpha)
 
     def _executors(self) -> tuple[LayoutExecutor, ...]:
-        return NativeExecutor(), BlocksExecutor(self.queries_at_once), TritonExecutor(self.block)
+        return NativeExecutor(), TailedExecutor(), BlocksExecutor(self.queries_at_once), TritonExecutor(self.block)
 
     @torch.no_grad()
     def _layout(self, qk: QK, layer: int) -> Layout:

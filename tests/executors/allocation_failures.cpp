@@ -15,10 +15,17 @@ void *operator new(std::size_t size) {
     ++alive;
     return std::malloc(size ? size : 1);
 }
+void *operator new(std::size_t size, std::align_val_t to) {
+    if (left.load() >= 0 && left.fetch_sub(1) == 0) throw std::bad_alloc();
+    ++alive;
+    return std::aligned_alloc(std::size_t(to), (size + std::size_t(to)) / std::size_t(to) * std::size_t(to));
+}
 void operator delete(void *p) noexcept {
     if (p) --alive, std::free(p);
 }
 void operator delete(void *p, std::size_t) noexcept { operator delete(p); }
+void operator delete(void *p, std::align_val_t) noexcept { operator delete(p); }
+void operator delete(void *p, std::size_t, std::align_val_t) noexcept { operator delete(p); }
 
 constexpr int64_t N = 70, D = 5, THREADS = 2;
 float x[2 * N * D], y[2 * N * D], z[2 * N * D], a[2 * N * D], b[2 * N * D], c[2 * N * D];

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from sparsefinder.errors import UserError
-from sparsefinder.executors.native import bucketed, build, dense, gold_pairs, library, predictors
+from sparsefinder.executors.native import bucketed, build, dense, gold_pairs, library, predictors, tailed
 from sparsefinder.executors.native.library import Library
 from sparsefinder.graphs import QK, Buckets, Layout
 
 NATIVE = Path(build.__file__).parent
 SOURCES = sorted(path.stem for path in NATIVE.glob("*.cpp"))
-LIBRARIES = {module._LIBRARY.name: module._LIBRARY for module in (bucketed, dense, gold_pairs, predictors)}
+LIBRARIES = {module._LIBRARY.name: module._LIBRARY for module in (bucketed, dense, gold_pairs, predictors, tailed)}
 
 
 def compiled(*arguments: str) -> None:
@@ -103,6 +103,15 @@ CALLS = {
         return until_it_works("nearest", [&] { return nearest_float32(1, 2, N, D, 1, 4, 2, THREADS, x, y, ids); }) ||
                until_it_works("budget", [&] { return routed(rule); }) ||
                until_it_works("margin", [&] { return routed(other); });
+    }()""",
+    "tailed": """[] {
+        Problem p{1, 2, 1, N, N, D, 1, 4, THREADS, ids, ids, valid, valid, nullptr};
+        const Rows<const float> in{x, 2 * N * D, N * D, D}, keys{y, 2 * N * D, N * D, D}, values{z, 2 * N * D, N * D, D};
+        const Rows<float> out{a, 2 * N * D, N * D, D}, other{b, 2 * N * D, N * D, D};
+        return until_it_works("forward", [&] { return forward_float32(&p, &in, &keys, &values, &out, c); }) ||
+               until_it_works("backward", [&] {
+                   return backward_float32(&p, &in, &keys, &values, &in, &in, &out, &other, &other, c);
+               });
     }()""",
 }
 

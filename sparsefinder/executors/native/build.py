@@ -26,6 +26,7 @@ from sparsefinder.storage.files import cache_folder
 # no flag here changes a sum's meaning for infinity or NaN; of vectors of 256 and 512 bits the former were as fast or faster
 _FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared")
 _VECTORS = {"AVX2": ("-mavx2", "-mfma"), "AVX512": ("-mavx2", "-mfma")}  # by what torch says of the processor
+_WIDE = {"AVX512": ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mprefer-vector-width=512")}
 _SECONDS = 300
 
 
@@ -38,10 +39,16 @@ def compiler() -> str:
 
 
 @functools.cache
-def load(name: str) -> ctypes.CDLL:
-    """The compiled ``<name>.cpp`` of this folder; a `UserError` where there is no compiler, or it fails."""
+def load(name: str, wide: bool = False) -> ctypes.CDLL:
+    """The compiled ``<name>.cpp`` of this folder; a `UserError` where there is no compiler, or it fails.
+
+    Args:
+        name: of the file.
+        wide: whether vectors are as long as the processor has them.
+    """
     source = Path(__file__).with_name(f"{name}.cpp")
-    flags = (*_FLAGS, *_sanitizers(), *_VECTORS.get(torch.backends.cpu.get_cpu_capability(), ()))
+    vectors = {**_VECTORS, **_WIDE} if wide else _VECTORS
+    flags = (*_FLAGS, *_sanitizers(), *vectors.get(torch.backends.cpu.get_cpu_capability(), ()))
     texts = (path.read_text(encoding="utf-8") for path in (source, *sorted(source.parent.glob("*.hpp"))))
     command = [compiler(), *flags]
     identity = (*texts, *command, platform.system(), platform.machine())

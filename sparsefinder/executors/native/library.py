@@ -29,11 +29,13 @@ class Library:
         name: of the file.
         version: of the arguments of its functions, as its ``layout`` says.
         structures: that it is given, in the order of its ``layout``.
+        wide: whether it is compiled for the widest vectors of the processor: where most of the work is products of registers.
     """
 
     name: str
     version: int
     structures: tuple[type[ctypes.Structure], ...] = ()
+    wide: bool = False
 
     def why_not(self, work: Work | None) -> str:
         """Why it cannot do this work; empty where it can. None: whatever the work."""
@@ -84,7 +86,7 @@ def available(library: Library) -> bool:
 @functools.cache
 def _checked(library: Library) -> ctypes.CDLL:
     """Loaded, with the arguments and structures that Python has written down too: anything else would be read as garbage."""
-    loaded = load(library.name)
+    loaded = load(library.name, library.wide)
     loaded.layout.restype, loaded.layout.argtypes = LONG, [LONG]
     expected = [library.version, *(ctypes.sizeof(structure) for structure in library.structures), 0]
     got = [loaded.layout(n) for n in range(len(expected))]

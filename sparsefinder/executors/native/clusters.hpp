@@ -1,0 +1,115 @@
+// The keys of a head, cluster after cluster, laid as products want them, and what a whole cluster amounts to.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include "wide.hpp"
+
+// rows of a tensor (B, H, N, D), where the numbers of a row lie side by side
+template <class T> struct Rows {
+    T *numbers;
+    int64_t batch, head, row;  // how far apart
+    T *at(int64_t b, int64_t h) const { return numbers + b * batch + h * head; }
+};
+
+// vectors side by side, coordinate by coordinate, LANES_OF of them in a panel
+template <class T> struct Laid {
+    static constexpr int64_t L = LANES_OF<T>;
+    int64_t size = 0;  // of a vector
+    Numbers<T> numbers;
+    void resize(int64_t panels, int64_t of_size) { size = of_size, numbers.resize(panels * size * L); }
+    const T *panel(int64_t n) const { return numbers.data() + n * size * L; }
+    int64_t apart() const { return size * L; }
+    void put(int64_t n, const T *from) {
+        T *to = numbers.data() + n / L * size * L + n % L;
+        for (int64_t x = 0; x < size; ++x) to[x * L] = from[x];
+    }
+    void clear(int64_t n) {
+        T *to = numbers.data() + n / L * size * L + n % L;
+        for (int64_t x = 0; x < size; ++x) to[x * L] = 0;
+    }
+};
+
+// Whoever has no id in [0, count) is in no cluster. What fills a panel is zero and weighs nothing. Room is kept for the next head.
+template <class T> struct Clusters {
+    static constexpr int64_t L = LANES_OF<T>;
+    int64_t count, size, width, panels;      // C, D, D in whole vectors, C in panels
+    int64_t keys_in_all;                     // that are no padding, whether in a cluster or not
+    std::vector<int32_t> first, panel;       // where the keys and the panels of each begin, (C + 1)
+    std::vector<int32_t> tokens;             // of the keys, cluster after cluster
+    Laid<T> keys, means, variances;          // of keys: each cluster in panels of its own
+    Numbers<T> missing;                      // 0 for a key, -inf for what fills a panel
+    Numbers<T> number, weight;               // of keys in each cluster, and log2 of half of it
+    Numbers<T> values, mean_values;          // rows of `width`
+
+    Clusters(int64_t count, int64_t size)
+        : count(count), size(size), width(whole<T>(size)), panels((count + L - 1) / L), first(count + 1), panel(count + 1),
+          number(panels * L), weight(panels * L), mean_values(count * width), origins_(count * width), sums_(count * width),
+          squares_(count * width) {
+        means.resize(panels, size), variances.resize(panels, size);
+    }
+
+    int64_t keys_of(int64_t c) const { return first[c + 1] - first[c]; }
+
+    void take(const T *k, int64_t k_row, const T *v, int64_t v_row, const int64_t *ids, const uint8_t *valid, int64_t in_all) {
+        const auto inside = [&](int64_t j) { return valid[j] && ids[j] >= 0 && ids[j] < count; };
+        std::fill(first.begin(), first.end(), 0);
+        keys_in_all = std::count(valid, valid + in_all, 1);
+        for (int64_t j = 0; j < in_all; ++j)
+            if (inside(j)) ++first[ids[j] + 1];
+        for (int64_t c = 0; c < count; ++c) panel[c + 1] = panel[c] + (first[c + 1] + L - 1) / L, first[c + 1] += first[c];
+        tokens.resize(first[count]), next_.assign(count, 0);
+        keys.resize(panel[count], size), missing.resize(panel[count] * L), values.resize(first[count] * width);
+        for (Numbers<T> *each : {&number, &missing, &mean_values, &sums_, &squares_}) each->fill(T(0));
+        weight.fill(-std::numeric_limits<T>::infinity());
+        for (int64_t j = 0; j < in_all; ++j) {  // in the order in which they are read fastest
+            if (j + AHEAD < in_all)
+                for (int64_t x = 0; x < size; x += 64 / sizeof(T))
+                    __builtin_prefetch(k + (j + AHEAD) * k_row + x), __builtin_prefetch(v + (j + AHEAD) * v_row + x);
+            if (inside(j)) add(ids[j], j, k + j * k_row, v + j * v_row);
+        }
+        for (int64_t c = 0; c < count; ++c) finish(c);
+    }
+
+   private:
+    static constexpr int64_t AHEAD = 8;  // keys that are asked for before they are read
+    Numbers<T> origins_, sums_, squares_;  // a key of each cluster, and sums of the others' differences from it and of their squares
+    std::vector<int32_t> next_;
+
+    void add(int64_t c, int64_t j, const T *key, const T *value) {
+        const int64_t m = next_[c]++, lane = panel[c] * L + m;
+        T *origin = &origins_[c * width], *sum = &sums_[c * width], *square = &squares_[c * width];
+        T *row = &values[(first[c] + m) * width], *of_values = &mean_values[c * width];
+        tokens[first[c] + m] = j;
+        keys.put(lane, key);
+        if (!m) std::copy(key, key + size, origin);
+#pragma omp simd
+        for (int64_t x = 0; x < size; ++x) {
+            const T apart = key[x] - origin[x];
+            sum[x] += apart, square[x] += apart * apart;
+            row[x] = value[x], of_values[x] += value[x];
+        }
+    }
+
+    void finish(int64_t c) {
+        const int64_t n = keys_of(c);
+        for (int64_t lane = panel[c] * L + n; lane < panel[c + 1] * L; ++lane)
+            keys.clear(lane), missing[lane] = -std::numeric_limits<T>::infinity();
+        if (n) number[c] = n, weight[c] = std::log2(T(n)) - 1;
+        T *origin = &origins_[c * width], *sum = &sums_[c * width], *square = &squares_[c * width], *of_values = &mean_values[c * width];
+        const T one = T(1) / std::max<int64_t>(n, 1);
+#pragma omp simd
+        for (int64_t x = 0; x < size; ++x) {
+            const T mean = sum[x] * one;
+            of_values[x] *= one;
+            square[x] = std::max(square[x] * one - mean * mean, T(0));
+            sum[x] = n ? origin[x] + mean : T(0);
+        }
+        means.put(c, sum), variances.put(c, square);
+    }
+};

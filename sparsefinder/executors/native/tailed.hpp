@@ -1,0 +1,178 @@
+// A block of queries before the clusters of a head: what each cluster weighs as one entry, which ones are taken key by key, by whom.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include "clusters.hpp"
+#include "wide.hpp"
+
+// the same fields, in this order, in tailed.py
+struct Problem {
+    int64_t batch, heads, group, queries, keys, size;  // B, H, heads that share one of keys, N_q, N_k, D
+    int64_t slots, clusters, threads;                  // P, C
+    const int64_t *q_ids, *k_ids;               // (B, H, N_q, P), (B, H, N_k); -1 for none
+    const uint8_t *query_valid, *key_valid;     // (B, N_q), (B, N_k)
+    const double *levels;                       // (H): a query takes clusters by their entries instead of q_ids; null: it does not
+};
+
+constexpr double LOG2_E = 1.4426950408889634;
+
+template <class T> class Block {
+   public:
+    static constexpr int64_t L = LANES_OF<T>;
+    static constexpr int64_t SIZE = 512;  // queries: theirs and what is summed up for them stays in the second cache
+
+    const Problem &p;
+    const int64_t size, width, chunks, groups;  // D, D in whole vectors, D and C in APARTs
+    std::vector<int32_t> rows;                  // tokens
+    Numbers<T> queries, squares;                // chunk by chunk rows of APART, for scores in log2
+    Numbers<T> reference;                       // of the exponentials of each row
+    // of some rows, group by group rows of APART: log2 n/2 + m, s, and n cosh(s) exp(m) beside the reference, 0 if it is taken
+    Numbers<T> scores, spreads, entries;
+    std::vector<uint64_t> taken;                // bits of each row
+    std::vector<int32_t> takers, some_takers;   // of cluster c the first some_takers[c] at c · SIZE
+
+    explicit Block(const Problem &p)
+        : p(p), size(p.size), width(whole<T>(size)), chunks((size + APART - 1) / APART), groups((p.clusters + APART - 1) / APART),
+          queries(chunks * SIZE * APART), squares(chunks * SIZE * APART), reference(SIZE), scores(groups * ROWS_AT_ONCE * APART),
+          spreads(groups * ROWS_AT_ONCE * APART), entries(groups * ROWS_AT_ONCE * APART), taken(SIZE * words()), takers(p.clusters * SIZE), some_takers(p.clusters),
+          packed_(chunks * ROWS_AT_ONCE * APART) {}
+
+    int64_t count() const { return rows.size(); }
+
+    void take(const T *q, int64_t q_row, const uint8_t *valid, int64_t begin, int64_t end) {
+        rows.clear();
+        for (int64_t i = begin; i < end; ++i)
+            if (valid[i]) rows.push_back(i);
+        const T scale = T(LOG2_E / std::sqrt(double(size)));
+        for (int64_t r = 0; r < count(); ++r)
+            for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+                const T *from = q + rows[r] * q_row + chunk * APART;
+                if (r + 8 < count()) __builtin_prefetch(q + rows[r + 8] * q_row + chunk * APART), __builtin_prefetch(q + rows[r + 8] * q_row + chunk * APART + 64 / sizeof(T));
+                T *to = &queries[(chunk * SIZE + r) * APART], *square = &squares[(chunk * SIZE + r) * APART];
+                const int64_t some = std::min(APART, size - chunk * APART);
+#pragma omp simd
+                for (int64_t x = 0; x < some; ++x) to[x] = from[x] * scale, square[x] = to[x] * to[x];
+            }
+        std::fill(some_takers.begin(), some_takers.end(), 0);
+    }
+
+    // Scores and entries of R rows from `row` on, which clusters these take, and `totals[r · L ...]`, the sums of the entries.
+    template <int R> ALWAYS_INLINE void weigh(const Clusters<T> &k, const int64_t *ids, double level, int64_t row, T *totals) {
+        in_pairs(0, k.panels, [&](int64_t panel, auto vectors) __attribute__((always_inline)) {
+            constexpr int V = decltype(vectors)::value;
+            Wide<T> sums[R][V] = {};
+            each_chunk([&](int64_t chunk, int64_t some) __attribute__((always_inline)) {
+                multiply<R, V, T>(&squares[(chunk * SIZE + row) * APART], k.variances.panel(panel) + chunk * APART * L, k.means.apart(), some, sums);
+            });
+            for (int r = 0; r < R; ++r)
+                for (int v = 0; v < V; ++v) {
+                    store(&spreads[at(r, (panel + v) * L)], root(sums[r][v]));
+                    sums[r][v] = load(&k.weight[(panel + v) * L]);
+                }
+            each_chunk([&](int64_t chunk, int64_t some) __attribute__((always_inline)) {
+                multiply<R, V, T>(&queries[(chunk * SIZE + row) * APART], k.means.panel(panel) + chunk * APART * L, k.means.apart(), some, sums);
+            });
+            for (int r = 0; r < R; ++r)
+                for (int v = 0; v < V; ++v) store(&scores[at(r, (panel + v) * L)], sums[r][v]);
+        });
+        for (int r = 0; r < R; ++r) choose(k, ids, level, row, r, totals + r * L);
+    }
+
+    // sums[r][v] += the entries of row r times the rows of `x`, one for each cluster, from `column` on
+    template <int R, int V> ALWAYS_INLINE void of_entries(const Numbers<T> &weights, const T *x, Wide<T> (&sums)[R][V]) const {
+        for (int64_t group = 0; group < groups; ++group)
+            combine<R, V, T>(&weights[group * ROWS_AT_ONCE * APART], x + group * APART * width, width, std::min(APART, p.clusters - group * APART), sums);
+    }
+
+    // The queries of R takers, side by side, for `multiply_packed`.
+    template <int R> ALWAYS_INLINE void pack(const Numbers<T> &of_rows, const int32_t *who) {
+        for (int64_t chunk = 0; chunk < chunks; ++chunk)
+            for (int r = 0; r < R; ++r)
+                for (int64_t x = 0; x < APART; x += L)
+                    store(&packed_[(chunk * ROWS_AT_ONCE + r) * APART + x], load(&of_rows[(chunk * SIZE + who[r]) * APART + x]));
+    }
+    template <int R, int V> ALWAYS_INLINE void multiply_packed(const Laid<T> &laid, int64_t panel, Wide<T> (&sums)[R][V]) const {
+        each_chunk([&](int64_t chunk, int64_t some) __attribute__((always_inline)) {
+            multiply<R, V, T>(&packed_[chunk * ROWS_AT_ONCE * APART], laid.panel(panel) + chunk * APART * L, laid.apart(), some, sums);
+        });
+    }
+
+    // where the entry of row r and cluster c is
+    static int64_t at(int64_t r, int64_t c) { return (c / APART * ROWS_AT_ONCE + r) * APART + c % APART; }
+    uint32_t lanes(int64_t row, int64_t c) const { return lanes(&taken[row * words()], c); }
+    bool takes(int64_t row, int64_t c) const { return taken[row * words() + c / 64] >> c % 64 & 1; }
+    int64_t words() const { return (p.clusters + 63) / 64; }
+
+    template <class F> ALWAYS_INLINE void each_chunk(const F &work) const {
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) work(chunk, std::min(APART, size - chunk * APART));
+    }
+
+   private:
+    Numbers<T> packed_;  // queries that take a cluster
+
+    void choose(const Clusters<T> &k, const int64_t *ids, double level, int64_t row, int64_t r, T *totals) {
+        Wide<T> most = all_of(-std::numeric_limits<T>::infinity());
+        for (int64_t c = 0; c < k.panels * L; c += L) most = larger<T>(load(&scores[at(r, c)]) + load(&spreads[at(r, c)]), most);
+        T peak = std::max(largest_of(most), std::numeric_limits<T>::lowest());
+        Wide<T> total = exponentials(k, r, peak);
+        uint64_t *bits = &taken[row_word(row + r)], any = 0;
+        if (p.levels)
+            by_level(k, r, level, sum_of(total), bits);
+        else
+            by_ids(k, ids + rows[row + r] * p.slots, bits);
+        for (int64_t word = 0; word < words(); ++word) any |= bits[word];
+        if (any) {
+            // An entry may be far larger than all keys of its cluster; the mean of their scores is below the largest of them.
+            Wide<T> low = all_of(std::numeric_limits<T>::lowest());
+            for (int64_t c = 0; c < k.panels * L; c += L)
+                low = larger<T>(load(&scores[at(r, c)]) + without(load(&spreads[at(r, c)]), lanes(bits, c)), low);
+            if (const T bound = largest_of(low); peak - bound > T(60)) peak = bound, exponentials(k, r, peak);
+            total = Wide<T>{};
+            for (int64_t c = 0; c < k.panels * L; c += L) {
+                const Wide<T> e = without(load(&entries[at(r, c)]), lanes(bits, c));
+                store(&entries[at(r, c)], e);
+                total += e;
+            }
+            for (int64_t word = 0; word < words(); ++word)
+                for (uint64_t left = bits[word]; left; left &= left - 1) {
+                    const int64_t c = word * 64 + __builtin_ctzll(left);
+                    takers[c * SIZE + some_takers[c]++] = row + r;
+                }
+        }
+        reference[row + r] = peak;
+        store(totals, total);
+    }
+
+    int64_t row_word(int64_t row) const { return row * words(); }
+    uint32_t lanes(const uint64_t *bits, int64_t c) const { return uint32_t(bits[c / 64] >> c % 64) & ((1u << L) - 1); }
+
+    Wide<T> exponentials(const Clusters<T> &k, int64_t r, T peak) {
+        Wide<T> total{};
+        for (int64_t c = 0; c < k.panels * L; c += L) {
+            const Wide<T> middle = load(&scores[at(r, c)]) - peak, spread = load(&spreads[at(r, c)]);
+            const Wide<T> e = power_of_two(middle + spread) + power_of_two(middle - spread);
+            store(&entries[at(r, c)], e);
+            total += e;
+        }
+        return total;
+    }
+
+    // a cluster is taken where the weight of one of its keys times the spread of their scores is above the level
+    void by_level(const Clusters<T> &k, int64_t r, double level, T total, uint64_t *bits) const {
+        const T bound = T(level / k.keys_in_all * LOG2_E) * total;
+        std::fill(bits, bits + words(), 0);
+        for (int64_t c = 0; c < k.panels * L; c += L)
+            bits[c / 64] |= uint64_t(greater(load(&entries[at(r, c)]) * load(&spreads[at(r, c)]), load(&k.number[c]) * bound)) << c % 64;
+    }
+    void by_ids(const Clusters<T> &k, const int64_t *ids, uint64_t *bits) const {
+        std::fill(bits, bits + words(), 0);
+        for (int64_t slot = 0; slot < p.slots; ++slot)
+            if (const int64_t c = ids[slot]; c >= 0 && c < p.clusters && k.keys_of(c)) bits[c / 64] |= uint64_t(1) << c % 64;
+    }
+};

@@ -1,0 +1,154 @@
+"""Softmax attention on clusters of keys in C++, those that a query does not take as one entry each: the fast way on a CPU.
+
+`sparsefinder.executors.native.bucketed` multiplies a query at a time with keys that lie anywhere. Here the keys and values of a
+head are sorted by cluster once and laid in panels, as are the means, variances and mean values of the clusters; a block of
+queries goes over the clusters as if these were keys, and then, cluster after cluster, those queries that take it go over its
+keys together. All products are of a few queries with a panel of keys whose sums stay in registers, exponentials are taken lane
+by lane, and the number that they are compared with is known from the entries before a key is looked at.
+
+Which clusters a query takes is given, or it is decided here from the entries themselves (`sparsefinder.patterns.refined`),
+which are known by then: so routing costs a comparison an entry.
+
+The formulas are those of `sparsefinder.numerics.clusters`; results differ from those of
+`sparsefinder.executors.blocks.tail` by rounding only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sparsefinder.executors.native.bucketed import pairs
+from sparsefinder.executors.native.library import DTYPES, LONG, POINTER, Library
+from sparsefinder.executors.workload import Work
+from sparsefinder.graphs import QK, Buckets, Layout
+from sparsefinder.numerics.normalizers import Normalizer
+from sparsefinder.numerics.padding import exactly
+
+
+class _Problem(ctypes.Structure):
+    """``Problem`` of tailed.hpp: the same fields in the same order."""
+
+    _fields_ = [
+        *(
+            (name, LONG)
+            for name in ("batch", "heads", "group", "queries", "keys", "size", "slots", "clusters", "threads")
+        ),
+        *((name, POINTER) for name in ("q_ids", "k_ids", "query_valid", "key_valid", "levels")),
+    ]
+
+
+class _Rows(ctypes.Structure):
+    """``Rows`` of clusters.hpp."""
+
+    _fields_ = [("numbers", POINTER), *((name, LONG) for name in ("batch", "head", "row"))]
+
+
+_LIBRARY = Library("tailed", 1, (_Problem, _Rows), wide=True)
+
+
+class TailedExecutor:
+    """A layout with a tail on a CPU."""
+
+    name = "tailed"
+    never_automatic = ""
+
+    def why_not(self, work: Work | None) -> str:
+        """Why this work cannot be done here; empty where it can. None: whatever the work."""
+        if work is not None:
+            if not work.tail:
+                return "multiplies layouts with a tail, and this one has none"
+            if work.alpha != 1.0:
+                return f"its normalizer is softmax, not entmax with alpha={work.alpha}"
+            if work.causal:
+                return "its clusters are those of the whole sentence, which causal attention must not see"
+            if work.surrounded:
+                return "knows no window and no global tokens"
+        return _LIBRARY.why_not(work)
+
+    def attend(self, qk: QK, v: Tensor, layout: Layout, normalizer: Normalizer) -> Tensor:
+        """``v (B, H_k, N_k, D)`` and vectors without what padding contained → ``(B, H, N_q, D)`` in the dtype of ``v``."""
+        return attend(qk, v, layout)
+
+    def computed_pairs(self, qk: QK, layout: Layout) -> Tensor:
+        """Pairs that are multiplied, ``(B, H)`` int64; an entry of a tail is one too."""
+        return pairs(qk, layout) + qk.q.shape[2] * layout.entries
+
+
+def attend(qk: QK, v: Tensor, layout: Layout) -> Tensor:
+    """Softmax attention on a layout with a tail, differentiable once in queries, keys and values.
+
+    Padding and queries without a key get zeros.
+
+    Args:
+        qk: queries ``(B, H, N_q, D)`` and keys ``(B, H_k, N_k, D)`` of any floating point, on a CPU, zeros on padding.
+        v: of the shape of the keys, the same.
+        layout: with a tail, buckets alone.
+
+    Returns:
+        ``(B, H, N_q, D)`` in the dtype of ``v``, its memory ``(B, N_q, H, D)``, as that of torch's attention.
+    """
+    if v.shape != qk.k.shape:
+        raise ValueError(f"values must be of the shape of the keys, {tuple(qk.k.shape)}, got {tuple(v.shape)}")
+    assert layout.buckets is not None
+    assert layout.tail
+    result: Tensor = _Attend.apply(*exactly(qk.q, qk.k, v), _Run(layout.buckets, qk))
+    return result.to(v.dtype)
+
+
+class _Run:
+    """One call of a function of the library: clusters of tokens, without their vectors."""
+
+    def __init__(self, buckets: Buckets, qk: QK):
+        self.shape, self.group, self.count = qk.graph_shape, qk.group, buckets.count
+        batch, heads, queries, keys = self.shape
+        self.q_ids, self.k_ids = (
+            ids.expand(batch, heads, tokens, -1).to(torch.int64).contiguous()
+            for ids, tokens in ((buckets.q_ids, queries), (buckets.k_ids, keys))
+        )
+        self.masks = qk.queries_valid.contiguous(), qk.valid.contiguous()
+
+    def __call__(self, function: str, *tensors: Tensor) -> None:
+        """``tensors``: what the function reads and then what it writes; rows ``(B, H, N, D)``, or contiguous ``(B, H, N)``."""
+        batch, heads, queries, keys = self.shape
+        problem = _Problem(
+            *(batch, heads, self.group, queries, keys, tensors[0].shape[-1]),
+            *(self.q_ids.shape[-1], self.count, torch.get_num_threads()),
+            *(x.data_ptr() for x in (self.q_ids, self.k_ids, *self.masks)),
+            None,
+        )
+        arguments = (
+            ctypes.byref(_Rows(x.data_ptr(), *x.stride()[:3])) if x.ndim == 4 else POINTER(x.data_ptr())
+            for x in tensors
+        )
+        _LIBRARY.call(f"{function}_{DTYPES[tensors[0].dtype]}", ctypes.byref(problem), *arguments)
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, run: _Run) -> Tensor:
+        q, k, v = (_with_rows(x) for x in (q, k, v))
+        batch, heads, queries, size = q.shape
+        out = q.new_empty(batch, queries, heads, size).transpose(1, 2)
+        peaks = q.new_empty(batch, heads, queries)
+        run("forward", q, k, v, out, peaks)
+        ctx.save_for_backward(q, k, v, out, peaks)
+        ctx.run = run
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, out, peaks = ctx.saved_tensors
+        of_q, of_k, of_v = (torch.zeros_like(x) for x in (q, k, v))
+        ctx.run("backward", q, k, v, out, _with_rows(gradient), of_q, of_k, of_v, peaks)
+        return of_q, of_k, of_v, None
+
+
+def _with_rows(x: Tensor) -> Tensor:
+    """Vectors whose numbers lie side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
