@@ -10,7 +10,7 @@ import importlib.util
 import sys
 
 _REPORT = ("jinja2", "markupsafe", "matplotlib", "pandas", "pyarrow")
-EXTRAS = {"report": _REPORT, "pipeline": ("accelerate", "datasets", "hydra", "sklearn", *_REPORT)}
+EXTRAS = {"report": _REPORT, "fit": ("sklearn",), "pipeline": ("accelerate", "datasets", "hydra", "sklearn", *_REPORT)}
 """Names of extras, with the modules that they bring."""
 
 
@@ -32,6 +32,11 @@ def split() -> None:
 def convert() -> None:
     """``sparsefinder-convert``: checkpoints for long inputs."""
     _start("convert_checkpoint")
+
+
+def sparsify() -> None:
+    """``sparsefinder-sparsify``: checkpoints with a predicted sparse attention."""
+    _start("sparsify", "fit")
 
 
 def _start(script: str, extra: str | None = None) -> None:
