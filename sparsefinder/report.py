@@ -64,6 +64,7 @@ class Results:
     replicas: Replicas | None = None  # of the points
     budget: pd.DataFrame | None = None  # score/error_budget
     dials: pd.DataFrame | None = None  # calibration/dials
+    exported: Path | None = None  # the folder sparse_model
 
     @classmethod
     def read(cls, store: Store) -> Results:
@@ -87,6 +88,7 @@ class Results:
             None if points is None or counts is None else Replicas.of(points, counts),
             None if score is None else _table(score / "error_budget.parquet"),
             None if calibration is None else _table(calibration / "dials.parquet"),
+            store.find("sparse_model"),
         )
 
     def only(self, rows: Mapping[str, Sequence[Any]]) -> Results:
@@ -198,9 +200,21 @@ def summary(store: Store, settings: ReportSettings | None = None, asked: Mapping
         lines = text_tables.variant_lines(results.variants)
         lines = lines[[name for name in wanted if name in lines]]
         parts.append(f"In the model, on the same {text_tables.asked(results.variants)}\n" + text_table(lines))
+    if results.exported is not None and asked is None:
+        parts.append(f"To load the model with its predicted graph\n{_loading(results.exported)}")
     if results.warnings:
         parts.append("Look twice\n" + "\n".join(f"  - {line}" for line in results.warnings))
     return "\n\n".join(parts)
+
+
+def _loading(folder: Path) -> str:
+    """The lines that load what the stage ``export`` made, in a script of one's own."""
+    return (
+        "import sparsefinder\nfrom transformers import AutoTokenizer\n\n"
+        f"model = sparsefinder.load({str(folder)!r})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({str(folder)!r})\n"
+        'states = model.base_model(**tokenizer("A long text.", return_tensors="pt"))[0]'
+    )
 
 
 def text_table(lines: pd.DataFrame) -> str:
@@ -239,6 +253,8 @@ def _html(
         sections.append(
             ("Calibrated sparsity parameters", html.table(text_tables.calibration_lines(results.dials), _DIALS))
         )
+    if results.exported is not None:
+        sections.append(("Take the model with you", html.code(_loading(results.exported))))
     sections.append(("Where it comes from", _provenance(results.manifests)))
     lead = "Which keys will a query need? Predicted graphs against the support of the dense entmax attention (gold)."
     return html.document(title, lead, sections)

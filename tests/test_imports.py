@@ -63,7 +63,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
             "attention",
             "auto",
         ),
-        *("executors", "metrics", "storage", "numerics", "graphs", "errors"),
+        *("conversions", "corpora", "executors", "metrics", "storage", "numerics", "graphs", "errors"),
     ),
     "reporting": ("analysis", "storage", "errors"),
     "testing": ("attention", "metrics", "numerics", "graphs", "errors"),
@@ -71,7 +71,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
 }
 STAGES = (
     *("finetune", "extract", "quantization", "kmeans_centroids", "online_centroids", "lowrank", "bilinear"),
-    *("calibrate", "score", "evaluate", "report"),
+    *("calibrate", "score", "evaluate", "export", "report"),
 )
 ABOVE_STAGES = ("commandline", "sparse_model")  # rooms that may call what a stage calls
 # who may know the library

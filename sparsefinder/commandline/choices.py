@@ -24,6 +24,8 @@ def objects(cfg: DictConfig, stage: str) -> dict[str, Any]:
     """Settings of a stage that come from folders of conf: patterns, attentions and conversions."""
     if stage == "calibrate":
         return {"dialled": tuple(dialled(cfg)) if cfg.target else ()}
+    if stage == "export":
+        return {"configurations": tuple(all_configurations(cfg, sweep=False))}
     if stage == "score":
         return {"configurations": tuple(all_configurations(cfg, sweep=True))}
     if stage == "evaluate":

@@ -15,7 +15,7 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-__all__ = ["Markup", "document", "facts", "figure", "folded", "note", "table", "warning"]
+__all__ = ["Markup", "code", "document", "facts", "figure", "folded", "note", "table", "warning"]
 
 _ABSENT = {"–", "not reached", "not defined", "not measured"}  # values that are printed in grey
 
@@ -65,6 +65,11 @@ def warning(lines: Sequence[str]) -> Markup:
 def folded(title: str, content: Mapping[str, object]) -> Markup:
     """Settings, to be unfolded by who wants to read them."""
     return _part("folded", title, json.dumps(content, indent=1, ensure_ascii=False))
+
+
+def code(text: str) -> Markup:
+    """Lines to be copied."""
+    return _part("code", text)
 
 
 @cache
