@@ -48,6 +48,7 @@ NEED_EXTRAS = (
         "calibrate",
         "evaluate",
         "evaluation",
+        "experiment.calibration",
         "executors.triton.block_sparse",
         "executors.triton.dense_kernels",
         "executors.triton.kernels",

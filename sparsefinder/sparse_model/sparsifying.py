@@ -130,7 +130,9 @@ def _documents(file: Path) -> Any:
 
 def _cuts(tokenizer: Any, documents: Sequence[str], lengths: Sequence[int]) -> list[Tensor]:
     """Of the held-out documents, one after the other, a text ``(1, n)`` of each length; where they end they begin again."""
-    ids = [i for document in documents for i in tokenizer(document, add_special_tokens=False)["input_ids"]]
+    ids = [
+        i for document in documents for i in tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+    ]
     if not ids:
         raise UserError("no text is left to measure on: give more than ten texts")
     ids = ids * math.ceil(max(lengths) / len(ids))
