@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparsefinder.errors import UserError
 from sparsefinder.experiment.instantiate import construct
-from sparsefinder.graphs import QK, HasLayout, Pattern
+from sparsefinder.graphs import QK, HasLayout, Pattern, has_tail
 from sparsefinder.patterns.combine import Blocked, Projected, Union, layout_of
 from sparsefinder.patterns.per_head import PerHead
 from sparsefinder.patterns.window import local_and_global, near_pairs
@@ -107,6 +107,8 @@ class Configuration:
         parameter = self.pattern.sparsity_parameter
         at = [f"{parameter}={getattr(self.pattern, parameter)}"] if parameter else []
         parts = [self.name, *(at if self.dials is None else [f"at {self.dials.target}"])]
+        if has_tail(self.pattern):
+            parts.append("+ tail")
         if self.window:
             parts.append(f"+ window {self.window}")
         if self.global_tokens:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsefinder.graphs import Pattern
+from sparsefinder.graphs import QK, Pattern, has_tail
 from sparsefinder.metrics import Counts
+from sparsefinder.patterns.combine import layout_of
 from sparsefinder.patterns.support.cost import cost_of
 
 
@@ -19,11 +20,27 @@ def costs(pattern: Pattern, counts: Counts, size: int) -> dict[str, Tensor]:
         size: ``D``; attention multiplies ``2 · D`` numbers for each pair.
 
     Returns:
-        Means over the samples, ``(H,)`` float64: ``prediction_cost``, ``attention_cost``, and ``prediction_share``, the first one
-        as a share of what attention over all allowed pairs takes. So density + prediction share is the whole cost as a share.
+        Means over the samples, ``(H,)`` float64: ``prediction_cost``, that of a tail included (``3 · D`` for each of its
+        entries: mean and variance of scores, value), ``attention_cost``, and ``prediction_share``, the first one as a share of
+        what attention over all allowed pairs takes. So density + prediction share is the whole cost as a share.
     """
-    prediction = [[cost_of(pattern, int(tokens), size) for tokens in sample] for sample in counts.queries]
+    heads = counts.queries.shape[1]
+    prediction = [
+        [
+            cost_of(pattern, int(tokens), size) + 3 * size * _entries(pattern, int(tokens), heads, size)
+            for tokens in sample
+        ]
+        for sample in counts.queries
+    ]
     predicting = torch.tensor(prediction, dtype=torch.float64)
     attending, dense = (2 * size * pairs / counts.queries for pairs in (counts.predicted, counts.allowed))
     found = {"prediction_cost": predicting, "attention_cost": attending, "prediction_share": predicting / dense}
     return {name: values.double().nanmean(0) for name, values in found.items()}
+
+
+def _entries(pattern: Pattern, tokens: int, heads: int, size: int) -> int:
+    """Entries of a query in a text of so many tokens: the buckets of any text of that length."""
+    if not has_tail(pattern):
+        return 0
+    vectors = torch.zeros(1, heads, tokens, size)
+    return layout_of(pattern, QK(vectors, vectors, torch.ones(1, tokens, dtype=torch.bool)), 0).entries

@@ -60,8 +60,8 @@ class Multipole:
         return Layout(Buckets(as_ids(taken), k_ids, self.n_clusters), tail=self.tail)
 
     def cost(self, tokens: int, size: int) -> float:
-        """``C · D`` in every round of k-means and once more for keys, once for the query, and once for the tail's values."""
-        return float((self.iterations + 2 + self.tail) * self.n_clusters * size)
+        """``C · D`` in every round of k-means and once more for keys, and once for the query."""
+        return float((self.iterations + 2) * self.n_clusters * size)
 
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool."""

@@ -172,6 +172,16 @@ def test_cost_and_density_add_up() -> None:
     assert (share - (counts.predicted / counts.allowed).mean(0)).abs().max() < 0.2
 
 
+def test_a_tail_costs_three_products_an_entry() -> None:
+    qk = random_qk([10], HEADS, SIZE)
+    found = {}
+    for tail in (False, True):
+        pattern = Union((Quest(0.2, size=5, tail=tail), Window(3)))
+        found[tail] = costs(pattern, count(pattern(qk, 0), Gold.of(qk, 1.5), qk), SIZE)
+    assert (found[True]["prediction_cost"] - found[False]["prediction_cost"]).tolist() == [2.0 * 3 * SIZE] * HEADS
+    assert torch.equal(found[True]["attention_cost"], found[False]["attention_cost"])
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "conf" / "pattern").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_pattern_of_the_folder_says_its_cost(path: Any) -> None:
     node = OmegaConf.load(path)
