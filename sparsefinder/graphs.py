@@ -10,8 +10,9 @@ a pair that is not allowed: both tokens are real, and the key does not lie after
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -241,6 +242,30 @@ class Buckets:
 
     def _slots(self, ids: Tensor) -> Tensor:
         return torch.where(ids < 0, self.count, ids)
+
+
+class ChosenBuckets(Buckets):
+    """Buckets whose queries choose by what they see of them: ``q_ids`` are found when they are asked for.
+
+    An executor that finds that out for itself while it multiplies (`sparsefinder.executors.native.tailed`) never asks.
+
+    Args:
+        choose: Gives ``q_ids``.
+        k_ids: As those of `Buckets`.
+        count: The same.
+        levels: ``(H,)`` float64, by which they are chosen.
+    """
+
+    levels: Tensor
+
+    def __init__(self, choose: Callable[[], Tensor], k_ids: Tensor, count: int, levels: Tensor):
+        self.__dict__.update(_choose=choose, k_ids=k_ids, count=count, levels=levels)
+
+    @cached_property
+    def q_ids(self) -> Tensor:
+        """``(B, H, N, P)`` int64, -1 for none."""
+        ids: Tensor = self.__dict__["_choose"]()
+        return ids
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,8 @@ class Configuration:
         whole: Pattern = replace(self.pattern, **{name: value for name, value in artefacts.items() if name in fields})
         if self.dials is not None:
             whole = PerHead(whole, self.dials.values)
-        for space in (value for value in artefacts.values() if isinstance(value, Projections)):
+        own = {name for name in fields if name in artefacts}  # a pattern with a field for them projects by itself
+        for space in (value for name, value in artefacts.items() if isinstance(value, Projections) and name not in own):
             whole = Projected(Blocked(whole, self.chunk) if self.chunk > 1 else whole, space)
         fixed = local_and_global(self.window, self.global_tokens, self.last_token)
         return Union((whole, *fixed)) if fixed else whole

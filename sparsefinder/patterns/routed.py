@@ -92,15 +92,12 @@ class ToClusters:
         return self._layout(qk, layer, torch.tensor(values, dtype=torch.float64))
 
     def _layout(self, qk: QK, layer: int, level: float | Tensor) -> Layout:
-        """Each sentence on the level of the tree that fits its own length."""
-        levels = [self._level(length) for length in qk.lengths.tolist()] if self.centroids.coarser else [self.centroids]
-        used = {each.clusters: each for each in levels}
-        parts = []
-        for clusters, centroids in used.items():
-            own = [example for example, each in enumerate(levels) if each.clusters == clusters]
-            part = qk if len(used) == 1 else qk.part(torch.tensor(own, device=qk.q.device))
-            parts.append((own, self._buckets(part, layer, level, centroids)))
-        buckets = parts[0][1] if len(parts) == 1 else joined(parts, len(levels))
+        buckets = on_levels(
+            qk,
+            self.centroids,
+            self.keys_per_cluster,
+            lambda part, centroids: self._buckets(part, layer, level, centroids),
+        )
         return Layout(buckets, tail=self.tail)
 
     def _level(self, tokens: int) -> Centroids:
@@ -180,6 +177,30 @@ class Routed(ToClusters):
     key_centroids: Centroids | None = None  # attached by a `Configuration`
 
     needs: ClassVar[tuple[str, ...]] = ("lowrank", "key_centroids")
+
+
+def on_levels(
+    qk: QK, centroids: Centroids, keys_per_cluster: float, make: Callable[[QK, Centroids], Buckets]
+) -> Buckets:
+    """Buckets of each sentence on the level of a tree that fits its own length.
+
+    Args:
+        qk: Queries and keys of all sentences.
+        centroids: A tree, or one level for all lengths.
+        keys_per_cluster: Which level fits: as nearly so many keys in a cluster as there is.
+        make: The buckets of some of the sentences, on one level.
+    """
+    levels = [centroids]
+    if centroids.coarser:
+        levels = [centroids.level(length / keys_per_cluster) for length in qk.lengths.tolist()]
+    used = {each.clusters: each for each in levels}
+    if len(used) == 1:
+        return make(qk, levels[0])
+    parts = []
+    for clusters, level in used.items():
+        own = [example for example, each in enumerate(levels) if each.clusters == clusters]
+        parts.append((own, make(qk.part(torch.tensor(own, device=qk.q.device)), level)))
+    return joined(parts, len(levels))
 
 
 def _scores(q: Tensor, _numbers: Tensor, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:

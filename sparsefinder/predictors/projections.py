@@ -182,6 +182,15 @@ class Projections:
             for layer in self.layers
         ]
 
+    def keys(self, qk: QK, layer: int) -> Tensor:
+        """The projected keys alone, ``(B, H, N_k, R)``, zeros on padding: half the work where nobody asks for queries."""
+        if 0 <= layer < len(self.layers) and not qk.crosses:
+            projection = self.layers[layer]
+            _check_shapes(projection, qk, self.source)
+            if projection.k.in_size != 2 * qk.k.shape[-1]:
+                return projection.k(at_least_float32(qk.k)).masked_fill_(~qk.valid[:, None, :, None], 0.0)
+        return self(qk, layer).k
+
     def save(self, path: Path | str) -> None:
         """Write the published form."""
         save_tensors(self.content(), path)

@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from sparsefinder.executors.native.bucketed import pairs
 from sparsefinder.executors.native.library import DTYPES, LONG, POINTER, Library
 from sparsefinder.executors.workload import Work
-from sparsefinder.graphs import QK, Buckets, Layout
+from sparsefinder.graphs import QK, Buckets, ChosenBuckets, Layout
 from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.numerics.padding import exactly
 
@@ -106,9 +106,14 @@ class _Run:
     def __init__(self, buckets: Buckets, qk: QK):
         self.shape, self.group, self.count = qk.graph_shape, qk.group, buckets.count
         batch, heads, queries, keys = self.shape
+        self.levels, q_ids = None, torch.empty(batch, heads, 1, 0, dtype=torch.int64)
+        if isinstance(buckets, ChosenBuckets):  # here, by the entries
+            self.levels = buckets.levels.to(torch.float64).expand(heads).contiguous()
+        else:
+            q_ids = buckets.q_ids
         self.q_ids, self.k_ids = (
             ids.expand(batch, heads, tokens, -1).to(torch.int64).contiguous()
-            for ids, tokens in ((buckets.q_ids, queries), (buckets.k_ids, keys))
+            for ids, tokens in ((q_ids, queries), (buckets.k_ids, keys))
         )
         self.masks = qk.queries_valid.contiguous(), qk.valid.contiguous()
 
@@ -119,7 +124,7 @@ class _Run:
             *(batch, heads, self.group, queries, keys, tensors[0].shape[-1]),
             *(self.q_ids.shape[-1], self.count, torch.get_num_threads()),
             *(x.data_ptr() for x in (self.q_ids, self.k_ids, *self.masks)),
-            None,
+            None if self.levels is None else self.levels.data_ptr(),
         )
         arguments = (
             ctypes.byref(_Rows(x.data_ptr(), *x.stride()[:3])) if x.ndim == 4 else POINTER(x.data_ptr())
