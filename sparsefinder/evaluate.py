@@ -1,9 +1,9 @@
 """The stage ``evaluate``: what a predicted graph does to the model that attends through it.
 
-Every variant reads the same blocks with **the same masked positions**, or the same examples of another task
-(`sparsefinder.evaluation.tasks`). Two are always there to compare with: dense attention with the model's own normalizer, exact
-(`Dense`), and dense softmax as transformers runs it (torch's SDPA). Graph metrics are taken from the graph that the plugged
-attention really executes, against the gold graph of the very queries and keys it was given.
+Every variant reads the same blocks with **the same masked positions**, or guesses the same next words, or reads the same examples
+of another task (`sparsefinder.evaluation.tasks`). Two are always there to compare with: dense attention with the model's own
+normalizer, exact (`Dense`), and dense softmax as transformers runs it (torch's SDPA). Graph metrics are taken from the graph that
+the plugged attention really executes, against the gold graph of the very queries and keys it was given.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from sparsefinder.analysis.bootstrap import ratio_difference
 from sparsefinder.attention import Dense
 from sparsefinder.corpora import Corpus, block_length
 from sparsefinder.errors import UserError, check_counts
-from sparsefinder.evaluation import tasks
+from sparsefinder.evaluation import asking, tasks
 from sparsefinder.evaluation.adapt import AdaptSettings, adapt, attending
 from sparsefinder.evaluation.cost import Stopwatch, peak_memory
 from sparsefinder.evaluation.observer import Observer, measure_graphs, on
@@ -66,15 +66,15 @@ class EvaluateSettings:
     batch_size: int = 8
     mask_probability: float = 0.15
     measured: int = 8  # blocks on which graphs and output errors are measured
-    # or embedding (states beside the dense model's; always so without a head), or one with labels, docs/how-to/tasks.md:
-    # sequence_classification, token_classification, question_answering
+    # causal_lm of a decoder; embedding (states beside the dense model's; always so without a head); or one with labels,
+    # docs/how-to/tasks.md: sequence_classification, token_classification, question_answering
     task: str = tasks.MASKED_LM
     # of a task with labels; made from the corpus where no data set is given
     labels: tasks.LabelledData = field(default_factory=tasks.LabelledData)
     # of such a task, finetuned once and measured under every variant
     head: tasks.HeadSettings = field(default_factory=tasks.HeadSettings)
     adapt: AdaptSettings = field(default_factory=AdaptSettings)
-    # of the other stages; true leaves this one out: a model that guesses masked words reads both ways
+    # of the other stages; true leaves this one out but with task=causal_lm: who guesses masked words reads both ways
     causal: bool = False
     seed: int = 0
 
@@ -93,7 +93,9 @@ class EvaluateSettings:
     @property
     def left_out(self) -> str:
         """Why there is nothing to do; empty where there is."""
-        return "causal=true, and a model that guesses masked words reads both ways" if self.causal else ""
+        if self.causal and self.task != tasks.CAUSAL_LM:
+            return "causal=true, and a model that guesses masked words reads both ways"
+        return ""
 
     @property
     def items(self) -> tuple[Item, ...]:
@@ -140,7 +142,8 @@ def _item(what: dict[str, Any], needs: tuple[str, ...]) -> Item:
 
 def run(settings: EvaluateSettings, store: Store) -> None:
     """Make ``evaluate``: ``results`` (one row per variant), ``layers`` (× layer × head) and ``blocks`` (× block of text)."""
-    model, tokenizer = models.load_encoder(store.path("model"))
+    model, tokenizer = models.load_language_model(store.path("model"))
+    asking.check_kind(settings, model)
     learned = Learned.load(store, needed(settings.configurations))
     shape = models.describe(model)
     learned.check(shape.layers, shape.heads, shape.head_size)
@@ -154,10 +157,10 @@ def run(settings: EvaluateSettings, store: Store) -> None:
     own = models.get_normalizer(model)
     length = block_length(settings.length, shape.max_length, "evaluate.length")
 
-    asked = _asked(settings, store, model, tokenizer, length)
+    asked = asking.asked(settings, store, model, tokenizer, length)
     model, held_out, training = asked.model, asked.held_out, asked.training
     normalizer = own if settings.alpha is None else Normalizer(settings.alpha)
-    dense = AttentionChoice("dense", Dense)
+    dense = AttentionChoice("dense", Dense, {"causal": True} if settings.causal else {})
     wanted = {item.key: item for item in table.wanted}
     as_typed = dict(zip(map(id, settings.configurations), typed, strict=True))
 
@@ -221,22 +224,13 @@ def _name_apart(outcomes: Sequence[Outcome], taken: Sequence[str]) -> None:
             row["variant"] = new
 
 
-def _asked(settings: EvaluateSettings, store: Store, model: Any, tokenizer: Any, length: int) -> tasks.Asked:
-    """What every variant is asked: words behind masks, states, or a task with labels that the model first learns."""
-    shared = ("corpus", "labels", "head", "split", "samples", "batch_size", "seed")
-    adapting = settings.adapt.steps * settings.adapt.batch_size
-    wanted = {name: getattr(settings, name) for name in shared}
-    request = tasks.Request(**wanted, adapt_examples=adapting, adapt_batch_size=settings.adapt.batch_size)
-    if settings.task == tasks.EMBEDDING:
-        return tasks.ask_states(request, store, model, tokenizer, length)
-    if settings.task == tasks.MASKED_LM:
-        return tasks.ask_masked_words(request, store, model, tokenizer, length, settings.mask_probability)
-    return tasks.ask(tasks.LABELLED[settings.task], request, store, model, tokenizer, length)
-
-
 def _at_target(settings: EvaluateSettings, store: Store, learned: Learned) -> tuple[Configuration, ...]:
     """The configurations that can be built; with a target, those with a sparsity parameter as they are calibrated for it."""
     possible = buildable(settings.configurations, learned)
+    if settings.causal and (ahead := [each for each in possible if each.reads_ahead]):
+        for each in ahead:
+            log.info("%s is left out of a causal model: it reads ahead (%s)", each.label, each.reads_ahead)
+        possible = tuple(each for each in possible if not each.reads_ahead)
     if settings.target is None:
         return possible
     at_target = calibrated(possible, store.path("calibration"), settings.target)

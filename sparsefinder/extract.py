@@ -22,6 +22,8 @@ from sparsefinder.attention import Dense
 from sparsefinder.corpora import Corpus, TokenBlocks, block_length, token_blocks
 from sparsefinder.corpora.blocks import draw
 from sparsefinder.errors import UserError, one_of
+from sparsefinder.models.families import TRAITS
+from sparsefinder.models.objectives import is_causal
 from sparsefinder.models.observed_attention import Recorder, Watched
 from sparsefinder.storage import distributed
 from sparsefinder.storage.files import make_folder, remove
@@ -77,10 +79,22 @@ class ExtractSettings:
 
 def run(settings: ExtractSettings, store: Store) -> None:
     """Make ``qk`` and ``qk_validation`` with ``model``."""
-    model, tokenizer = models.load_encoder(store.path("model"))
-    length = block_length(settings.length, models.describe(model).max_length, "extract.length")
+    model, tokenizer = models.load_language_model(store.path("model"))
+    shape = models.describe(model, which_of(model, store))
+    length = block_length(settings.length, shape.max_length, "extract.length")
     for name, split, wanted in (("qk", "train", settings.nsamples), ("qk_validation", "validation", settings.held_out)):
         _extract(name, split, wanted, length, model, tokenizer, settings, store)
+
+
+def which_of(model: Any, store: Store) -> Any:
+    """The attention that is recorded; a `UserError` where the model has another one."""
+    attentions = TRAITS[model.config.model_type].attentions
+    if store.which not in attentions:
+        raise UserError(
+            f"which={store.which}, but a {model.config.model_type} has {' and '.join(attentions)}: give which={attentions[0]}"
+            + (" causal=true" if attentions == ("dec",) else "")
+        )
+    return store.which
 
 
 def _extract(
@@ -121,7 +135,7 @@ def record(
     A batch holds the same blocks however many processes there are, because what is beside a block may change its last digits.
     """
     recorder = Recorder()
-    dense = Dense(models.get_normalizer(model))
+    dense = Dense(models.get_normalizer(model), causal=is_causal(model))
     batches = [chosen[start : start + settings.batch_size] for start in range(0, len(chosen), settings.batch_size)]
     writer = ShardWriter(folder, f"{distributed.rank():04d}-", int(settings.shard_size * (1 << 20)))
     with models.plugged(model, Watched(dense, recorder)), torch.inference_mode():
@@ -140,5 +154,5 @@ def record(
 def estimated_size(model: Any, lengths: Sequence[int], settings: ExtractSettings) -> float:
     """MiB that the queries and keys of samples of these lengths will take."""
     shape = models.describe(model)
-    numbers = 2 * shape.layers * shape.heads * shape.head_size * sum(lengths)
+    numbers = shape.layers * (shape.heads + shape.key_heads) * shape.head_size * sum(lengths)
     return numbers * DTYPES[settings.dtype].itemsize / (1 << 20)

@@ -1,8 +1,9 @@
-"""Stage ``finetune``: a masked language model whose attention is truly sparse.
+"""Stage ``finetune``: a language model whose attention is truly sparse.
 
-A model that starts from nothing (`NewModel`) or a pretrained one (`Pretrained`) is trained with masked-LM under α-entmax,
-by the Trainer of transformers: either with every softmax replaced at once, or with α annealed from 1.01 to its end value
-over the first half of the steps (``alpha_schedule``). ``steps=0`` takes the model as it is and only changes its attention.
+A model that starts from nothing (`NewModel`) or a pretrained one (`Pretrained`) is trained under α-entmax, an encoder on the
+words behind masks and a decoder on the next word, by the Trainer of transformers: either with every softmax replaced at once, or
+with α annealed from 1.01 to its end value over the first half of the steps (``alpha_schedule``). ``steps=0`` takes the model as
+it is and only changes its attention.
 
 Several processes (`sparsefinder.storage.distributed`) train together; each takes ``batch_size`` blocks of a step, so that two
 of them with half the batch do what one does with the whole, but for the order of its sums.
@@ -23,12 +24,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
 
 from sparsefinder import models
-from sparsefinder.corpora import Corpus, TokenBlocks, block_length, masked_batches, token_blocks, train_tokenizer
+from sparsefinder.corpora import Corpus, TokenBlocks, block_length, token_blocks, train_tokenizer
 from sparsefinder.errors import UserError, check_counts, one_of
 from sparsefinder.models.masked_lm import gold_sparsity, unigram_entropy, validation_loss
+from sparsefinder.models.objectives import asked_batches
 from sparsefinder.models.position_tables import CONVENTIONS, reserved_rows
 from sparsefinder.models.statistical_init import from_statistics
 from sparsefinder.models.trackers import check_trackers
@@ -45,12 +54,24 @@ STARTS = ("random", "statistics")
 SCHEDULES = ("linear", "cosine", "constant_with_warmup")
 _SPARSITY_BATCHES = 4  # validation batches on which the mean gold sparsity is measured
 _LOCAL = ("global_every", "local_window")  # settings of layers that do not attend to all tokens
+_SHARE_KEYS = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "smollm3")  # families whose heads may share keys
 # what a family's configuration calls a setting, where not as the others do: a name that it does not know is ignored
 _OTHER_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     "distilbert": {
         "intermediate_size": ("hidden_dim",),
         "hidden_dropout_prob": ("dropout",),
         "attention_probs_dropout_prob": ("attention_dropout",),
+    },
+    "gpt2": {
+        "intermediate_size": ("n_inner",),
+        "hidden_dropout_prob": ("resid_pdrop", "embd_pdrop"),
+        "attention_probs_dropout_prob": ("attn_pdrop",),
+        "layer_norm_eps": ("layer_norm_epsilon",),
+    },
+    "gpt_neox": {"hidden_dropout_prob": ("hidden_dropout",), "attention_probs_dropout_prob": ("attention_dropout",)},
+    **{
+        family: {"attention_probs_dropout_prob": ("attention_dropout",), "layer_norm_eps": ("rms_norm_eps",)}
+        for family in _SHARE_KEYS
     },
     "modernbert": {
         "hidden_dropout_prob": ("embedding_dropout", "mlp_dropout"),
@@ -64,13 +85,16 @@ _OTHER_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class NewModel:
-    """A model of one of `models.FAMILIES` with random weights, and a vocabulary learned from the training part."""
+    """A model of one of `models.FAMILIES` or `models.DECODERS` with random weights, and a vocabulary of the training part."""
 
     family: str = "roberta"
     vocabulary_size: int = 6000  # tokens, special ones included
     max_length: int = 256  # tokens of input, special ones included
     layers: int = 4
     heads: int = 4
+    key_heads: int | None = (
+        None  # of keys and values in decoders that share them (llama and its kin); null: as many as heads
+    )
     hidden_size: int = 128
     intermediate_size: int = 512
     dropout: float = 0.0  # of hidden states and attention; a small model on much text needs none
@@ -83,15 +107,26 @@ class NewModel:
     start: str = "random"
 
     def __post_init__(self) -> None:
-        if self.family not in models.FAMILIES:
-            raise UserError(f"model.family={self.family} is unknown; {one_of(models.FAMILIES, self.family)}")
+        families = [
+            name for name in (*models.FAMILIES, *models.DECODERS) if name != "lfm2"
+        ]  # hybrids are others' to train
+        if self.family not in families:
+            raise UserError(f"model.family={self.family} is unknown; {one_of(families, self.family)}")
+        key_heads = self.heads if self.key_heads is None else self.key_heads
+        if key_heads < 1 or self.heads % key_heads:
+            raise UserError(f"model.heads={self.heads} is not a multiple of model.key_heads={self.key_heads}")
+        if key_heads < self.heads and self.family not in _SHARE_KEYS:
+            raise UserError(
+                f"model.key_heads={self.key_heads}, but heads of a {self.family} do not share keys: leave it out, or choose "
+                f"{', '.join(_SHARE_KEYS)}"
+            )
         sizes = ("vocabulary_size", "max_length", "layers", "heads", "hidden_size", "intermediate_size")
         check_counts("model", self, *sizes, *_LOCAL)
         if self.start not in STARTS:
             raise UserError(f"model.start={self.start} is unknown; {one_of(STARTS, self.start)}")
         if self.hidden_size % self.heads:
             raise UserError(f"model.hidden_size={self.hidden_size} is not a multiple of model.heads={self.heads}")
-        if self.global_every > 1 and CONVENTIONS[self.family] != "rotary":
+        if self.global_every > 1 and self.family != "modernbert":
             raise UserError(
                 f"model.global_every={self.global_every}, but every layer of a {self.family} attends to all tokens: give 1, or "
                 "model.family=modernbert"
@@ -117,7 +152,10 @@ class NewModel:
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
         }
-        if CONVENTIONS[self.family] == "rotary":
+        if self.family in _SHARE_KEYS:
+            settings |= {"num_key_value_heads": self.key_heads or self.heads, "sliding_window": None}
+            settings |= {"head_dim": self.hidden_size // self.heads}
+        if self.family == "modernbert":
             kinds = [
                 "sliding_attention" if depth % self.global_every else "full_attention" for depth in range(self.layers)
             ]
@@ -126,7 +164,8 @@ class NewModel:
         config = AutoConfig.for_model(
             self.family, **{own: value for name, value in settings.items() for own in names.get(name, (name,))}
         )
-        model = AutoModelForMaskedLM.from_config(config)
+        auto = AutoModelForCausalLM if self.family in models.DECODERS else AutoModelForMaskedLM
+        model = auto.from_config(config)
         if self.start == "statistics":
             blocks = token_blocks(corpus, tokenizer, "train", self.max_length, cache=cache)
             from_statistics(model, blocks, tokenizer.all_special_ids)
@@ -141,7 +180,7 @@ class Pretrained:
 
     def make(self, corpus: Corpus, cache: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model and its tokenizer; nothing is learned from ``corpus``."""
-        return models.load_masked_lm(self.name_or_path)
+        return models.load_language_model(self.name_or_path)
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -222,7 +261,7 @@ def run(settings: FinetuneSettings, store: Store) -> None:
     validation = distributed.first_then_all(
         lambda: token_blocks(settings.corpus, tokenizer, "validation", length, settings.eval_blocks, cache)
     )
-    held_out = masked_batches(validation, tokenizer, seed=settings.seed, batch_size=settings.batch_size)
+    held_out = asked_batches(model, validation, tokenizer, seed=settings.seed, batch_size=settings.batch_size)
     models.set_normalizer(model, Normalizer(settings.alpha))
     steps = 0
     if settings.steps != 0:

@@ -80,7 +80,7 @@ def store_of(cfg: DictConfig, stages: list[str], point: Point | None) -> Store:
         finetuned = Store(**folders).manifest("model")  # made from that very model, or it is another one
         if finetuned is None or not same_model(finetuned.settings.get("model", {}).get("name_or_path"), str(name)):
             given["model"] = Path(str(name)) if Path(str(name)).exists() else str(name)
-    return Store(**folders, given=given, query_scale=plain(cfg.query_scale))
+    return Store(**folders, given=given, query_scale=plain(cfg.query_scale), which=str(cfg.which))
 
 
 def same_model(one: Any, other: str) -> bool:

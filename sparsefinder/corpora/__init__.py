@@ -12,6 +12,7 @@ from sparsefinder.corpora.blocks import Corpus, TokenBlocks, block_length, token
 from sparsefinder.corpora.docstrings import Docstrings
 from sparsefinder.corpora.files import TextFiles
 from sparsefinder.corpora.masking import Batch, Masking, masked_batches
+from sparsefinder.corpora.next_words import NextWords, next_word_batches
 from sparsefinder.corpora.vocabulary import train_tokenizer
 from sparsefinder.corpora.wikitext import WikiText103
 
@@ -21,11 +22,13 @@ __all__ = [
     "Corpus",
     "Docstrings",
     "Masking",
+    "NextWords",
     "TextFiles",
     "TokenBlocks",
     "WikiText103",
     "block_length",
     "masked_batches",
+    "next_word_batches",
     "token_blocks",
     "train_tokenizer",
 ]

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from sparsefinder import models
 from sparsefinder.errors import UserError, one_of
 from sparsefinder.graphs import QK, Attention
+from sparsefinder.models.masked_lm import masked_logits
+from sparsefinder.models.objectives import is_causal
 from sparsefinder.models.observed_attention import Recorder, Watched
 from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.predictors.contrastive import Contrast, contrastive_loss
@@ -105,7 +107,7 @@ def adapt(
         with attending(model, attention if learning is None else watched), torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             for step in progress(range(settings.steps), "adapt"):
-                loss = model(**batches[step % len(batches)]).loss
+                loss = _loss(model, batches[step % len(batches)])
                 if learning is not None and watched is not None:
                     contrast = settings.contrast(models.get_normalizer(model))
                     loss = loss + _projection_loss(recorder.layers, learning, contrast, generator)
@@ -125,6 +127,14 @@ def adapt(
 def attending(model: Any, attention: Attention | None) -> AbstractContextManager[None]:
     """The attention plugged in for a while; None leaves the model as it is."""
     return contextlib.nullcontext() if attention is None else models.plugged(model, attention)
+
+
+def _loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """The model's own, or that of the next words, whose labels are a step ahead already."""
+    if not is_causal(model):
+        own: Tensor = model(**batch).loss
+        return own
+    return nn.functional.cross_entropy(*masked_logits(model, batch))
 
 
 def _projection_loss(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparsefinder import models
 from sparsefinder.attention import Bucketed, Dense, Masked
-from sparsefinder.corpora import Corpus, block_length, masked_batches, token_blocks
+from sparsefinder.corpora import Corpus, block_length, token_blocks
 from sparsefinder.corpora.blocks import draw
 from sparsefinder.errors import UserError
 from sparsefinder.evaluation.adapt import attending
@@ -20,6 +20,7 @@ from sparsefinder.evaluation.tasks import MaskedWords
 from sparsefinder.evaluation.tasks.judges import inputs_of
 from sparsefinder.experiment.configuration import Configuration, Learned
 from sparsefinder.graphs import Attention
+from sparsefinder.models.objectives import asked_batches, is_causal
 from sparsefinder.storage.store import Store
 
 
@@ -59,21 +60,22 @@ class LossDifference:
     @classmethod
     def of(cls, store: Store, corpus: Corpus, text: MaskedText) -> LossDifference:
         """That of the model of a run, on text of a corpus."""
-        model, tokenizer = models.load_encoder(store.path("model"))
+        model, tokenizer = models.load_language_model(store.path("model"))
         if not models.has_head(model):
-            raise UserError("a target of loss needs a masked language model, and this one has no head: give a density")
+            raise UserError("a target of loss needs a language model, and this one has no head: give a density")
         length = block_length(text.length, models.describe(model).max_length, "calibrate.text.length")
         found = token_blocks(corpus, tokenizer, text.split, length, cache=store.scratch("corpus"))
         drawn = draw(len(found), min(text.blocks, len(found)), text.seed, f"the {text.split} split of the corpus")
         blocks = [found[index] for index in drawn]
-        batches = masked_batches(blocks, tokenizer, text.mask_probability, text.seed, text.batch_size)
-        return cls(model, batches, masked_loss(model, Dense(models.get_normalizer(model)), batches))
+        batches = asked_batches(model, blocks, tokenizer, text.mask_probability, text.seed, text.batch_size)
+        return cls(model, batches, masked_loss(model, Dense(models.get_normalizer(model), is_causal(model)), batches))
 
     def __call__(self, configuration: Configuration, learned: Learned) -> float:
         """Of a pattern as it is run: by its buckets where it has them, else as a mask."""
         pattern, normalizer = configuration.build(learned), models.get_normalizer(self.model)
         bucketed = configuration.bucketed(learned, models.describe(self.model).head_size)
-        attention = Bucketed(pattern, normalizer) if bucketed else Masked(pattern, normalizer)
+        causal = is_causal(self.model)
+        attention = Bucketed(pattern, normalizer, causal) if bucketed else Masked(pattern, normalizer, causal)
         return masked_loss(self.model, attention, self.batches) - self.dense
 
 

@@ -1,4 +1,4 @@
-"""How good a masked language model is, and how sparse its attention: loss, the entropy to beat, gold sparsity."""
+"""How good a language model is, masked or causal, and how sparse its attention: loss, the entropy to beat, gold sparsity."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from sparsefinder.corpora import Batch
 from sparsefinder.corpora.masking import IGNORED
 from sparsefinder.executors.entmax_support import support
 from sparsefinder.graphs import QK
+from sparsefinder.models.objectives import is_causal
 from sparsefinder.models.observed_attention import Watched
 
 
@@ -70,13 +71,16 @@ def gold_sparsity(model: Any, batches: Sequence[Batch]) -> float:
 
     def look(layer: int, qk: QK, v: Tensor, output: Tensor) -> None:
         gold = support(qk.with_vectors(qk.q.float(), qk.k.float()), normalizer.alpha).counts.sum(-1)
-        sparsities.append(1.0 - gold / qk.valid.sum(-1, keepdim=True).square())
+        real = qk.lengths[:, None]
+        sparsities.append(1.0 - gold / (real * (real + 1) // 2 if qk.causal else real.square()))
 
-    with models.plugged(model, Watched(Dense(normalizer), look)):
+    causal = is_causal(model)
+    with models.plugged(model, Watched(Dense(normalizer, causal), look)):
         for batch in batches:
             on_device = _on(batch, model.device)
-            labels = on_device["labels"]
-            whole = torch.where(labels == IGNORED, on_device["input_ids"], labels)
+            labels, whole = on_device["labels"], on_device["input_ids"]
+            if not causal:
+                whole = torch.where(labels == IGNORED, whole, labels)
             model.base_model(input_ids=whole, attention_mask=on_device["attention_mask"])
     return torch.cat([sparsity.flatten() for sparsity in sparsities]).mean().item()
 

@@ -31,9 +31,10 @@ from transformers import (
 )
 
 from sparsefinder import models
-from sparsefinder.corpora import Batch, Masking, TokenBlocks
+from sparsefinder.corpora import Batch, Masking, NextWords, TokenBlocks
 from sparsefinder.corpora.masking import collate
 from sparsefinder.models.masked_lm import masked_logits
+from sparsefinder.models.objectives import objective_of
 from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.storage import distributed
 from sparsefinder.storage.files import remove
@@ -47,7 +48,7 @@ _POOL = 8  # batches whose blocks are sorted by length together, so that little 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
-    """How masked-LM training goes, whatever is trained, on what, and how long."""
+    """How training goes, whatever is trained, on what, and how long."""
 
     alpha: float = 1.5  # of the entmax that the model ends with; 1 is softmax, 2 sparsemax
     alpha_schedule: bool = False  # anneal α from 1.01 to `alpha` over the first half of the steps
@@ -124,16 +125,16 @@ def train(
         seed=settings.seed,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-    masking = Masking.of(tokenizer, settings.mask_fraction)
+    objective = objective_of(model, tokenizer, settings.mask_fraction)
     at_once, in_a_step = (
         n * arguments.world_size for n in (settings.batch_size, settings.batch_size * settings.accumulation)
     )
     at_last = 0 if longer is None else settings.longer_steps * in_a_step
     examples: Dataset[tuple[Tensor, Tensor]] = Examples(
-        blocks, masking, steps * in_a_step - at_last, at_once, settings.seed
+        blocks, objective, steps * in_a_step - at_last, at_once, settings.seed
     )
     if longer is not None:
-        last = Examples(longer, masking, at_last, at_once, settings.seed, first=steps * in_a_step - at_last)
+        last = Examples(longer, objective, at_last, at_once, settings.seed, first=steps * in_a_step - at_last)
         examples = ConcatDataset([examples, last])
     trainer = MaskedLMTrainer(
         model=model,
@@ -184,7 +185,9 @@ class Examples(Dataset[tuple[Tensor, Tensor]]):
     Each pass over the blocks is shuffled anew. Blocks of like length come together, a batch at a time.
     """
 
-    def __init__(self, blocks: TokenBlocks, masking: Masking, count: int, batch_size: int, seed: int, first: int = 0):
+    def __init__(
+        self, blocks: TokenBlocks, masking: Masking | NextWords, count: int, batch_size: int, seed: int, first: int = 0
+    ):
         self.blocks, self.masking, self.seed, self.first = blocks, masking, seed, first
         generator = torch.Generator().manual_seed(seed)
         lengths = blocks.lengths

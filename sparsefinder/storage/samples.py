@@ -1,6 +1,8 @@
 """Queries and keys on disk, in the form of the published Sparsefinder.
 
-``torch.save`` of ``{"length_src": (num_samples,) tensor or list of ints, "q": [tensor (L, H, n_i, D)], "k": [...]}``. A
+``torch.save`` of ``{"length_src": (num_samples,) tensor or list of ints, "q": [tensor (L, H, n_i, D)], "k": [...]}``. Keys
+have fewer heads where heads of queries share them, and in cross-attention as many tokens as ``length_src`` says, where
+``length_tgt`` is that of the queries. A
 layer of a sample costs memory when it is taken, and only as long as it is used, so files larger than memory work.
 
 Queries and keys that are too many for one file lie in a folder of such files, whose samples follow one another in the
@@ -12,7 +14,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -56,13 +58,15 @@ class Samples:
 
     Args:
         q: Queries of each sample, ``(L, H, n_i, D)`` without padding.
-        k: Keys of each sample, of the same shape.
+        k: Keys of each sample, ``(L, H_k, n_i, D)``; of cross-attention with another number of tokens.
         source: Where they come from, for messages.
+        between_texts: Whether queries and keys are tokens of two texts, also where these have one length.
     """
 
     q: Sequence[Layers]
     k: Sequence[Layers]
     source: str = "memory"
+    between_texts: bool = False
 
     def __len__(self) -> int:
         return len(self.q)
@@ -74,16 +78,31 @@ class Samples:
         return layers, heads, size
 
     @property
+    def group(self) -> int:
+        """Heads of queries that share one of keys."""
+        return self.q[0].shape[1] // self.k[0].shape[1]
+
+    @property
     def lengths(self) -> list[int]:
-        """Tokens of each sample."""
+        """Keys of each sample."""
+        return [sample.shape[2] for sample in self.k]
+
+    @property
+    def query_lengths(self) -> list[int]:
+        """Queries of each sample, the same tokens but in cross-attention."""
         return [sample.shape[2] for sample in self.q]
+
+    @property
+    def crosses(self) -> bool:
+        """Whether queries and keys are tokens of two texts; a file says so by ``length_tgt``."""
+        return self.between_texts or self.lengths != self.query_lengths
 
     def layer(self, index: int, layer: int, causal: bool = False) -> QK:
         """One sample and layer as a batch of one, float32. NaN or infinity is a `UserError`."""
         return next(self.layers(index, causal, only=[layer]))
 
     def layers(self, index: int, causal: bool = False, only: Sequence[int] | None = None) -> Iterator[QK]:
-        """The layers of one sample, each a batch of one, float32, taken when asked for.
+        """The layers of one sample, each a batch of one, float32, taken when asked for; keys repeated where heads share them.
 
         Args:
             index: Which sample.
@@ -98,8 +117,9 @@ class Samples:
             # a sum of numbers is a number unless it overflows, and takes a fifth of the time of looking at each
             if not (q.sum() + k.sum()).isfinite():
                 self._check(index, layer, q, k)
-            valid = torch.ones(1, q.shape[1], dtype=torch.bool, device=q.device)
-            yield QK(q[None], k[None], valid, causal)
+            valid = torch.ones(1, k.shape[1], dtype=torch.bool, device=q.device)
+            queries = torch.ones(1, q.shape[1], dtype=torch.bool, device=q.device) if self.crosses else None
+            yield QK(q[None], k[None], valid, causal and queries is None, queries).a_key_each
 
     def _check(self, index: int, layer: int, q: Tensor, k: Tensor) -> None:
         for name, tensor in (("q", q), ("k", k)):
@@ -119,11 +139,11 @@ class Samples:
             scale: The number, or ``sqrt_d`` for √D.
         """
         factor = math.sqrt(self.shape[2]) if scale == "sqrt_d" else float(scale)
-        return Samples([Scaled(sample, factor) for sample in self.q], self.k, self.source)
+        return replace(self, q=[Scaled(sample, factor) for sample in self.q])
 
     def part(self, start: int, stop: int) -> Samples:
         """Samples ``start`` to ``stop``."""
-        return Samples(self.q[start:stop], self.k[start:stop], self.source)
+        return replace(self, q=self.q[start:stop], k=self.k[start:stop])
 
     def split_last_tenth(self) -> tuple[Samples, Samples]:
         """All but the last tenth, and the last tenth (at least one sample), held out."""
@@ -132,9 +152,11 @@ class Samples:
 
     def save(self, path: Path | str) -> None:
         """Write the published form. Tensors that lie in files are mapped one by one: memory can be taken back."""
-        lengths = torch.tensor(self.lengths)
+        lengths = {"length_src": torch.tensor(self.lengths)}
+        if self.crosses:
+            lengths["length_tgt"] = torch.tensor(self.query_lengths)
         q, k = ([_mapped(tensor) for tensor in side] for side in (self.q, self.k))
-        save_tensors({"length_src": lengths, "q": q, "k": k}, path)
+        save_tensors({**lengths, "q": q, "k": k}, path)
 
 
 def load_samples(path: Path | str) -> Samples:
@@ -160,7 +182,8 @@ def load_samples(path: Path | str) -> Samples:
                 f"{file} has (layers, heads, head size) {part.shape}, {files[0].name} beside it has {parts[0].shape}: they "
                 "were not recorded together"
             )
-    return Samples([s for part in parts for s in part.q], [s for part in parts for s in part.k], str(path))
+    q, k = ([s for part in parts for s in getattr(part, side)] for side in ("q", "k"))
+    return Samples(q, k, str(path), any(part.crosses for part in parts))
 
 
 def _load_file(path: Path) -> Samples:
@@ -176,20 +199,25 @@ def _load_file(path: Path) -> Samples:
         raise UserError(f"{path}: holds no sample; run stage=extract with nsamples of 1 or more")
     if len(q) != len(k):
         raise UserError(f"{path}: {len(q)} samples of q but {len(k)} of k; they must come in pairs")
-    _check_tensors(path, q, k)
-    counts = _whole_numbers(path, lengths)
-    sizes = [sample.shape[2] for sample in q]
+    between_texts = "length_tgt" in content
+    _check_tensors(path, q, k, between_texts)
+    if between_texts:
+        _check_lengths(path, _whole_numbers(path, content["length_tgt"]), [sample.shape[2] for sample in q], "tgt", "q")
+    _check_lengths(path, _whole_numbers(path, lengths), [sample.shape[2] for sample in k], "src", "q")
+    tensors = stored(path, content, [*q, *k])
+    return Samples(tensors[: len(q)], tensors[len(q) :], str(path), between_texts)
+
+
+def _check_lengths(path: Path, counts: list[int], sizes: list[int], side: str, name: str) -> None:
     if counts != sizes:
         where = next(
             (i for i, (a, b) in enumerate(zip(counts, sizes, strict=False)) if a != b), min(len(counts), len(sizes))
         )
         raise UserError(
-            f"{path}: length_src disagrees with q at sample {where} ({len(counts)} lengths for {len(sizes)} samples"
+            f"{path}: length_{side} disagrees with {name} at sample {where} ({len(counts)} lengths for {len(sizes)} samples"
             + (f"; {counts[where]} against {sizes[where]} tokens" if where < min(len(counts), len(sizes)) else "")
             + "); extract the file again"
         )
-    tensors = stored(path, content, [*q, *k])
-    return Samples(tensors[: len(q)], tensors[len(q) :], str(path))
 
 
 class ShardWriter:
@@ -199,26 +227,30 @@ class ShardWriter:
         folder: Where they go.
         prefix: Of their names.
         size: Of a file, in bytes.
+        between_texts: Whether queries and keys are those of two texts.
     """
 
-    def __init__(self, folder: Path | str, prefix: str, size: int):
+    def __init__(self, folder: Path | str, prefix: str, size: int, between_texts: bool = False):
+        self.between_texts = between_texts
         self.folder, self.prefix, self.size = Path(folder), prefix, size
         self.files = self.bytes = 0
         self.q: list[Tensor] = []
         self.k: list[Tensor] = []
 
     def add(self, q: Tensor, k: Tensor) -> None:
-        """One sample, ``(L, H, n, D)`` each."""
+        """One sample, ``(L, H, n, D)`` each, where heads share keys fewer of these."""
         self.q.append(q)
         self.k.append(k)
-        self.bytes += 2 * q.numel() * q.itemsize
+        self.bytes += (q.numel() + k.numel()) * q.itemsize
         if self.bytes >= self.size:
             self.close()
 
     def close(self) -> None:
         """Write what is left."""
         if self.q:
-            Samples(self.q, self.k).save(self.folder / f"{self.prefix}{self.files:05d}.pt")
+            Samples(self.q, self.k, between_texts=self.between_texts).save(
+                self.folder / f"{self.prefix}{self.files:05d}.pt"
+            )
             self.files += 1
         self.q, self.k, self.bytes = [], [], 0
 
@@ -228,7 +260,7 @@ def join(folder: Path | str, file: Path | str) -> None:
     load_samples(folder).save(file)
 
 
-def _check_tensors(path: Path, q: Sequence[Any], k: Sequence[Any]) -> None:
+def _check_tensors(path: Path, q: Sequence[Any], k: Sequence[Any], between_texts: bool) -> None:
     first: tuple[int, int, int] | None = None
     for index, (sample_q, sample_k) in enumerate(zip(q, k, strict=True)):
         for name, sample in (("q", sample_q), ("k", sample_k)):
@@ -237,15 +269,18 @@ def _check_tensors(path: Path, q: Sequence[Any], k: Sequence[Any]) -> None:
                     f"{path}: {name} of sample {index} must be a floating point tensor (layers, heads, tokens, head size), "
                     f"got {_outline(sample)}"
                 )
-        if sample_q.shape != sample_k.shape:
+        layers, heads, tokens, size = sample_q.shape
+        same = sample_q.shape[::3] == sample_k.shape[::3] and (between_texts or tokens == sample_k.shape[2])
+        if not same or heads % max(sample_k.shape[1], 1):
+            hint = "" if between_texts else "; queries of another text need length_tgt beside length_src"
             raise UserError(
                 f"{path}: sample {index} has q of shape {tuple(sample_q.shape)} but k of shape {tuple(sample_k.shape)}"
+                + (hint if tokens != sample_k.shape[2] else "")
             )
-        layers, heads, tokens, size = sample_q.shape
         first = first or (layers, heads, size)
-        if 0 in sample_q.shape:
+        if 0 in sample_q.shape or 0 in sample_k.shape:
             raise UserError(f"{path}: sample {index} is empty, its shape is {tuple(sample_q.shape)}")
-        if (needed := 4 * heads * tokens**2) > _memory():
+        if (needed := 4 * heads * tokens * sample_k.shape[2]) > _memory():
             raise UserError(
                 f"{path}: sample {index} has {tokens} tokens: the attention of one layer takes {needed / 1e9:.0f} GB, more than "
                 "this machine has; extract shorter samples (extract.length)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def by_length(samples: Samples, bounds: Sequence[int]) -> dict[str, Samples]:
     for low, high in zip(bounds, [*bounds[1:], None], strict=True):
         inside = [i for i, n in enumerate(samples.lengths) if low <= n and (high is None or n < high)]
         if inside:
-            chosen = Samples([samples.q[i] for i in inside], [samples.k[i] for i in inside], samples.source)
+            chosen = replace(samples, q=[samples.q[i] for i in inside], k=[samples.k[i] for i in inside])
             bins[f"{low}-{'up' if high is None else high}"] = chosen
     if not bins:
         longest = max(samples.lengths)

@@ -86,6 +86,7 @@ ARTEFACTS = {
 }
 
 
+ATTENTIONS = ("enc", "dec", "cross")  # of encoders, of decoders, and from what is written to what was read
 SAMPLES = ("qk", "qk_validation")
 
 
@@ -105,6 +106,7 @@ class Store:
         base: The run directory of which this one is a variation (a point of a sweep): what is not here is looked for there,
             and nothing is ever written there.
         query_scale: A number, or ``sqrt_d``, by which the queries of files that are given are to be multiplied; None for 1.
+        which: The attention whose queries and keys are recorded: enc, dec or cross; it is in the names of their files.
 
     Raises:
         UserError: ``query_scale`` is no positive number, or there is nothing that it is for.
@@ -116,7 +118,11 @@ class Store:
         given: Mapping[str, Path | str] | None = None,
         base: Path | str | None = None,
         query_scale: float | str | None = None,
+        which: str = "enc",
     ):
+        if which not in ATTENTIONS:
+            raise UserError(f"which={which} is no attention; choose one of {', '.join(ATTENTIONS)}")
+        self.which = which
         self.run_dir = Path(run_dir)
         self.base = None if base is None else Path(base)
         self.given = dict(given or {})
@@ -155,8 +161,8 @@ class Store:
                 )
             return path
         for root in (self.run_dir, self.base):
-            if root is not None and read_manifest(root / ARTEFACTS[name].path) is not None:
-                return root / ARTEFACTS[name].path
+            if root is not None and read_manifest(root / self._place(name)) is not None:
+                return root / self._place(name)
         return None
 
     def manifest(self, name: str) -> Manifest | None:
@@ -167,7 +173,7 @@ class Store:
     def borrows(self, name: str) -> bool:
         """Whether the artefact that `find` finds belongs to ``base``: another run's, to read but not to replace."""
         path = self.find(name)
-        return path is not None and self.base is not None and path == self.base / ARTEFACTS[name].path
+        return path is not None and self.base is not None and path == self.base / self._place(name)
 
     def content(self, name: str) -> str:
         """Hash of the artefact's bytes. A `UserError` where one of this run is not what its stage wrote."""
@@ -203,6 +209,10 @@ class Store:
             known = self._hashed[path] = (stats, content_hash(path))
         return known[1]
 
+    def _place(self, name: str) -> str:
+        """The path of an artefact below a run directory."""
+        return ARTEFACTS[name].path.replace("enc-attn", f"{self.which}-attn")
+
     def first_time(self, what: str) -> bool:
         """Whether nobody asked about ``what`` before: a warning is given once in a run."""
         first = what not in self._said
@@ -218,7 +228,7 @@ class Store:
         The old artefact's manifest goes first, so that a kill at any moment leaves either the old one, or none. The bytes are
         on the disk before the name is.
         """
-        target = self.run_dir / ARTEFACTS[name].path
+        target = self.run_dir / self._place(name)
         temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         make_folder(self.run_dir)
         try:
@@ -254,7 +264,7 @@ class Store:
             parents: Name → hash of what it read.
             seed: Of the stage; None where it draws nothing.
         """
-        target = self.run_dir / ARTEFACTS[name].path
+        target = self.run_dir / self._place(name)
         stat = file_stats(target)  # before the hash: a change in between is seen the next time
         manifest = Manifest(
             artefact=name,

@@ -1,4 +1,4 @@
-"""What `evaluate` asks a model: the words behind masks, what a text is turned into, or a task with labels.
+"""What `evaluate` asks a model: words behind masks, the next words, what a text is turned into, or a task with labels.
 
 A task with labels is one file (`LabelledTask` says what it must have) and its name in `LABELLED`. Its head is finetuned once,
 on the run's finetuned model under the model's own attention; every variant of it is then measured on the same examples.
@@ -10,12 +10,14 @@ from sparsefinder.evaluation.tasks.embedding import States, ask_states
 from sparsefinder.evaluation.tasks.heads import HeadSettings
 from sparsefinder.evaluation.tasks.judges import Judge, MaskedWords, inputs_of
 from sparsefinder.evaluation.tasks.labelled import Asked, LabelledTask, Request, ask
-from sparsefinder.evaluation.tasks.masked_words import ask_masked_words
+from sparsefinder.evaluation.tasks.language import ask_words
+from sparsefinder.evaluation.tasks.next_words import NextWords
 from sparsefinder.evaluation.tasks.question_answering import QuestionAnswering
 from sparsefinder.evaluation.tasks.sequence_classification import SequenceClassification
 from sparsefinder.evaluation.tasks.token_classification import TokenClassification
 
 __all__ = [
+    "CAUSAL_LM",
     "EMBEDDING",
     "LABELLED",
     "MASKED_LM",
@@ -26,15 +28,17 @@ __all__ = [
     "LabelledData",
     "LabelledTask",
     "MaskedWords",
+    "NextWords",
 ]
-__all__ += ["Request", "States", "ask", "ask_masked_words", "ask_states", "check", "inputs_of"]
+__all__ += ["Request", "States", "ask", "ask_states", "ask_words", "check", "inputs_of"]
 
 MASKED_LM = "masked_lm"
+CAUSAL_LM = "causal_lm"
 EMBEDDING = "embedding"  # also where there is no head to ask
 LABELLED: dict[str, LabelledTask] = {
     task.name: task for task in (SequenceClassification(), TokenClassification(), QuestionAnswering())
 }
-TASKS = (MASKED_LM, EMBEDDING, *LABELLED)
+TASKS = (MASKED_LM, CAUSAL_LM, EMBEDDING, *LABELLED)
 
 
 def check(name: str) -> None:

@@ -49,8 +49,8 @@ class LSGAttention(LSGSettings):
 
         Args:
             q: `(B, H, N, D)`.
-            k: `(B, H, N, D)`.
-            v: `(B, H, N, D)`.
+            k: `(B, H_k, N, D)`.
+            v: `(B, H_k, N, D)`.
             valid: `(B, N)` bool.
             layer: names the random projections of `lsh`.
             dropout: share of the probabilities that are set to zero.
@@ -59,6 +59,8 @@ class LSGAttention(LSGSettings):
             `(B, H, N, D)`, zeros on padding.
         """
         tokens = q.shape[2]
+        if q.shape[1] != k.shape[1]:
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         if self.pools_padding and not self._dense(tokens):
             return self._on_packed(q, k, v, valid, layer, dropout)
         packed = pack(valid)
@@ -77,7 +79,7 @@ class LSGAttention(LSGSettings):
         `qk.causal` is not read: the attention knows whether it is causal.
         """
         packed = pack(qk.valid)
-        k = packed.bring(qk.k)
+        k = packed.bring(qk.a_key_each.k)
         if self._dense(k.shape[2]):
             graph = self._allowed(packed.valid).expand(-1, k.shape[1], -1, -1)
         elif self.pooled:
@@ -96,7 +98,7 @@ class LSGAttention(LSGSettings):
             prefix = self.num_global_tokens
             padded = -(-(tokens - prefix) // self.block_size) * self.block_size
             pairs = padded * view_size(self, prefix, self.causal) + prefix * (prefix if self.causal else tokens)
-        return torch.full(qk.k.shape[:2], pairs, dtype=torch.int64, device=qk.k.device)
+        return torch.full(qk.q.shape[:2], pairs, dtype=torch.int64, device=qk.k.device)
 
     def _dense(self, tokens: int) -> bool:
         return tokens - self.num_global_tokens <= 2 * self.block_size

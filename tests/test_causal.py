@@ -1,0 +1,154 @@
+"""A causal language model through the stages: what it is asked, what is recorded, and what evaluating it says."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+import torch
+
+from sparsefinder import models
+from sparsefinder.corpora import NextWords, next_word_batches
+from sparsefinder.corpora.masking import IGNORED
+from sparsefinder.errors import UserError
+from sparsefinder.evaluation import asking, tasks
+from sparsefinder.experiment.configuration import Configuration
+from sparsefinder.finetune import NewModel
+from sparsefinder.models.masked_lm import gold_sparsity, validation_loss
+from sparsefinder.models.objectives import objective_of
+from sparsefinder.numerics.normalizers import Normalizer
+from sparsefinder.patterns.clustered import Clustered
+from sparsefinder.patterns.window import Window
+from sparsefinder.storage.samples import Samples, load_samples
+from sparsefinder.storage.store import Store
+from tests.models.test_decoders import tiny
+from tests.nursery import Nursery
+
+
+def test_every_position_is_asked_for_the_token_after_it() -> None:
+    inputs, labels = NextWords()(torch.tensor([5, 6, 7]), 0, 0)
+    assert inputs.tolist() == [5, 6, 7]
+    assert labels.tolist() == [6, 7, IGNORED]
+    batch, one = next_word_batches([torch.tensor([5, 6, 7]), torch.tensor([8, 9]), torch.tensor([4])], 0, 2)
+    assert batch["labels"].tolist() == [[6, 7, IGNORED], [9, IGNORED, IGNORED]]
+    assert batch["attention_mask"].tolist() == [[True, True, True], [True, True, False]]
+    assert one["labels"].tolist() == [[IGNORED]]
+    with pytest.raises(UserError, match="no next word"):
+        next_word_batches([torch.tensor([4])], 0)
+
+
+@torch.no_grad()
+def test_the_loss_is_transformers_own() -> None:
+    model = tiny("llama")
+    assert isinstance(objective_of(model, None), NextWords)
+    ids = torch.randint(3, 50, (1, 12), generator=torch.Generator().manual_seed(0))
+    own = model(input_ids=ids, labels=ids).loss
+    batches = next_word_batches([ids[0]], 0)
+    assert math.isclose(validation_loss(model, batches), own, rel_tol=1e-5)
+    judge = tasks.NextWords()
+    sums, kept = judge.judge(model(input_ids=ids), batches[0])
+    assert sums[0, 0] == 11
+    assert math.isclose(sums[0, 1] / 11, own, rel_tol=1e-5)
+    late = torch.nn.functional.cross_entropy(model(input_ids=ids).logits[0, 6:11], ids[0, 7:])  # of 11 the last 5
+    scores = judge.scores(pd.DataFrame({"tokens": [11], "loss": [11 * float(own)], "right": [2]}), kept)
+    assert math.isclose(scores["loss_second_half"], late, rel_tol=1e-5)
+    assert math.isclose(scores["perplexity"], math.exp(own), rel_tol=1e-5)
+    assert tuple(scores) == judge.measures
+
+
+@torch.no_grad()
+def test_gold_sparsity_counts_allowed_pairs() -> None:
+    model = tiny("llama")
+    models.set_normalizer(model, Normalizer(1.5))
+    batches = next_word_batches([torch.arange(3, 20), torch.arange(3, 9)], 0)
+    sparsity = gold_sparsity(model, batches)
+    assert 0.0 <= sparsity < 0.9
+    models.set_normalizer(model, Normalizer(1.01))
+    assert gold_sparsity(model, batches) < sparsity + 1e-9
+
+
+def test_shared_keys_and_two_texts_on_disk(tmp_path: Path) -> None:
+    q, k = [torch.randn(2, 4, n, 8) for n in (5, 7)], [torch.randn(2, 2, n, 8) for n in (5, 7)]
+    Samples(q, k).save(tmp_path / "dec.pt")
+    loaded = load_samples(tmp_path / "dec.pt")
+    assert (loaded.group, loaded.shape, loaded.crosses) == (2, (2, 4, 8), False)
+    qk = loaded.layer(1, 0, causal=True)
+    assert qk.causal
+    assert torch.equal(qk.k[0], k[1][0].repeat_interleave(2, dim=0))
+    of_targets = [torch.randn(2, 2, n, 8) for n in (3, 7)]
+    Samples(of_targets, k, between_texts=True).save(tmp_path / "cross.pt")
+    content = torch.load(tmp_path / "cross.pt", weights_only=True)
+    assert (content["length_src"].tolist(), content["length_tgt"].tolist()) == ([5, 7], [3, 7])
+    loaded = load_samples(tmp_path / "cross.pt")
+    assert loaded.part(1, 2).crosses, "also where both lengths are one"
+    qk = loaded.layer(0, 1, causal=True)
+    assert qk.crosses
+    assert not qk.causal
+    assert tuple(qk.graph_shape) == (1, 2, 3, 5)
+    content.pop("length_tgt")
+    torch.save(content, tmp_path / "wrong.pt")
+    with pytest.raises(UserError, match="queries of another text need length_tgt"):
+        load_samples(tmp_path / "wrong.pt")
+    torch.save({**content, "length_tgt": [3, 6]}, tmp_path / "wrong.pt")
+    with pytest.raises(UserError, match="length_tgt disagrees"):
+        load_samples(tmp_path / "wrong.pt")
+
+
+def test_what_is_recorded_is_in_the_name(tmp_path: Path) -> None:
+    with Store(tmp_path, which="dec").writing("qk") as path:
+        path.write_text("x")
+    assert (tmp_path / "qk_dec-attn.pt").is_file()
+    with pytest.raises(UserError, match="which=left is no attention; choose one of enc, dec, cross"):
+        Store(tmp_path, which="left")
+
+
+@pytest.mark.parametrize(("task", "causal", "family"), [("masked_lm", True, "llama"), ("causal_lm", True, "bert")])
+def test_a_task_of_another_kind_of_model_is_refused(task: str, causal: bool, family: str) -> None:
+    model = SimpleNamespace(config=SimpleNamespace(model_type=family))
+    with pytest.raises(UserError, match=f"is not for a {family}: give"):
+        asking.check_kind(SimpleNamespace(task=task, causal=causal), model)
+
+
+def test_patterns_that_read_ahead_say_what() -> None:
+    assert not Configuration("window", Window(3)).reads_ahead
+    assert Configuration("window", Window(3), last_token=True).reads_ahead
+    assert Configuration("clustered", Clustered()).reads_ahead
+
+
+def test_a_new_decoder_is_checked() -> None:
+    with pytest.raises(UserError, match="heads of a gpt2 do not share keys"):
+        NewModel("gpt2", key_heads=2)
+    with pytest.raises(UserError, match=r"model.heads=4 is not a multiple of model.key_heads=3"):
+        NewModel("llama", key_heads=3)
+
+
+def test_the_experiment_in_short(runs: Nursery, tmp_path: Path) -> None:
+    for name in ("train", "validation", "test"):
+        lines = [f"{name} {number} is a line of words, and line {number - 1} came before it." for number in range(400)]
+        (tmp_path / f"{name}.txt").write_text("\n".join(lines))
+    text = ("corpus=text", *(f"corpus.{name}={tmp_path / name}.txt" for name in ("train", "validation", "test")))
+    small = ("model.vocabulary_size=300", "model.max_length=64", "model.layers=1", "finetune.batch_size=2")
+    short = ("finetune.length=32", "finetune.steps=3", "finetune.longer_steps=1", "finetune.longer_length=64")
+    few = (
+        "finetune.eval_blocks=2",
+        "nsamples=2",
+        "extract.nsamples_validation=1",
+        "evaluate.samples=2",
+        "route.n_clusters=8",
+    )
+    stages = "stage=[finetune,extract,route,score,evaluate]"
+    patterns = "patterns=[window,quest,routed,clustered]"
+    done = runs.run("experiment=decoder", *text, *small, *short, *few, stages, patterns, f"run_dir={tmp_path / 'run'}")
+    assert done.status == 0, done.output
+    assert "clustered share=0.1 is left out of a causal model: it reads ahead" in done.output
+    recorded = load_samples(tmp_path / "run" / "qk_dec-attn.pt")
+    assert (recorded.shape, recorded.group) == ((1, 4, 32), 2)
+    results = pd.read_csv(tmp_path / "run" / "evaluate" / "results.csv").set_index("variant")
+    assert (results.loc["dense full", "loss_minus_entmax"], len(results)) == (0.0, 6)
+    assert {"perplexity", "perplexity_second_half", "loss_second_half_minus_entmax"} <= {*results.columns}
+    metrics = pd.read_csv(tmp_path / "run" / "score" / "metrics.csv")
+    assert metrics["causal"].all()
+    assert {*metrics["head"]} == {0, 1, 2, 3}
