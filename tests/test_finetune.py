@@ -241,7 +241,7 @@ def test_settings_check_themselves(corpus):
         with pytest.raises(UserError, match=message):
             settings_for(corpus, **changes)
     for changes, message in (
-        ({"family": "gpt2"}, "model.family=gpt2 is unknown; choose one of roberta"),
+        ({"family": "bloom"}, "model.family=bloom is unknown; choose one of roberta"),
         ({"layers": 0}, "model.layers must be 1 or more"),
         ({"start": "cold"}, "model.start=cold is unknown; choose one of random, statistics"),
         ({"hidden_size": 15}, "is not a multiple of model.heads"),
