@@ -245,9 +245,7 @@ class Buckets:
 
 
 class ChosenBuckets(Buckets):
-    """Buckets whose queries choose by what they see of them: ``q_ids`` are found when they are asked for.
-
-    An executor that finds that out for itself while it multiplies (`sparsefinder.executors.native.tailed`) never asks.
+    """Buckets whose ``q_ids`` are found when asked for; an executor that chooses while it multiplies never does.
 
     Args:
         choose: Gives ``q_ids``.
@@ -257,6 +255,7 @@ class ChosenBuckets(Buckets):
     """
 
     levels: Tensor
+    _choose: Callable[[], Tensor]
 
     def __init__(self, choose: Callable[[], Tensor], k_ids: Tensor, count: int, levels: Tensor):
         self.__dict__.update(_choose=choose, k_ids=k_ids, count=count, levels=levels)
@@ -264,8 +263,7 @@ class ChosenBuckets(Buckets):
     @cached_property
     def q_ids(self) -> Tensor:
         """``(B, H, N, P)`` int64, -1 for none."""
-        ids: Tensor = self.__dict__["_choose"]()
-        return ids
+        return self._choose()
 
 
 @dataclass(frozen=True)
