@@ -57,7 +57,9 @@ def texts(file: Path, tokenizer: Any, length: int, count: int) -> list[Tensor]:
 def learned(samples: Samples) -> Learned:
     """What routed patterns learn: the closed-form space, and a tree of clusters of keys in it."""
     lowrank = fit_lowrank(samples, RANK)
-    return Learned({"lowrank": lowrank, "key_centroids": fit_tree(samples, lowrank, KeyClusterSettings())})
+    return Learned(
+        {"lowrank": lowrank, "key_centroids": fit_tree(samples, lowrank, KeyClusterSettings(max_iterations=25))}
+    )
 
 
 def samples(model: Any, training: Sequence[Tensor]) -> Samples:
