@@ -5,10 +5,11 @@
 
 Queries, keys and values are those of one layer of the model, which reads as many tokens of ``--test`` as each table says (a
 position table that is too short is repeated). What patterns learn, they learn from 24 texts of 512 tokens of ``--train``; they
-are united with a window of 11 and one global token, and the predictor is inside every time. Attention has the normalizer of the
-model. Beside every time stands what it buys, on 64 queries of every head: recall of the gold edges (the support of entmax with
-α = 1.5 where the model has softmax), and the error of the output to dense attention's with the same normalizer, ``‖o − o_dense‖
-/ ‖o_dense‖``. One row is of noise, to compare with older tables: what it recalls is chance.
+are united with a window of 11 and one global token, but for those with a tail, and the predictor is inside every time.
+Attention has the normalizer of the model. Beside every time stands what it buys, on 64 queries of every head: recall of the
+gold edges (the support of entmax with α = 1.5 where the model has softmax), and the error of the output to dense attention's
+with the same normalizer, ``‖o − o_dense‖ / ‖o_dense‖``. One row is of noise, to compare with older tables: what it recalls is
+chance.
 
 ``--shape`` is a whole layer of RoBERTa-base (12 heads of 64, 768, 3,072; random weights around the attention, which cost what
 any others do). Of a model with heads of 32, such as MiniLM, those of two layers stand side by side: real vectors of the right
@@ -40,6 +41,7 @@ from sparsefinder.executors.entmax_support import support
 from sparsefinder.experiment.configuration import Configuration, Learned
 from sparsefinder.graphs import QK, Attention, Layout
 from sparsefinder.numerics.normalizers import Normalizer
+from sparsefinder.patterns.refined import Refined
 from sparsefinder.patterns.routed import Routed
 from sparsefinder.patterns.window import Window
 from sparsefinder.storage.samples import Samples
@@ -59,8 +61,9 @@ class Quality:
 
 
 def routed(learned: Learned, **settings: Any) -> Any:
-    """A routed pattern with its window and global token."""
-    return Configuration("routed", Routed(**settings), window=11, global_tokens=1).build(learned)
+    """A routed pattern with its window and global token, which the C++ of a tail has not."""
+    around: dict[str, int] = {} if settings.get("tail") else {"window": 11, "global_tokens": 1}
+    return Configuration("routed", Routed(**settings), **around).build(learned)
 
 
 def arms(learned: Learned, normalizer: Normalizer) -> dict[str, Bucketed]:
@@ -70,8 +73,9 @@ def arms(learned: Learned, normalizer: Normalizer) -> dict[str, Bucketed]:
         "routed, margin 0.2": routed(learned, rule="margin", level=0.2),
         "routed, 5% of the keys": routed(learned, rule="budget", level=0.05),
         "routed, 10% of the keys": routed(learned, rule="budget", level=0.1),
-        "routed, 1% and the tail": routed(learned, rule="budget", level=0.01, tail=True),
-        "routed, 5% and the tail": routed(learned, rule="budget", level=0.05, tail=True),
+        "routed, 2.5% and the tail": routed(learned, rule="budget", level=0.025, tail=True, keys_per_cluster=16.0),
+        "refined, level 2.5": Refined(alpha=normalizer.alpha, **learned.artefacts),
+        "refined, level 1.0": Refined(1.0, alpha=normalizer.alpha, **learned.artefacts),
     }
     return {name: Bucketed(pattern, normalizer) for name, pattern in patterns.items()}
 

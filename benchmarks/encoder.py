@@ -36,6 +36,7 @@ from sparsefinder.evaluation.tasks.embedding import pooled, token_cosines
 from sparsefinder.experiment.configuration import Configuration, Learned
 from sparsefinder.graphs import Attention, Pattern
 from sparsefinder.numerics.normalizers import Normalizer
+from sparsefinder.patterns.refined import Refined
 from sparsefinder.patterns.routed import Routed
 from sparsefinder.patterns.window import Window
 
@@ -63,15 +64,19 @@ def arms(learned: Learned) -> dict[str, Attention]:
 
     def routed(share: float, tail: bool, keys: float = 4.0) -> Pattern:
         pattern = Routed("budget", share, tail=tail, keys_per_cluster=keys)
-        return Configuration("routed", pattern, window=11, global_tokens=1).build(learned)
+        around: dict[str, int] = {} if tail else {"window": 11, "global_tokens": 1}  # which the C++ of a tail has not
+        return Configuration("routed", pattern, **around).build(learned)
+
+    def refined(level: float, keys: float = 32.0) -> Pattern:
+        return Refined(level, keys_per_cluster=keys, **learned.artefacts)
 
     found: dict[str, Attention] = {BOUND: lambda q, k, v, valid, layer: v}
     found["window 257"] = Bucketed(Window(257), SOFTMAX)
     found["routed, 10% of the keys"] = Bucketed(routed(0.1, tail=False), SOFTMAX)
-    for share, keys in ((0.01, 16.0), (0.025, 16.0), (0.05, 32.0)):  # fewer clusters, fewer entries
-        name = f"routed, {share:.1%} and the tail, {keys:.0f} keys a cluster"
-        found[name] = Bucketed(routed(share, tail=True, keys=keys), SOFTMAX)
-    found[AUTO] = Auto(routed(0.025, tail=True, keys=16.0), SOFTMAX)
+    found["routed, 2.5% and the tail"] = Bucketed(routed(0.025, tail=True, keys=16.0), SOFTMAX)
+    for level, keys in ((5.0, 32.0), (2.5, 32.0), (1.0, 32.0), (2.5, 64.0)):  # fewer clusters, fewer entries
+        found[f"refined, level {level}, {keys:.0f} keys a cluster"] = Bucketed(refined(level, keys), SOFTMAX)
+    found[AUTO] = Auto(refined(2.5), SOFTMAX)
     return found
 
 
