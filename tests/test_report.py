@@ -28,6 +28,7 @@ from sparsefinder.report import ReportSettings
 from sparsefinder.reporting import captions, frontier_figures, heatmaps, html, style, text_tables
 from sparsefinder.storage.manifests import plain
 from sparsefinder.storage.store import Store
+from tests.conftest import ROOT
 
 FIGURES = {"recall_sparsity", "loss_sparsity", "layer_heads", "shared_buckets", "attention_map"}
 FAST = ReportSettings(dpi=40)
@@ -74,10 +75,11 @@ def test_report_has_every_figure_twice_and_a_page(run: Store) -> None:
 
 def test_page_needs_nothing_else(run: Store) -> None:
     text = _page(run)
-    links = re.findall(r"""(?:src|href)\s*=\s*["']([^"']{0,30})""", text)
+    found = re.findall(r"""(?:src|href)\s*=\s*["']([^"']{0,30})""", text)
+    links = [link for link in found if not link.startswith("#")]  # but those within the page
     assert len(links) == len(FIGURES)
     assert all(link.startswith("data:image/svg+xml;base64,") for link in links)
-    assert not re.search(r"<script|<link|@import|url\(", text)
+    assert not re.search(r"<script [^>]*src|<link|@import|url\(", text)
 
 
 def test_page_is_well_formed(run: Store) -> None:
@@ -397,6 +399,12 @@ def test_summary_is_an_aligned_table_of_the_main_numbers(run: Store) -> None:
     header, *rows = block.splitlines()[1:]
     end = header.index("loss, nats") + len("loss, nats")
     assert all(row[:end].endswith(("0000", "000")) for row in rows)
+
+
+def test_every_pattern_has_a_look_of_its_own() -> None:
+    names = [path.stem for path in (ROOT / "conf" / "pattern").glob("*.yaml") if path.stem != "all"]
+    looks = {name: (style.colour_of(name), style.marker_of(name)) for name in names}
+    assert len(set(looks.values())) == len(names), [n for n in names if [*looks.values()].count(looks[n]) > 1]
 
 
 def test_colours_are_fixed_and_every_name_has_one() -> None:

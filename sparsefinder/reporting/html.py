@@ -1,4 +1,4 @@
-"""One file of HTML that needs nothing else: figures are inside it, and no script, font or style comes from elsewhere.
+"""One file of HTML that needs nothing else: figures are inside it, and so are its style and the few lines that sort tables.
 
 The markup is in ``templates/``: ``report.html`` is the document, ``parts.html`` what its sections are made of.
 """

@@ -22,7 +22,7 @@ def loss_sparsity(results: pd.DataFrame) -> Figure:
     """Loss against sparsity of every variant that has a token graph; dense attention as horizontal lines.
 
     Colour: the pattern, of more than `FEW` only ours, the published ones and the bounds; marker: the attention that ran it. A
-    panel for each window with its global tokens.
+    panel for each window with its global tokens, each with a range of its own: what is near to dense attention stays apart.
 
     Args:
         results: ``evaluate/results``, as `frontiers.described` gives it.
@@ -34,7 +34,7 @@ def loss_sparsity(results: pd.DataFrame) -> Figure:
     panels = panels_of(variants)
     with style():
         figure = blank(3.6 * min(2, len(panels)) + 0.8, 3.2 * math.ceil(len(panels) / 2) + 1.0)
-        grid = figure.subplots(math.ceil(len(panels) / 2), min(2, len(panels)), squeeze=False, sharey=True)
+        grid = figure.subplots(math.ceil(len(panels) / 2), min(2, len(panels)), squeeze=False)
         for axes, united_with in zip(grid.flat, panels, strict=False):
             for row in variants[variants["united_with"] == united_with].to_dict("records"):
                 marker, size, filled = looks[row["attention"]]

@@ -16,47 +16,55 @@ from matplotlib.figure import Figure
 
 # Okabe & Ito (2008), distinguished by colour-blind readers; its yellow is too light for lines on white. Three of Tol's follow
 OKABE_ITO = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#332288", "#882255", "#999933"]
-_COLOURS = {
-    "full": "#000000",
-    "oracle": "#000000",
-    "random": "#8C8C8C",
-    "window": "#E69F00",
-    "distance": "#0072B2",
-    "quantize": "#D55E00",
-    "kmeans": "#009E73",
-    "longformer": "#56B4E9",
-    "bigbird": "#CC79A7",
-    "fixed": "#999933",  # from here on Tol's muted scheme, see below
-    "lsh": "#332288",
-    "routing": "#117733",
-    "lsg": "#44AA99",
-    "routed": "#882255",
-    "routed_budget": "#CC6677",
-    "lowrank": "#332288",
-    "clustered": "#999933",
-    "bilinear": "#AA4499",
+# a colour and a marker for each pattern, no pair of them twice; from the colours above and those of Tol (2021), muted
+_LOOKS = {
+    "full": ("#000000", "s"),
+    "oracle": ("#000000", "*"),
+    "oracle_topk": ("#000000", "."),
+    "oracle_topp": ("#000000", "+"),
+    "oracle_head": ("#000000", "1"),
+    "random": ("#8C8C8C", "x"),
+    "window": ("#E69F00", "D"),
+    "dilated": ("#E69F00", "v"),
+    "sinks": ("#E69F00", "P"),
+    "longformer": ("#56B4E9", "v"),
+    "bigbird": ("#CC79A7", "P"),
+    "block_local": ("#56B4E9", "s"),
+    "openai_fixed": ("#999933", "h"),
+    "openai_strided": ("#999933", "<"),
+    "lsg": ("#44AA99", "X"),
+    "lsg_local": ("#44AA99", "o"),
+    "lsg_norm": ("#44AA99", "s"),
+    "lsg_pooling": ("#44AA99", "^"),
+    "lsg_lsh": ("#44AA99", "v"),
+    "lsg_stride": ("#44AA99", "D"),
+    "lsg_block_stride": ("#44AA99", "P"),
+    "lsg_bos_pooling": ("#44AA99", "8"),
+    "distance": ("#0072B2", "o"),
+    "quantize": ("#D55E00", "s"),
+    "kmeans": ("#009E73", "^"),
+    "dotproduct_entmax": ("#0072B2", "X"),
+    "routed": ("#882255", "p"),
+    "routed_budget": ("#CC6677", "h"),
+    "routed_bilinear": ("#AA4499", "p"),
+    "lowrank": ("#332288", "d"),
+    "bilinear": ("#AA4499", "8"),
+    "reformer": ("#332288", "<"),
+    "magicpig": ("#332288", "v"),
+    "hashattention": ("#332288", "X"),
+    "routing": ("#117733", ">"),
+    "routing_learned": ("#117733", "<"),
+    "routing_nearest": ("#117733", "d"),
+    "routing_trained": ("#117733", "P"),
+    "clustered": ("#999933", "v"),
+    "multipole": ("#999933", "o"),
+    "quest": ("#56B4E9", "D"),
+    "block_pool": ("#56B4E9", "h"),
+    "pages": ("#CC79A7", "o"),
+    "xattention": ("#CC79A7", "X"),
+    "twilight": ("#CC79A7", "d"),
+    "topk_norm": ("#CC6677", "<"),
 }
-_MARKERS = {
-    "full": "s",
-    "oracle": "*",
-    "random": "x",
-    "window": "D",
-    "distance": "o",
-    "quantize": "s",
-    "kmeans": "^",
-    "longformer": "v",
-    "bigbird": "P",
-    "fixed": "h",
-    "lsh": "<",
-    "routing": ">",
-    "lsg": "X",
-    "routed": "p",
-    "routed_budget": "h",
-    "lowrank": "d",
-    "clustered": "v",
-    "bilinear": "8",
-}
-# for patterns without a line above: Tol (2021), "Colour schemes", the muted one, colour-blind safe as well
 _OTHER_COLOURS = ["#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#CC6677", "#882255", "#AA4499"]
 _OTHER_MARKERS = "<>hpdX8H"
 
@@ -93,12 +101,12 @@ def style() -> Iterator[None]:
 
 def colour_of(pattern: str) -> str:
     """The colour of a pattern: fixed for the known ones, derived from the name for all others."""
-    return _COLOURS.get(pattern) or _OTHER_COLOURS[_digest(pattern)[0] % len(_OTHER_COLOURS)]
+    return _LOOKS[pattern][0] if pattern in _LOOKS else _OTHER_COLOURS[_digest(pattern)[0] % len(_OTHER_COLOURS)]
 
 
 def marker_of(pattern: str) -> str:
     """The marker of a pattern, chosen as its colour is."""
-    return _MARKERS.get(pattern) or _OTHER_MARKERS[_digest(pattern)[1] % len(_OTHER_MARKERS)]
+    return _LOOKS[pattern][1] if pattern in _LOOKS else _OTHER_MARKERS[_digest(pattern)[1] % len(_OTHER_MARKERS)]
 
 
 def panels_of(table: pd.DataFrame) -> list[str]:
