@@ -72,6 +72,7 @@ STAGES = {
         Stage("calibrate", "sparsefinder.calibrate"),
         Stage("score", "sparsefinder.score", shared=True, grows=True),
         Stage("evaluate", "sparsefinder.evaluate", shared=True, grows=True),
+        Stage("compare", "sparsefinder.compare"),
         Stage("export", "sparsefinder.export"),
         Stage(
             "report",

@@ -15,9 +15,10 @@ import pandas as pd
 
 from sparsefinder.analysis import frontiers
 from sparsefinder.analysis.bootstrap import Replicas
+from sparsefinder.analysis.iso_quality import alarms
 from sparsefinder.analysis.method_families import ALL_OTHERS
 from sparsefinder.errors import UserError
-from sparsefinder.reporting import html, text_tables
+from sparsefinder.reporting import html, length_tables, text_tables
 from sparsefinder.storage import growing_table, tables
 from sparsefinder.storage.manifests import Manifest
 from sparsefinder.storage.store import Store
@@ -65,14 +66,18 @@ class Results:
     budget: pd.DataFrame | None = None  # score/error_budget
     dials: pd.DataFrame | None = None  # calibration/dials
     exported: Path | None = None  # the folder sparse_model
+    compared: pd.DataFrame | None = None  # compare/results
+    equal_quality: pd.DataFrame | None = None  # compare/equal_quality
 
     @classmethod
     def read(cls, store: Store) -> Results:
         """Read the finished tables; a `UserError` where there is none."""
-        score, evaluate = store.find("score"), store.find("evaluate")
-        if score is None and evaluate is None:
-            raise UserError(f"nothing to report in {store.run_dir}: run stage=score or stage=evaluate first")
-        for name, found in (("score", score), ("evaluate", evaluate)):
+        score, evaluate, compare = (store.find(name) for name in ("score", "evaluate", "compare"))
+        if score is None and evaluate is None and compare is None:
+            raise UserError(
+                f"nothing to report in {store.run_dir}: run stage=score, stage=evaluate or stage=compare first"
+            )
+        for name, found in (("score", score), ("evaluate", evaluate), ("compare", compare)):
             if found is not None:
                 store.content(name)  # no number from tables that are not those that were written
         metrics = None if score is None else pd.read_parquet(score / "metrics.parquet")
@@ -89,6 +94,8 @@ class Results:
             None if score is None else _table(score / "error_budget.parquet"),
             None if calibration is None else _table(calibration / "dials.parquet"),
             store.find("sparse_model"),
+            None if compare is None else _table(compare / "results.parquet"),
+            None if compare is None else _table(compare / "equal_quality.parquet"),
         )
 
     def only(self, rows: Mapping[str, Sequence[Any]]) -> Results:
@@ -114,7 +121,8 @@ class Results:
     @property
     def warnings(self) -> list[str]:
         """What to look at twice."""
-        return text_tables.warnings(self.points, self.variants, self.manifests)
+        compared = [] if self.compared is None else alarms(self.compared)
+        return text_tables.warnings(self.points, self.variants, self.manifests) + compared
 
     @property
     def by_cost(self) -> tuple[pd.DataFrame, Replicas | None] | None:
@@ -147,6 +155,8 @@ def run(settings: ReportSettings, store: Store) -> None:
         drawn = captions.of_score(results.metrics, results.points, store.path("score"), results.replicas, distance)
     if results.variants is not None:
         drawn[1:1] = captions.of_evaluate(results.variants, results.manifests.get("evaluate"))
+    if results.compared is not None and "latency_ms" in results.compared:
+        drawn.append(captions.of_compare(results.compared))
     vectors = {illustration.name: style.svg(illustration.figure) for illustration in drawn}
     title = settings.title or f"sparsefinder: {store.run_dir.resolve().name}"
     with store.writing("report") as folder:
@@ -202,6 +212,10 @@ def summary(store: Store, settings: ReportSettings | None = None, asked: Mapping
         parts.append(f"In the model, on the same {text_tables.asked(results.variants)}\n" + text_table(lines))
     if results.exported is not None and asked is None:
         parts.append(f"To load the model with its predicted graph\n{_loading(results.exported)}")
+    if results.compared is not None and asked is None:
+        parts.append(_COMPARED + "\n" + text_table(length_tables.arm_lines(results.compared)))
+    if results.equal_quality is not None and len(results.equal_quality) and asked is None:
+        parts.append(length_tables.EQUAL + "\n" + text_table(length_tables.quality_lines(results.equal_quality)))
     if results.warnings:
         parts.append("Look twice\n" + "\n".join(f"  - {line}" for line in results.warnings))
     return "\n\n".join(parts)
@@ -286,6 +300,7 @@ def _answer(results: Results, settings: ReportSettings) -> html.Markup | None:
 
 
 _RECALL = "Recall of gold edges at equal density (± half the 95 % interval over documents; * compares every pair)"
+_COMPARED = "Every attention at every length, in the model, on the same words"
 _MEASURED = "Each configuration as it was asked for, means over samples, layers and heads"
 _ADVANTAGE = (
     "The best sub-quadratic pattern of ours minus the best published one (95 % interval, paired over documents)"
@@ -305,6 +320,7 @@ _DIALS = ["pattern", "united with", "target", "dial"]
 _UNDRAWN = {
     "recall_sparsity": "Recall at equal density",
     "loss_sparsity": "In the model",
+    "loss_by_time": "Every attention at every length",
 }  # tables without their figure
 
 
@@ -340,6 +356,12 @@ def _tables(results: Results, settings: ReportSettings) -> dict[str, html.Markup
             "of the layers' outputs to dense attention. Latency: median of a batch, with the share that the predictor takes."
         )
         parts["loss_sparsity"] = html.table(text_tables.variant_lines(results.variants), ["variant"]) + html.note(words)
+    if results.compared is not None:
+        words = f"{length_tables.COLUMNS} {length_tables.EQUAL}:"
+        parts["loss_by_time"] = html.table(length_tables.arm_lines(results.compared), ["attention"]) + html.note(words)
+        if results.equal_quality is not None and len(results.equal_quality):
+            lines = length_tables.quality_lines(results.equal_quality)
+            parts["loss_by_time"] += html.table(lines, ["length", "fastest"])
     return parts
 
 

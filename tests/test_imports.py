@@ -71,7 +71,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
 }
 STAGES = (
     *("finetune", "extract", "quantization", "kmeans_centroids", "online_centroids", "lowrank", "bilinear"),
-    *("calibrate", "score", "evaluate", "export", "report"),
+    *("calibrate", "score", "evaluate", "compare", "export", "report"),
 )
 ABOVE_STAGES = ("commandline", "sparse_model")  # rooms that may call what a stage calls
 # who may know the library

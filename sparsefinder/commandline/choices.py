@@ -12,6 +12,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from sparsefinder.commandline.composition import build, plain, without
 from sparsefinder.commandline.conf_folder import CONF
 from sparsefinder.errors import UserError, one_of
+from sparsefinder.evaluation.arms import Arm, Reading
 from sparsefinder.evaluation.variants import AttentionChoice, Conversion
 from sparsefinder.experiment.configuration import Configuration, Dials
 from sparsefinder.experiment.instantiate import class_named, construct
@@ -34,6 +35,8 @@ def objects(cfg: DictConfig, stage: str) -> dict[str, Any]:
             "attentions": tuple(attentions(cfg)),
             "conversions": tuple(conversions(cfg)),
         }
+    if stage == "compare":
+        return {"arms": tuple(arms(cfg))}
     return {}
 
 
@@ -123,6 +126,59 @@ def conversions(cfg: DictConfig) -> Iterable[Conversion]:
     nodes = files(cfg, "conversion") if cfg.conversion.get("every") else [(chosen("conversion"), cfg.conversion)]
     for name, node in nodes:
         yield Conversion(name, build(node))
+
+
+def arms(cfg: DictConfig) -> Iterable[Arm]:
+    """The entries of ``arms``, each a pattern, an attention that brings its own graph, or a reading; with its settings.
+
+    A pattern is run by its buckets where it has them, else as a mask; ``attention`` names another file of conf/attention.
+    """
+    names: set[str] = set()
+    for entry in plain(cfg.arms) or []:
+        if not isinstance(entry, dict) or not {"pattern", "attention", "reading"} & set(entry):
+            raise UserError(f"arms: {entry} is no arm; give a pattern, an attention or a reading, with its settings")
+        arm = _reading(entry) if "reading" in entry else _arm(cfg, entry)
+        if arm.name in names:
+            raise UserError(f"arms: {arm.name} is there twice; give one of them a name")
+        names.add(arm.name)
+        yield arm
+
+
+def _reading(entry: dict[str, Any]) -> Arm:
+    settings = {"kind" if key == "reading" else key: value for key, value in entry.items() if key != "name"}
+    reading = construct(Reading, settings, "arms")
+    return Arm(entry.get("name", f"{reading.kind} of {reading.tokens}"), reading=reading)
+
+
+def _arm(cfg: DictConfig, entry: dict[str, Any]) -> Arm:
+    settings = {key: value for key, value in entry.items() if key not in ("name", "pattern", "attention")}
+    name = entry.get(
+        "name", " ".join([entry.get("pattern") or entry["attention"], *(f"{k}={v}" for k, v in settings.items())])
+    )
+    if "pattern" not in entry:
+        return Arm(name, _attention(cfg, entry["attention"], settings))
+    around = {key: settings.pop(key) for key in UNITED_WITH if key in settings}
+    pattern = build(without(_file(cfg, "pattern", entry["pattern"]), "sweep"), **settings)
+    united = {key: plain(cfg[key]) for key in UNITED_WITH} | around
+    configuration = construct(Configuration, {"name": entry["pattern"], "pattern": pattern} | united, "arms")
+    by_default = "masked" if configuration.quadratic else "bucketed"
+    return Arm(name, _attention(cfg, entry.get("attention", by_default), {}), configuration)
+
+
+def _attention(cfg: DictConfig, name: str, settings: dict[str, Any]) -> AttentionChoice:
+    node = _file(cfg, "attention", name)
+    options = {key: value for key, value in plain(node).items() if key != "_target_"}
+    return AttentionChoice(name, class_named(node.get("_target_"), "attention"), options | settings)
+
+
+def _file(cfg: DictConfig, group: str, name: str) -> DictConfig:
+    """One file of a folder of conf, resolved."""
+    path = CONF / group / f"{name}.yaml"
+    if not path.is_file():
+        known = [file.stem for file in sorted((CONF / group).glob("*.yaml"))]
+        raise UserError(f"arms: {group}={name} is unknown; {one_of(known, name)}")
+    whole: Any = OmegaConf.merge(without(cfg, group), {group: OmegaConf.load(path)})
+    return whole[group]
 
 
 def files(cfg: DictConfig, group: str) -> Iterable[tuple[str, DictConfig]]:

@@ -14,8 +14,9 @@ from safetensors.numpy import load_file
 
 from sparsefinder.analysis.bootstrap import Replicas
 from sparsefinder.analysis.frontiers import comparable, references
+from sparsefinder.analysis.iso_quality import NATS
 from sparsefinder.analysis.method_families import BOUNDS, TOP_K, family_of
-from sparsefinder.reporting import frontier_figures, heatmaps, loss_figures
+from sparsefinder.reporting import frontier_figures, heatmaps, length_figures, loss_figures
 from sparsefinder.storage.manifests import Manifest
 
 
@@ -105,6 +106,23 @@ def of_evaluate(results: pd.DataFrame, manifest: Manifest | None) -> list[Illust
         undrawn = "; ".join(f"{row.variant} (loss {row.loss:.3f})" for row in undefined.itertuples())
         caption += f" Not drawn, because without a token graph sparsity is not defined: {undrawn}."
     return [Illustration("loss_sparsity", "Loss against sparsity", loss_figures.loss_sparsity(results), caption)]
+
+
+def of_compare(results: pd.DataFrame) -> Illustration:
+    """What the artefact ``compare`` shows, where it was timed.
+
+    Args:
+        results: ``compare/results``.
+    """
+    caption = (
+        f"Loss above dense attention's on the same {int(results['masked_tokens'].iloc[0]):,} words, with its 95 % interval over "
+        "texts drawn again, against the median time of a whole forward pass over one text of that length, all arms in turn. "
+        f"Dotted: {NATS:g} nats, up to which an attention counts as being as good as dense. Settings of one pattern are joined; "
+        "open markers lose more than the panel shows. Left of the grey line, the model with attention left out, nothing can be."
+    )
+    return Illustration(
+        "loss_by_time", "Loss against time, at every length", length_figures.loss_by_time(results), caption
+    )
 
 
 def _recall(points: pd.DataFrame, over: str, replicas: Replicas | None) -> Illustration:

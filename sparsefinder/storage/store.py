@@ -80,6 +80,7 @@ ARTEFACTS = {
         Artefact("calibration", "calibration", "calibrate"),
         Artefact("score", "score", "score"),
         Artefact("evaluate", "evaluate", "evaluate"),
+        Artefact("compare", "compare", "compare"),
         Artefact("sparse_model", "sparse_model", "export"),
         Artefact("report", "report", "report"),
     )
