@@ -34,6 +34,7 @@ from transformers import (
 )
 
 from sparsefinder import models
+from sparsefinder.conversions.lengthen import lengthen
 from sparsefinder.corpora import Corpus, TokenBlocks, block_length, token_blocks, train_tokenizer
 from sparsefinder.errors import UserError, check_counts, one_of
 from sparsefinder.models.masked_lm import gold_sparsity, unigram_entropy, validation_loss
@@ -177,10 +178,16 @@ class Pretrained:
     """A folder written by ``save_pretrained`` or a name on the Hugging Face hub."""
 
     name_or_path: str
+    max_length: int | None = None  # tokens of input that it is lengthened to, special ones included; None: as it is
 
     def make(self, corpus: Corpus, cache: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model and its tokenizer; nothing is learned from ``corpus``."""
-        return models.load_language_model(self.name_or_path)
+        model, tokenizer = models.load_language_model(self.name_or_path)
+        if self.max_length is not None:
+            certificate = lengthen(model, tokenizer, self.max_length)
+            passed = "; ".join(check.name for check in certificate.checks)
+            log.info("finetune: lengthened to %d tokens, its certificate passed (%s)", self.max_length, passed)
+        return model, tokenizer
 
     @property
     def inputs(self) -> dict[str, str]:
