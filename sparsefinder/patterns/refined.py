@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import ClassVar
 
@@ -32,8 +32,7 @@ class Refined:
         ``P_ic s_ic / n_c > level / n``,
 
     the weight of one of its keys times the spread of the scores, beside an equal share of the ``n`` keys. Nothing is predicted:
-    the entries are multiplied anyway, and a cluster of one key, or of equal keys, is never taken. It always has a tail, which
-    only makes sense if that tail is handed to the normalizer too.
+    the entries are multiplied anyway, and a cluster of one key, or of equal keys, is never taken.
 
     Source:
         Ours.
@@ -44,10 +43,10 @@ class Refined:
     keys_per_cluster: float = 32.0  # of a tree the level that has as nearly so many keys in a cluster as there is
     lowrank: Projections | None = None  # attached by a `Configuration`
     key_centroids: Centroids | None = None  # attached by a `Configuration`
+    tail: bool = field(default=True, kw_only=True)  # false: what a query does not take is left out
 
     sparsity_parameter: ClassVar[str | None] = "level"
     needs: ClassVar[tuple[str, ...]] = ("lowrank", "key_centroids")
-    tail: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.level < 0:
@@ -78,7 +77,7 @@ class Refined:
             partial(_memberships, layer=layer),
         )
         choose = partial(_taken, qk, ids, levels, self.alpha)
-        return Layout(ChosenBuckets(choose, ids.k_ids, ids.count, levels), tail=True)
+        return Layout(ChosenBuckets(choose, ids.k_ids, ids.count, levels), tail=self.tail)
 
     def cost(self, tokens: int, size: int) -> float:
         """Projecting a key, and comparing it with the centroids: what is chosen follows from the entries."""
