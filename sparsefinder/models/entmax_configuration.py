@@ -35,6 +35,10 @@ SAVED_AS = "sparsefinder (entmax attention of the Python package sparsefinder: i
 """`attn_implementation` in config.json: the part of transformers' error that a reader without the package sees."""
 
 
+PUBLISHED = "initial_alpha"
+"""The α of SparseModernBERT's configurations, a number or one for each layer: of the global ones, sliding ones have softmax.
+It counts where there is no ``attention_alpha``."""
+
 INDEX = "sparsefinder_index"
 """Setting of a configuration beside whose weights an index lies (see `sparsefinder.sparse_model`); its value names the file."""
 
@@ -44,8 +48,15 @@ INDEXED_AS = "sparsefinder (sparse attention of the Python package sparsefinder:
 
 def remembers_entmax(settings: dict[str, Any]) -> bool:
     """Whether these settings of a configuration are those of a model with α-entmax attention; α = 1 is softmax."""
-    alpha = settings.get("attention_alpha", 1.0)
+    alpha = settings.get("attention_alpha", settings.get(PUBLISHED, 1.0))
+    if isinstance(alpha, (list, tuple)):
+        return any(each != 1.0 for each in alpha)
     return isinstance(alpha, bool) or alpha != 1.0
+
+
+def _said(settings: dict[str, Any]) -> str:
+    name = "attention_alpha" if "attention_alpha" in settings else PUBLISHED
+    return f"{name}={settings[name]}"
 
 
 def follow_transformers(also: Mapping[str, Callable[[ModuleType], None]] | None = None) -> None:
@@ -104,7 +115,7 @@ def _teach_configurations(module: ModuleType) -> None:
         if asked not in (None, REGISTERED, SAVED_AS, INDEXED_AS):
             warnings.warn(
                 f"attn_implementation={asked!r} would be softmax; this model attends with entmax "
-                f"(attention_alpha={config.attention_alpha}) and goes on with it, attention weights included. For softmax call "
+                f"({_said(config.__dict__)}) and goes on with it, attention weights included. For softmax call "
                 "sparsefinder.models.set_normalizer(model, Normalizer(1.0))",
                 stacklevel=2,
             )

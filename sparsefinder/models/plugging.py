@@ -36,7 +36,7 @@ from transformers import logging as transformers_logging
 
 from sparsefinder.errors import UserError
 from sparsefinder.graphs import Attention
-from sparsefinder.models.entmax_configuration import REGISTERED, follow_transformers
+from sparsefinder.models.entmax_configuration import PUBLISHED, REGISTERED, follow_transformers
 from sparsefinder.models.families import TRAITS, Which, check_family, kind_of
 from sparsefinder.models.plug import Plug, Socket
 from sparsefinder.models.position_tables import CONVENTIONS, reserved_rows_of
@@ -71,6 +71,8 @@ class ModelShape:
 
 # ---- the normalizer ----
 
+_ALPHAS = ("attention_alpha", PUBLISHED)
+
 
 def set_normalizer(model: PreTrainedModel, normalizer: Normalizer) -> None:
     """Dense attention with another normalizer from now on, in every layer; kept by ``save_pretrained``.
@@ -85,13 +87,15 @@ def set_normalizer(model: PreTrainedModel, normalizer: Normalizer) -> None:
     check_model(model.config, model.name_or_path or type(model).__name__)
     if normalizer.alpha == 1.0:
         for config in _configurations(model):
-            config.__dict__.pop("attention_alpha", None)
+            for name in _ALPHAS:
+                config.__dict__.pop(name, None)
         model.set_attn_implementation(SOFTMAX)
         return
     _attention_calls(model)
     model.set_attn_implementation(REGISTERED)
     for config in _configurations(model):
-        config.attention_alpha = normalizer.alpha
+        if PUBLISHED not in config.__dict__ or normalizer_of(config) != normalizer:  # there sliding layers have softmax
+            config.attention_alpha = normalizer.alpha
 
 
 def _configurations(model: PreTrainedModel) -> list[Any]:
@@ -116,7 +120,7 @@ def get_normalizer(model: PreTrainedModel) -> Normalizer:
 def softmax(model: PreTrainedModel) -> Iterator[None]:
     """Within the block every layer, sliding ones too, attends with transformers' own softmax attention, which is torch's SDPA."""
     implementation, configurations = attention_name(model.config), _configurations(model)
-    remembered = [{n: v for n, v in each.__dict__.items() if n == "attention_alpha"} for each in configurations]
+    remembered = [{n: v for n, v in each.__dict__.items() if n in _ALPHAS} for each in configurations]
     set_normalizer(model, Normalizer(1.0))
     try:
         yield

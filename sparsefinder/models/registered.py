@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sparsefinder.attention import Dense
 from sparsefinder.errors import UserError
+from sparsefinder.models.entmax_configuration import PUBLISHED
 from sparsefinder.models.sliding import causal_of, window_of
 from sparsefinder.models.transformers_internals import weights_are_collected
 from sparsefinder.numerics.normalizers import Normalizer, is_recorded
@@ -62,7 +63,7 @@ def attend(
     if plug is not None:
         output = plug(module, query, key, value, attention_mask)
         return output.transpose(1, 2).contiguous(), None
-    dense = Dense(normalizer_of(module.config), dropout=dropout if module.training else 0.0)
+    dense = Dense(normalizer_of(module.config, module), dropout=dropout if module.training else 0.0)
     if others.get("output_attentions") or weights_are_collected() or is_recorded() or _adds(attention_mask):
         return _with_probabilities(query, key, value, attention_mask, dense)
     # float32 also under autocast: the support and the sum of a row do not survive half precision
@@ -106,9 +107,29 @@ def _adds(mask: Tensor | None) -> bool:
     return mask is not None and mask.dtype != torch.bool
 
 
-def normalizer_of(config: Any) -> Normalizer:
-    """The normalizer that a configuration remembers; α = 1 where it remembers none."""
-    return Normalizer(getattr(config, "attention_alpha", 1.0))
+def normalizer_of(config: Any, module: Any = None) -> Normalizer:
+    """The normalizer that a configuration remembers; α = 1 where it remembers none.
+
+    Args:
+        config: Of the model.
+        module: Its attention module that is asked about; None for the (global) layers as a whole.
+
+    Raises:
+        UserError: The layers as a whole have more than one α.
+    """
+    own: float | None = getattr(config, "attention_alpha", None)
+    alpha: Any = getattr(config, PUBLISHED, 1.0) if own is None else own
+    if own is None and getattr(module, "sliding_window", None) is not None:
+        return Normalizer(1.0)
+    if isinstance(alpha, (list, tuple)):
+        if module is not None:
+            return Normalizer(alpha[module.layer_idx])
+        kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(alpha)
+        distinct = {each for each, kind in zip(alpha, kinds, strict=True) if kind != "sliding_attention"}
+        if len(distinct) > 1:
+            raise UserError(f"{PUBLISHED}={list(alpha)} differs from layer to layer, and one α for all was needed here")
+        alpha = distinct.pop() if distinct else 1.0
+    return Normalizer(alpha)
 
 
 def split_mask(mask: Tensor) -> tuple[Tensor, Tensor | None]:
