@@ -166,7 +166,7 @@ def test_a_class_that_never_asks_is_refused() -> None:
         AutoModelForMaskedLM.from_config(tiny_config("longformer", attention_window=[4, 4], attention_alpha=1.5))
 
 
-@pytest.mark.parametrize("unknown", ["position_bias", "softcap", "s_aux"])
+@pytest.mark.parametrize("unknown", ["softcap", "s_aux"])
 def test_what_entmax_attention_does_not_know_is_refused(unknown) -> None:
     from sparsefinder.models.registered import attend
 
