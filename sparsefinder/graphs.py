@@ -252,13 +252,15 @@ class ChosenBuckets(Buckets):
         k_ids: As those of `Buckets`.
         count: The same.
         levels: ``(H,)`` float64, by which they are chosen.
+        alpha: Of the normalizer by which the entries weigh; 1 for softmax.
     """
 
     levels: Tensor
+    alpha: float
     _choose: Callable[[], Tensor]
 
-    def __init__(self, choose: Callable[[], Tensor], k_ids: Tensor, count: int, levels: Tensor):
-        self.__dict__.update(_choose=choose, k_ids=k_ids, count=count, levels=levels)
+    def __init__(self, choose: Callable[[], Tensor], k_ids: Tensor, count: int, levels: Tensor, alpha: float):
+        self.__dict__.update(_choose=choose, k_ids=k_ids, count=count, levels=levels, alpha=alpha)
 
     @cached_property
     def q_ids(self) -> Tensor:
@@ -298,14 +300,10 @@ class Layout:
 
     def union(self, other: Layout) -> Layout:
         """Edges of either layout, and the tail of either; only one of the two may have buckets then."""
-        return Layout(
-            _join_buckets(self.buckets, other.buckets),
-            max(self.window, other.window),
-            other.is_global
-            if self.is_global is None
-            else (self.is_global if other.is_global is None else self.is_global | other.is_global),
-            self.tail or other.tail,
-        )
+        mine, theirs = self.is_global, other.is_global
+        is_global = theirs if mine is None else mine if theirs is None else mine | theirs
+        buckets = _join_buckets(self.buckets, other.buckets)
+        return Layout(buckets, max(self.window, other.window), is_global, self.tail or other.tail)
 
     @property
     def entries(self) -> int:

@@ -77,7 +77,7 @@ class Refined:
             partial(_memberships, layer=layer),
         )
         choose = partial(_taken, qk, ids, levels, self.alpha)
-        return Layout(ChosenBuckets(choose, ids.k_ids, ids.count, levels), tail=self.tail)
+        return Layout(ChosenBuckets(choose, ids.k_ids, ids.count, levels, self.alpha), tail=self.tail)
 
     def cost(self, tokens: int, size: int) -> float:
         """Projecting a key, and comparing it with the centroids: what is chosen follows from the entries."""

@@ -15,12 +15,14 @@ from sparsefinder.errors import UserError
 from sparsefinder.experiment.configuration import Configuration
 from sparsefinder.experiment.targets import whole_numbered
 from sparsefinder.models import ModelShape, describe, get_normalizer, plugged
+from sparsefinder.numerics.normalizers import Normalizer
+from sparsefinder.patterns.refined import Refined
 from sparsefinder.sparse_model.attaching import encoder_of
 from sparsefinder.sparse_model.curves import Curves, Target
 from sparsefinder.sparse_model.index import BaseModel, Index, hash_of_weights
 from sparsefinder.sparse_model.learning import learn
 from sparsefinder.sparse_model.measuring import difference, measured_curves, outputs
-from sparsefinder.sparse_model.named_patterns import named_pattern, with_tail
+from sparsefinder.sparse_model.named_patterns import NamedPattern, named_pattern
 from sparsefinder.sparse_model.texts import Reading, read_texts
 from sparsefinder.storage.manifests import versions
 
@@ -54,8 +56,8 @@ def fit(
             sentence-transformers.
         tokenizer: Its tokenizer.
         texts: Strings, an iterable of them, or a `datasets.Dataset`. A tenth is held out to measure on.
-        pattern: The name of a file in ``conf/pattern``, or a pattern object; None for ``routed``, with a tail where the model
-            has softmax.
+        pattern: The name of a file in ``conf/pattern``, or a pattern object; None for ``refined`` where the model has softmax,
+            else ``routed``.
         window: Odd; keys around a query that are always there. None for none.
         global_tokens: The first so many tokens see all and are seen by all.
         last_token: So does the last one.
@@ -78,9 +80,8 @@ def fit(
         raise UserError(
             f"length={length}: this model reads up to {shape.max_length} tokens; give fewer, and more than 3"
         )
-    named = named_pattern("routed" if pattern is None else pattern, normalizer.alpha, seed)
-    plain = with_tail(named.pattern) if pattern is None and not normalizer.sparse else named.pattern
-    configuration = Configuration(named.name, plain, window, global_tokens, last_token)
+    named = _named(pattern, normalizer, seed)
+    configuration = Configuration(named.name, named.pattern, window, global_tokens, last_token)
     reading = read_texts(texts, tokenizer, length, tokens, seed)
     training = encoder.training
     try:
@@ -94,6 +95,15 @@ def fit(
     facts = _facts(reading, length, seed, time.perf_counter() - start)
     log.info("fit: %s in %.0f seconds", configuration.label, facts["seconds"])
     return replace(index, facts=facts)
+
+
+def _named(pattern: Any, normalizer: Normalizer, seed: int) -> NamedPattern:
+    """What somebody asked for, or what a model with this normalizer is best served with."""
+    named = named_pattern(pattern or ("routed" if normalizer.sparse else "refined"), normalizer.alpha, seed)
+    if isinstance(named.pattern, Refined) and not isinstance(pattern, Refined):
+        # its entries weigh as they do in the attention, softmax included
+        named = replace(named, pattern=replace(named.pattern, alpha=normalizer.alpha))
+    return named
 
 
 def _base(model: Any, shape: ModelShape, alpha: float) -> BaseModel:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -72,12 +72,6 @@ def plain_settings(pattern: Any) -> dict[str, Any]:
     """The settings of a pattern without what it learned, as JSON can hold them."""
     names = [field.name for field in dataclasses.fields(pattern) if field.name not in pattern.needs]
     return {name: getattr(pattern, name) for name in names}
-
-
-def with_tail(pattern: Any) -> Any:
-    """The pattern with a tail, where it can have one."""
-    can = any(field.name == "tail" for field in dataclasses.fields(pattern))
-    return replace(pattern, tail=True) if can else pattern
 
 
 @cache

@@ -107,7 +107,7 @@ class _Run:
         self.shape, self.group, self.count = qk.graph_shape, qk.group, buckets.count
         batch, heads, queries, keys = self.shape
         self.levels, q_ids = None, torch.empty(batch, heads, 1, 0, dtype=torch.int64)
-        if isinstance(buckets, ChosenBuckets):  # here, by the entries
+        if isinstance(buckets, ChosenBuckets) and buckets.alpha == 1.0:  # here, by the entries as softmax weighs them
             self.levels = buckets.levels.to(torch.float64).expand(heads).contiguous()
         else:
             q_ids = buckets.q_ids
