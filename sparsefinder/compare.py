@@ -156,7 +156,8 @@ def run(settings: CompareSettings, store: Store) -> None:
     parts: list[tuple[Arm, int, dict[str, Any], pd.DataFrame]] = []
     wanted = [(length, arm) for length in settings.lengths for arm in arms if _possible(arm, length, settings)]
     for length, arm in progress(wanted, "compare"):
-        key = [_identity(arm), length, parents, settings.inputs, versions().get("sparsefinder")]
+        mine = {name: parents[name] for name in ("model", *arm.needs)}  # another arm changes nothing for this one
+        key = [_identity(arm), length, mine, settings.inputs, versions().get("sparsefinder")]
         key += [
             getattr(settings, name) for name in ("lengths", "split", "samples", "mask_probability", "seed", "measured")
         ]
