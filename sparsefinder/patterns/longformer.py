@@ -53,6 +53,12 @@ class Longformer(Free):
         if self.placement not in PLACEMENTS:
             raise UserError(f"placement={self.placement} is unknown; {one_of(PLACEMENTS, self.placement)}")
 
+    @property
+    def reads_ahead(self) -> str:
+        """What later tokens change in causal attention: which tokens are global, where these are drawn."""
+        drawn = self.placement == "random" and self.num_global_tokens > 0
+        return "global tokens are drawn among all tokens of the sentence" if drawn else ""
+
     def layout(self, qk: QK, layer: int) -> Layout:
         """The window, in buckets where it has gaps, and the global tokens, in two buckets where they are random."""
         qk.one_text(type(self).__name__)
