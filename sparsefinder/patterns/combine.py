@@ -135,7 +135,7 @@ class Causal:
 
     In a causal model every pattern is causal (`QK.causal`) and this changes nothing. Wrapped around one part of a union it
     lets only that part look back, and wrapped around a whole pattern it shows what the past by itself would give in a
-    bidirectional model.
+    bidirectional model. Cross-attention has no past: it is refused with a `UserError`.
 
     Args:
         pattern: Is asked with ``causal=True``.
@@ -150,6 +150,7 @@ class Causal:
 
     def layout(self, qk: QK, layer: int) -> Layout:
         """The pattern's layout; a `UserError` in bidirectional attention, since a layout cannot say which side to see."""
+        qk.one_text(type(self).__name__)
         if not qk.causal:
             raise UserError(
                 "a causal pattern in bidirectional attention has no bucketed form: use attention=masked for it"
@@ -162,6 +163,7 @@ class Causal:
 
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool."""
+        qk.one_text(type(self).__name__)
         return self.pattern(replace(qk, causal=True), layer)
 
 
