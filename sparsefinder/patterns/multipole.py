@@ -40,6 +40,8 @@ class Multipole:
 
     sparsity_parameter: ClassVar[str | None] = "share"
     needs: ClassVar[tuple[str, ...]] = ()
+    # in causal attention
+    reads_ahead: ClassVar[str] = "clusters and their means are those of all keys of the sentence"
 
     def __post_init__(self) -> None:
         check_share("share", self.share)
