@@ -46,14 +46,13 @@ class BlockPool:
 
     def layout(self, qk: QK, layer: int) -> Layout:
         """Key blocks as buckets: a query is in those that it, or its block, takes, and a key in its own."""
-        blocks = TokenBlocks.cut(qk, self.size)
+        of_queries, blocks = TokenBlocks.of_both(qk, self.size)
         q, k = vectors(qk)
         means = blocks.means(k).transpose(-1, -2)
         if qk.causal:
             q = blocks.running_means(q) if self.pool_queries else q
             of_own_block = (q * blocks.running_means(k)).sum(-1)
             return blocks.layout(blocks.best(blocks.visible(q @ means, of_own_block), self.share), self.tail)
-        of_queries = TokenBlocks.cut(qk.swapped, self.size) if qk.crosses else blocks
         rows = of_queries.means(q) if self.pool_queries else q
         chosen = blocks.best(blocks.visible(rows @ means, None), self.share)
         return blocks.layout(of_queries.spread(chosen) if self.pool_queries else chosen, self.tail)

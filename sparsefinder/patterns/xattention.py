@@ -45,11 +45,16 @@ class XAttention:
         check_share("p", self.p)
         check_counts(stride=self.stride, tiles=self.tiles)
 
+    @property
+    def reads_ahead(self) -> str:
+        """What later tokens change in causal attention: what their block takes, where it has more than one token."""
+        return "a block chooses by all of its tokens, later ones too" if self.stride * self.tiles > 1 else ""
+
     def layout(self, qk: QK, layer: int) -> Layout:
         """Key blocks as buckets: the queries of a block are in those that it takes, a key in its own."""
-        blocks = TokenBlocks.cut(qk, self.stride * self.tiles)
-        taken = as_ids(fewest(self._weights(qk, blocks.count), self.p))
-        return blocks.layout(blocks.spread(taken), self.tail)
+        of_queries, of_keys = TokenBlocks.of_both(qk, self.stride * self.tiles)
+        taken = as_ids(fewest(self._weights(qk, of_queries.count, of_keys.count), self.p))
+        return of_keys.layout(of_queries.spread(taken), self.tail)
 
     def cost(self, tokens: int, size: int) -> float:
         """``n · D / S``: one product of a query and a key for each tile that the query is in."""
@@ -59,16 +64,14 @@ class XAttention:
         """``(B, H, N, N)`` bool."""
         return self.layout(qk, layer).graph(qk)
 
-    def _weights(self, qk: QK, count: int) -> Tensor:
-        """``P``, ``(B, H, blocks, blocks)``; rows and columns of blocks that a sentence does not have are zero."""
-        small = TokenBlocks.cut(qk, self.stride)
-        q, k = (small.pack(x, 0.0) for x in vectors(qk))
+    def _weights(self, qk: QK, rows: int, columns: int) -> Tensor:
+        """``P``, ``(B, H, rows, columns)``, of blocks of queries and of keys; zero on blocks that a sentence does not have."""
+        of_queries, of_keys = TokenBlocks.of_both(qk, self.stride)
+        q, k = (tiles.pack(x, 0.0) for tiles, x in zip((of_queries, of_keys), vectors(qk), strict=True))
         scores = q.flip(3).flatten(3) @ k.flatten(3).mT / (self.stride * math.sqrt(q.shape[-1]))
-        there = small.filled.any(-1)[:, None]
-        seen = there[..., :, None] & there[..., None, :]
+        seen = of_queries.filled.any(-1)[:, None, :, None] & of_keys.filled.any(-1)[:, None, None]
         if qk.causal:
             seen = seen & seen.new_ones(seen.shape[-2:]).tril()
         weights = torch.softmax(scores.masked_fill(~seen, -math.inf), dim=-1).masked_fill(~seen, 0.0)
-        missing = count * self.tiles - weights.shape[-1]
-        whole = F.pad(weights, (0, missing, 0, missing))
+        whole = F.pad(weights, (0, columns * self.tiles - weights.shape[-1], 0, rows * self.tiles - weights.shape[-2]))
         return whole.unflatten(-1, (-1, self.tiles)).sum(-1).unflatten(-2, (-1, self.tiles)).sum(-2)

@@ -100,6 +100,15 @@ def test_antidiagonals_tile_by_tile(causal: bool) -> None:
             assert bool(graph[i, j]) == (j // (stride * tiles) in taken and (j <= i or not causal)), (i, j)
 
 
+@pytest.mark.parametrize("queries", [6, 7, 18])
+def test_antidiagonals_of_two_texts(queries: int) -> None:
+    """A block of queries chooses by itself: a part of a text, as queries of the whole, takes what it takes within it."""
+    qk = random_qk([18, 18], 2, 8)
+    some = QK(qk.q[:, :, :queries], qk.k, qk.valid, query_valid=qk.valid[:, :queries])
+    whole = queries // 6 * 6
+    assert torch.equal(XAttention(0.5, 2, 3)(some, 1)[:, :, :whole], XAttention(0.5, 2, 3)(qk, 1)[:, :, :whole])
+
+
 def test_top_p_after_a_selector() -> None:
     qk = random_qk([14, 9], 2, 8)
     everything = Full()(qk, 0)

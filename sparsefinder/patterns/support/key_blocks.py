@@ -48,6 +48,12 @@ class TokenBlocks:
         shape = (-1, blocks, size)
         return cls(order.view(shape), filled.view(shape), qk.positions // size, qk.positions)
 
+    @classmethod
+    def of_both(cls, qk: QK, size: int) -> tuple[TokenBlocks, TokenBlocks]:
+        """The blocks of the queries and those of the keys: the same ones, but in cross-attention."""
+        of_keys = cls.cut(qk, size)
+        return cls.cut(qk.swapped, size) if qk.crosses else of_keys, of_keys
+
     @property
     def count(self) -> int:
         """Number of blocks."""
