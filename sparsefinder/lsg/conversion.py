@@ -159,6 +159,11 @@ def _source(checkpoint: Checkpoint, family: Family, plain: str, config: Any) -> 
     source = load(checkpoint, plain_class(plain), family, config=config)
     check_that_it_runs(source, checkpoint.label)
     if _normalizer(raw) != SOFTMAX:
+        if family.encoder_decoder:
+            raise UserError(
+                f"{checkpoint.label} attends with entmax (attention_alpha) in its decoder too, where an LSG model has softmax; "
+                "take attention_alpha out of its config.json, or convert a model without a decoder"
+            )
         set_normalizer(source, _normalizer(raw))
     return source
 

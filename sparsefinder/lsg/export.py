@@ -15,12 +15,18 @@ from sparsefinder.lsg.families import Family
 MODULES = (
     *("errors", "graphs", "numerics.entmax_newton", "numerics.normalizers", "numerics.tracing"),
     *("executors.lsg.settings", "executors.lsg.sparse_keys", "executors.lsg.block_layout", "executors.lsg.attention"),
-    *("models.position_tables", "models.transformers_internals"),
+    *("models.families", "models.position_tables", "models.transformers_internals"),
     *("lsg.families", "lsg.configuration", "lsg.input_and_output", "lsg.inputs", "lsg.modeling", "lsg.export"),
 )
-"""Modules of `sparsefinder` that are carried along, each under the last part of its name."""
+"""Modules of `sparsefinder` that are carried along, each under the last part of its name (but for `_RENAMED`)."""
 
-_IMPORT = re.compile(r"^( *)from sparsefinder\.(?:\w+\.)*(\w+) import ", re.MULTILINE)
+_RENAMED = {"models.families": "traits"}  # beside `lsg.families`
+_IMPORT = re.compile(r"^( *)from sparsefinder\.([\w.]+) import ", re.MULTILINE)
+
+
+def _carried(module: str) -> str:
+    """The name of a module in the folder."""
+    return f"lsg_{_RENAMED.get(module, module.rpartition('.')[2])}"
 
 
 def auto_map(family: Family) -> dict[str, str]:
@@ -37,7 +43,7 @@ def write_code(folder: str | Path) -> None:
         sources = {file.name: file for file in here.glob("lsg_*.py")}
     else:
         package = here.parent
-        sources = {f"lsg_{name.rpartition('.')[2]}.py": package / f"{name.replace('.', '/')}.py" for name in MODULES}
+        sources = {f"{_carried(name)}.py": package / f"{name.replace('.', '/')}.py" for name in MODULES}
     for name, file in sources.items():
-        text = _IMPORT.sub(r"\1from .lsg_\2 import ", file.read_text(encoding="utf-8"))
+        text = _IMPORT.sub(lambda line: f"{line[1]}from .{_carried(line[2])} import ", file.read_text(encoding="utf-8"))
         (folder / name).write_text(text, encoding="utf-8")
