@@ -31,6 +31,7 @@ NOT_RUN = {
     ("README.md", "sets up an environment, then minutes of work; `make -n` is what tests can do"),
     ("README.md", "needs the Hugging Face hub and a GPU"),
     ("README.md", "minutes, on a quiet machine"),
+    ("README.md", "needs a model and text of yours, and ten minutes on a quiet machine"),
     ("README.md", "trains at every budget, which takes minutes"),
     (
         "CONTRIBUTING.md",
