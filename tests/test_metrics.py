@@ -117,7 +117,7 @@ def test_the_table_keeps_the_settings_of_a_pattern() -> None:
     samples = Samples([torch.randn(1, 2, 9, 4)], [torch.randn(1, 2, 9, 4)])
     chosen = tuple(Configuration("clustered", Clustered(n_clusters=n)) for n in (3, 5))
     settings = ScoreSettings((*chosen, Configuration("oracle_topp", OracleTopP(alpha=1.0))), alpha=2.0)
-    table = metrics_table(score(samples, settings, Learned()), settings, Learned())
+    table = metrics_table(score(samples, settings, Learned()), settings, Learned(), 4)
     assert table.groupby("configuration")["n_clusters"].first().dropna().tolist() == [3, 5]
     assert table["alpha"].tolist() == [2.0] * 6
     assert table["pattern_alpha"].dropna().tolist() == [1.0] * 2

@@ -79,9 +79,15 @@ def test_what_the_machine_lacks_is_said_before_any_work() -> None:
 
 def test_attentions_say_who_multiplies() -> None:
     x, elsewhere = torch.zeros(1, 1, 4, 2), torch.zeros(1, 1, 4, 2, device="meta")
-    assert Bucketed(Window(3)).explain(x).splitlines()[:2] == ["native: chosen", "blocks: works, but comes later"]
-    assert Bucketed(Window(3)).explain(elsewhere).splitlines()[:2] == [
+    no_tail = "tailed: multiplies layouts with a tail, and this one has none"
+    assert Bucketed(Window(3)).explain(x).splitlines()[:3] == [
+        "native: chosen",
+        no_tail,
+        "blocks: works, but comes later",
+    ]
+    assert Bucketed(Window(3)).explain(elsewhere).splitlines()[:3] == [
         "native: runs on a CPU, the queries are on meta",
+        no_tail,
         "blocks: chosen",
     ]
     assert Dense(executor="tiles").explain(x).splitlines()[::2] == [

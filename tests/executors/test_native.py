@@ -314,7 +314,7 @@ def test_a_folder_that_others_can_write_is_not_loaded_from(fresh: Path, monkeypa
 
 
 def test_executors_that_do_not_exist_or_cannot_be() -> None:
-    with pytest.raises(UserError, match="executor=gpu is unknown; choose one of auto, native, blocks, triton"):
+    with pytest.raises(UserError, match="executor=gpu is unknown; choose one of auto, native, tailed, blocks, triton"):
         Bucketed(Window(3), executor="gpu")
     with pytest.raises(UserError, match="executor=gpu is unknown"):  # before a pattern is at hand, and any work is done
         AttentionChoice("bucketed", Bucketed, {"executor": "gpu"})

@@ -63,7 +63,7 @@ def settings_of(cfg: DictConfig, stage: str) -> Any:
 WRONG = {  # settings of the command line → what the one line about them says
     "stage=finetune model.vocabulary_size=1e4": "model.vocabulary_size must be int, got 10000.0",
     "adapt_steps=1e2": "adapt_steps must be int, got 100.0",
-    "evaluate.task=summary": "evaluate.task=summary is unknown; choose one of masked_lm, embedding, sequence_classification, ",
+    "evaluate.task=summary": "evaluate.task=summary is unknown; choose one of masked_lm, causal_lm, embedding, ",
     "evaluate.head.steps=0": "evaluate.head.steps must be 1 or more, got 0",
     "evaluate.labels.test=train": "evaluate.labels takes train=train and test=train from the same rows",
     "evaluate.adapt=null": "evaluate.adapt must be AdaptSettings, got None",

@@ -51,7 +51,7 @@ def test_every_field_can_be_typed_but_those_chosen_in_other_folders() -> None:
         for field in dataclasses.fields(pkgutil.resolve_name(block._target_))
         if field.name not in block
     }
-    chosen = {"calibrate.dialled", "score.configurations"}
+    chosen = {"calibrate.dialled", "score.configurations", "export.configurations", "compare.arms"}
     assert left_out == chosen | {f"evaluate.{name}" for name in ("configurations", "attentions", "conversions")}
 
 
