@@ -42,6 +42,7 @@ NOT_RUN = {
         "docs/how-to/cluster.md",
         "needs a Slurm cluster; tests/scripts/test_sweeps.py runs the same with a stand-in for sbatch",
     ),
+    ("docs/reference/families.md", "trains for minutes; tests/test_causal.py runs the experiment in short"),
     ("docs/reference/lsg.md", "needs the Hugging Face hub"),
     ("docs/how-to/tasks.md", "needs the Hugging Face hub"),
     ("docs/how-to/tasks.md", "needs a model of yours"),
@@ -69,6 +70,7 @@ SMALL = {
     "evaluate.head.steps": "2",
     "report.dpi": "30",
 }
+BUT_IN = {"frontier": {"model": "smoke", "score.seeds": "2", "bilinear.steps": "10"}}
 BUT_WITH_A_MODEL = {"experiment": "tiny", "finetune.eval_blocks": "4"}  # smoke describes a model of its own
 
 # runs a list of tasks in one process, so that libraries are imported once
@@ -193,8 +195,8 @@ def script(line: str) -> dict[str, Any]:
     assert (ROOT / words[1]).is_file(), line
     arguments = words[2:]
     if words[1] == "scripts/run.py" and not {"--help", "--cfg"} & set(arguments):
-        given = {argument.partition("=")[0] for argument in arguments}
-        small = SMALL | (BUT_WITH_A_MODEL if "model" in given else {})
+        given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+        small = SMALL | BUT_IN.get(given.get("experiment", ""), {}) | (BUT_WITH_A_MODEL if "model" in given else {})
         arguments += [f"{key}={value}" for key, value in small.items() if key not in given]
     return {"kind": "script", "command": [str(ROOT / words[1]), *arguments], "shown": line}
 
