@@ -43,6 +43,7 @@ NOT_RUN = {
         "needs a Slurm cluster; tests/scripts/test_sweeps.py runs the same with a stand-in for sbatch",
     ),
     ("docs/reference/families.md", "trains for minutes; tests/test_causal.py runs the experiment in short"),
+    ("docs/how-to/every_length.md", "trains for an hour; tests/test_compare.py runs the stage in short"),
     ("docs/reference/lsg.md", "needs the Hugging Face hub"),
     ("docs/how-to/tasks.md", "needs the Hugging Face hub"),
     ("docs/how-to/tasks.md", "needs a model of yours"),
