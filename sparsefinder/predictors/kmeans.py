@@ -46,7 +46,8 @@ class KeyClusterSettings:
     """How a stage clusters the keys, and the keys only, after it has learned the space in which it does."""
 
     n_clusters: int = 1024  # of keys, on the finest level of a tree
-    coarsest: int = 16  # clusters on its coarsest level at least; each level has twice as many as the one above
+    # clusters on its coarsest level at least, each level has twice as many as the one above; fewer lose recall in short sentences
+    coarsest: int = 64
     max_iterations: int = 100  # of Lloyd's algorithm
     seed: int = 0
     jobs: int = -1  # heads clustered at the same time; -1: one for each core

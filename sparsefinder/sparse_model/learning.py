@@ -93,7 +93,7 @@ def learn(needs: tuple[str, ...], model: Any, texts: list[Tensor], normalizer: N
     clusters = min(CLUSTERS, tokens // 4)
     if clusters < 2:
         raise UserError(f"the texts have {tokens} tokens to learn from, which is too few: give longer ones or more")
-    tree = KeyClusterSettings(n_clusters=FINEST, coarsest=min(16, clusters), max_iterations=_ITERATIONS, seed=seed)
+    tree = KeyClusterSettings(n_clusters=FINEST, coarsest=min(64, tokens // 4), max_iterations=_ITERATIONS, seed=seed)
     made: dict[str, Any] = {}
     if apart:
         made["lowrank"] = fit_lowrank(samples, RANK)
