@@ -103,7 +103,8 @@ def encoder(results: str) -> str:
             + ", ".join(f"{each['auto'][1]} at {tokens} tokens" for tokens, each in alone)
             + "."
         )
-    return f"{machine(results)}.\n\n{text}"
+    machines = re.findall(r".*threads, torch.*", results.partition("### Whole encoder")[0])
+    return f"{machines[-1]}.\n\n{text}"
 
 
 def attention_alone(results: str) -> str:
