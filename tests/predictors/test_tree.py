@@ -89,7 +89,7 @@ class TestGrowing:
         settings = KeyClusterSettings(n_clusters=32, coarsest=4, jobs=1)
         assert settings.sizes == (4, 8, 16, 32)
         assert KeyClusterSettings(n_clusters=6, coarsest=16).sizes == (6,)
-        assert KeyClusterSettings().sizes == (16, 32, 64, 128, 256, 512, 1024)
+        assert KeyClusterSettings().sizes == (64, 128, 256, 512, 1024)
         made = fit_tree(Samples(keys, keys), space, settings)
         assert [level.clusters for level in (*made.coarser, made)] == [4, 8, 16, 32]
         with caplog.at_level("INFO"):

@@ -55,7 +55,7 @@ def test_detached_is_the_model_from_before(fitted: Fitted, attached) -> None:
 
 def test_the_last_one_attached_counts(fitted: Fitted, attached) -> None:
     model, states = attached
-    sparsefinder.attach(model, fitted.index, density=0.9, auto=False)
+    sparsefinder.attach(model, fitted.index, density=0.05, auto=False)
     other = fitted.states(model)
     assert not torch.allclose(states, other)
     sparsefinder.attach(model, fitted.index, density=0.3, auto=False)
@@ -210,13 +210,13 @@ def test_the_same_seed_gives_the_same_index(fitted: Fitted) -> None:
 def test_targets(fitted: Fitted) -> None:
     curves = fitted.index.curves
     model = fitted.model()
-    for target in ({"density": 0.4}, {"recall": 0.9}, {"loss_tolerance": 0.5}):
+    for target in ({"density": 0.1}, {"recall": 0.3}, {"loss_tolerance": 0.5}):
         sparsefinder.attach(model, fitted.index, **target)
         values = attachment(model).setting.values
         if "density" in target:
-            assert curves.read("density", values).mean() == pytest.approx(0.4, abs=0.02)
+            assert curves.read("density", values).mean() == pytest.approx(0.1, abs=0.02)
         if "recall" in target:
-            assert (curves.read("recall", values) >= 0.9 - 1e-3).all()
+            assert (curves.read("recall", values) >= 0.3 - 1e-3).all()
 
 
 def test_an_entmax_model(fitted: Fitted) -> None:
@@ -243,10 +243,12 @@ def test_other_patterns(pattern, fitted: Fitted) -> None:
 
 def test_explain(fitted: Fitted, attached) -> None:
     model, _ = attached
+    # less than asked for: clusters of a single key are never taken, and in texts of some 20 tokens most are
+    expected = fitted.index.curves.read("density", attachment(model).setting.values).mean()
     found = sparsefinder.explain(model, sentences(3, seed=5), tiny_tokenizer())
     assert len(found.heads) == 4
     assert len(found.layers) == 2
-    assert abs(sum(row["density"] for row in found.heads) / 4 - 0.3) < 0.1
+    assert abs(sum(row["density"] for row in found.heads) / 4 - expected) < 0.1
     assert "native" in str(found) or "blocks" in str(found)
     sparsefinder.detach(model)
     with pytest.raises(UserError, match="nothing is attached"):
