@@ -11,7 +11,9 @@ from sparsefinder.pipeline import STAGES as PIPELINE
 from sparsefinder.storage.manifests import content_hash, read_manifest
 from sparsefinder.storage.store import ARTEFACTS
 
-STAGES = tuple(PIPELINE)  # by name, in their order
+STAGES = tuple(
+    stage for stage in PIPELINE if stage != "compare"
+)  # by name, in their order; there are no arms to compare
 _WORDS = (
     "the",
     "a",
