@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sparsefinder.commandline.commands import Parser, until_stopped
+from sparsefinder.commandline.commands import Parser, in_one_line
 from sparsefinder.errors import UserError, one_of
 
 LSG_ONLY = {
@@ -139,17 +139,7 @@ _FLAG: dict[str, Any] = {"nargs": "?", "const": True, "default": False, "type": 
 def main(arguments: list[str] | None = None) -> int:
     """The command; 0 when all went well, 2 for wrong input."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    return until_stopped(lambda: outcome(arguments), "nothing is half written; run the same command again")
-
-
-def outcome(arguments: list[str] | None) -> int:
-    """Read the arguments and `run`; the exit status."""
-    try:
-        run(parse(arguments))
-    except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return in_one_line(lambda: run(parse(arguments)), "nothing is half written; run the same command again")
 
 
 def command() -> None:

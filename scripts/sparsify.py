@@ -9,10 +9,8 @@ certificate fails, unless --even_if_it_fails is given.
 import argparse
 import logging
 import sys
-from pathlib import Path
 
-from sparsefinder.commandline.commands import Parser, until_stopped
-from sparsefinder.errors import UserError
+from sparsefinder.commandline.commands import Parser, in_one_line
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -27,7 +25,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add("--recall", type=float, help="least share of the gold edges (softmax: of the probability) in each head")
     add("--loss_tolerance", type=float, help="most that 1 − the cosine of the pooled output to the dense one may be")
-    add("--pattern", help="a file of conf/pattern; default: routed, with a tail where the model has softmax")
+    add("--pattern", help="a file of conf/pattern; default: refined where the model has softmax, else routed")
     add("--window", type=int, help="odd number of tokens around each query that are always attended")
     add("--global_tokens", type=int, default=0, help="first tokens that see all and are seen by all")
     add("--length", type=int, help="tokens of the longest text of the certificate; default: what the model reads")
@@ -56,17 +54,7 @@ def _without(given: dict[str, object], name: str) -> dict[str, object]:
 def main(arguments: list[str] | None = None) -> int:
     """The command; 0 when all went well, 2 for wrong input."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    return until_stopped(lambda: outcome(arguments), "nothing is half written; run the same command again")
-
-
-def outcome(arguments: list[str] | None) -> int:
-    """Read the arguments and `run`; the exit status."""
-    try:
-        run(parse(arguments))
-    except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return in_one_line(lambda: run(parse(arguments)), "nothing is half written; run the same command again")
 
 
 def command() -> None:

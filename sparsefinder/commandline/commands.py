@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from sparsefinder.errors import meant
+from sparsefinder.errors import UserError, meant
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 
@@ -80,3 +80,17 @@ def until_stopped(work: Callable[[], int], advice: str) -> int:
     if advice:
         print(f"error: interrupted by {signal.Signals(received[0]).name}; {advice}", file=sys.stderr)
     return 128 + received[0]
+
+
+def in_one_line(work: Callable[[], None], advice: str) -> int:
+    """`until_stopped`; 0 when all went well, 2 and one line with the program's name where a `UserError` ends it."""
+
+    def outcome() -> int:
+        try:
+            work()
+        except UserError as error:
+            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+            return 2
+        return 0
+
+    return until_stopped(outcome, advice)

@@ -84,7 +84,7 @@ def saved_whole(model):
     stream = io.BytesIO()
     torch.save(model, stream)
     stream.seek(0)
-    return torch.load(stream, weights_only=False)
+    return torch.load(stream, weights_only=False)  # what was saved two lines above: a whole module is no weights
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled, saved_whole])
