@@ -134,7 +134,7 @@ def test_every_part_escapes_what_comes_in() -> None:
 
 
 def test_nothing_to_report_names_the_stages(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="stage=score or stage=evaluate"):
+    with pytest.raises(UserError, match="run stage=score, stage=evaluate or stage=compare first"):
         report.run(FAST, Store(tmp_path))
     assert not (tmp_path / "report").exists()
 
