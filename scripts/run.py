@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import re
 import sys
+import time
 
 import hydra
 from omegaconf import DictConfig
@@ -56,6 +57,8 @@ def command() -> None:
         # takes threads apart there that still run
         sys.stdout.flush()
         sys.stderr.flush()
+        if status and not SPEAKS:
+            time.sleep(2)  # torchrun ends all others when one has failed: the one that says why must come first
         os._exit(status)
     sys.exit(status)
 
