@@ -46,6 +46,7 @@ NEED_EXTRAS = (
     *(
         "analysis",
         "calibrate",
+        "compare",
         "evaluate",
         "evaluation",
         "experiment.calibration",
