@@ -76,7 +76,7 @@ docs:
 	$(DOCS)/bin/python -m pip install --quiet --group docs
 	$(DOCS)/bin/mkdocs build --strict
 
-# ratios measured side by side in one run, on a quiet machine; half an hour. The README quotes the file that this writes
+# ratios measured side by side in one run, on a quiet machine; half an hour. docs/explanation/measured.md quotes the file that this writes
 bench: setup
 	rm -f benchmarks/results.new
 	for each in normalizers entmax_steps dense lsg learning stages; do \
@@ -84,7 +84,7 @@ bench: setup
 	mv benchmarks/results.new benchmarks/results.md
 	$(BIN)/python benchmarks/quote.py
 
-# a whole encoder, and attention on what it attends with, for the README too: make bench-real MODEL=FOLDER TRAIN=FILE TEST=FILE
+# a whole encoder, and attention on what it attends with, for README and measured.md too: make bench-real MODEL=FOLDER TRAIN=FILE TEST=FILE
 bench-real: setup
 	$(BIN)/python benchmarks/encoder.py --model $(MODEL) --train $(TRAIN) --test $(TEST) > benchmarks/real.new
 	$(BIN)/python benchmarks/bucketed.py --model $(MODEL) --train $(TRAIN) --test $(TEST) >> benchmarks/real.new

@@ -1,9 +1,9 @@
-"""The README's figures of speed, written anew from what the benchmarks printed, so that no figure in it is typed by hand.
+"""The figures of speed in the documents, written anew from what the benchmarks printed, so that no figure in it is typed by hand.
 
     python benchmarks/quote.py
 
 Reads ``benchmarks/results.md`` (`make bench`) and ``benchmarks/real.md`` (`make bench-real`), and replaces what stands between
-``<!-- quoted: NAME -->`` and ``<!-- end -->`` in the README and in `docs/explanation/performance.md`. Of what was not measured
+``<!-- quoted: NAME -->`` and ``<!-- end -->`` in the pages of `PAGES`. Of what was not measured
 the text says so.
 """
 
@@ -16,7 +16,8 @@ from itertools import dropwhile, takewhile
 from pathlib import Path
 
 HERE = Path(__file__).parent
-PAGES = (HERE.parent / "README.md", HERE.parent / "docs" / "explanation" / "performance.md")
+ROOT = HERE.parent
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / "explanation" / f"{name}.md" for name in ("measured", "performance")))
 QUOTED = re.compile(r"(<!-- quoted: (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
 BASELINE = "SDPA softmax"
 
@@ -107,6 +108,20 @@ def encoder(results: str) -> str:
     return f"{machines[-1]}.\n\n{text}"
 
 
+def headline(results: str) -> str:
+    """The line of the README: `auto` at the longest two lengths and at the shortest, with what it costs."""
+    of_length = {tokens: table(text)["auto"] for tokens, text in sections(results, "Whole encoder").items()}
+    if len(of_length) < 3:
+        raise NotMeasuredError("Whole encoder, at three lengths")
+    shortest, *_, long, longest = of_length
+    said = (
+        f"- **{of_length[long][1]} × at {long} tokens and {of_length[longest][1]} × at {longest}** the speed of a whole sentence "
+        f"encoder with torch's SDPA, nobody having trained it for that, with {of_length[long][3]} and {of_length[longest][3]} of "
+        f"the cosine of its pooled embeddings; {of_length[shortest][1]} × at {shortest} tokens (`make bench-real`, two cores of a CPU)."
+    )
+    return textwrap.fill(said, 150, subsequent_indent="  ", break_on_hyphens=False)
+
+
 def attention_alone(results: str) -> str:
     """Attention of one layer on recorded vectors: speed, recall and error."""
     of_length = {tokens: table(text) for tokens, text in sections(results, "Recorded").items()}
@@ -190,6 +205,7 @@ def learning(results: str) -> str:
 
 
 WRITERS: dict[str, Callable[[str], str]] = {
+    "headline": headline,
     "encoder": encoder,
     "attention": attention_alone,
     "shape": shape,

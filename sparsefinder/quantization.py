@@ -8,7 +8,7 @@ the contrastive hinge with margin m is either
 
 with ``d`` the squared L2 distance or ``min``, the smallest squared coordinate difference (Treviso et al. 2022, "Predicting
 Attention Sparsity in Transformers", https://arxiv.org/abs/2109.12188). The default is ``pair``, which recalled more on
-held-out samples in every layer we tried (see README).
+held-out samples in every layer we tried (docs/explanation/measured.md).
 
 Differences from the published code: (1) all layers and heads are trained at once, each as if alone (the loss is a sum over
 layers and gradients are clipped for each layer); (2) gold graphs are computed once and kept as lists of positives; (3)

@@ -38,9 +38,10 @@ def test_the_page_from_start_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPa
                 run(line, copy)
                 ran += 1
         elif text.startswith("| "):
-            readme = (copy / "README.md").read_text(encoding="utf-8")
-            row = next(line for line in readme.splitlines() if line.startswith("| `window` |"))
-            (copy / "README.md").write_text(readme.replace(row, f"{row}\n{text.strip()}"), encoding="utf-8")
+            page = copy / "docs" / "reference" / "patterns.md"
+            choices = page.read_text(encoding="utf-8")
+            row = next(line for line in choices.splitlines() if line.startswith("| `window` |"))
+            page.write_text(choices.replace(row, f"{row}\n{text.strip()}"), encoding="utf-8")
         elif text.startswith("def "):
             replace_call(copy / "sparsefinder" / "patterns" / "powers.py", text)
         elif "check_pattern" in text:
