@@ -117,7 +117,8 @@ def headline(results: str) -> str:
     said = (
         f"- **{of_length[long][1]} × at {long} tokens and {of_length[longest][1]} × at {longest}** the speed of a whole sentence "
         f"encoder with torch's SDPA, nobody having trained it for that, with {of_length[long][3]} and {of_length[longest][3]} of "
-        f"the cosine of its pooled embeddings; {of_length[shortest][1]} × at {shortest} tokens (`make bench-real`, two cores of a CPU)."
+        f"the cosine of its pooled embeddings; {of_length[shortest][1]} × at {shortest} tokens (`make bench-real`, two cores "
+        "of a CPU)."
     )
     return textwrap.fill(said, 150, subsequent_indent="  ", break_on_hyphens=False)
 
