@@ -54,7 +54,9 @@ def anchors(path: Path) -> set[str]:
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_every_link_leads_somewhere(path: Path) -> None:
     text = re.sub(r"^(`{3,})\w*\n.*?^\1$", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
-    spans = re.sub(r"`[^`]*`", lambda span: "" if "](" in span[0] else span[0], text)  # in pairs: links stand between two of them
+    spans = re.sub(
+        r"`[^`]*`", lambda span: "" if "](" in span[0] else span[0], text
+    )  # in pairs: links stand between two of them
     for link in re.findall(r"\]\(([^)\s]+)\)", spans):
         if re.match(r"https?://", link):
             continue
