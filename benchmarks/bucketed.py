@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from sparsefinder import models
 from sparsefinder.attention import Bucketed, Dense
-from sparsefinder.executors.entmax_support import support
+from sparsefinder.executors.support_lists import support
 from sparsefinder.experiment.configuration import Configuration, Learned
 from sparsefinder.graphs import QK, Attention, Layout
 from sparsefinder.numerics.normalizers import Normalizer

@@ -28,7 +28,7 @@ from measuring import Measured, machine, measure
 from torch import Tensor
 
 from sparsefinder.attention import Bucketed, Dense
-from sparsefinder.executors.entmax_support import support
+from sparsefinder.executors.support_lists import support
 from sparsefinder.graphs import QK, band
 from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.patterns.window import Window

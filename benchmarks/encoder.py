@@ -31,7 +31,7 @@ from torch import Tensor
 
 from sparsefinder import models
 from sparsefinder.attention import Bucketed
-from sparsefinder.auto import Auto
+from sparsefinder.auto_attention import Auto
 from sparsefinder.evaluation.tasks.embedding import pooled, token_cosines
 from sparsefinder.experiment.configuration import Configuration, Learned
 from sparsefinder.graphs import Attention, Pattern

@@ -23,7 +23,7 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 
 from sparsefinder.kmeans_centroids import ClusterSettings
-from sparsefinder.predictors.kmeans import fit_centroids
+from sparsefinder.predictors.fit_centroids import fit_centroids
 from sparsefinder.predictors.projections import Identity, LayerProjections, Linear, Projections
 from sparsefinder.quantization import ProjectSettings, recall_of_nearest, train_projections
 from sparsefinder.storage.samples import Samples

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsefinder.executors.lsg.attention import LSGAttention
+from sparsefinder.executors.local_sparse_global.attention import LSGAttention
 
 HEADS, SIZE, BLOCK, FACTOR = 12, 64, 128, 2
 

@@ -16,7 +16,7 @@ from sparsefinder.conversions.positions import replace_embedding, resize_buffers
 from sparsefinder.experiment.configuration import Learned
 from sparsefinder.models.position_tables import CONVENTIONS, reserved_rows_of
 from sparsefinder.predictors.closed_form import fit_lowrank
-from sparsefinder.predictors.kmeans import KeyClusterSettings, fit_tree
+from sparsefinder.predictors.fit_centroids import KeyClusterSettings, fit_tree
 from sparsefinder.sparse_model.learning import record
 from sparsefinder.storage.samples import Samples
 

@@ -39,7 +39,7 @@ from sparsefinder.patterns.quantize import Quantize
 from sparsefinder.patterns.routed import Routed
 from sparsefinder.patterns.window import Window
 from sparsefinder.predictors.closed_form import fit_lowrank
-from sparsefinder.predictors.kmeans import fit_centroids
+from sparsefinder.predictors.fit_centroids import fit_centroids
 from sparsefinder.predictors.projections import LayerProjections, Linear, Projections
 from sparsefinder.score import ScoreSettings, score
 

@@ -32,9 +32,9 @@ from sparsefinder.executors.triton.dense import TritonDenseExecutor
 from sparsefinder.executors.triton.executor import TritonExecutor
 from sparsefinder.executors.workload import Pairs, Work
 from sparsefinder.graphs import QK, HasLayout, Layout, Pattern, band, has_tail
-from sparsefinder.numerics.clusters import with_clusters
 from sparsefinder.numerics.normalizers import Normalizer, PerHead
 from sparsefinder.numerics.padding import at_least_float32, exactly, right_padded, without_padding
+from sparsefinder.numerics.tail_normalizer import with_clusters
 
 _ENTMAX15 = Normalizer(1.5)  # the normalizer of the gold graphs
 

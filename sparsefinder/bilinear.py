@@ -46,8 +46,8 @@ from sparsefinder.predictors.all_layers import (
     stacked_sample,
 )
 from sparsefinder.predictors.closed_form import fit_lowrank, normal_form
+from sparsefinder.predictors.fit_centroids import KeyClusterSettings, fit_tree
 from sparsefinder.predictors.gold_pairs import GoldPairs, mean_of_heads
-from sparsefinder.predictors.kmeans import KeyClusterSettings, fit_tree
 from sparsefinder.predictors.projections import Projections
 from sparsefinder.storage.held_out import training_samples, validation_samples
 from sparsefinder.storage.samples import Samples

@@ -276,7 +276,7 @@ class Layout:
     ``n_ic`` keys whose scores have the mean ``q_i·μ_c / √D`` and the variance ``Σ_r q_ir² σ²_cr / D``, and the mean of the
     bucket's values. ``μ_c``, ``σ²_c`` and that mean are over all keys of the bucket that are allowed, ``n_ic`` are those of them
     that are not in the graph. Keys in no bucket have no tail. What a normalizer makes of such an entry:
-    `sparsefinder.numerics.clusters`.
+    `sparsefinder.numerics.tail_normalizer`.
 
     Args:
         buckets: Memberships of queries and keys; None for none.

@@ -12,7 +12,7 @@ import logging
 from dataclasses import dataclass
 
 from sparsefinder.errors import UserError, check_counts
-from sparsefinder.predictors.kmeans import Clustering, fit_centroids
+from sparsefinder.predictors.fit_centroids import Clustering, fit_centroids
 from sparsefinder.predictors.projections import load_projections
 from sparsefinder.storage.held_out import training_samples
 from sparsefinder.storage.store import Store

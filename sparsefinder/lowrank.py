@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 from sparsefinder.errors import check_counts
 from sparsefinder.predictors.closed_form import fit_lowrank
-from sparsefinder.predictors.kmeans import KeyClusterSettings, fit_tree
+from sparsefinder.predictors.fit_centroids import KeyClusterSettings, fit_tree
 from sparsefinder.storage.held_out import training_samples
 from sparsefinder.storage.store import Store
 

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsefinder.executors.entmax_support import support
+from sparsefinder.executors.support_lists import support
 from sparsefinder.graphs import QK, Buckets
 
 RATIOS = ("sparsity", "recall", "precision", "exact", "f1", "kept_mass", "recall_far", "gold_sparsity")

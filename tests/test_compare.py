@@ -23,7 +23,7 @@ from sparsefinder.evaluation import speed
 from sparsefinder.evaluation.arms import Arm, Reading
 from sparsefinder.evaluation.long_texts import long_texts
 from sparsefinder.evaluation.variants import AttentionChoice
-from sparsefinder.executors.lsg.attention import LSGAttention
+from sparsefinder.executors.local_sparse_global.attention import LSGAttention
 from sparsefinder.experiment.configuration import Configuration
 from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.patterns.full import Full

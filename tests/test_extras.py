@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conversions.tiny_sources import make_source, make_tokenizer
 
-from sparsefinder.commandline import entry
+from sparsefinder.commandline import console_scripts
 from tests.conftest import ROOT
 
 try:
@@ -76,8 +76,8 @@ from sparsefinder.testing import random_qk
 qk = random_qk([12])
 assert Bucketed(Window(3), Normalizer(1.5))(qk.q, qk.k, qk.q, qk.valid, 0).shape == qk.q.shape
 
-from sparsefinder.commandline import entry
-entry.convert()
+from sparsefinder.commandline import console_scripts
+console_scripts.convert()
 """
 
 
@@ -99,7 +99,7 @@ def test_attention_patterns_and_converters_need_no_extra(tmp_path: Path) -> None
     assert len(light) > 80
     # the installed package holds its scripts; a checkout has them beside it
     code = "import scripts, scripts.convert_checkpoint\n" + LIGHT.replace(
-        "entry.convert()",
+        "console_scripts.convert()",
         "sys.modules['sparsefinder.scripts.convert_checkpoint'] = scripts.convert_checkpoint\nentry.convert()",
     )
     arguments = ["--initial_model", "source", "--model_name", "lsg", "--max_sequence_length", "64"]
@@ -111,16 +111,16 @@ def test_attention_patterns_and_converters_need_no_extra(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(("command", "extra"), [("run", "pipeline"), ("collect", "report")])
 def test_a_command_says_which_extra_it_misses(command: str, extra: str, tmp_path: Path) -> None:
-    done = started(f"from sparsefinder.commandline import entry\nentry.{command}()", cwd=tmp_path)
+    done = started(f"from sparsefinder.commandline import console_scripts\nentry.{command}()", cwd=tmp_path)
     assert done.returncode == 2
-    missing = ", ".join(name for name in entry.EXTRAS[extra] if name in IN_EXTRAS)
+    missing = ", ".join(name for name in console_scripts.EXTRAS[extra] if name in IN_EXTRAS)
     assert done.stderr == f"error: {missing} not installed: pip install 'sparsefinder[{extra}]'\n"
 
 
 def test_extras_are_those_of_the_project() -> None:
     """Modules that a command looks for are those of the distributions that its extra installs."""
     modules_of = {"scikit-learn": "sklearn", "hydra-core": "hydra"}
-    for extra, found in entry.EXTRAS.items():
+    for extra, found in console_scripts.EXTRAS.items():
         declared = set()
         waiting = [extra]
         while waiting:

@@ -13,7 +13,7 @@ from sparsefinder.errors import UserError
 from sparsefinder.kmeans_centroids import ClusterSettings
 from sparsefinder.patterns.kmeans import KMeans
 from sparsefinder.predictors.centroids import Centroids, load_centroids
-from sparsefinder.predictors.kmeans import _drawn, _points, fit_centroids
+from sparsefinder.predictors.fit_centroids import _drawn, _points, fit_centroids
 from sparsefinder.predictors.projections import Projections, load_projections
 from sparsefinder.storage.samples import Samples, load_samples
 from tests.conftest import GRAPH, random_qk

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sparsefinder.attention import Bucketed
-from sparsefinder.auto import Auto
+from sparsefinder.auto_attention import Auto
 from sparsefinder.errors import UserError
 from sparsefinder.experiment.configuration import Configuration, Learned
 from sparsefinder.experiment.instantiate import construct

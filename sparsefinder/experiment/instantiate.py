@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from sparsefinder.errors import UserError, one_of
+from sparsefinder.storage.moved_names import MOVED
 
 PLAIN = (int, float, str, bool, type(None))
 LARGEST = 2**63  # one more than torch takes
@@ -57,7 +58,7 @@ def construct(kind: Any, values: dict[str, Any], prefix: str = "") -> Any:
 def class_named(name: Any, prefix: str) -> Any:
     """The class, or any function with settings, of that name: ``sparsefinder.attention.Masked``; ``prefix`` as in `construct`."""
     try:
-        kind = pkgutil.resolve_name(str(name))
+        kind = pkgutil.resolve_name(MOVED.get(str(name), str(name)))
         inspect.signature(kind)
     except Exception as error:  # whatever a module of somebody else raises while it is imported
         reason = " ".join(str(error).split())

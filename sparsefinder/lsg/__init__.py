@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import transformers
 
-from sparsefinder.executors.lsg.attention import LSGAttention
+from sparsefinder.executors.local_sparse_global.attention import LSGAttention
 from sparsefinder.lsg.configuration import config_class
 from sparsefinder.lsg.conversion import convert
 from sparsefinder.lsg.families import FAMILIES

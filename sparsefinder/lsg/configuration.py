@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from sparsefinder.errors import UserError
-from sparsefinder.executors.lsg.attention import LSGAttention
-from sparsefinder.executors.lsg.settings import MAX_GLOBAL_TOKENS
+from sparsefinder.executors.local_sparse_global.attention import LSGAttention
+from sparsefinder.executors.local_sparse_global.settings import MAX_GLOBAL_TOKENS
 from sparsefinder.lsg.families import FAMILIES, Family, plain_class
 from sparsefinder.numerics.normalizers import Normalizer
 

@@ -18,7 +18,7 @@ from sparsefinder.conversions.positions import check_target_length
 from sparsefinder.conversions.roberta_source import lengthened_tokenizer
 from sparsefinder.conversions.staging import refuse_existing
 from sparsefinder.errors import UserError
-from sparsefinder.executors.lsg.attention import SOFTMAX
+from sparsefinder.executors.local_sparse_global.attention import SOFTMAX
 from sparsefinder.lsg.configuration import config_class
 from sparsefinder.lsg.embedding_tables import global_rows, global_table, lengthen_positions, position_tables, word_table
 from sparsefinder.lsg.equivalence import certify, normalizer_of, save

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sparsefinder.conversions.positions import replace_embedding, resize_buffers, sinusoidal_rows, tile_rows
 from sparsefinder.errors import UserError
-from sparsefinder.executors.lsg.settings import MAX_GLOBAL_TOKENS
+from sparsefinder.executors.local_sparse_global.settings import MAX_GLOBAL_TOKENS
 from sparsefinder.lsg.families import Family
 
 

@@ -21,7 +21,7 @@ from sparsefinder.conversions.measuring import (
     save_certified,
 )
 from sparsefinder.conversions.positions import audit, audit_sinusoidal
-from sparsefinder.executors.lsg.attention import LSGAttention
+from sparsefinder.executors.local_sparse_global.attention import LSGAttention
 from sparsefinder.lsg.embedding_tables import position_tables, word_table
 from sparsefinder.lsg.families import Family
 from sparsefinder.models import get_normalizer

@@ -1,8 +1,8 @@
 """The code that a saved LSG model carries, so that it loads where this package is not installed.
 
 It is this package's own: the modules that a model needs, with their imports rewritten to the folder
-(`sparsefinder.executors.lsg.block_layout` → `.lsg_block_layout`). transformers copies them with a model that was loaded by
-`trust_remote_code=True`.
+(`sparsefinder.executors.local_sparse_global.block_layout` → `.lsg_block_layout`). transformers copies them with a model that
+was loaded by `trust_remote_code=True`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from sparsefinder.lsg.families import Family
 
 MODULES = (
     *("errors", "graphs", "numerics.entmax_newton", "numerics.normalizers", "numerics.tracing"),
-    *("executors.lsg.settings", "executors.lsg.sparse_keys", "executors.lsg.block_layout", "executors.lsg.attention"),
+    *(f"executors.local_sparse_global.{name}" for name in ("settings", "sparse_keys", "block_layout", "attention")),
     *("models.families", "models.position_tables", "models.transformers_internals"),
     *("lsg.families", "lsg.configuration", "lsg.input_and_output", "lsg.inputs", "lsg.modeling", "lsg.export"),
 )

@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, GenerationMixin
 
 from sparsefinder.errors import UserError
-from sparsefinder.executors.lsg.settings import MAX_GLOBAL_TOKENS
+from sparsefinder.executors.local_sparse_global.settings import MAX_GLOBAL_TOKENS
 from sparsefinder.lsg.configuration import config_class
 from sparsefinder.lsg.families import FAMILIES, Family, plain_class
 from sparsefinder.lsg.input_and_output import (

@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sparsefinder.models.dense_normalizer import SOFTMAX, get_normalizer, set_normalizer, softmax
     from sparsefinder.models.entmax_configuration import REGISTERED
     from sparsefinder.models.families import DECODERS, ENCODER_DECODERS, FAMILIES, kind_of
     from sparsefinder.models.loading import (
@@ -20,15 +21,8 @@ if TYPE_CHECKING:
         load_masked_lm,
         load_with_head,
     )
-    from sparsefinder.models.plugging import (
-        SOFTMAX,
-        ModelShape,
-        describe,
-        get_normalizer,
-        plugged,
-        set_normalizer,
-        softmax,
-    )
+    from sparsefinder.models.replacement.attention_calls import ModelShape, describe
+    from sparsefinder.models.replacement.within_block import plugged
 
 __all__ = [
     "DECODERS",
@@ -52,8 +46,11 @@ __all__ = [
 ]
 
 _LOADING = ("load_causal_lm", "load_encoder", "load_language_model", "load_masked_lm", "load_with_head")
-_ELSEWHERE = {
+_HOMES = {
     "REGISTERED": "entmax_configuration",
+    "plugged": "replacement.within_block",
+    **dict.fromkeys(("SOFTMAX", "get_normalizer", "set_normalizer", "softmax"), "dense_normalizer"),
+    **dict.fromkeys(("ModelShape", "describe"), "replacement.attention_calls"),
     **dict.fromkeys(("has_head", *_LOADING), "loading"),
     **dict.fromkeys(("DECODERS", "ENCODER_DECODERS", "FAMILIES", "kind_of"), "families"),
 }
@@ -62,4 +59,4 @@ _ELSEWHERE = {
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_ELSEWHERE.get(name, 'plugging')}"), name)
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

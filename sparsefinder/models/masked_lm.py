@@ -12,7 +12,7 @@ from sparsefinder import models
 from sparsefinder.attention import Dense
 from sparsefinder.corpora import Batch
 from sparsefinder.corpora.masking import IGNORED
-from sparsefinder.executors.entmax_support import support
+from sparsefinder.executors.support_lists import support
 from sparsefinder.graphs import QK
 from sparsefinder.models.objectives import is_causal
 from sparsefinder.models.observed_attention import Watched

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsefinder.errors import UserError
-from sparsefinder.executors.lsg.attention import LSGAttention, pack
-from sparsefinder.executors.lsg.settings import POOLED
+from sparsefinder.executors.local_sparse_global.attention import LSGAttention, pack
+from sparsefinder.executors.local_sparse_global.settings import POOLED
 from sparsefinder.graphs import QK, Buckets, Layout
 from sparsefinder.patterns.window import GlobalTokens
 
@@ -26,8 +26,9 @@ class LSG:
     bos_pooling) have no graph between tokens and are refused. Up to two blocks every pair is an edge, as published.
 
     Source:
-        Condevaux and Harispe 2022 (https://arxiv.org/abs/2210.15497), as a pattern: `sparsefinder.executors.lsg.attention`
-        executes the same graph in its own way and states where it differs from the paper.
+        Condevaux and Harispe 2022 (https://arxiv.org/abs/2210.15497), as a pattern:
+        `sparsefinder.executors.local_sparse_global.attention` executes the same graph in its own way and states where it
+        differs from the paper.
     """
 
     sparsity_type: str = "norm"  # norm, stride, block_stride or none

@@ -28,7 +28,7 @@ class Multipole:
 
         1. For every query of a sentence, not for the one that is being generated.
         2. A share of the keys instead of a number of them, and one level of clusters.
-        3. An entry of the tail knows the spread of its cluster as well (see `sparsefinder.numerics.clusters`).
+        3. An entry of the tail knows the spread of its cluster as well (see `sparsefinder.numerics.tail_normalizer`).
     """
 
     share: float = 0.1  # of the keys, for each query

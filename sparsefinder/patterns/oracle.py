@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sparsefinder.executors.entmax_support import support
+from sparsefinder.executors.support_lists import support
 from sparsefinder.graphs import QK
 from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.patterns.support.cost import EveryPair

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparsefinder.errors import UserError
 from sparsefinder.graphs import QK, Layout
-from sparsefinder.numerics.normal_clusters import check_alpha, threshold
+from sparsefinder.numerics.normal_scores_threshold import check_alpha, threshold
 from sparsefinder.patterns.support.key_blocks import TokenBlocks
 from sparsefinder.patterns.support.ranking import as_ids, check_counts, vectors
 

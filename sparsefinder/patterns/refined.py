@@ -13,7 +13,7 @@ from torch import Tensor
 from sparsefinder.errors import UserError
 from sparsefinder.executors.blocks.tail import entries
 from sparsefinder.graphs import QK, Buckets, ChosenBuckets, Layout
-from sparsefinder.numerics.clusters import with_clusters
+from sparsefinder.numerics.tail_normalizer import with_clusters
 from sparsefinder.patterns.routed import on_levels
 from sparsefinder.patterns.support.ranking import as_ids, vectors
 from sparsefinder.predictors.centroids import Centroids, clusters_of_keys

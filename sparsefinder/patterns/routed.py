@@ -14,7 +14,7 @@ from torch import Tensor
 from sparsefinder.errors import UserError
 from sparsefinder.executors.native import predictors as native
 from sparsefinder.graphs import QK, Buckets, Layout, joined
-from sparsefinder.numerics.moments import merged, moments
+from sparsefinder.numerics.cluster_moments import merged, moments
 from sparsefinder.numerics.padding import without_padding
 from sparsefinder.numerics.selection import check_rule, select, thresholds
 from sparsefinder.patterns.support.ranking import as_ids

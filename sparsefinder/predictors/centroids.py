@@ -1,7 +1,7 @@
 """Centroids of projected queries and keys: the file, and who is nearest to whom.
 
-Centroids may be a tree: the finest level, and coarser ones around it (`sparsefinder.predictors.nested_kmeans`), so that a long
-text can have more clusters than a short one, and the nearest one is found without looking at all of them.
+Centroids may be a tree: the finest level, and coarser ones around it (`sparsefinder.predictors.fit_centroid_tree`), so that a
+long text can have more clusters than a short one, and the nearest one is found without looking at all of them.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sparsefinder.executors.entmax_support import support
+from sparsefinder.executors.support_lists import support
 from sparsefinder.graphs import QK
 from sparsefinder.storage.tensor_files import load_tensors, save_tensors
 

@@ -86,9 +86,9 @@ def _where(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 def _attachment(model: Any) -> Any:
     """What is attached to the model as a whole; None where nothing is."""
-    if "sparsefinder.models.attached" not in sys.modules:
+    if "sparsefinder.models.replacement.until_detached" not in sys.modules:
         return None
-    from sparsefinder.models.attached import is_whole, owner_of
+    from sparsefinder.models.replacement.until_detached import is_whole, owner_of
     from sparsefinder.sparse_model.attaching import Attachment
 
     owner = owner_of(model)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsefinder.attention import Bucketed, Masked
-from sparsefinder.auto import Auto
+from sparsefinder.auto_attention import Auto
 from sparsefinder.errors import UserError
 from sparsefinder.executors.choose import AUTO
 from sparsefinder.experiment.configuration import Configuration, Dials, Learned

@@ -17,7 +17,7 @@ from sparsefinder.models.observed_attention import Recorder, Watched
 from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.predictors.centroids import Centroids, centroids_of
 from sparsefinder.predictors.closed_form import fit_lowrank
-from sparsefinder.predictors.kmeans import Clustering, KeyClusterSettings, fit_centroids, fit_tree
+from sparsefinder.predictors.fit_centroids import Clustering, KeyClusterSettings, fit_centroids, fit_tree
 from sparsefinder.predictors.projections import Projections, projections_of
 from sparsefinder.storage.samples import Samples
 from sparsefinder.storage.store import progress

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sparsefinder.storage.manifests import versions
+from sparsefinder.storage.moved_names import with_names_of_today
 from sparsefinder.storage.store import Store
 
 if TYPE_CHECKING:
@@ -207,5 +208,5 @@ def _read(folder: Path) -> dict[str, Any] | None:
     path = folder / RECORD
     if not path.is_file():  # of an earlier version
         return None
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    content: dict[str, Any] = with_names_of_today(json.loads(path.read_text(encoding="utf-8")))
     return content

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsefinder.storage.files import files_of, write_text
+from sparsefinder.storage.moved_names import with_names_of_today
 
 PRETRAINED = "pretrained model"  # the weights that finetuning began with, among the parents of the artefact `model`
 _LARGEST = 64 << 20  # bytes of a manifest that is read at all; an ordinary one has some thousand
@@ -80,9 +81,9 @@ def read_manifest(artefact: Path | str) -> Manifest | None:
 
 
 def _renamed(manifest: Manifest) -> Manifest:
-    """With the name that an input from outside has today: finetuned models once kept theirs under their own."""
+    """With the names of today: finetuned models once kept what they were made from under their own, and classes have moved."""
     parents = {PRETRAINED if name == manifest.artefact else name: content for name, content in manifest.parents.items()}
-    return dataclasses.replace(manifest, parents=parents)
+    return dataclasses.replace(manifest, parents=parents, settings=with_names_of_today(manifest.settings))
 
 
 def content_hash(path: Path | str) -> str:

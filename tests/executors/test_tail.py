@@ -14,8 +14,8 @@ from torch import Tensor
 from sparsefinder.attention import Bucketed, Dense, Masked
 from sparsefinder.errors import UserError
 from sparsefinder.graphs import QK, Buckets, Layout
-from sparsefinder.numerics.clusters import with_clusters
 from sparsefinder.numerics.normalizers import Normalizer
+from sparsefinder.numerics.tail_normalizer import with_clusters
 from tests.executors.tails import Tailed, plain
 from tests.test_attention import assert_same, positions, right_padded, routed, vectors, with_gradients
 

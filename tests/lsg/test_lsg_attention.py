@@ -7,9 +7,9 @@ import torch
 from lsg_plain import plain_lsg
 
 from sparsefinder.errors import UserError
-from sparsefinder.executors.lsg.attention import LSGAttention
-from sparsefinder.executors.lsg.block_layout import attend
-from sparsefinder.executors.lsg.settings import SPARSITY_TYPES
+from sparsefinder.executors.local_sparse_global.attention import LSGAttention
+from sparsefinder.executors.local_sparse_global.block_layout import attend
+from sparsefinder.executors.local_sparse_global.settings import SPARSITY_TYPES
 from sparsefinder.graphs import QK
 from sparsefinder.numerics.normalizers import Normalizer
 

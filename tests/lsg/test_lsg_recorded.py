@@ -8,7 +8,7 @@ from lsg_tiny import NAMES, text
 from test_lsg_models import lsg_model
 
 from sparsefinder.errors import UserError
-from sparsefinder.executors.lsg.settings import SPARSITY_TYPES
+from sparsefinder.executors.local_sparse_global.settings import SPARSITY_TYPES
 from sparsefinder.lsg.families import FAMILIES
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsefinder.errors import UserError
-from sparsefinder.executors.lsg.attention import LSGAttention
+from sparsefinder.executors.local_sparse_global.attention import LSGAttention
 from sparsefinder.graphs import QK
 from sparsefinder.patterns.bigbird import BigBird
 from sparsefinder.patterns.block_local import BlockLocal

@@ -23,8 +23,8 @@ from sparsefinder.predictors.centroids import (
     nearest_by_products,
     nearest_child_by_products,
 )
-from sparsefinder.predictors.kmeans import KeyClusterSettings, fit_tree
-from sparsefinder.predictors.nested_kmeans import nested_centroids
+from sparsefinder.predictors.fit_centroid_tree import nested_centroids
+from sparsefinder.predictors.fit_centroids import KeyClusterSettings, fit_tree
 from sparsefinder.predictors.projections import Identity, LayerProjections, Projections
 from sparsefinder.storage.samples import Samples
 from sparsefinder.testing import CHECKS, Check, Subject, random_qk, single_sentence

@@ -15,9 +15,9 @@ from sparsefinder.executors.blocks.row_packing import PackedRows
 from sparsefinder.executors.blocks.tail import Entries, entries
 from sparsefinder.executors.workload import Work
 from sparsefinder.graphs import QK, Layout
-from sparsefinder.numerics.clusters import with_clusters
 from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.numerics.padding import at_least_float32
+from sparsefinder.numerics.tail_normalizer import with_clusters
 
 _ENTRIES_OF_A_QUERY = 64  # of a tail, that take about the memory of a query in one bucket
 

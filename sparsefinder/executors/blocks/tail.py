@@ -1,7 +1,8 @@
 """The tail of a layout by torch's products, on any device: what each query gets besides the keys of its graph.
 
-See `sparsefinder.graphs.Layout` for what a tail is and `sparsefinder.numerics.clusters` for how a normalizer takes it. Moments of
-clusters are those of the whole sentence or, where attention is causal, running sums up to each query, some queries at a time.
+See `sparsefinder.graphs.Layout` for what a tail is and `sparsefinder.numerics.tail_normalizer` for how a normalizer takes it.
+Moments of clusters are those of the whole sentence or, where attention is causal, running sums up to each query, some queries at
+a time.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sparsefinder.graphs import QK, Layout
-from sparsefinder.numerics.moments import moments
+from sparsefinder.numerics.cluster_moments import moments
 
 _AT_ONCE = 1 << 21  # numbers of running sums in memory at one time
 

@@ -9,7 +9,7 @@ by lane, and the number that they are compared with is known from the entries be
 Which clusters a query takes is given, or it is decided here from the entries themselves (`sparsefinder.patterns.refined`),
 which are known by then: so routing costs a comparison an entry.
 
-The formulas are those of `sparsefinder.numerics.clusters`; results differ from those of
+The formulas are those of `sparsefinder.numerics.tail_normalizer`; results differ from those of
 `sparsefinder.executors.blocks.tail` by rounding only.
 """
 

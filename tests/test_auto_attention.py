@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparsefinder.attention import Bucketed, Dense
-from sparsefinder.auto import Auto
+from sparsefinder.auto_attention import Auto
 from sparsefinder.errors import UserError
 from sparsefinder.evaluation.cost import Stopwatch
 from sparsefinder.executors import crossover

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsefinder.executors.lsg.block_layout import attend, local_attention, view_size, visible
-from sparsefinder.executors.lsg.settings import LSGSettings
-from sparsefinder.executors.lsg.sparse_keys import choose, pick
+from sparsefinder.executors.local_sparse_global.block_layout import attend, local_attention, view_size, visible
+from sparsefinder.executors.local_sparse_global.settings import LSGSettings
+from sparsefinder.executors.local_sparse_global.sparse_keys import choose, pick
 from sparsefinder.graphs import QK
 from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.numerics.tracing import known, recorded

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sparsefinder.errors import UserError
 from sparsefinder.predictors.centroids import Centroids
-from sparsefinder.predictors.nested_kmeans import nested_centroids
+from sparsefinder.predictors.fit_centroid_tree import nested_centroids
 from sparsefinder.predictors.projections import Projections
 from sparsefinder.storage.samples import Samples
 from sparsefinder.storage.store import progress

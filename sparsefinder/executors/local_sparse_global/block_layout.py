@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsefinder.executors.lsg.settings import LSGSettings
+from sparsefinder.executors.local_sparse_global.settings import LSGSettings
 from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.numerics.tracing import recorded
 

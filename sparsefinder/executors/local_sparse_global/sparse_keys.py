@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsefinder.executors.lsg.settings import LSGSettings
+from sparsefinder.executors.local_sparse_global.settings import LSGSettings
 from sparsefinder.numerics.tracing import constant
 
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsefinder.executors.blocks import dense_tiles
-from sparsefinder.executors.entmax_support import Support, support
 from sparsefinder.executors.native.dense import NativeDenseExecutor
+from sparsefinder.executors.support_lists import Support, support
 from sparsefinder.graphs import QK
 from sparsefinder.metrics import Gold
 from sparsefinder.numerics.normalizers import Normalizer
