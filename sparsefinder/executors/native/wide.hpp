@@ -128,34 +128,38 @@ template <class V> inline V root(V x) {
 }
 #endif
 
-// sums[r][v] += x_r · the vectors of panel v, lane by lane, in `size` coordinates, APART at most; panels are `behind` apart
+// sums[r][v] += Σ_t w[r][t] · x[t][v], v a vector: the numbers w[r][t] lie at `w + r · row + t · term`, the vectors x[t][v] at
+// `x + t · next + v · beside`. Inlined where the steps are known, so that each use is a loop of its own.
 template <int R, int V, class T>
-ALWAYS_INLINE void multiply(const T *x, const T *panels, int64_t behind, int64_t size, Wide<T> (&sums)[R][V]) {
-    constexpr int64_t L = LANES_OF<T>;
-    for (int64_t d = 0; d < size; ++d) {
+ALWAYS_INLINE void add_products(const T *w, int64_t row, int64_t term, const T *x, int64_t next, int64_t beside, int64_t count,
+                                Wide<T> (&sums)[R][V]) {
+    for (int64_t t = 0; t < count; ++t) {
         Wide<T> k[V];
 #pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) k[v] = load(panels + v * behind + d * L);
+        for (int v = 0; v < V; ++v) k[v] = load(x + t * next + v * beside);
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-            for (int v = 0; v < V; ++v) sums[r][v] += x[r * APART + d] * k[v];
+            for (int v = 0; v < V; ++v) sums[r][v] += w[r * row + t * term] * k[v];
     }
+}
+
+// sums[r][v] += x_r · the vectors of panel v, lane by lane, in `size` coordinates, APART at most; panels are `behind` apart
+template <int R, int V, class T>
+ALWAYS_INLINE void multiply(const T *x, const T *panels, int64_t behind, int64_t size, Wide<T> (&sums)[R][V]) {
+    add_products<R, V, T>(x, APART, 1, panels, LANES_OF<T>, behind, size, sums);
 }
 
 // sums[r][v] += Σ_j weights[r][j] · x_j[v], x a matrix of `width` columns
 template <int R, int V, class T>
 ALWAYS_INLINE void combine(const T *weights, const T *x, int64_t width, int64_t count, Wide<T> (&sums)[R][V]) {
-    constexpr int64_t L = LANES_OF<T>;
-    for (int64_t j = 0; j < count; ++j) {
-        Wide<T> k[V];
-#pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) k[v] = load(x + j * width + v * L);
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-            for (int v = 0; v < V; ++v) sums[r][v] += weights[r * APART + j] * k[v];
-    }
+    add_products<R, V, T>(weights, APART, 1, x, width, LANES_OF<T>, count, sums);
+}
+
+// sums[r][v] += Σ_i weights_i[r] · x_i[v], rows of weights `apart` and those of x `width` numbers apart
+template <int R, int V, class T>
+ALWAYS_INLINE void outer(const T *weights, int64_t apart, const T *x, int64_t width, int64_t count, Wide<T> (&sums)[R][V]) {
+    add_products<R, V, T>(weights, 1, apart, x, width, LANES_OF<T>, count, sums);
 }
 
 // `work(first, R)` for rows 0 to count, ROWS_AT_ONCE at a time and the last ones by powers of two: R is known while this is compiled.
@@ -175,19 +179,4 @@ template <class T, class F> ALWAYS_INLINE void in_rows(int64_t count, const F &w
 template <class F> ALWAYS_INLINE void in_pairs(int64_t first, int64_t end, const F &work) {
     for (; first + 1 < end; first += 2) work(first, std::integral_constant<int, 2>());
     if (first < end) work(first, std::integral_constant<int, 1>());
-}
-
-// sums[r][v] += Σ_i weights_i[r] · x_i[v], rows of weights `apart` and those of x `width` numbers apart
-template <int R, int V, class T>
-ALWAYS_INLINE void outer(const T *weights, int64_t apart, const T *x, int64_t width, int64_t count, Wide<T> (&sums)[R][V]) {
-    constexpr int64_t L = LANES_OF<T>;
-    for (int64_t i = 0; i < count; ++i) {
-        Wide<T> k[V];
-#pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) k[v] = load(x + i * width + v * L);
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-            for (int v = 0; v < V; ++v) sums[r][v] += weights[i * apart + r] * k[v];
-    }
 }
