@@ -21,11 +21,9 @@ How it is measured is told in `measuring.py`. Dense entmax is exact (`dense.py` 
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import recorded
@@ -263,10 +261,7 @@ def growth(found: dict[int, Vectors], layer: int, learned: Learned, normalizer: 
 
 @torch.inference_mode()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="a folder with a model of any family")
-    parser.add_argument("--train", type=Path, required=True, help="a text file that patterns learn from")
-    parser.add_argument("--test", type=Path, required=True, help="a text file to measure on")
+    parser = recorded.arguments(__doc__, "model of any family")
     parser.add_argument("--tokens", type=int, nargs="*", default=[512, 2048, 4096, 8192, 16384], help="attention alone")
     parser.add_argument("--shape", type=int, nargs="*", default=[4096, 16384], help="a whole layer of RoBERTa-base")
     parser.add_argument("--growth", type=int, nargs="*", default=[4096, 8192, 16384, 32768], help="at constant recall")

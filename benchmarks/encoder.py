@@ -15,7 +15,6 @@ it is measured alone, with more rounds, since there it must not be slower than S
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 from collections.abc import Callable
@@ -136,10 +135,7 @@ def report(tokens: int, rows: list[Row], documents: int, rounds: int) -> None:
 
 @torch.inference_mode()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="a folder with a BERT or RoBERTa encoder")
-    parser.add_argument("--train", type=Path, required=True, help="a text file that patterns learn from")
-    parser.add_argument("--test", type=Path, required=True, help="a text file to measure on")
+    parser = recorded.arguments(__doc__, "BERT or RoBERTa encoder")
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192])
     parser.add_argument("--short", type=int, nargs="*", default=[128, 256, 512, 1024], help="auto alone, against SDPA")
     parser.add_argument("--documents", type=int, default=20)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,15 @@ RANK = 32  # numbers that queries and keys are compared by
 
 Vectors = tuple[Tensor, Tensor, Tensor]
 """Queries, keys and values ``(1, H, N, D)``."""
+
+
+def arguments(description: str | None, model: str) -> argparse.ArgumentParser:
+    """What every benchmark of an encoder is given: a ``model``, and the files to learn from and to measure on."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help=f"a folder with a {model}")
+    parser.add_argument("--train", type=Path, required=True, help="a text file that patterns learn from")
+    parser.add_argument("--test", type=Path, required=True, help="a text file to measure on")
+    return parser
 
 
 def lengthened(folder: Path, length: int) -> tuple[Any, Any]:
