@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,31 +32,28 @@ def embedder(base: Path):
     return library.SentenceTransformer(modules=[Transformer(str(base)), Pooling(16)], device="cpu")
 
 
+def check_attached(model, run: Callable[[Any], np.ndarray], index: Index, folder: Path, least: float):
+    """What a model computes changes by ``least`` with an index attached, is kept by saving, and returns; gives what is loaded."""
+    dense = run(model)
+    sparsefinder.attach(model, index, density=0.3, auto=False)
+    sparse = run(model)
+    assert np.abs(sparse - dense).max() > least
+    model.save(str(folder))
+    again = type(model)(str(folder), device="cpu")
+    np.testing.assert_allclose(run(again), sparse, atol=1e-6)
+    sparsefinder.detach(model)
+    np.testing.assert_array_equal(run(model), dense)
+    return again
+
+
 def test_an_embedder(embedder, tmp_path: Path, fitted: Fitted) -> None:
-    dense = embedder.encode(TEXTS)
     index = sparsefinder.fit(embedder, embedder.tokenizer, sentences())
     assert index.base.content == fitted.index.base.content
-    sparsefinder.attach(embedder, index, density=0.3, auto=False)
-    sparse = embedder.encode(TEXTS)
-    assert np.abs(sparse - dense).max() > 1e-4
-    embedder.save(str(tmp_path / "saved"))
-    again = library.SentenceTransformer(str(tmp_path / "saved"), device="cpu")
-    np.testing.assert_allclose(again.encode(TEXTS), sparse, atol=1e-6)
+    again = check_attached(embedder, lambda model: model.encode(TEXTS), index, tmp_path / "saved", least=1e-4)
     assert attachment(again).setting.target == "density=0.3"
     assert sparsefinder.explain(again, TEXTS).tokens == 38
-    sparsefinder.detach(embedder)
-    np.testing.assert_array_equal(embedder.encode(TEXTS), dense)
 
 
 def test_a_cross_encoder(base: Path, tmp_path: Path, fitted: Fitted) -> None:
     model = library.CrossEncoder(str(base), num_labels=1, device="cpu")
-    dense = model.predict(PAIRS)
-    index: Index = fitted.index
-    sparsefinder.attach(model, index, density=0.3, auto=False)
-    sparse = model.predict(PAIRS)
-    assert np.abs(sparse - dense).max() > 1e-6
-    model.save(str(tmp_path / "saved"))
-    again = library.CrossEncoder(str(tmp_path / "saved"), device="cpu")
-    np.testing.assert_allclose(again.predict(PAIRS), sparse, atol=1e-6)
-    sparsefinder.detach(model)
-    np.testing.assert_array_equal(model.predict(PAIRS), dense)
+    check_attached(model, lambda model: model.predict(PAIRS), fitted.index, tmp_path / "saved", least=1e-6)
