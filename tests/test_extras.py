@@ -100,7 +100,7 @@ def test_attention_patterns_and_converters_need_no_extra(tmp_path: Path) -> None
     # the installed package holds its scripts; a checkout has them beside it
     code = "import scripts, scripts.convert_checkpoint\n" + LIGHT.replace(
         "console_scripts.convert()",
-        "sys.modules['sparsefinder.scripts.convert_checkpoint'] = scripts.convert_checkpoint\nentry.convert()",
+        "sys.modules['sparsefinder.scripts.convert_checkpoint'] = scripts.convert_checkpoint\nconsole_scripts.convert()",
     )
     arguments = ["--initial_model", "source", "--model_name", "lsg", "--max_sequence_length", "64"]
     given = [*arguments, "--model_kwargs", '{"block_size": 8, "sparse_block_size": 8}', json.dumps(light)]
@@ -111,7 +111,7 @@ def test_attention_patterns_and_converters_need_no_extra(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(("command", "extra"), [("run", "pipeline"), ("collect", "report")])
 def test_a_command_says_which_extra_it_misses(command: str, extra: str, tmp_path: Path) -> None:
-    done = started(f"from sparsefinder.commandline import console_scripts\nentry.{command}()", cwd=tmp_path)
+    done = started(f"from sparsefinder.commandline import console_scripts\nconsole_scripts.{command}()", cwd=tmp_path)
     assert done.returncode == 2
     missing = ", ".join(name for name in console_scripts.EXTRAS[extra] if name in IN_EXTRAS)
     assert done.stderr == f"error: {missing} not installed: pip install 'sparsefinder[{extra}]'\n"
