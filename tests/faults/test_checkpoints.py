@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import pickle
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,21 +17,11 @@ from scripts import convert_checkpoint
 from sparsefinder import models
 from sparsefinder.errors import UserError
 from tests.faults.test_fuzz_files import Bomb
-from tests.tiny_models import SPECIAL, save_tiny
+from tests.tiny_models import SPECIAL
 
 TARGETS = ("lsg", "longformer", "bigbird", "nystromformer", "led")
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 498818054\n"
 Damage = Callable[[Path], Any]
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("model") / "model")
-
-
-@pytest.fixture
-def folder(whole: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(whole, tmp_path / "model"))
 
 
 def overwritten(name: str, data: bytes) -> Damage:

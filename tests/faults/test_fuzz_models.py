@@ -5,30 +5,18 @@ from __future__ import annotations
 import json
 import pickle
 import random
-import shutil
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from sparsefinder import models
 from tests.faults.test_fuzz_files import COPIES, Bomb, damaged_bytes, one_line_or_right, paths_of
 from tests.faults.test_fuzz_files import _small_and_quick as _small_and_quick  # these tests have the same limits
-from tests.tiny_models import save_tiny, tiny_batch
+from tests.tiny_models import tiny_batch
 
 VALUES = (None, -1, 0, 3, 10**9, 1e300, "x", "../../../etc/passwd", [], {}, True)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("model") / "model")
-
-
-@pytest.fixture
-def folder(whole: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(whole, tmp_path / "model"))
 
 
 def use(folder: Path) -> bool:
