@@ -51,6 +51,11 @@ def train_tokenizer(documents: Iterable[str], size: int, max_length: int) -> Pre
     tokenizer.train_from_iterator(_reporting_long_words(documents, bytes_of_words), trainer)
     tokenizer.pre_tokenizer = bytes_of_words
     tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
+    return with_special_tokens(tokenizer, max_length)
+
+
+def with_special_tokens(tokenizer: Tokenizer, max_length: int) -> PreTrainedTokenizerFast:
+    """A tokenizer for transformers, with RoBERTa's names of the special tokens and that many tokens at most."""
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         model_max_length=max_length,
