@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from sparsefinder.commandline.composition import build, plain, without
 from sparsefinder.commandline.conf_folder import CONF
@@ -177,17 +177,24 @@ def _file(cfg: DictConfig, group: str, name: str) -> DictConfig:
     if not path.is_file():
         known = [file.stem for file in sorted((CONF / group).glob("*.yaml"))]
         raise UserError(f"arms: {group}={name} is unknown; {one_of(known, name)}")
-    whole: Any = OmegaConf.merge(without(cfg, group), {group: OmegaConf.load(path)})
-    return whole[group]
+    return _resolved(without(cfg, group), group, OmegaConf.load(path))
 
 
 def files(cfg: DictConfig, group: str) -> Iterable[tuple[str, DictConfig]]:
     """Every file of a folder of conf, resolved against the rest of the configuration."""
+    rest = without(cfg, group)
     for path in sorted((CONF / group).glob("*.yaml")):
         node: Any = OmegaConf.load(path)
         if not node.get("every") and not node.get("none"):
-            whole: Any = OmegaConf.merge(without(cfg, group), {group: node})
-            yield path.stem, whole[group]
+            yield path.stem, _resolved(rest, group, node)
+
+
+def _resolved(rest: DictConfig, group: str, node: Any) -> DictConfig:
+    """A file's settings with what they refer to put in, so that copying them does not copy the whole configuration."""
+    with open_dict(rest):
+        rest[group] = node
+    resolved: DictConfig = OmegaConf.create({group: plain(rest[group])})[group]
+    return resolved
 
 
 def chosen(group: str) -> str:
