@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar
 
@@ -16,7 +16,7 @@ from sparsefinder.graphs import QK, Buckets, ChosenBuckets, Layout
 from sparsefinder.numerics.tail_normalizer import with_clusters
 from sparsefinder.patterns.routed import on_levels
 from sparsefinder.patterns.support.ranking import as_ids, vectors
-from sparsefinder.predictors.centroids import Centroids, clusters_of_keys
+from sparsefinder.predictors.centroids import Centroids, clusters_of_unprojected_keys
 from sparsefinder.predictors.projections import Projections
 from sparsefinder.storage.store import missing
 
@@ -69,13 +69,8 @@ class Refined:
         if self.lowrank is None or self.key_centroids is None:
             raise missing(type(self).__name__, "lowrank" if self.lowrank is None else "key_centroids")
         levels = torch.tensor(values, dtype=torch.float64)
-        projected = self.lowrank.keys(qk, layer)
-        ids = on_levels(
-            replace(qk, k=projected, q=qk.q.new_zeros(*qk.q.shape[:3], projected.shape[-1])),
-            self.key_centroids,
-            self.keys_per_cluster,
-            partial(_memberships, layer=layer),
-        )
+        members = partial(_memberships, lowrank=self.lowrank, layer=layer)
+        ids = on_levels(qk, self.key_centroids, self.keys_per_cluster, members)
         choose = partial(_taken, qk, ids, levels, self.alpha)
         return Layout(ChosenBuckets(choose, ids.k_ids, ids.count, levels, self.alpha), tail=self.tail)
 
@@ -93,8 +88,8 @@ class Refined:
         return self.layout(qk, layer).graph(qk)
 
 
-def _memberships(qk: QK, centroids: Centroids, layer: int) -> Buckets:
-    ids = clusters_of_keys(qk, centroids, layer)[..., None]
+def _memberships(qk: QK, centroids: Centroids, lowrank: Projections, layer: int) -> Buckets:
+    ids = clusters_of_unprojected_keys(qk, lowrank, centroids, layer)[..., None]
     return Buckets(ids.new_empty(*qk.q.shape[:3], 0), ids.masked_fill(~qk.valid[:, None, :, None], -1), centroids.count)
 
 

@@ -16,9 +16,12 @@ import torch
 from torch import Tensor
 
 from sparsefinder.errors import UserError
+from sparsefinder.executors.native import nearest_centroids
 from sparsefinder.executors.native import predictors as native
 from sparsefinder.graphs import QK
 from sparsefinder.numerics.distances import closeness
+from sparsefinder.numerics.padding import at_least_float32
+from sparsefinder.predictors.projections import Projections
 from sparsefinder.storage.tensor_files import load_tensors, save_tensors
 
 _CHILDREN = 32  # of a cluster of the entrance: as many as are multiplied at a time
@@ -207,16 +210,72 @@ def clusters_of_keys(qk: QK, centroids: Centroids, layer: int) -> Tensor:
     Returns:
         ``(B, H, N_k)`` int64.
     """
+    if nearest_centroids.works_on(qk.k):
+        return nearest_centroids.nearest(qk.k, *(biased(each) for each in _levels(qk, centroids, layer)))
     centres, entrance = centroids(qk, layer).flatten(1, 2), centroids.entrance
     if entrance is None:
-        return nearest(qk.k, centres[:, None], 1)[..., 0]
-    parents = nearest(qk.k, entrance(qk, layer), 1)[..., 0]
-    of_children = native.nearest_child if native.works_on(qk.k) else nearest_child_by_products
-    return of_children(qk.k, centres, parents, centres.shape[1] // entrance.clusters)
+        return nearest_by_products(qk.k, centres[:, None], 1)[..., 0]
+    parents = nearest_by_products(qk.k, entrance(qk, layer), 1)[..., 0]
+    return nearest_child_by_products(qk.k, centres, parents, centres.shape[1] // entrance.clusters)
+
+
+@torch.no_grad()
+def clusters_of_unprojected_keys(qk: QK, lowrank: Projections, centroids: Centroids, layer: int) -> Tensor:
+    """`clusters_of_keys` of the projected keys, from keys as they are.
+
+    The nearest centroid is that of the largest ``c·k' − |c|²/2``, and with ``k' = k w + b`` that is
+    ``k·(c wᵀ) + c·b − |c|²/2``: on a CPU the centroids are taken back through a linear projection, and no key is projected.
+
+    Args:
+        qk: True vectors, keys ``(B, H, N_k, D)``; padding gets arbitrary ids.
+        lowrank: What projects them.
+        centroids: Of projected keys, as for `clusters_of_keys`.
+        layer: Index of the layer.
+
+    Returns:
+        ``(B, H, N_k)`` int64.
+    """
+    projection, k = lowrank.linear_of_keys(qk, layer), at_least_float32(qk.k)
+    if projection is None or not nearest_centroids.works_on(k):
+        projected = lowrank.keys(qk, layer)
+        return clusters_of_keys(qk.with_vectors(_of_size(qk.q, projected.shape[-1]), projected), centroids, layer)
+    size = projection.out_size or k.shape[-1]
+    probe = qk.with_vectors(_of_size(qk.q, size), _of_size(k, size))
+    levels = []
+    for centres in _levels(probe, centroids, layer):
+        vectors, numbers = projection.taken_back(centres)
+        levels.append((vectors, numbers + biased(centres)[1]))
+    return nearest_centroids.nearest(k, *levels)
+
+
+def biased(centres: Tensor) -> nearest_centroids.Biased:
+    """Centroids ``(H, C, R)`` with what makes the nearest one that of the largest sum."""
+    return centres, centres.square().sum(-1) / -2
+
+
+def _levels(qk: QK, centroids: Centroids, layer: int) -> list[Tensor]:
+    """The centroids ``(H, C, R)`` that are wanted, and those of the entrance to them if there is one."""
+    levels = [centroids] if centroids.entrance is None else [centroids, centroids.entrance]
+    return [level(qk, layer).flatten(1, 2).to(qk.k.dtype) for level in levels]
+
+
+def _of_size(x: Tensor, size: int) -> Tensor:
+    """``(B, H, N, D)`` → zeros ``(B, H, N, R)`` that take no memory."""
+    return x.new_zeros(()).expand(*x.shape[:3], size)
 
 
 def nearest_child_by_products(x: Tensor, centres: Tensor, parents: Tensor, branching: int) -> Tensor:
-    """`sparsefinder.executors.native.predictors.nearest_child` by torch's operations, on any device."""
+    """The nearest one of some centroids, other ones for each vector: the children of its parent.
+
+    Args:
+        x: ``(B, H, N, R)``.
+        centres: ``(H, C, R)``; parent ``p`` has the children ``p · b … p · b + b − 1``.
+        parents: ``(B, H, N)`` int64.
+        branching: ``b``.
+
+    Returns:
+        Ids of centroids ``(B, H, N)`` int64.
+    """
     ids = []
     for tokens, own, parent in zip(
         x.unbind(1), centres.to(x.dtype).unflatten(1, (-1, branching)), parents.unbind(1), strict=True

@@ -35,6 +35,10 @@ class Identity(nn.Module):
         """``(B, H, N, D)`` → a copy, as of any projection: `LayerProjections` blanks padding in place."""
         return x.clone()
 
+    def taken_back(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Linear.taken_back`: ``x`` itself, and zeros."""
+        return x, x.new_zeros(x.shape[:2])
+
 
 class Linear(nn.Module):
     """``x w + b`` with its own ``w (H, D, R)`` and ``b (H, 1, R)`` for every head.
@@ -69,6 +73,17 @@ class Linear(nn.Module):
         narrow = self.out_size <= _NARROW
         projected = torch.baddbmm(b.mT, w.mT, x.mT).mT.contiguous() if narrow else torch.baddbmm(b, x, w)
         return projected.view(batch, heads, tokens, self.out_size)
+
+    def taken_back(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Vectors and numbers that say the products of ``x`` with projected vectors: ``x·(k w + b) = k·(x wᵀ) + x·b``.
+
+        Args:
+            x: ``(H, C, R)``.
+
+        Returns:
+            ``(H, C, D)`` and ``(H, C)``.
+        """
+        return x @ self.w.to(x).mT, (x @ self.b.to(x).mT)[..., 0]
 
 
 class Hidden(nn.Module):
@@ -190,6 +205,16 @@ class Projections:
             if projection.k.in_size != 2 * qk.k.shape[-1]:
                 return projection.k(at_least_float32(qk.k)).masked_fill_(~qk.valid[:, None, :, None], 0.0)
         return self(qk, layer).k
+
+    def linear_of_keys(self, qk: QK, layer: int) -> Identity | Linear | None:
+        """What projects the keys of a layer, where that is linear and takes nothing else; None where it is not."""
+        if not 0 <= layer < len(self.layers):
+            return None
+        projection = self.layers[layer]
+        _check_shapes(projection, qk, self.source)
+        own = projection.k
+        alone = not isinstance(own, Hidden) and own.in_size in (None, qk.k.shape[-1])
+        return own if alone and isinstance(own, (Identity, Linear)) else None
 
     def save(self, path: Path | str) -> None:
         """Write the published form."""

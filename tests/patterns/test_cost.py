@@ -11,6 +11,7 @@ import torch
 from omegaconf import OmegaConf
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sparsefinder.executors.native import nearest_centroids
 from sparsefinder.executors.native import predictors as native
 from sparsefinder.experiment.configuration import Configuration, Learned
 from sparsefinder.experiment.costs import costs
@@ -108,7 +109,8 @@ WITH_MEANS = [
 
 
 def counted(pattern: Any, monkeypatch: pytest.MonkeyPatch, size: int = SIZE) -> float:
-    monkeypatch.setattr(native, "works_on", lambda *_: False)  # what is done in C++ is not seen
+    for library in (native, nearest_centroids):
+        monkeypatch.setattr(library, "works_on", lambda *_: False)  # what is done in C++ is not seen
     qk = random_qk([TOKENS], HEADS, size)
     drawn = Multiplications()  # by random numbers that depend on nothing but a seed: once for a model
     with drawn, pytest.MonkeyPatch.context() as patched:

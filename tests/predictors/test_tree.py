@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsefinder.errors import UserError
+from sparsefinder.executors.native import nearest_centroids
 from sparsefinder.executors.native import predictors as native
 from sparsefinder.graphs import QK
 from sparsefinder.numerics.selection import select, thresholds
@@ -19,13 +20,14 @@ from sparsefinder.patterns.routed import Routed
 from sparsefinder.predictors.centroids import (
     Centroids,
     clusters_of_keys,
+    clusters_of_unprojected_keys,
     load_centroids,
     nearest_by_products,
     nearest_child_by_products,
 )
 from sparsefinder.predictors.fit_centroid_tree import nested_centroids
 from sparsefinder.predictors.fit_centroids import KeyClusterSettings, fit_tree
-from sparsefinder.predictors.projections import Identity, LayerProjections, Projections
+from sparsefinder.predictors.projections import Hidden, Identity, LayerProjections, Linear, Projections
 from sparsefinder.storage.samples import Samples
 from sparsefinder.testing import CHECKS, Check, Subject, random_qk, single_sentence
 
@@ -156,8 +158,39 @@ class TestDescending:
                 parent = int((entrance.layers[1][head, 0] - key).norm(dim=-1).argmin())
                 children = made.layers[1][head, 0, parent * branching : (parent + 1) * branching]
                 assert found[0, head, j] == parent * branching + int((children - key).norm(dim=-1).argmin())
-        doubles = native.nearest_child(qk.k.double(), made.layers[1][:, 0], parents, branching)
+        doubles = clusters_of_keys(qk.with_vectors(qk.q.double(), qk.k.double()), made, 1)
         assert torch.equal(doubles, found)
+
+    @pytest.mark.parametrize("projection", ["identity", "linear", "hidden"])
+    @pytest.mark.parametrize("sizes", [(3,), (4, 8, 64), (3, 240)])
+    def test_keys_are_compared_without_being_projected(self, sizes: tuple[int, ...], projection: str) -> None:
+        """More keys than are sorted at a time, lying apart, in more coordinates than are multiplied at a time."""
+        wide = SIZE if projection == "identity" else 40
+        torch.manual_seed(0)
+        makers = {
+            "identity": Identity,
+            "linear": lambda: Linear(HEADS, wide, SIZE),
+            "hidden": lambda: Hidden(HEADS, wide, 3, SIZE),
+        }
+        own = makers[projection]()
+        if isinstance(own, Linear):
+            own.b.data = torch.randn_like(own.b)
+        space = Projections([LayerProjections(own, own).requires_grad_(False)])
+        keys = torch.randn(2, 2100, HEADS, wide, dtype=torch.float64).transpose(1, 2) * 2
+        keys[0, 0, 3] = torch.nan  # padding
+        valid = torch.ones(2, 2100, dtype=torch.bool)
+        valid[0, 3] = False
+        qk, made = QK(keys, keys, valid), tree(sizes)
+        found = clusters_of_unprojected_keys(qk, space, made, 0)
+        assert 0 <= int(found.min()) <= int(found.max()) < made.clusters
+        projected, entrance = space.keys(qk, 0), made.entrance
+        plain = nearest_by_products(projected, made.layers[0], 1)[..., 0]
+        if entrance is not None:
+            parents = nearest_by_products(projected, entrance.layers[0], 1)[..., 0]
+            branching = made.clusters // entrance.clusters
+            plain = nearest_child_by_products(projected, made.layers[0][:, 0], parents, branching)
+        real = valid[:, None].expand_as(found)
+        assert torch.equal(found[real], plain[real])
 
 
 def routed(rule: str = "margin", level: float = 0.2) -> Routed:
@@ -211,7 +244,8 @@ def test_a_query_looks_into_what_it_opens(
     qk = random_qk([60, 41], HEADS, SIZE)
     qk = qk.with_vectors(3 * qk.q, qk.k)
     graph = pattern(qk, 0)
-    monkeypatch.setattr(native, "works_on", lambda _: False)
+    for library in (native, nearest_centroids):
+        monkeypatch.setattr(library, "works_on", lambda _: False)
     assert (pattern(qk, 0) ^ graph).sum() <= 2, "ties"
     ids = clusters_of_keys(qk, pattern.centroids, 0)
     closed = 0

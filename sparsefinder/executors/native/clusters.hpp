@@ -47,11 +47,15 @@ template <class T> struct Clusters {
     Numbers<T> number, weight;               // of keys in each cluster, and log2 of half of it
     Numbers<T> values, mean_values;          // rows of `width`
 
-    Clusters(int64_t count, int64_t size)
+    // Room for all keys is taken here: by the thread that calls, from the memory that it has. A thread that takes its own keeps it.
+    Clusters(int64_t count, int64_t size, int64_t in_all)
         : count(count), size(size), width(whole<T>(size)), panels((count + L - 1) / L), first(count + 1), panel(count + 1),
           number(panels * L), weight(panels * L), mean_values(count * width), origins_(count * width), sums_(count * width),
           squares_(count * width) {
         means.resize(panels, size), variances.resize(panels, size);
+        const int64_t most = in_all / L + std::min(count, in_all);  // panels of keys
+        tokens.reserve(in_all), next_.reserve(count), values.reserve(in_all * width);
+        keys.numbers.reserve(most * size * L), missing.reserve(most * L);
     }
 
     int64_t keys_of(int64_t c) const { return first[c + 1] - first[c]; }

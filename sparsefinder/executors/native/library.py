@@ -6,6 +6,7 @@ import ctypes
 import functools
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,3 +108,19 @@ def forget() -> None:
 def pointers(*tensors: Tensor) -> list[ctypes.c_void_p]:
     """Contiguous tensors as arguments; whoever calls keeps them alive."""
     return [POINTER(x.data_ptr()) for x in tensors]
+
+
+class Rows(ctypes.Structure):
+    """``Rows`` of clusters.hpp: a tensor ``(B, H, N, D)`` whose vectors may lie apart, but not their numbers."""
+
+    _fields_ = [("numbers", POINTER), *((name, LONG) for name in ("batch", "head", "row"))]
+
+    @classmethod
+    def of(cls, x: Tensor) -> Any:
+        """A tensor from `with_rows` as an argument; whoever calls keeps it alive."""
+        return ctypes.byref(cls(x.data_ptr(), *x.stride()[:3]))
+
+
+def with_rows(x: Tensor) -> Tensor:
+    """Vectors whose numbers lie side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()

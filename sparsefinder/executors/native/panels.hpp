@@ -55,18 +55,6 @@ template <class T> struct Panels {
             two(x + i * size, x + j * size, panel, sums + i * apart, sums + j * apart);
         }
     }
-
-    // sums[c] += x·vector_c for the vectors of one panel and one row
-    void single(const T *x, int64_t panel, T *sums) const {
-        constexpr int N = VECTORS<T>;
-        Vector<T> a[N], b[N], *to = reinterpret_cast<Vector<T> *>(sums);
-        for (int v = 0; v < N; ++v) a[v] = to[v], b[v] = Vector<T>{};
-        const auto *from = reinterpret_cast<const Vector<T> *>(laid.data() + panel * size * PANEL);
-        int64_t r = 0;
-        for (; r + 1 < size; r += 2, from += 2 * N)  // two sums of each: as many as a processor adds to at once
-            for (int v = 0; v < N; ++v) a[v] += x[r] * from[v], b[v] += x[r + 1] * from[N + v];
-        for (int v = 0; v < N; ++v) to[v] = a[v] + b[v] + (r < size ? x[r] * from[v] : Vector<T>{});
-    }
     // two rows at a time: as many sums as a processor adds to at once
     void two(const T *x, const T *y, int64_t panel, T *x_sums, T *y_sums) const {
         constexpr int N = VECTORS<T>;

@@ -52,33 +52,6 @@ void nearest(int64_t batch, int64_t heads, int64_t tokens, int64_t size, int64_t
         }
 }
 
-// id of the nearest of the `branching` children of each parent
-template <class T>
-void nearest_child(int64_t batch, int64_t heads, int64_t tokens, int64_t size, int64_t count, int64_t branching, int64_t threads,
-                   const T *x, const T *centres, const int64_t *parents, int64_t *ids) {
-    for (int64_t head = 0; head < heads; ++head) {
-        const T *own = centres + head * count * size;
-        const Panels<T> laid(own, count, size);
-        std::vector<T> bias(laid.width());
-        for (int64_t c = 0; c < count; ++c) bias[c] = dot<T>(own + c * size, own + c * size, size) / -2;
-        for (int64_t example = 0; example < batch; ++example)
-#pragma omp parallel for schedule(static) num_threads(threads)
-            for (int64_t i = 0; i < tokens; ++i) {
-                const int64_t row = (example * heads + head) * tokens + i;
-                const int64_t first = parents[row] * branching, end = first + branching;
-                T closeness[PANEL], most = -std::numeric_limits<T>::infinity();
-                ids[row] = first;
-                for (int64_t panel = first / PANEL; panel * PANEL < end; ++panel) {
-                    const int64_t from = std::max(first - panel * PANEL, int64_t(0)), to = std::min(end - panel * PANEL, PANEL);
-                    std::copy_n(bias.begin() + panel * PANEL, PANEL, closeness);
-                    laid.single(x + row * size, panel, closeness);
-                    for (int64_t c = from; c < to; ++c)
-                        if (closeness[c] > most) most = closeness[c], ids[row] = panel * PANEL + c;
-                }
-            }
-    }
-}
-
 // number, mean and variance of the vectors in each cluster; whoever has another id is in none
 template <class T>
 void moments(int64_t parts, int64_t tokens, int64_t size, int64_t count, int64_t threads, const T *x, const int64_t *ids,
@@ -115,11 +88,6 @@ void moments(int64_t parts, int64_t tokens, int64_t size, int64_t count, int64_t
                        int64_t top, int64_t threads, const T *x, const T *centres, int64_t *ids) {                        \
         return status_of([&] { nearest(batch, heads, tokens, size, runs, count, top, threads, x, centres, ids); });       \
     }                                                                                                                     \
-    int nearest_child_##NAME(int64_t batch, int64_t heads, int64_t tokens, int64_t size, int64_t count, int64_t branching, \
-                             int64_t threads, const T *x, const T *centres, const int64_t *parents, int64_t *ids) {       \
-        return status_of(                                                                                                 \
-            [&] { nearest_child(batch, heads, tokens, size, count, branching, threads, x, centres, parents, ids); });     \
-    }                                                                                                                     \
     int moments_##NAME(int64_t parts, int64_t tokens, int64_t size, int64_t count, int64_t threads, const T *x,           \
                        const int64_t *ids, T *numbers, T *mean, T *variance) {                                            \
         return status_of([&] { moments(parts, tokens, size, count, threads, x, ids, numbers, mean, variance); });         \
@@ -151,5 +119,5 @@ int release(Kept *kept) {
     delete kept;
     return FINE;
 }
-int64_t layout(int64_t n) { return layout_of<Choice>(4, n); }
+int64_t layout(int64_t n) { return layout_of<Choice>(5, n); }
 }

@@ -25,7 +25,7 @@ class _Choice(ctypes.Structure):
     ]
 
 
-_LIBRARY = Library("predictors", 4, (_Choice,))
+_LIBRARY = Library("predictors", 5, (_Choice,))
 
 
 def works_on(x: Tensor) -> bool:
@@ -49,25 +49,6 @@ def nearest(x: Tensor, centres: Tensor, top: int) -> Tensor:
     ids = torch.empty(*x.shape[:3], runs * top, dtype=torch.int64)
     numbers = (LONG(n) for n in (*x.shape, runs, count, top, torch.get_num_threads()))
     _LIBRARY.call(f"nearest_{DTYPES[x.dtype]}", *numbers, *pointers(x, centres, ids))
-    return ids
-
-
-def nearest_child(x: Tensor, centres: Tensor, parents: Tensor, branching: int) -> Tensor:
-    """The nearest one of some centroids, other ones for each vector: the children of its parent.
-
-    Args:
-        x: ``(B, H, N, R)``.
-        centres: ``(H, C, R)``; parent ``p`` has the children ``p · b … p · b + b − 1``.
-        parents: ``(B, H, N)`` int64.
-        branching: ``b``.
-
-    Returns:
-        Ids of centroids ``(B, H, N)`` int64.
-    """
-    x, centres, parents = x.contiguous(), centres.to(x.dtype).contiguous(), parents.contiguous()
-    ids = torch.empty(x.shape[:3], dtype=torch.int64)
-    numbers = (LONG(n) for n in (*x.shape, centres.shape[1], branching, torch.get_num_threads()))
-    _LIBRARY.call(f"nearest_child_{DTYPES[x.dtype]}", *numbers, *pointers(x, centres, parents, ids))
     return ids
 
 

@@ -4,7 +4,6 @@
 // so many keys (their means, variances, numbers and mean values), which also gives it a number that the exponentials can be
 // compared with; and cluster after cluster, the queries of the block that take it go over its keys together.
 
-#include <memory>
 #include <optional>
 
 #include "boundary.hpp"
@@ -120,7 +119,8 @@ template <class T>
 void forward(const Problem &p, Rows<const T> q, Rows<const T> k, Rows<const T> v, Rows<T> out, T *peaks) {
     const int64_t parts = p.batch * p.heads, at_once = std::min(parts, p.threads), some = Block<T>::SIZE;
     const int64_t blocks = (p.queries + some - 1) / some;
-    std::vector<std::unique_ptr<Clusters<T>>> clusters(at_once);
+    std::vector<Clusters<T>> clusters;
+    for (int64_t n = 0; n < at_once; ++n) clusters.emplace_back(p.clusters, p.size, p.keys);
     Failure failure;
 #pragma omp parallel num_threads(p.threads)
     {
@@ -132,15 +132,14 @@ void forward(const Problem &p, Rows<const T> q, Rows<const T> k, Rows<const T> v
             for (int64_t n = 0; n < here; ++n)
                 failure.guard([&] {
                     const int64_t example = (part + n) / p.heads, head = (part + n) % p.heads;
-                    if (!clusters[n]) clusters[n] = std::make_unique<Clusters<T>>(p.clusters, p.size);
-                    clusters[n]->take(k.at(example, head / p.group), k.row, v.at(example, head / p.group), v.row, p.k_ids + (part + n) * p.keys,
-                                      p.key_valid + example * p.keys, p.keys);
+                    clusters[n].take(k.at(example, head / p.group), k.row, v.at(example, head / p.group), v.row, p.k_ids + (part + n) * p.keys,
+                                     p.key_valid + example * p.keys, p.keys);
                 });
 #pragma omp for schedule(dynamic)
             for (int64_t n = 0; n < here * blocks; ++n)
                 failure.guard([&] {
                     const int64_t own = part + n / blocks, example = own / p.heads, head = own % p.heads, begin = n % blocks * some;
-                    (*block)(*clusters[n / blocks], q.at(example, head), q.row, p.q_ids + own * p.queries * p.slots,
+                    (*block)(clusters[n / blocks], q.at(example, head), q.row, p.q_ids + own * p.queries * p.slots,
                              p.query_valid + example * p.queries, p.levels ? p.levels[head] : 0.0, begin,
                              std::min(begin + some, p.queries), out.at(example, head), out.row, peaks + own * p.queries);
                 });
@@ -158,7 +157,7 @@ void backward(const Problem &p, Rows<const T> q, Rows<const T> k, Rows<const T> 
     {
         std::optional<Backward<T>> work;
         std::optional<Clusters<T>> clusters;
-        failure.guard([&] { work.emplace(p), clusters.emplace(p.clusters, p.size); });
+        failure.guard([&] { work.emplace(p), clusters.emplace(p.clusters, p.size, p.keys); });
 #pragma omp for schedule(dynamic)
         for (int64_t n = 0; n < p.batch * key_heads; ++n)
             failure.guard([&] {

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparsefinder.executors.native.bucketed import pairs
-from sparsefinder.executors.native.library import DTYPES, LONG, POINTER, Library
+from sparsefinder.executors.native.library import DTYPES, LONG, POINTER, Library, Rows, with_rows
 from sparsefinder.executors.workload import Work
 from sparsefinder.graphs import QK, Buckets, ChosenBuckets, Layout
 from sparsefinder.numerics.normalizers import Normalizer
@@ -42,13 +42,7 @@ class _Problem(ctypes.Structure):
     ]
 
 
-class _Rows(ctypes.Structure):
-    """``Rows`` of clusters.hpp."""
-
-    _fields_ = [("numbers", POINTER), *((name, LONG) for name in ("batch", "head", "row"))]
-
-
-_LIBRARY = Library("tailed", 1, (_Problem, _Rows), wide=True)
+_LIBRARY = Library("tailed", 1, (_Problem, Rows), wide=True)
 
 
 class TailedExecutor:
@@ -126,17 +120,14 @@ class _Run:
             *(x.data_ptr() for x in (self.q_ids, self.k_ids, *self.masks)),
             None if self.levels is None else self.levels.data_ptr(),
         )
-        arguments = (
-            ctypes.byref(_Rows(x.data_ptr(), *x.stride()[:3])) if x.ndim == 4 else POINTER(x.data_ptr())
-            for x in tensors
-        )
+        arguments = (Rows.of(x) if x.ndim == 4 else POINTER(x.data_ptr()) for x in tensors)
         _LIBRARY.call(f"{function}_{DTYPES[tensors[0].dtype]}", ctypes.byref(problem), *arguments)
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, run: _Run) -> Tensor:
-        q, k, v = (_with_rows(x) for x in (q, k, v))
+        q, k, v = (with_rows(x) for x in (q, k, v))
         batch, heads, queries, size = q.shape
         out = q.new_empty(batch, queries, heads, size).transpose(1, 2)
         peaks = q.new_empty(batch, heads, queries)
@@ -150,10 +141,5 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, out, peaks = ctx.saved_tensors
         of_q, of_k, of_v = (torch.zeros_like(x) for x in (q, k, v))
-        ctx.run("backward", q, k, v, out, _with_rows(gradient), of_q, of_k, of_v, peaks)
+        ctx.run("backward", q, k, v, out, with_rows(gradient), of_q, of_k, of_v, peaks)
         return of_q, of_k, of_v, None
-
-
-def _with_rows(x: Tensor) -> Tensor:
-    """Vectors whose numbers lie side by side."""
-    return x if x.stride(-1) == 1 else x.contiguous()

@@ -81,6 +81,7 @@ template <class T> class Numbers {
    public:
     Numbers() = default;
     explicit Numbers(int64_t count) { resize(count); }
+    void reserve(int64_t count) { lines_.reserve(count * sizeof(T) / 64 + 1); }
     void resize(int64_t count) { lines_.resize(count * sizeof(T) / 64 + 1); }  // what is new is zero
     void fill(T x) { std::fill(data(), data() + lines_.size() * (64 / sizeof(T)), x); }
     T *data() { return reinterpret_cast<T *>(lines_.data()); }
