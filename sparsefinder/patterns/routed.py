@@ -127,7 +127,7 @@ class ToClusters:
         slots = []
         for q, k, ids, own, levels in zip(*split, strict=True):
             if qk.causal:
-                scores, numbers = _causal(qk.with_vectors(q, k), ids, own)
+                scores, numbers = up_to_each_query(qk.with_vectors(q, k), ids, own)
             else:
                 of_clusters = _estimates(moments, qk.with_vectors(q, k), ids, own.shape[1])
                 mean, spread = _scores(q, *of_clusters)
@@ -215,8 +215,17 @@ def _estimates(moments: Moments, qk: QK, cluster: Tensor, count: int) -> tuple[T
     return numbers, mean / math.sqrt(size), variance / size
 
 
-def _causal(qk: QK, cluster: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores of the centroids ``(B, H, N, C)`` and the keys in each up to the query, of the same shape."""
+def up_to_each_query(qk: QK, cluster: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
+    """What a query of causal attention may know of clusters: the centroids, and how many keys there were so far.
+
+    Args:
+        qk: Queries and keys ``(B, H, N, R)``.
+        cluster: Of each key, ``(B, H, N)`` int64 in ``[0, C]``; ``C`` stands for padding.
+        centres: ``(H, C, R)``.
+
+    Returns:
+        Scores of the centroids ``(B, H, N, C)``, and the keys in each up to the query, of the same shape.
+    """
     members = cluster[..., None] == torch.arange(centres.shape[1], device=cluster.device)
     scores = qk.q @ centres.to(qk.q.dtype).mT / math.sqrt(qk.q.shape[-1])
     return scores, members.to(scores.dtype).cumsum(2)

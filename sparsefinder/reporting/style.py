@@ -47,6 +47,7 @@ _LOOKS = {
     "routed": ("#882255", "p"),
     "routed_budget": ("#CC6677", "h"),
     "routed_bilinear": ("#AA4499", "p"),
+    "routed_reranked": ("#882255", "*"),
     "lowrank": ("#332288", "d"),
     "bilinear": ("#AA4499", "8"),
     "reformer": ("#332288", "<"),

@@ -34,6 +34,7 @@ from sparsefinder.patterns.quantize import Quantize
 from sparsefinder.patterns.quest import Quest
 from sparsefinder.patterns.reformer import Reformer
 from sparsefinder.patterns.routed import Routed
+from sparsefinder.patterns.routed_reranked import RoutedReranked
 from sparsefinder.patterns.routing import LearnedRouting, Routing
 from sparsefinder.patterns.routing_nearest import NearestRouting
 from sparsefinder.patterns.routing_trained import TrainedRouting
@@ -97,6 +98,7 @@ PATTERNS = [
     NearestRouting(0.1, centroids(runs=2)),
     TrainedRouting(0.1, centroids()),
     Routed(key_centroids=centroids(count=24)),
+    RoutedReranked(share=1.0, bilinear_centroids=centroids(count=24)),  # every pair is multiplied here, whatever the share
 ]
 # a mean over the tokens of a cluster is a product with ones and zeros there, which the method need not make
 WITH_MEANS = [

@@ -105,6 +105,7 @@ DENSE: dict[str, dict[str, Any]] = {
     "bilinear": {"level": 1e9},
     "routed": {"level": 1e9},
     "routed_bilinear": {"level": 1e9},
+    "routed_reranked": {"level": 1e9, "share": 1.0},
     "routed_budget": {"level": 1.0},
     "longformer": {"width": 99},
     "bigbird": {"block": 99},
