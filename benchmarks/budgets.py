@@ -2,10 +2,12 @@
 
     python benchmarks/budgets.py --run runs/tiny                    # queries and keys that a run has recorded; some minutes
     python benchmarks/budgets.py --run runs/tiny --samples 20       # fewer held-out samples
+    python benchmarks/budgets.py --model FOLDER --train valid.txt --test test.txt --heads 4   # those of a real encoder
 
 A table at equal density forgets what the prediction multiplies, and one at the published budget (4 numbers, 16 clusters)
 makes any method look good that was given more. Here each learned method is trained at every budget, scored over its sparsity
 parameter, and stands in the table with the best of them all; the others are scored as they are. Costs: `cost` of each pattern.
+Of an encoder 16 texts are learned from and ``--samples`` (4) measured, ``--heads`` of every second layer.
 """
 
 from __future__ import annotations
@@ -18,27 +20,35 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import recorded
+import torch
 from measuring import machine
 from omegaconf import OmegaConf
 
-from sparsefinder import kmeans_centroids, lowrank, quantization, score
+from sparsefinder import bilinear, kmeans_centroids, lowrank, quantization, score
 from sparsefinder.analysis import frontiers
 from sparsefinder.analysis.bootstrap import Replicas
 from sparsefinder.analysis.method_families import ALL_OTHERS
 from sparsefinder.experiment.configuration import Configuration
 from sparsefinder.experiment.instantiate import construct
+from sparsefinder.patterns.bilinear import Bilinear
 from sparsefinder.patterns.distance import Distance
 from sparsefinder.patterns.hashattention import HashAttention
 from sparsefinder.patterns.kmeans import KMeans
 from sparsefinder.patterns.lowrank import LowRank
 from sparsefinder.patterns.quantize import Quantize
 from sparsefinder.patterns.routed import Routed
+from sparsefinder.patterns.routed_bilinear import RoutedBilinear
+from sparsefinder.patterns.routed_reranked import RoutedReranked
 from sparsefinder.report import text_table
 from sparsefinder.reporting import text_tables
 from sparsefinder.storage.manifests import plain
+from sparsefinder.storage.samples import Samples
 from sparsefinder.storage.store import Store
 
 PATTERNS = Path(__file__).resolve().parent.parent / "conf" / "pattern"
+TEXTS = 16  # of an encoder that are learned from
+MARGINS = (-0.25, 0.0, 0.2, 0.5, 1.0)  # of patterns with a level
 LEVELS = (0.02, 0.05, 0.1, 0.2, 0.3)
 COSTS = (0.05, 0.1, 0.2, 0.3, 0.5)
 UNLEARNED = (
@@ -66,16 +76,27 @@ def of_projections(rounds: int) -> Iterator[Configuration]:
 
 
 def of_centroids(clusters: int) -> Iterator[Configuration]:
-    """K-means with more clusters takes more of them."""
+    """K-means with more clusters takes more of them; a window is free and helps it at small budgets."""
     for top in (1, 2, 3, 4, 6, 9, 14, 20):
         if top <= clusters // 2:
             yield Configuration("kmeans", KMeans(top))
+            yield Configuration("kmeans", KMeans(top), window=5)
 
 
 def of_key_centroids() -> Iterator[Configuration]:
-    """Ours, and the same without clusters."""
+    """Ours in closed form."""
     for level in (-0.5, -0.25, 0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5):
         yield Configuration("routed", Routed(level=level))
+
+
+def of_trained_centroids() -> Iterator[Configuration]:
+    """Ours in a trained space: whole clusters of a level of the tree, and the best keys of some."""
+    for keys in (8.0, 16.0, 32.0):
+        for level in (-0.4, -0.1, 0.2, 0.6):
+            yield Configuration("routed_bilinear", RoutedBilinear(level=level, keys_per_cluster=keys))
+        for share in (0.05, 0.1, 0.2, 0.35):
+            for level in (-0.3, -0.1, 0.05, 0.25):
+                yield Configuration("routed_reranked", RoutedReranked(level, share, keys_per_cluster=keys))
 
 
 def of_file(name: str) -> Iterator[Configuration]:
@@ -93,9 +114,9 @@ def of_file(name: str) -> Iterator[Configuration]:
 class Budgets:
     """Runs below one folder: a budget is trained, scored and put beside the others."""
 
-    def __init__(self, folder: Path, recorded: Store, samples: int | None):
+    def __init__(self, folder: Path, qk: dict[str, Path], samples: int | None):
         self.folder = folder
-        self.qk = {name: recorded.path(name) for name in ("qk", "qk_validation")}
+        self.qk = qk
         self.samples = samples
         self.tables: list[tuple[pd.DataFrame, pd.DataFrame]] = []
 
@@ -131,16 +152,35 @@ def train(stage: Any, settings: Any, store: Store, *made: str) -> dict[str, Path
     return {name: store.path(name) for name in made}
 
 
+def of_encoder(given: argparse.Namespace, folder: Path) -> dict[str, Path]:
+    """Queries and keys of some heads of an encoder, recorded to two files below a folder."""
+    model, tokenizer = recorded.lengthened(given.model, given.tokens)
+    files = {}
+    for name, text, count in (("qk", given.train, TEXTS), ("qk_validation", given.test, given.samples or 4)):
+        whole = recorded.samples(model, recorded.texts(text, tokenizer, given.tokens, count))
+        q, k = ([torch.stack([x[at] for at in range(1, len(x), 2)]) for x in side] for side in (whole.q, whole.k))
+        files[name] = folder / f"{name}.pt"
+        Samples(*([x[:, : given.heads].contiguous() for x in side] for side in (q, k))).save(files[name])
+    return files
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("runs/tiny"))
+    parser.add_argument("--model", type=Path, help="an encoder, instead of a run")
+    parser.add_argument("--train", type=Path)
+    parser.add_argument("--test", type=Path)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--heads", type=int, default=None, help="of each layer of the encoder; by default all")
     parser.add_argument("--samples", type=int, default=None)
-    parser.add_argument("--rounds", type=int, nargs="+", default=[4, 8, 16, 32])
-    parser.add_argument("--clusters", type=int, nargs="+", default=[16, 64, 128])
+    parser.add_argument("--rounds", type=int, nargs="+", default=[4, 8, 16])
+    parser.add_argument("--clusters", type=int, nargs="+", default=[16, 32, 64])
     parser.add_argument("--epochs", type=int, default=None, help="of the projections; by default those of the stage")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        budgets = Budgets(Path(folder), Store(given.run), given.samples)
+        run = Store(given.run)
+        qk = of_encoder(given, Path(folder)) if given.model else {x: run.path(x) for x in ("qk", "qk_validation")}
+        budgets = Budgets(Path(folder), qk, given.samples)
         budgets.score(budgets.store("unlearned"), [c for name in UNLEARNED for c in of_file(name)])
         project = quantization.ProjectSettings()
         if given.epochs is not None:
@@ -154,14 +194,20 @@ def main() -> None:
                 train(kmeans_centroids, kmeans_centroids.ClusterSettings(n_clusters=clusters), store, "centroids")
                 budgets.score(store, list(of_centroids(clusters)))
                 store = budgets.store(f"routed-{rounds}-{clusters}")
-                settings = lowrank.RouteSettings(rank=rounds, n_clusters=clusters)
-                train(lowrank, settings, store, "lowrank", "key_centroids")
+                route = lowrank.RouteSettings(rank=rounds, n_clusters=clusters)
+                low = train(lowrank, route, store, "lowrank", "key_centroids")
                 budgets.score(store, list(of_key_centroids()))
-            low = {"lowrank": store.path("lowrank")}
-            levels = (-0.25, 0.0, 0.2, 0.5, 1.0)
             budgets.score(
-                budgets.store(f"lowrank-{rounds}", **low), [Configuration("lowrank", LowRank(level=v)) for v in levels]
+                budgets.store(f"lowrank-{rounds}", lowrank=low["lowrank"]),
+                [Configuration("lowrank", LowRank(level=v)) for v in MARGINS],
             )
+            store = budgets.store(f"bilinear-{rounds}")
+            inner = bilinear.BilinearSettings(
+                rounds=rounds, n_clusters=max(given.clusters), coarsest=min(given.clusters), eval_every=0
+            )
+            train(bilinear, inner, store, "bilinear_projections", "bilinear_centroids")
+            every_pair = [Configuration("bilinear", Bilinear(level=v)) for v in MARGINS]
+            budgets.score(store, [*every_pair, *of_trained_centroids()])
         print(report(budgets, given))
 
 
@@ -171,8 +217,9 @@ def report(budgets: Budgets, given: argparse.Namespace) -> str:
     by_cost = frontiers.by_cost(points)
     at_cost = None if replicas is None else replicas.by_cost(points["prediction_share"].to_numpy(float))
     samples = points["samples"].iloc[0]
+    of = f"{given.model.name}, {given.tokens} tokens" if given.model else given.run
     parts = [
-        f"{machine()}. {given.run}: {samples} held-out samples, R in {given.rounds}, C in {given.clusters}.",
+        f"{machine()}. {of}: {samples} held-out samples, R in {given.rounds}, C in {given.clusters}.",
         "Recall at equal density, each method at its best budget",
         text_table(text_tables.recall_lines(points, LEVELS, replicas, far=False)),
         "Recall at equal total cost (prediction and attention, as a share of dense attention's multiplications)",
