@@ -98,7 +98,9 @@ PATTERNS = [
     NearestRouting(0.1, centroids(runs=2)),
     TrainedRouting(0.1, centroids()),
     Routed(key_centroids=centroids(count=24)),
-    RoutedReranked(share=1.0, bilinear_centroids=centroids(count=24)),  # every pair is multiplied here, whatever the share
+    RoutedReranked(
+        share=1.0, bilinear_centroids=centroids(count=24)
+    ),  # every pair is multiplied here, whatever the share
 ]
 # a mean over the tokens of a cluster is a product with ones and zeros there, which the method need not make
 WITH_MEANS = [
