@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from sparsefinder.commandline.checks import check
 from sparsefinder.commandline.commands import program, until_stopped
-from sparsefinder.commandline.conf_folder import FILES, HYDRA, settings_with
+from sparsefinder.commandline.conf_folder import HYDRA, groups, settings_with
 from sparsefinder.commandline.messages import EXPECTED, one_line
 from sparsefinder.commandline.overrides import HELP, Known, understood
 from sparsefinder.commandline.sweeps import run_sweep
@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
 def outcome(argv: list[str]) -> int:
     """As `main`, of a command line that nobody interrupts."""
     try:
-        typed = understood(argv, Known(FILES, settings_with))
+        typed = understood(argv, Known(groups(), settings_with))
         if "--version" in typed.options:
             print(f"sparsefinder {importlib.metadata.version('sparsefinder')}")
             return 0
@@ -42,7 +42,7 @@ def outcome(argv: list[str]) -> int:
         failures = [one_line(error)]
     # what is no file of conf/model was taken for a path or a name on the hub
     failures = [
-        f + (meant(FILES["model"], name[1]) if (name := re.match(r"model=(\S+): ", f)) else "") for f in failures
+        f + (meant(groups()["model"], name[1]) if (name := re.match(r"model=(\S+): ", f)) else "") for f in failures
     ]
     for failure in failures if SPEAKS else ():
         print(f"error: {failure}", file=sys.stderr)

@@ -13,8 +13,9 @@ from typing import Any
 import yaml
 
 from sparsefinder.testing import random_qk
+from sparsefinder.testing.by_name import HEADS, SIZE, built
 from tests.conftest import ROOT
-from tests.patterns.test_patterns import FILES, HEADS, SIZE, build, settings
+from tests.patterns.test_patterns import FILES, settings
 
 PAGES = ROOT / "docs" / "patterns"
 TOKENS = 12
@@ -44,7 +45,7 @@ def sketch(path: Path, changes: str) -> str:
     causal = given.pop("causal", False)
     around = {name: given.pop(name) for name in _AROUND if name in given}
     pattern: Any = replace(settings(path)[0], **given)
-    graph = build(pattern, **around)(random_qk([TOKENS], HEADS, SIZE, causal), 0)[0, 0]
+    graph = built(pattern, **around)(random_qk([TOKENS], HEADS, SIZE, causal), 0)[0, 0]
     return "\n".join(" ".join("#" if edge else "." for edge in row) for row in graph.tolist())
 
 

@@ -75,7 +75,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
         *("conversions", "corpora", "executors", "metrics", "storage", "numerics", "graphs", "errors"),
     ),
     "reporting": ("analysis", "storage", "errors"),
-    "testing": ("attention", "metrics", "numerics", "graphs", "errors"),
+    "testing": ("experiment", "predictors", "attention", "metrics", "numerics", "graphs", "errors"),
     "commandline": ("pipeline", "report", "evaluation", "experiment", "storage", "errors"),
 }
 STAGES = (

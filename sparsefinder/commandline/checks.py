@@ -16,7 +16,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from sparsefinder.commandline.composition import path_of
-from sparsefinder.commandline.conf_folder import CONF, FILES, refuse_unknown_keys, settings_with
+from sparsefinder.commandline.conf_folder import CONF, FILES, groups, refuse_unknown_keys, settings_with, tell_hydra
 from sparsefinder.commandline.messages import one_line
 from sparsefinder.commandline.overrides import Typed
 from sparsefinder.errors import UserError, meant
@@ -39,6 +39,8 @@ def check(typed: Typed) -> list[Point]:
     overrides = [override_of(text) for text in typed.settings]
     check_launcher(overrides, typed.sweeps)
     alternatives = [expanded(override) for override in overrides] if typed.sweeps else [[s] for s in typed.settings]
+    for choice in {choice for choices in alternatives for choice in choices}:
+        tell_hydra(*choice.split("=", 1))
     swept = [choices[0].partition("=")[0] for choices in alternatives if len(choices) > 1]
     todo = []
     try:
@@ -54,7 +56,7 @@ def check(typed: Typed) -> list[Point]:
             files = [text for text in typed.settings if text.partition("=")[0] in FILES and "," not in text]
             message += meant(settings_with(files), unknown[1])
         elif group := re.match(r"(\w+)=(\S+) is unknown;", message):
-            message += meant(FILES.get(group[1], ()), group[2])
+            message += meant(groups().get(group[1], ()), group[2])
         raise UserError(message) from error
     if any(not point.settings for point in todo) and not typed.asks:
         raise UserError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +10,10 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from sparsefinder.commandline.composition import build, plain, without
-from sparsefinder.commandline.conf_folder import CONF
 from sparsefinder.errors import UserError, one_of
 from sparsefinder.evaluation.arms import Arm, Reading
 from sparsefinder.evaluation.variants import AttentionChoice, Conversion
+from sparsefinder.experiment import named
 from sparsefinder.experiment.configuration import Configuration, Dials
 from sparsefinder.experiment.instantiate import class_named, construct
 from sparsefinder.experiment.targets import Swept
@@ -172,27 +172,25 @@ def _attention(cfg: DictConfig, name: str, settings: dict[str, Any]) -> Attentio
 
 
 def _file(cfg: DictConfig, group: str, name: str) -> DictConfig:
-    """One file of a folder of conf, resolved."""
-    path = CONF / group / f"{name}.yaml"
-    if not path.is_file():
-        known = [file.stem for file in sorted((CONF / group).glob("*.yaml"))]
-        raise UserError(f"arms: {group}={name} is unknown; {one_of(known, name)}")
-    return _resolved(without(cfg, group), group, OmegaConf.load(path))
+    """One file of a folder of conf, or what is installed under that name, resolved."""
+    try:
+        node = named.settings_of(group, name)
+    except UserError as error:
+        raise UserError(f"arms: {error}") from error
+    return _resolved(without(cfg, group), group, node)
 
 
 def files(cfg: DictConfig, group: str) -> Iterable[tuple[str, DictConfig]]:
-    """Every file of a folder of conf, resolved against the rest of the configuration."""
+    """Every file of a folder of conf and all that other packages bring to it, resolved against the rest of the configuration."""
     rest = without(cfg, group)
-    for path in sorted((CONF / group).glob("*.yaml")):
-        node: Any = OmegaConf.load(path)
-        if not node.get("every") and not node.get("none"):
-            yield path.stem, _resolved(rest, group, node)
+    for name in named.names(group):
+        yield name, _resolved(rest, group, named.settings_of(group, name))
 
 
-def _resolved(rest: DictConfig, group: str, node: Any) -> DictConfig:
+def _resolved(rest: DictConfig, group: str, node: Mapping[str, Any]) -> DictConfig:
     """A file's settings with what they refer to put in, so that copying them does not copy the whole configuration."""
     with open_dict(rest):
-        rest[group] = node
+        rest[group] = dict(node)
     resolved: DictConfig = OmegaConf.create({group: plain(rest[group])})[group]
     return resolved
 

@@ -1,28 +1,37 @@
-"""The folder ``conf``: the files to choose from, the full name of every setting, and the names by which people type them."""
+"""The folder ``conf`` and what other packages add to it: what can be chosen, every setting, and the names that people type."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sparsefinder.errors import UserError, meant
+from sparsefinder.experiment.named import CONF, installed, settings_of_installed
 
-PACKAGE = Path(__file__).resolve().parent.parent
-# inside the package once it is installed, beside it in the repository: see setup.py
-CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
 HYDRA: dict[str, Any] = {"version_base": "1.3", "config_path": str(CONF), "config_name": "config"}
 FILES = {  # of each folder of conf, what can be chosen
     folder.name: [path.stem for path in sorted(folder.glob("*.yaml"))]
     for folder in sorted(CONF.iterdir())
     if folder.is_dir() and folder.name != "hydra"
 }
+
+
+def groups() -> dict[str, list[str]]:
+    """`FILES` with the names that other packages bring."""
+    return {group: sorted({*names, *installed(group)}) for group, names in FILES.items()}
+
+
+def tell_hydra(group: str, name: str) -> None:
+    """Give Hydra what stands for a file of ``conf``, if another package brings it; a `UserError` where it cannot be used."""
+    if name in installed(group):
+        ConfigStore.instance().store(name, settings_of_installed(group, name), group, provider=name)
 
 
 def settings_with(chosen: Sequence[str] = ()) -> list[str]:

@@ -6,7 +6,7 @@
 
     @pytest.mark.parametrize("check", CHECKS, ids=str)  # or one test for each promise
     def test_my_pattern(check):
-        check(Subject(MyPattern(width=5), sweep=[1, 3, 5]))
+        check(Subject(MyPattern(width=5), sweep=[1, 3, 5]))  # or check(subject_named("mine")), by its name
 
 A pattern is a frozen dataclass with ``(QK, layer) → graph``, a class attribute ``sparsity_parameter`` (the name of the field
 that trades sparsity for recall, or None) and, where work can be skipped, ``layout(QK, layer)``. Each check runs on small
@@ -20,6 +20,7 @@ from typing import Any
 
 from sparsefinder.graphs import Pattern
 from sparsefinder.testing import of_attention, of_graphs
+from sparsefinder.testing.by_name import subject_named
 from sparsefinder.testing.subject import LENGTHS, NORMALIZERS, Check, Subject, as_it_is
 from sparsefinder.testing.vectors import random_cross, random_qk, single_sentence
 
@@ -29,10 +30,12 @@ __all__ = [
     "NORMALIZERS",
     "Check",
     "Subject",
+    "broken_promises",
     "check_pattern",
     "random_cross",
     "random_qk",
     "single_sentence",
+    "subject_named",
 ]
 
 CHECKS = tuple(
@@ -46,6 +49,17 @@ CHECKS = tuple(
 )
 
 
+def broken_promises(subject: Subject) -> list[str]:
+    """A line for each promise that a pattern breaks; empty where it keeps them all."""
+    broken = []
+    for check in CHECKS:
+        try:
+            check(subject)
+        except AssertionError as error:
+            broken.append(str(error))
+    return broken
+
+
 def check_pattern(
     pattern: Any,
     *,
@@ -57,12 +71,6 @@ def check_pattern(
     size: int = 8,
 ) -> None:
     """Run every check; raises one AssertionError with a line for each promise that is broken. Arguments: see `Subject`."""
-    subject = Subject(pattern, build, sweep, dense, random, heads, size)
-    broken = []
-    for check in CHECKS:
-        try:
-            check(subject)
-        except AssertionError as error:
-            broken.append(str(error))
+    broken = broken_promises(Subject(pattern, build, sweep, dense, random, heads, size))
     if broken:
         raise AssertionError(f"{len(broken)} of {len(CHECKS)} promises are broken\n" + "\n".join(broken))

@@ -14,8 +14,8 @@ from omegaconf import OmegaConf
 
 from sparsefinder.attention import Bucketed, Masked
 from sparsefinder.errors import UserError
-from sparsefinder.experiment.configuration import LOADERS, Configuration, Learned
-from sparsefinder.graphs import QK, Pattern
+from sparsefinder.experiment.configuration import Configuration
+from sparsefinder.graphs import QK
 from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.patterns.combine import Blocked, Projected, Union, layout_of
 from sparsefinder.patterns.distance import Distance
@@ -24,13 +24,11 @@ from sparsefinder.patterns.kmeans import KMeans
 from sparsefinder.patterns.routed import Routed
 from sparsefinder.patterns.window import GlobalTokens, Window
 from sparsefinder.predictors.centroids import Centroids
-from sparsefinder.predictors.projections import LayerProjections, Linear, Projections
 from sparsefinder.testing import CHECKS, Check, Subject, single_sentence
 from sparsefinder.testing import random_qk as ragged
+from sparsefinder.testing.by_name import HEADS, SIZE, SPACES, built, learned
 from tests.conftest import ROOT, random_qk
 
-SPACES = {"projections", "lowrank", "bilinear_projections"}  # artefacts that are projections
-HEADS, SIZE, ROUNDS = 2, 8, 3
 FILES = sorted(path for path in (ROOT / "conf" / "pattern").glob("*.yaml") if not OmegaConf.load(path).get("every"))
 AROUND = {
     "alone": {},
@@ -43,41 +41,12 @@ AROUND = {
 
 
 @cache
-def learned() -> dict[int, Learned]:
-    """Artefacts of random numbers: spaces, and two runs of six clusters each.
-
-    Clusters are of single tokens or of chunks of three; those of keys always of single ones, as their stages make them.
-    """
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        layers = [LayerProjections(Linear(HEADS, SIZE, ROUNDS), Linear(HEADS, SIZE, ROUNDS)) for _ in range(2)]
-        space = Projections([layer.requires_grad_(False) for layer in layers])
-        centroids = {b: Centroids([torch.randn(HEADS, 2, 6, ROUNDS * b) / 2 for _ in range(2)]) for b in (1, 3)}
-    return {
-        block_size: Learned(
-            {
-                name: space
-                if name in SPACES
-                else centroids[block_size if name in ("centroids", "online_centroids") else 1]
-                for name in LOADERS
-            }
-        )
-        for block_size in centroids
-    }
-
-
-@cache
 def settings(path: Path) -> tuple[Any, list[Any]]:
     """The pattern of a file, and the values of its sparsity parameter."""
     node = OmegaConf.load(path)
     sweep = OmegaConf.to_container(node.pop("sweep")) if "sweep" in node else []
     whole = OmegaConf.create({"alpha": 1.5, "seed": 0, "pattern": node})
     return hydra.utils.instantiate(whole.pattern), sweep
-
-
-def build(pattern: Any, **around: Any) -> Pattern:
-    configuration = Configuration("tested", pattern, **around)
-    return configuration.build(learned()[configuration.block_size])
 
 
 READS_AHEAD = ("last", "all", "blocks")  # where a text ends, and the later tokens of a block, is known ahead
@@ -140,7 +109,7 @@ def subject(path: Path, around: str, **changed: Any) -> Subject:
     dense = replace(pattern, **DENSE[path.stem]) if path.stem in DENSE else None
     return Subject(
         pattern,
-        lambda each: build(each, **AROUND[around]),
+        lambda each: built(each, **AROUND[around]),
         sweep,
         dense,
         random(path),
@@ -199,14 +168,14 @@ def test_with_a_tail_a_sentence_stays_what_it_is(path: Path, attention: Any, cau
 
 def test_a_tail_of_kmeans_needs_one_cluster_for_each_key() -> None:
     qk = random_qk([9], HEADS, SIZE)
-    centres = learned()[1].get("centroids", "kmeans")
+    centres = learned().get("centroids", "kmeans")
     for runs, top, slots in ((1, 2, 2), (2, 1, 2)):
         one = Centroids([layer[:, :runs] for layer in centres.layers])
-        pattern = Projected(KMeans(top, one, tail=True), learned()[1].get("projections", "kmeans"))
+        pattern = Projected(KMeans(top, one, tail=True), learned().get("projections", "kmeans"))
         with pytest.raises(UserError, match=f"a tail needs every key in one bucket, here it may be in {slots}: "):
             pattern.layout(qk, 0)
     one = Centroids([layer[:, :1] for layer in centres.layers])
-    pattern = Projected(KMeans(1, one, tail=True), learned()[1].get("projections", "kmeans"))
+    pattern = Projected(KMeans(1, one, tail=True), learned().get("projections", "kmeans"))
     masked, bucketed = (run(pattern)(qk.q, qk.k, qk.k, qk.valid, 0) for run in (Masked, Bucketed))
     torch.testing.assert_close(bucketed, masked, rtol=1e-5, atol=1e-5)
 
@@ -224,7 +193,7 @@ def test_without_a_layout_it_can_only_be_a_mask(path: Path) -> None:
     for around in AROUND.values():
         if Configuration("tested", pattern, **around).quadratic:
             with pytest.raises(UserError, match="attention=masked"):
-                layout_of(build(pattern, **around), random_qk([5], HEADS, SIZE), 0)
+                layout_of(built(pattern, **around), random_qk([5], HEADS, SIZE), 0)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -234,7 +203,7 @@ def test_surroundings_only_add(path: Path, causal: bool) -> None:
     qk = random_qk([5, 17, 11, 1], HEADS, SIZE, causal)
     for around in ({"window": 5}, {"global_tokens": 2}, {"last_token": True}):
         near = Configuration("tested", pattern, **around).near(qk)
-        assert torch.equal(build(pattern, **around)(qk, 0), build(pattern)(qk, 0) | near)
+        assert torch.equal(built(pattern, **around)(qk, 0), built(pattern)(qk, 0) | near)
 
 
 def test_a_window_pair_by_pair() -> None:
@@ -255,7 +224,7 @@ def test_global_tokens_are_the_first_real_ones_and_the_last_real_one() -> None:
 
 
 def test_kmeans_shares_any_of_the_nearest_centroids() -> None:
-    artefacts = learned()[1].artefacts
+    artefacts = learned().artefacts
     projections, centroids = artefacts["projections"], artefacts["centroids"]
     qk = random_qk([9], HEADS, SIZE)
     projected = projections(qk, 0)
@@ -311,6 +280,6 @@ def test_wrong_settings(make: Any, message: str) -> None:
 
 def test_only_the_space_that_is_learned_in_chunks_is_cut_into_them() -> None:
     pattern, qk = Routed(level=0.0), random_qk([9], HEADS, SIZE)
-    graphs = [build(pattern, block_size=size)(qk, 0) for size in (1, 3)]
+    graphs = [built(pattern, block_size=size)(qk, 0) for size in (1, 3)]
     assert torch.equal(*graphs)
     assert [Configuration("routed", pattern, block_size=3).columns["block_size"]] == [1]
