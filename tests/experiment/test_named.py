@@ -20,8 +20,8 @@ from sparsefinder.experiment import named
 from sparsefinder.experiment.configuration import LOADERS
 from sparsefinder.patterns.window import Window
 from sparsefinder.sparse_model.named_patterns import named_pattern
-from sparsefinder.testing import __main__ as conformance
 from sparsefinder.testing import CHECKS, random_qk
+from sparsefinder.testing import __main__ as conformance
 from sparsefinder.testing.by_name import learned
 from tests.conftest import GRAPH
 
