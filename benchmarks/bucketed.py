@@ -59,7 +59,7 @@ class Quality:
 
 
 def routed(learned: Learned, **settings: Any) -> Any:
-    """A routed pattern with its window and global token, which the C++ of a tail has not."""
+    """A routed pattern with its window and global token, where it has no tail that stands for them."""
     around: dict[str, int] = {} if settings.get("tail") else {"window": 11, "global_tokens": 1}
     return Configuration("routed", Routed(**settings), **around).build(learned)
 

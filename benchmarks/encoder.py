@@ -63,7 +63,7 @@ def arms(learned: Learned) -> dict[str, Attention]:
 
     def routed(share: float, tail: bool, keys: float = 4.0) -> Pattern:
         pattern = Routed("budget", share, tail=tail, keys_per_cluster=keys)
-        around: dict[str, int] = {} if tail else {"window": 11, "global_tokens": 1}  # which the C++ of a tail has not
+        around: dict[str, int] = {} if tail else {"window": 11, "global_tokens": 1}  # a tail needs neither
         return Configuration("routed", pattern, **around).build(learned)
 
     def refined(level: float, keys: float = 32.0) -> Pattern:

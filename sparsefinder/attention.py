@@ -135,7 +135,7 @@ class Bucketed:
     - ``native``, C++ on a CPU (`sparsefinder.executors.native.bucketed`): a query at a time, the pairs of the graph and no
       others;
     - ``tailed``, C++ on a CPU (`sparsefinder.executors.native.tailed`), of a layout with a tail: clusters of keys as panels, some
-      queries at a time; softmax without a window, global tokens or causality;
+      queries at a time; not causal;
     - ``blocks``, torch's products on any device (`sparsefinder.executors.blocks.decompose`): buckets are filled up to a few
       sizes, so that those of like size are one product (never up to the fullest one), and ``computed_pairs`` counts the
       filling;

@@ -11,13 +11,23 @@ import pytest
 import torch
 
 from sparsefinder.errors import UserError
-from sparsefinder.executors.native import bucketed, build, dense, gold_pairs, library, predictors, tailed
+from sparsefinder.executors.native import (
+    bucketed,
+    build,
+    dense,
+    gold_pairs,
+    library,
+    nearest_centroids,
+    predictors,
+    tailed,
+)
 from sparsefinder.executors.native.library import Library
 from sparsefinder.graphs import QK, Buckets, Layout
 
 NATIVE = Path(build.__file__).parent
 SOURCES = sorted(path.stem for path in NATIVE.glob("*.cpp"))
-LIBRARIES = {module._LIBRARY.name: module._LIBRARY for module in (bucketed, dense, gold_pairs, predictors, tailed)}
+MODULES = (bucketed, dense, gold_pairs, nearest_centroids, predictors, tailed)
+LIBRARIES = {module._LIBRARY.name: module._LIBRARY for module in MODULES}
 
 
 def compiled(*arguments: str) -> None:
@@ -91,6 +101,12 @@ CALLS = {
         Hinge h{2, N, D, 2, 0, THREADS, 1.0, ids, ids, ids, slopes};
         return until_it_works("hinge", [&] { double loss; return hinge_float32(&h, x, y, a, b, &loss); });
     }()""",
+    "nearest_centroids": """[] {
+        Problem p{1, 2, N, D, 2, 4, THREADS}, flat{1, 2, N, D, 0, 4, THREADS};
+        const Rows<const float> in{x, 2 * N * D, N * D, D};
+        return until_it_works("tree", [&] { return nearest_float32(&p, &in, y, z, y, z, ids); }) ||
+               until_it_works("flat", [&] { return nearest_float32(&flat, &in, y, z, y, z, ids); });
+    }()""",
     "predictors": """[] {
         const double levels[2]{0.5, 0.1};
         Choice rule{2, 2, N, 4, 2, 1, THREADS, levels, 1.5}, other{2, 2, N, 4, 0, 0, THREADS, levels, 1.5};
@@ -105,13 +121,17 @@ CALLS = {
                until_it_works("margin", [&] { return routed(other); });
     }()""",
     "tailed": """[] {
-        Problem p{1, 2, 1, N, N, D, 1, 4, THREADS, ids, ids, valid, valid, nullptr};
+        Problem p{1, 2, 1, N, N, D, 1, 4, THREADS, 1, ids, ids, valid, valid, nullptr, nullptr, 1.0};
+        Problem q{1, 2, 1, N, N, D, 1, 4, THREADS, 1, ids, ids, valid, valid, nullptr, nullptr, 1.5};
         const Rows<const float> in{x, 2 * N * D, N * D, D}, keys{y, 2 * N * D, N * D, D}, values{z, 2 * N * D, N * D, D};
         const Rows<float> out{a, 2 * N * D, N * D, D}, other{b, 2 * N * D, N * D, D};
-        return until_it_works("forward", [&] { return forward_float32(&p, &in, &keys, &values, &out, c); }) ||
-               until_it_works("backward", [&] {
-                   return backward_float32(&p, &in, &keys, &values, &in, &in, &out, &other, &other, c);
-               });
+        const auto both = [&](const Problem &of) {
+            return until_it_works("forward", [&] { return forward_float32(&of, &in, &keys, &values, &out, c); }) ||
+                   until_it_works("backward", [&] {
+                       return backward_float32(&of, &in, &keys, &values, &in, &in, &out, &other, &other, c);
+                   });
+        };
+        return both(p) || both(q);
     }()""",
 }
 

@@ -53,11 +53,11 @@ def test_a_query_takes_what_its_entries_say() -> None:
 
 def test_cplusplus_chooses_as_torch_does() -> None:
     # entries may be weighed by another normalizer than that of the attention: then C++ is told what was chosen
-    for level, alpha in ((0.0, 1.0), (1.5, 1.0), (1e9, 1.0), (1.5, 1.5)):
+    for level, alpha, other in ((0.0, 1.0, 1.0), (1.5, 1.0, 1.0), (1e9, 1.0, 1.0), (1.5, 1.5, 1.0), (1.5, 1.5, 1.5)):
         pattern, inputs = made(level, alpha)
-        expected = with_gradients(Masked(pattern, Normalizer(1.0)), inputs, VALID)
+        expected = with_gradients(Masked(pattern, Normalizer(other)), inputs, VALID)
         for executor in ("auto", "blocks"):
-            run = Bucketed(pattern, Normalizer(1.0), executor=executor)
+            run = Bucketed(pattern, Normalizer(other), executor=executor)
             for mine, theirs in zip(with_gradients(run, inputs, VALID), expected, strict=True):
                 torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
 

@@ -38,18 +38,20 @@ template <class T> struct Laid {
 // Whoever has no id in [0, count) is in no cluster. What fills a panel is zero and weighs nothing. Room is kept for the next head.
 template <class T> struct Clusters {
     static constexpr int64_t L = LANES_OF<T>;
+    bool of_softmax;
     int64_t count, size, width, panels;      // C, D, D in whole vectors, C in panels
     int64_t keys_in_all;                     // that are no padding, whether in a cluster or not
     std::vector<int32_t> first, panel;       // where the keys and the panels of each begin, (C + 1)
     std::vector<int32_t> tokens;             // of the keys, cluster after cluster
     Laid<T> keys, means, variances;          // of keys: each cluster in panels of its own
     Numbers<T> missing;                      // 0 for a key, -inf for what fills a panel
-    Numbers<T> number, weight;               // of keys in each cluster, and log2 of half of it
+    Numbers<T> number;                       // of keys in each cluster
+    Numbers<T> weight;                       // what a score begins with: of softmax log2 of half that number, else 0; -inf for none
     Numbers<T> values, mean_values;          // rows of `width`
 
     // Room for all keys is taken here: by the thread that calls, from the memory that it has. A thread that takes its own keeps it.
-    Clusters(int64_t count, int64_t size, int64_t in_all)
-        : count(count), size(size), width(whole<T>(size)), panels((count + L - 1) / L), first(count + 1), panel(count + 1),
+    Clusters(int64_t count, int64_t size, int64_t in_all, bool of_softmax)
+        : of_softmax(of_softmax), count(count), size(size), width(whole<T>(size)), panels((count + L - 1) / L), first(count + 1), panel(count + 1),
           number(panels * L), weight(panels * L), mean_values(count * width), origins_(count * width), sums_(count * width),
           squares_(count * width) {
         means.resize(panels, size), variances.resize(panels, size);
@@ -104,7 +106,7 @@ template <class T> struct Clusters {
         const int64_t n = keys_of(c);
         for (int64_t lane = panel[c] * L + n; lane < panel[c + 1] * L; ++lane)
             keys.clear(lane), missing[lane] = -std::numeric_limits<T>::infinity();
-        if (n) number[c] = n, weight[c] = std::log2(T(n)) - 1;
+        if (n) number[c] = n, weight[c] = of_softmax ? std::log2(T(n)) - 1 : T(0);
         T *origin = &origins_[c * width], *sum = &sums_[c * width], *square = &squares_[c * width], *of_values = &mean_values[c * width];
         const T one = T(1) / std::max<int64_t>(n, 1);
 #pragma omp simd

@@ -1,4 +1,4 @@
-// Softmax attention on clusters of keys, those that a query does not take as one entry each: see tailed.py.
+// Attention on clusters of keys, those that a query does not take as one entry each: see tailed.py.
 //
 // Keys and values of a head are sorted by cluster and laid in panels once. A block of queries then goes over all clusters as if over
 // so many keys (their means, variances, numbers and mean values), which also gives it a number that the exponentials can be
@@ -9,6 +9,7 @@
 #include "boundary.hpp"
 #include "tailed.hpp"
 #include "tailed_backward.hpp"
+#include "tailed_entmax.hpp"
 
 namespace {
 
@@ -20,17 +21,17 @@ template <class T> class Forward {
    public:
     explicit Forward(const Problem &p) : b(p), out(Block<T>::SIZE * b.width), totals(Block<T>::SIZE * L), weights(ROWS_AT_ONCE * APART) {}
 
-    void operator()(const Clusters<T> &k, const T *q, int64_t q_row, const int64_t *ids, const uint8_t *valid, double level,
-                    int64_t begin, int64_t end, T *to, int64_t to_row, T *peaks) {
-        b.take(q, q_row, valid, begin, end);
-        in_rows<T>(b.count(), [&](int64_t row, auto R) { tail<decltype(R)::value>(k, ids, level, row); });
+    void operator()(const Clusters<T> &k, const Head<T> &t, int64_t begin, int64_t end, T *to, int64_t to_row, T *peaks) {
+        b.take(t, begin, end);
+        in_rows<T>(b.count(), [&](int64_t row, auto R) { tail<decltype(R)::value>(k, t, row); });
         for (int64_t c = 0; c < k.count; ++c)
             in_rows<T>(b.some_takers[c], [&](int64_t n, auto R) { exact<decltype(R)::value>(k, c, &b.takers[c * Block<T>::SIZE + n]); });
         for (int64_t i = begin; i < end; ++i)
-            if (!valid[i]) std::fill(to + i * to_row, to + i * to_row + b.size, T(0));
+            if (!t.valid[i]) std::fill(to + i * to_row, to + i * to_row + b.size, T(0));
         for (int64_t r = 0; r < b.count(); ++r) {
+            if (b.around.any()) beside(t, r);
             T total = sum_of(load(&totals[r * L]));
-            if (!(total < T(1e30))) total = again(k, r);
+            if (!(total < T(1e30))) total = again(k, t, r);
             const T one = total == 0 ? T(0) : 1 / total;
             T *own = to + b.rows[r] * to_row;
 #pragma omp simd
@@ -41,8 +42,8 @@ template <class T> class Forward {
     }
 
    private:
-    template <int R> void tail(const Clusters<T> &k, const int64_t *ids, double level, int64_t row) {
-        b.template weigh<R>(k, ids, level, row, &totals[row * L]);
+    template <int R> void tail(const Clusters<T> &k, const Head<T> &t, int64_t row) {
+        b.template weigh<R>(k, t, row, &totals[row * L]);
         in_pairs(0, b.width / L, [&](int64_t column, auto vectors) __attribute__((always_inline)) {
             constexpr int V = decltype(vectors)::value;
             Wide<T> sums[R][V] = {};
@@ -83,8 +84,20 @@ template <class T> class Forward {
         });
     }
 
+    void beside(const Head<T> &t, int64_t r) {
+        Wide<T> total = load(&totals[r * L]);
+        for (size_t n = 0; n < b.beside[r].size(); n += L) {
+            const Wide<T> e = power_of_two(load(&b.beside_scores[r][n]) - b.reference[r]);
+            total += e;
+            for (size_t lane = 0; lane < std::min<size_t>(L, b.beside[r].size() - n); ++lane)
+                add(&out[r * b.width], t.v + b.beside[r][n + lane] * t.v_row, T(e[lane]), b.size);
+        }
+        store(&totals[r * L], total);
+    }
+
     // A row whose exponentials were too large, some key far above all that its entries let expect: number by number, from its peak.
-    T again(const Clusters<T> &k, int64_t r) {
+    T again(const Clusters<T> &k, const Head<T> &t, int64_t r) {
+        if (b.around.any()) b.each_beside(t, r, [](int32_t, T) {});  // counts what is not in an entry
         const auto product = [&](const Numbers<T> &x, const Laid<T> &laid, int64_t n) {
             double sum = 0;
             for (int64_t d = 0; d < b.size; ++d)
@@ -93,13 +106,15 @@ template <class T> class Forward {
         };
         const auto each = [&](const auto &work) {  // score in log2 and values of every entry and key
             for (int64_t c = 0; c < k.count; ++c) {
-                if (!b.takes(r, c) && k.keys_of(c)) {
-                    const double middle = k.weight[c] + product(b.queries, k.means, c), spread = std::sqrt(product(b.squares, k.variances, c));
+                const double seen = b.around.any() ? b.around.seen(c) : 0;
+                if (!b.takes(r, c) && k.keys_of(c) > seen) {
+                    const double middle = std::log2((k.keys_of(c) - seen) / 2) + product(b.queries, k.means, c), spread = std::sqrt(product(b.squares, k.variances, c));
                     for (const double each : {middle + spread, middle - spread}) work(each, &k.mean_values[c * b.width]);
                 }
                 for (int64_t m = 0; b.takes(r, c) && m < k.keys_of(c); ++m)
                     work(product(b.queries, k.keys, k.panel[c] * L + m), &k.values[(k.first[c] + m) * b.width]);
             }
+            for (size_t n = 0; b.around.any() && n < b.beside[r].size(); ++n) work(b.beside_scores[r][n], t.v + b.beside[r][n] * t.v_row);
         };
         double peak = -std::numeric_limits<double>::infinity(), total = 0;
         each([&](double score, const T *) { peak = score > peak ? score : peak; });
@@ -115,62 +130,73 @@ template <class T> class Forward {
     }
 };
 
+template <class T> struct Softmax {
+    using Forwards = Forward<T>;
+    using Backwards = Backward<T>;
+};
+template <class T> struct Entmax {
+    using Forwards = EntmaxForward<T>;
+    using Backwards = EntmaxBackward<T>;
+};
+
 template <class T>
+Head<T> head_of(const Problem &p, int64_t part, const Rows<const T> &q, const Rows<const T> &k, const Rows<const T> &v) {
+    const int64_t example = part / p.heads, head = part % p.heads, of_keys = head / p.group;
+    return {q.at(example, head), k.at(example, of_keys), v.at(example, of_keys), q.row, k.row, v.row, p.q_ids + part * p.queries * p.slots,
+            p.query_valid + example * p.queries, p.levels ? p.levels[head] : 0.0, part};
+}
+
+template <class T> void take(Clusters<T> &clusters, const Problem &p, const Head<T> &t) {
+    clusters.take(t.k, t.k_row, t.v, t.v_row, p.k_ids + t.part * p.keys, p.key_valid + t.part / p.heads * p.keys, p.keys);
+}
+
+template <class T, class Kind>
 void forward(const Problem &p, Rows<const T> q, Rows<const T> k, Rows<const T> v, Rows<T> out, T *peaks) {
     const int64_t parts = p.batch * p.heads, at_once = std::min(parts, p.threads), some = Block<T>::SIZE;
     const int64_t blocks = (p.queries + some - 1) / some;
     std::vector<Clusters<T>> clusters;
-    for (int64_t n = 0; n < at_once; ++n) clusters.emplace_back(p.clusters, p.size, p.keys);
+    for (int64_t n = 0; n < at_once; ++n) clusters.emplace_back(p.clusters, p.size, p.keys, p.alpha == 1);
     Failure failure;
 #pragma omp parallel num_threads(p.threads)
     {
-        std::optional<Forward<T>> block;
+        std::optional<typename Kind::Forwards> block;
         failure.guard([&] { block.emplace(p); });
         for (int64_t part = 0; part < parts; part += at_once) {
             const int64_t here = std::min(at_once, parts - part);
 #pragma omp for schedule(dynamic)
-            for (int64_t n = 0; n < here; ++n)
-                failure.guard([&] {
-                    const int64_t example = (part + n) / p.heads, head = (part + n) % p.heads;
-                    clusters[n].take(k.at(example, head / p.group), k.row, v.at(example, head / p.group), v.row, p.k_ids + (part + n) * p.keys,
-                                     p.key_valid + example * p.keys, p.keys);
-                });
+            for (int64_t n = 0; n < here; ++n) failure.guard([&] { take(clusters[n], p, head_of(p, part + n, q, k, v)); });
 #pragma omp for schedule(dynamic)
             for (int64_t n = 0; n < here * blocks; ++n)
                 failure.guard([&] {
-                    const int64_t own = part + n / blocks, example = own / p.heads, head = own % p.heads, begin = n % blocks * some;
-                    (*block)(clusters[n / blocks], q.at(example, head), q.row, p.q_ids + own * p.queries * p.slots,
-                             p.query_valid + example * p.queries, p.levels ? p.levels[head] : 0.0, begin,
-                             std::min(begin + some, p.queries), out.at(example, head), out.row, peaks + own * p.queries);
+                    const int64_t own = part + n / blocks, begin = n % blocks * some;
+                    (*block)(clusters[n / blocks], head_of(p, own, q, k, v), begin, std::min(begin + some, p.queries),
+                             out.at(own / p.heads, own % p.heads), out.row, peaks + own * p.queries);
                 });
         }
     }
     failure.rethrow();
 }
 
-template <class T>
+template <class T, class Kind>
 void backward(const Problem &p, Rows<const T> q, Rows<const T> k, Rows<const T> v, Rows<const T> out, Rows<const T> gradient,
               Rows<T> dq, Rows<T> dk, Rows<T> dv, const T *peaks) {
     const int64_t key_heads = p.heads / p.group;
     Failure failure;
 #pragma omp parallel num_threads(p.threads)
     {
-        std::optional<Backward<T>> work;
+        std::optional<typename Kind::Backwards> work;
         std::optional<Clusters<T>> clusters;
-        failure.guard([&] { work.emplace(p), clusters.emplace(p.clusters, p.size, p.keys); });
+        failure.guard([&] { work.emplace(p), clusters.emplace(p.clusters, p.size, p.keys, p.alpha == 1); });
 #pragma omp for schedule(dynamic)
         for (int64_t n = 0; n < p.batch * key_heads; ++n)
             failure.guard([&] {
                 const int64_t example = n / key_heads, of_keys = n % key_heads;
                 for (int64_t head = of_keys * p.group; head < (of_keys + 1) * p.group; ++head) {
                     const int64_t own = example * p.heads + head;
-                    clusters->take(k.at(example, of_keys), k.row, v.at(example, of_keys), v.row, p.k_ids + own * p.keys,
-                                   p.key_valid + example * p.keys, p.keys);
-                    (*work)(*clusters, p.q_ids + own * p.queries * p.slots, p.query_valid + example * p.queries,
-                            p.levels ? p.levels[head] : 0.0,
-                            {q.at(example, head), k.at(example, of_keys), v.at(example, of_keys), out.at(example, head),
-                             gradient.at(example, head), peaks + own * p.queries, q.row, k.row, v.row, out.row, gradient.row,
-                             dq.at(example, head), dk.at(example, of_keys), dv.at(example, of_keys), dq.row, dk.row, dv.row});
+                    const Head<T> t = head_of(p, own, q, k, v);
+                    take(*clusters, p, t);
+                    (*work)(*clusters, t, {out.at(example, head), gradient.at(example, head), peaks + own * p.queries, out.row, gradient.row,
+                                           dq.at(example, head), dk.at(example, of_keys), dv.at(example, of_keys), dq.row, dk.row, dv.row});
                 }
             });
     }
@@ -182,16 +208,18 @@ void backward(const Problem &p, Rows<const T> q, Rows<const T> k, Rows<const T> 
 #define FUNCTIONS(T, NAME)                                                                                                         \
     int forward_##NAME(const Problem *p, const Rows<const T> *q, const Rows<const T> *k, const Rows<const T> *v, const Rows<T> *out, \
                        T *peaks) {                                                                                                  \
-        return status_of([&] { forward<T>(*p, *q, *k, *v, *out, peaks); });                                                         \
+        return status_of([&] { (p->alpha == 1 ? forward<T, Softmax<T>> : forward<T, Entmax<T>>)(*p, *q, *k, *v, *out, peaks); });      \
     }                                                                                                                               \
     int backward_##NAME(const Problem *p, const Rows<const T> *q, const Rows<const T> *k, const Rows<const T> *v,                    \
                         const Rows<const T> *out, const Rows<const T> *gradient, const Rows<T> *dq, const Rows<T> *dk,               \
                         const Rows<T> *dv, const T *peaks) {                                                                        \
-        return status_of([&] { backward<T>(*p, *q, *k, *v, *out, *gradient, *dq, *dk, *dv, peaks); });                              \
+        return status_of([&] {                                                                                                      \
+            (p->alpha == 1 ? backward<T, Softmax<T>> : backward<T, Entmax<T>>)(*p, *q, *k, *v, *out, *gradient, *dq, *dk, *dv, peaks); \
+        });                                                                                                                         \
     }
 
 extern "C" {
 FUNCTIONS(float, float32)
 FUNCTIONS(double, float64)
-int64_t layout(int64_t n) { return layout_of<Problem, Rows<float>>(1, n); }
+int64_t layout(int64_t n) { return layout_of<Problem, Rows<float>>(2, n); }
 }

@@ -9,18 +9,29 @@
 #include <vector>
 
 #include "clusters.hpp"
+#include "surroundings.hpp"
+#include "vectors.hpp"
 #include "wide.hpp"
 
-// the same fields, in this order, in tailed.py
-struct Problem {
-    int64_t batch, heads, group, queries, keys, size;  // B, H, heads that share one of keys, N_q, N_k, D
-    int64_t slots, clusters, threads;                  // P, C
-    const int64_t *q_ids, *k_ids;               // (B, H, N_q, P), (B, H, N_k); -1 for none
-    const uint8_t *query_valid, *key_valid;     // (B, N_q), (B, N_k)
-    const double *levels;                       // (H): a query takes clusters by their entries instead of q_ids; null: it does not
+constexpr double LOG2_E = 1.4426950408889634;
+
+// one head of queries and its keys
+template <class T> struct Head {
+    const T *q, *k, *v;
+    int64_t q_row, k_row, v_row;
+    const int64_t *ids;    // clusters of each query
+    const uint8_t *valid;  // queries
+    double level;
+    int64_t part;          // which example and head
 };
 
-constexpr double LOG2_E = 1.4426950408889634;
+// and what is read and written backward, besides
+template <class T> struct Gradients {
+    const T *out, *gradient, *peaks;
+    int64_t out_row, gradient_row;
+    T *dq, *dk, *dv;
+    int64_t dq_row, dk_row, dv_row;
+};
 
 template <class T> class Block {
    public:
@@ -28,28 +39,34 @@ template <class T> class Block {
     static constexpr int64_t SIZE = 512;  // queries: theirs and what is summed up for them stays in the second cache
 
     const Problem &p;
+    const T scale;  // of products of queries and keys: to scores in log2, or times alpha - 1 as entmax has them
     const int64_t size, width, chunks, groups;  // D, D in whole vectors, D and C in APARTs
     std::vector<int32_t> rows;                  // tokens
-    Numbers<T> queries, squares;                // chunk by chunk rows of APART, for scores in log2
+    Numbers<T> queries, squares;                // chunk by chunk rows of APART, times the scale
     Numbers<T> reference;                       // of the exponentials of each row
     // of some rows, group by group rows of APART: log2 n/2 + m, s, and n cosh(s) exp(m) beside the reference, 0 if it is taken
     Numbers<T> scores, spreads, entries;
     std::vector<uint64_t> taken;                // bits of each row
     std::vector<int32_t> takers, some_takers;   // of cluster c the first some_takers[c] at c · SIZE
+    Surroundings around;
+    std::vector<std::vector<int32_t>> beside;   // the keys that a row sees beside its clusters
+    std::vector<std::vector<T>> beside_scores;  // and what is made of them: scores, filled up with -inf to whole vectors
 
     explicit Block(const Problem &p)
-        : p(p), size(p.size), width(whole<T>(size)), chunks((size + APART - 1) / APART), groups((p.clusters + APART - 1) / APART),
+        : p(p), scale(T((p.alpha == 1 ? LOG2_E : p.alpha - 1) / std::sqrt(double(p.size)))), size(p.size), width(whole<T>(size)), chunks((size + APART - 1) / APART), groups((p.clusters + APART - 1) / APART),
           queries(chunks * SIZE * APART), squares(chunks * SIZE * APART), reference(SIZE), scores(groups * ROWS_AT_ONCE * APART),
           spreads(groups * ROWS_AT_ONCE * APART), entries(groups * ROWS_AT_ONCE * APART), taken(SIZE * words()), takers(p.clusters * SIZE), some_takers(p.clusters),
-          packed_(chunks * ROWS_AT_ONCE * APART) {}
+          around(p), beside(around.any() ? SIZE : 0), beside_scores(beside.size()), packed_(chunks * ROWS_AT_ONCE * APART) {}
 
     int64_t count() const { return rows.size(); }
 
-    void take(const T *q, int64_t q_row, const uint8_t *valid, int64_t begin, int64_t end) {
+    void take(const Head<T> &t, int64_t begin, int64_t end) {
+        const T *q = t.q;
+        const int64_t q_row = t.q_row;
         rows.clear();
+        around.take(t.part);
         for (int64_t i = begin; i < end; ++i)
-            if (valid[i]) rows.push_back(i);
-        const T scale = T(LOG2_E / std::sqrt(double(size)));
+            if (t.valid[i]) rows.push_back(i);
         for (int64_t r = 0; r < count(); ++r)
             for (int64_t chunk = 0; chunk < chunks; ++chunk) {
                 const T *from = q + rows[r] * q_row + chunk * APART;
@@ -62,8 +79,8 @@ template <class T> class Block {
         std::fill(some_takers.begin(), some_takers.end(), 0);
     }
 
-    // Scores and entries of R rows from `row` on, which clusters these take, and `totals[r · L ...]`, the sums of the entries.
-    template <int R> ALWAYS_INLINE void weigh(const Clusters<T> &k, const int64_t *ids, double level, int64_t row, T *totals) {
+    // Scores and spreads of R rows from `row` on.
+    template <int R> ALWAYS_INLINE void score(const Clusters<T> &k, int64_t row) {
         in_pairs(0, k.panels, [&](int64_t panel, auto vectors) __attribute__((always_inline)) {
             constexpr int V = decltype(vectors)::value;
             Wide<T> sums[R][V] = {};
@@ -81,7 +98,41 @@ template <class T> class Block {
             for (int r = 0; r < R; ++r)
                 for (int v = 0; v < V; ++v) store(&scores[at(r, (panel + v) * L)], sums[r][v]);
         });
-        for (int r = 0; r < R; ++r) choose(k, ids, level, row, r, totals + r * L);
+    }
+
+    // The same, and of softmax the entries, which clusters these rows take, and `totals[r · L ...]`, the sums of the entries.
+    template <int R> ALWAYS_INLINE void weigh(const Clusters<T> &k, const Head<T> &t, int64_t row, T *totals) {
+        score<R>(k, row);
+        for (int r = 0; r < R; ++r) choose(k, t, row, r, totals + r * L);
+    }
+
+    // What a row takes is known: the row joins the takers of these clusters.
+    void join(int64_t row) {
+        for (int64_t word = 0; word < words(); ++word)
+            for (uint64_t left = taken[row_word(row) + word]; left; left &= left - 1) {
+                const int64_t c = word * 64 + __builtin_ctzll(left);
+                takers[c * SIZE + some_takers[c]++] = row;
+            }
+    }
+    void by_all(const Clusters<T> &k, uint64_t *bits) const {
+        std::fill(bits, bits + words(), 0);
+        for (int64_t c = 0; c < k.count; ++c) bits[c / 64] |= uint64_t(k.keys_of(c) > 0) << c % 64;
+    }
+    // What a row takes is known: `work(key, product)` for the keys that it sees besides.
+    template <class F> void each_beside(const Head<T> &t, int64_t row, const F &work) {
+        around.look(rows[row], [&](int64_t c) { return takes(row, c); });
+        for (const int32_t j : around.keys) {
+            T x = 0;
+            each_chunk([&](int64_t chunk, int64_t some) {
+                x += dot<T>(&queries[(chunk * SIZE + row) * APART], t.k + j * t.k_row + chunk * APART, some);
+            });
+            work(j, x);
+        }
+    }
+    void by_ids(const Clusters<T> &k, const int64_t *ids, uint64_t *bits) const {
+        std::fill(bits, bits + words(), 0);
+        for (int64_t slot = 0; slot < p.slots; ++slot)
+            if (const int64_t c = ids[slot]; c >= 0 && c < p.clusters && k.keys_of(c)) bits[c / 64] |= uint64_t(1) << c % 64;
     }
 
     // sums[r][v] += the entries of row r times the rows of `x`, one for each cluster, from `column` on
@@ -106,8 +157,10 @@ template <class T> class Block {
     // where the entry of row r and cluster c is
     static int64_t at(int64_t r, int64_t c) { return (c / APART * ROWS_AT_ONCE + r) * APART + c % APART; }
     uint32_t lanes(int64_t row, int64_t c) const { return lanes(&taken[row * words()], c); }
+    static uint32_t lanes(const uint64_t *bits, int64_t c) { return uint32_t(bits[c / 64] >> c % 64) & ((1u << L) - 1); }
     bool takes(int64_t row, int64_t c) const { return taken[row * words() + c / 64] >> c % 64 & 1; }
     int64_t words() const { return (p.clusters + 63) / 64; }
+    int64_t row_word(int64_t row) const { return row * words(); }
 
     template <class F> ALWAYS_INLINE void each_chunk(const F &work) const {
         for (int64_t chunk = 0; chunk < chunks; ++chunk) work(chunk, std::min(APART, size - chunk * APART));
@@ -116,41 +169,54 @@ template <class T> class Block {
    private:
     Numbers<T> packed_;  // queries that take a cluster
 
-    void choose(const Clusters<T> &k, const int64_t *ids, double level, int64_t row, int64_t r, T *totals) {
+    void choose(const Clusters<T> &k, const Head<T> &t, int64_t row, int64_t r, T *totals) {
         Wide<T> most = all_of(-std::numeric_limits<T>::infinity());
         for (int64_t c = 0; c < k.panels * L; c += L) most = larger<T>(load(&scores[at(r, c)]) + load(&spreads[at(r, c)]), most);
         T peak = std::max(largest_of(most), std::numeric_limits<T>::lowest());
         Wide<T> total = exponentials(k, r, peak);
         uint64_t *bits = &taken[row_word(row + r)], any = 0;
-        if (p.levels)
-            by_level(k, r, level, sum_of(total), bits);
+        if (around.hears_all(rows[row + r]))
+            by_all(k, bits);
+        else if (p.levels)
+            by_level(k, r, t.level, sum_of(total), bits);
         else
-            by_ids(k, ids + rows[row + r] * p.slots, bits);
+            by_ids(k, t.ids + rows[row + r] * p.slots, bits);
         for (int64_t word = 0; word < words(); ++word) any |= bits[word];
+        T most_beside = std::numeric_limits<T>::lowest();
+        if (around.any()) {
+            most_beside = look_around(k, t, row + r, r);
+            any = 1, peak = std::max(peak, most_beside), exponentials(k, r, peak);
+        }
         if (any) {
             // An entry may be far larger than all keys of its cluster; the mean of their scores is below the largest of them.
             Wide<T> low = all_of(std::numeric_limits<T>::lowest());
             for (int64_t c = 0; c < k.panels * L; c += L)
                 low = larger<T>(load(&scores[at(r, c)]) + without(load(&spreads[at(r, c)]), lanes(bits, c)), low);
-            if (const T bound = largest_of(low); peak - bound > T(60)) peak = bound, exponentials(k, r, peak);
+            if (const T bound = std::max(largest_of(low), most_beside); peak - bound > T(60)) peak = bound, exponentials(k, r, peak);
             total = Wide<T>{};
             for (int64_t c = 0; c < k.panels * L; c += L) {
                 const Wide<T> e = without(load(&entries[at(r, c)]), lanes(bits, c));
                 store(&entries[at(r, c)], e);
                 total += e;
             }
-            for (int64_t word = 0; word < words(); ++word)
-                for (uint64_t left = bits[word]; left; left &= left - 1) {
-                    const int64_t c = word * 64 + __builtin_ctzll(left);
-                    takers[c * SIZE + some_takers[c]++] = row + r;
-                }
+            join(row + r);
         }
         reference[row + r] = peak;
         store(totals, total);
     }
 
-    int64_t row_word(int64_t row) const { return row * words(); }
-    uint32_t lanes(const uint64_t *bits, int64_t c) const { return uint32_t(bits[c / 64] >> c % 64) & ((1u << L) - 1); }
+
+    // Keys beside the clusters that row r of these, `row` of all, takes: they are taken off its entries. The largest of their scores.
+    T look_around(const Clusters<T> &k, const Head<T> &t, int64_t row, int64_t r) {
+        T most = std::numeric_limits<T>::lowest();
+        beside[row].clear(), beside_scores[row].clear();
+        each_beside(t, row, [&](int32_t j, T score) {
+            beside[row].push_back(j), beside_scores[row].push_back(score), most = std::max(most, score);
+        });
+        beside_scores[row].resize(whole<T>(beside[row].size()), -std::numeric_limits<T>::infinity());
+        for (const int32_t c : around.clusters) scores[at(r, c)] += std::log2((k.number[c] - around.seen(c)) / k.number[c]);
+        return most;
+    }
 
     Wide<T> exponentials(const Clusters<T> &k, int64_t r, T peak) {
         Wide<T> total{};
@@ -169,10 +235,5 @@ template <class T> class Block {
         std::fill(bits, bits + words(), 0);
         for (int64_t c = 0; c < k.panels * L; c += L)
             bits[c / 64] |= uint64_t(greater(load(&entries[at(r, c)]) * load(&spreads[at(r, c)]), load(&k.number[c]) * bound)) << c % 64;
-    }
-    void by_ids(const Clusters<T> &k, const int64_t *ids, uint64_t *bits) const {
-        std::fill(bits, bits + words(), 0);
-        for (int64_t slot = 0; slot < p.slots; ++slot)
-            if (const int64_t c = ids[slot]; c >= 0 && c < p.clusters && k.keys_of(c)) bits[c / 64] |= uint64_t(1) << c % 64;
     }
 };

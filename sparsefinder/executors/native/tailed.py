@@ -1,10 +1,13 @@
-"""Softmax attention on clusters of keys in C++, those that a query does not take as one entry each: the fast way on a CPU.
+"""Attention on clusters of keys in C++, those that a query does not take as one entry each: the fast way on a CPU.
 
 `sparsefinder.executors.native.bucketed` multiplies a query at a time with keys that lie anywhere. Here the keys and values of a
 head are sorted by cluster once and laid in panels, as are the means, variances and mean values of the clusters; a block of
 queries goes over the clusters as if these were keys, and then, cluster after cluster, those queries that take it go over its
 keys together. All products are of a few queries with a panel of keys whose sums stay in registers, exponentials are taken lane
 by lane, and the number that they are compared with is known from the entries before a key is looked at.
+
+With entmax a row keeps what may lie above its threshold, which the entries bound from below, and nothing else. Keys of a window
+and global ones are multiplied besides, and taken off the entries that they lie in.
 
 Which clusters a query takes is given, or it is decided here from the entries themselves (`sparsefinder.patterns.refined`),
 which are known by then: so routing costs a comparison an entry.
@@ -25,24 +28,25 @@ from torch.autograd.function import once_differentiable
 from sparsefinder.executors.native.bucketed import pairs
 from sparsefinder.executors.native.library import DTYPES, LONG, POINTER, Library, Rows, with_rows
 from sparsefinder.executors.workload import Work
-from sparsefinder.graphs import QK, Buckets, ChosenBuckets, Layout
+from sparsefinder.graphs import QK, ChosenBuckets, Layout
 from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.numerics.padding import exactly
 
 
 class _Problem(ctypes.Structure):
-    """``Problem`` of tailed.hpp: the same fields in the same order."""
+    """``Problem`` of surroundings.hpp: the same fields in the same order."""
 
     _fields_ = [
         *(
             (name, LONG)
-            for name in ("batch", "heads", "group", "queries", "keys", "size", "slots", "clusters", "threads")
+            for name in ("batch", "heads", "group", "queries", "keys", "size", "slots", "clusters", "threads", "reach")
         ),
-        *((name, POINTER) for name in ("q_ids", "k_ids", "query_valid", "key_valid", "levels")),
+        *((name, POINTER) for name in ("q_ids", "k_ids", "query_valid", "key_valid", "is_global", "levels")),
+        ("alpha", ctypes.c_double),
     ]
 
 
-_LIBRARY = Library("tailed", 1, (_Problem, Rows), wide=True)
+_LIBRARY = Library("tailed", 2, (_Problem, Rows), wide=True)
 
 
 class TailedExecutor:
@@ -56,52 +60,54 @@ class TailedExecutor:
         if work is not None:
             if not work.tail:
                 return "multiplies layouts with a tail, and this one has none"
-            if work.alpha != 1.0:
-                return f"its normalizer is softmax, not entmax with alpha={work.alpha}"
             if work.causal:
                 return "its clusters are those of the whole sentence, which causal attention must not see"
-            if work.surrounded:
-                return "knows no window and no global tokens"
         return _LIBRARY.why_not(work)
 
     def attend(self, qk: QK, v: Tensor, layout: Layout, normalizer: Normalizer) -> Tensor:
         """``v (B, H_k, N_k, D)`` and vectors without what padding contained → ``(B, H, N_q, D)`` in the dtype of ``v``."""
-        return attend(qk, v, layout)
+        return attend(qk, v, layout, normalizer.alpha)
 
     def computed_pairs(self, qk: QK, layout: Layout) -> Tensor:
         """Pairs that are multiplied, ``(B, H)`` int64; an entry of a tail is one too."""
         return pairs(qk, layout) + qk.q.shape[2] * layout.entries
 
 
-def attend(qk: QK, v: Tensor, layout: Layout) -> Tensor:
-    """Softmax attention on a layout with a tail, differentiable once in queries, keys and values.
+def attend(qk: QK, v: Tensor, layout: Layout, alpha: float = 1.0) -> Tensor:
+    """Attention on a layout with a tail, differentiable once in queries, keys and values.
 
     Padding and queries without a key get zeros.
 
     Args:
         qk: queries ``(B, H, N_q, D)`` and keys ``(B, H_k, N_k, D)`` of any floating point, on a CPU, zeros on padding.
         v: of the shape of the keys, the same.
-        layout: with a tail, buckets alone.
+        layout: with a tail.
+        alpha: of the normalizer, from 1, softmax, to 2.
 
     Returns:
         ``(B, H, N_q, D)`` in the dtype of ``v``, its memory ``(B, N_q, H, D)``, as that of torch's attention.
     """
     if v.shape != qk.k.shape:
         raise ValueError(f"values must be of the shape of the keys, {tuple(qk.k.shape)}, got {tuple(v.shape)}")
-    assert layout.buckets is not None
-    assert layout.tail
-    result: Tensor = _Attend.apply(*exactly(qk.q, qk.k, v), _Run(layout.buckets, qk))
+    result: Tensor = _Attend.apply(*exactly(qk.q, qk.k, v), _Run(layout, qk, alpha))
     return result.to(v.dtype)
 
 
 class _Run:
-    """One call of a function of the library: clusters of tokens, without their vectors."""
+    """One call of a function of the library: a layout of tokens, without their vectors."""
 
-    def __init__(self, buckets: Buckets, qk: QK):
+    def __init__(self, layout: Layout, qk: QK, alpha: float):
+        assert layout.buckets is not None
+        assert layout.tail
+        if layout.window or layout.is_global is not None:
+            qk.one_text("a window or global tokens")
+        buckets, self.alpha = layout.buckets, alpha
         self.shape, self.group, self.count = qk.graph_shape, qk.group, buckets.count
+        self.reach = layout.window // 2 if layout.window else -1
+        self.is_global = None if layout.is_global is None else layout.is_global.expand_as(qk.valid).contiguous()
         batch, heads, queries, keys = self.shape
         self.levels, q_ids = None, torch.empty(batch, heads, 1, 0, dtype=torch.int64)
-        if isinstance(buckets, ChosenBuckets) and buckets.alpha == 1.0:  # here, by the entries as softmax weighs them
+        if isinstance(buckets, ChosenBuckets) and buckets.alpha == alpha:  # here, by what the entries weigh anyway
             self.levels = buckets.levels.to(torch.float64).expand(heads).contiguous()
         else:
             q_ids = buckets.q_ids
@@ -116,9 +122,10 @@ class _Run:
         batch, heads, queries, keys = self.shape
         problem = _Problem(
             *(batch, heads, self.group, queries, keys, tensors[0].shape[-1]),
-            *(self.q_ids.shape[-1], self.count, torch.get_num_threads()),
+            *(self.q_ids.shape[-1], self.count, torch.get_num_threads(), self.reach),
             *(x.data_ptr() for x in (self.q_ids, self.k_ids, *self.masks)),
-            None if self.levels is None else self.levels.data_ptr(),
+            *(None if x is None else x.data_ptr() for x in (self.is_global, self.levels)),
+            self.alpha,
         )
         arguments = (Rows.of(x) if x.ndim == 4 else POINTER(x.data_ptr()) for x in tensors)
         _LIBRARY.call(f"{function}_{DTYPES[tensors[0].dtype]}", ctypes.byref(problem), *arguments)

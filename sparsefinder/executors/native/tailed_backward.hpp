@@ -35,34 +35,29 @@ template <class T> class Backward {
           slopes(SOME * across), bends(SOME * across), own_slopes(b.groups * ROWS_AT_ONCE * APART), own_bends(b.groups * ROWS_AT_ONCE * APART), key_weights(SOME * APART), key_slopes(SOME * APART),
           gathered_queries(b.chunks * SOME * APART), gathered_pulls(b.chunks * SOME * APART) {}
 
-    struct Tensors {  // of one head
-        const T *q, *k, *v, *out, *gradient, *peaks;
-        int64_t q_row, k_row, v_row, out_row, gradient_row;
-        T *dq, *dk, *dv;
-        int64_t dq_row, dk_row, dv_row;
-    };
-
-    void operator()(const Clusters<T> &k, const int64_t *ids, const uint8_t *valid, double level, const Tensors &t) {
+    void operator()(const Clusters<T> &k, const Head<T> &t, const Gradients<T> &g) {
         lay(k, t);
         for (int64_t begin = 0; begin < b.p.queries; begin += SOME) {
-            b.take(t.q, t.q_row, valid, begin, std::min(begin + SOME, b.p.queries));
-            pull(t);
-            in_rows<T>(b.count(), [&](int64_t row, auto R) { of_clusters<decltype(R)::value>(k, ids, level, row); });
+            b.take(t, begin, std::min(begin + SOME, b.p.queries));
+            pull(g);
+            in_rows<T>(b.count(), [&](int64_t row, auto R) { of_clusters<decltype(R)::value>(k, t, row); });
             sum_up(weights, across, b.count(), k.count, pulls, SIZE, &d_mean_values[0]);
             sum_up(slopes, across, b.count(), k.count, b.queries, SIZE, &d_means[0]);
             sum_up(bends, across, b.count(), k.count, b.squares, SIZE, &d_variances[0]);
             for (int64_t c = 0; c < k.count; ++c)
                 if (b.some_takers[c]) of_keys(k, c, &b.takers[c * SIZE], b.some_takers[c]);
             const T root = T(1 / std::sqrt(double(b.size)));
+            if (b.around.any())
+                for (int64_t r = 0; r < b.count(); ++r) of_keys_beside(t, g, r, root);
             for (int64_t r = 0; r < b.count(); ++r)
                 for (int64_t x = 0; x < b.size; ++x)
-                    t.dq[b.rows[r] * t.dq_row + x] = root * (d_queries[r * width + x] + 2 * t.q[b.rows[r] * t.q_row + x] * root * d_squares[r * width + x]);
+                    g.dq[b.rows[r] * g.dq_row + x] = root * (d_queries[r * width + x] + 2 * t.q[b.rows[r] * t.q_row + x] * root * d_squares[r * width + x]);
         }
-        hand_out(k, t);
+        hand_out(k, g);
     }
 
    private:
-    void lay(const Clusters<T> &k, const Tensors &t) {
+    void lay(const Clusters<T> &k, const Head<T> &t) {
         const int64_t keys = k.first[k.count];
         laid_values.resize(k.panel[k.count], b.size), laid_mean_values.resize(k.panels, b.size);
         for (Numbers<T> *each : {&key_rows, &d_keys, &d_values}) each->resize(keys * width);
@@ -81,7 +76,7 @@ template <class T> class Backward {
         }
     }
 
-    void pull(const Tensors &t) {
+    void pull(const Gradients<T> &t) {
         for (int64_t r = 0; r < b.count(); ++r) {
             const T *from = t.gradient + b.rows[r] * t.gradient_row, *out = t.out + b.rows[r] * t.out_row;
             T product = 0;
@@ -93,9 +88,9 @@ template <class T> class Backward {
         }
     }
 
-    template <int R> void of_clusters(const Clusters<T> &k, const int64_t *ids, double level, int64_t row) {
+    template <int R> void of_clusters(const Clusters<T> &k, const Head<T> &t, int64_t row) {
         T totals[R * L];
-        b.template weigh<R>(k, ids, level, row, totals);
+        b.template weigh<R>(k, t, row, totals);
         in_pairs(0, k.panels, [&](int64_t panel, auto vectors) __attribute__((always_inline)) {
             constexpr int V = decltype(vectors)::value;
             Wide<T> sums[R][V] = {};
@@ -167,6 +162,19 @@ template <class T> class Backward {
         });
     }
 
+    void of_keys_beside(const Head<T> &t, const Gradients<T> &g, int64_t r, T root) {
+        const T *q = t.q + b.rows[r] * t.q_row, *gradient = g.gradient + b.rows[r] * g.gradient_row;
+        for (size_t n = 0; n < b.beside[r].size(); n += L) {
+            const Wide<T> found = power_of_two(load(&b.beside_scores[r][n]) - peaks[r]);
+            for (size_t lane = 0; lane < std::min<size_t>(L, b.beside[r].size() - n); ++lane) {
+                const int64_t j = b.beside[r][n + lane];
+                const T weight = found[lane], slope = weight * (dot<T>(gradient, t.v + j * t.v_row, b.size) - along[r]);
+                add(&d_queries[r * width], t.k + j * t.k_row, slope, b.size);
+                add(g.dk + j * g.dk_row, q, slope * root, b.size), add(g.dv + j * g.dv_row, gradient, weight, b.size);
+            }
+        }
+    }
+
     template <int R, int V> void of_panels(const Clusters<T> &k, const int32_t *who, int64_t n, int64_t panel, int64_t key, int64_t keys) {
         Wide<T> scores[R][V], pulled[R][V] = {};
         for (int r = 0; r < R; ++r)
@@ -197,7 +205,7 @@ template <class T> class Backward {
     }
 
     // a key's own gradients, and its share of those of its cluster's mean, variance and mean value
-    void hand_out(const Clusters<T> &k, const Tensors &t) {
+    void hand_out(const Clusters<T> &k, const Gradients<T> &t) {
         const T back = T(1 / LOG2_E);  // queries are kept times log2 e
         for (int64_t c = 0; c < k.count; ++c)
             for (int64_t n = k.first[c]; n < k.first[c + 1]; ++n) {

@@ -1,0 +1,185 @@
+// Entmax on clusters with a tail: which keys and which halves of entries of a query lie above its threshold, and that threshold.
+//
+// Whatever else a row holds, its threshold is not below that of a part of it: so the entries, which are known first, say which keys
+// need not be kept, and most are gone where they were multiplied.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "clusters.hpp"
+#include "entmax.hpp"
+#include "tailed.hpp"
+
+template <class T> class Support {
+    static constexpr int64_t L = LANES_OF<T>, SIZE = Block<T>::SIZE;
+
+   public:
+    struct Entry {
+        int32_t cluster;
+        T middle, spread, half;  // in x = (alpha - 1) score, and half of the keys that it stands for
+    };
+    struct Row {
+        bool undefined;  // some entry is no number
+        std::vector<T> x;
+        std::vector<int32_t> tokens;
+        std::vector<Entry> entries;
+    };
+
+    Block<T> b;
+    std::vector<Row> rows;
+
+    explicit Support(const Problem &p)
+        : b(p), rows(SIZE), alpha_(p.alpha), lowest_(-std::pow(T(2), T(p.alpha - 1))), flat_(b.words()) {}
+
+    // What of queries `begin` to `end` may lie above their thresholds; above the `thresholds` where these are known.
+    void gather(const Clusters<T> &k, const Head<T> &t, int64_t begin, int64_t end, const T *thresholds) {
+        b.take(t, begin, end);
+        in_rows<T>(b.count(), [&](int64_t row, auto number) {
+            constexpr int R = decltype(number)::value;
+            b.template score<R>(k, row);
+            for (int r = 0; r < R; ++r) begin_row(k, t, row + r, r, thresholds);
+        });
+        for (int64_t c = 0; c < k.count; ++c)
+            in_rows<T>(b.some_takers[c], [&](int64_t n, auto R) { exact<decltype(R)::value>(k, c, &b.takers[c * SIZE + n]); });
+    }
+
+    // The threshold of a row: infinity where it sees nothing, NaN where something is no number.
+    T threshold(const Row &row) {
+        below_.clear(), copies_.clear();
+        for (const Entry &e : row.entries) put(e.middle + e.spread, e.half), put(e.middle - e.spread, e.half);
+        for (const T x : row.x) put(x, T(1));
+        if (row.undefined) return std::numeric_limits<T>::quiet_NaN();
+        if (below_.empty()) return std::numeric_limits<T>::infinity();
+        return solve();
+    }
+
+   private:
+    const double alpha_;
+    const T lowest_;  // of a threshold below the largest x, where that may be of half a key
+    std::vector<uint64_t> flat_;  // clusters whose spread is left out of a bound
+    std::vector<std::pair<int32_t, T>> besides_;  // keys beside the clusters of a row, and their x
+    std::vector<T> below_, copies_;
+
+    void put(T x, T copies) { below_.push_back(x), copies_.push_back(copies); }
+
+    // of what was put
+    T solve() {
+        T peak = below_[0];
+        for (const T x : below_) peak = x > peak || x != x ? x : peak;
+        if (peak != peak) return peak;
+        for (T &x : below_) x -= peak;
+        return peak + threshold_of(below_.data(), below_.size(), alpha_, [&](int64_t n) { return copies_[n]; }, lowest_);
+    }
+
+    void begin_row(const Clusters<T> &k, const Head<T> &t, int64_t row, int64_t r, const T *thresholds) {
+        const int64_t i = b.rows[row];
+        uint64_t *bits = &b.taken[b.row_word(row)];
+        Row &own = rows[row];
+        own.x.clear(), own.tokens.clear(), own.entries.clear();
+        if (b.around.hears_all(i))
+            b.by_all(k, bits);
+        else if (b.p.levels)
+            by_level(k, r, t.level, bits);
+        else
+            b.by_ids(k, t.ids + i * b.p.slots, bits);
+        b.join(row);
+        std::copy(bits, bits + b.words(), flat_.begin());
+        besides_.clear();
+        if (b.around.any()) {
+            b.each_beside(t, row, [&](int32_t j, T x) { besides_.emplace_back(j, x); });
+            for (const int32_t c : b.around.clusters) flat_[c / 64] |= uint64_t(1) << c % 64;
+        }
+        T floor = thresholds ? thresholds[i] : bound(k, r, own.undefined);
+        list(k, r, bits, floor, own);
+        if (!thresholds) floor = raised(own, floor);
+        b.reference[row] = floor;
+        for (const auto &[j, x] : besides_)
+            if (!(x <= floor)) own.x.push_back(x), own.tokens.push_back(j);
+    }
+
+    // Below the threshold: the largest key of a cluster is not below their mean, and the higher half of an entry is not either.
+    T bound(const Clusters<T> &k, int64_t r, bool &undefined) const {
+        Wide<T> most = all_of(-std::numeric_limits<T>::infinity());
+        undefined = false;
+        for (int64_t c = 0; c < k.panels * L; c += L) {
+            const Wide<T> middle = load(&b.scores[b.at(r, c)]);
+            most = larger<T>(middle + without(load(&b.spreads[b.at(r, c)]), Block<T>::lanes(flat_.data(), c)), most);
+            const auto bad = middle != middle;
+            for (int64_t lane = 0; lane < L; ++lane) undefined |= bad[lane] != 0;
+        }
+        return largest_of(most) + lowest_ * T(1.001);
+    }
+
+    // entries of which a half is above the floor
+    void list(const Clusters<T> &k, int64_t r, const uint64_t *bits, T floor, Row &own) const {
+        for (int64_t c = 0; c < k.panels * L; c += L) {
+            const int64_t at = b.at(r, c);
+            const Wide<T> high = load(&b.scores[at]) + load(&b.spreads[at]);
+            for (uint32_t left = greater(high, all_of(floor)) & ~Block<T>::lanes(bits, c); left; left &= left - 1) {
+                const int64_t lane = __builtin_ctz(left);
+                const T number = k.number[c + lane] - (b.around.any() ? b.around.seen(c + lane) : 0);
+                if (number > 0) own.entries.push_back({int32_t(c + lane), b.scores[at + lane], b.spreads[at + lane], number / 2});
+            }
+        }
+    }
+
+    // a better floor, by the entries: whatever Newton's steps from the left reach is below their threshold, and that below the row's
+    T raised(const Row &own, T floor) const {
+        if (own.entries.empty()) return floor;
+        T peak = -std::numeric_limits<T>::infinity(), threshold = floor;
+        for (const Entry &e : own.entries) peak = std::max(peak, e.middle + e.spread);
+        for (int step = 0; step < 3; ++step) {
+            T sum = 0, slope = 0;
+            for (const Entry &e : own.entries)
+                for (const T x : {e.middle + e.spread - threshold, e.middle - e.spread - threshold})
+                    if (x > 0) sum += e.half * power(x, alpha_), slope += e.half * one_less(x, alpha_);
+            threshold += std::max((sum - std::pow(sum, T(2 - alpha_))) / std::max(slope, T(1e-30)), T(0));
+        }
+        // what it is made of was rounded
+        return std::max(floor, threshold - T(1e-5) - 8 * std::numeric_limits<T>::epsilon() * std::abs(peak));
+    }
+
+    // the keys of cluster c, for some of the queries that take it
+    template <int R> void exact(const Clusters<T> &k, int64_t c, const int32_t *who) {
+        b.template pack<R>(b.queries, who);
+        in_pairs(k.panel[c], k.panel[c + 1], [&](int64_t panel, auto vectors) __attribute__((always_inline)) {
+            constexpr int V = decltype(vectors)::value;
+            Wide<T> sums[R][V];
+            for (int r = 0; r < R; ++r)
+                for (int v = 0; v < V; ++v) sums[r][v] = load(&k.missing[(panel + v) * L]);
+            b.template multiply_packed<R, V>(k.keys, panel, sums);
+            for (int r = 0; r < R; ++r) {
+                Row &own = rows[who[r]];
+                for (int v = 0; v < V; ++v)
+                    for (uint32_t left = greater(sums[r][v], all_of(b.reference[who[r]])); left; left &= left - 1) {
+                        const int64_t lane = __builtin_ctz(left);
+                        own.x.push_back(sums[r][v][lane]);
+                        own.tokens.push_back(k.tokens[k.first[c] + (panel + v - k.panel[c]) * L + lane]);
+                    }
+            }
+        });
+    }
+
+    // as softmax does, by what entmax makes of all entries: the weight of a key times the spread of the scores
+    void by_level(const Clusters<T> &k, int64_t r, double level, uint64_t *bits) {
+        std::fill(bits, bits + b.words(), 0);
+        below_.clear(), copies_.clear();
+        for (int64_t c = 0; c < k.count; ++c)
+            if (k.keys_of(c))
+                for (const T sign : {T(1), T(-1)}) put(b.scores[b.at(r, c)] + sign * b.spreads[b.at(r, c)], k.number[c] / 2);
+        if (below_.empty()) return;
+        const T threshold = solve(), share = T(level / k.keys_in_all);
+        for (int64_t c = 0; c < k.count; ++c) {
+            const T middle = b.scores[b.at(r, c)] - threshold, spread = b.spreads[b.at(r, c)];
+            if (!k.keys_of(c) || !(middle + spread > 0)) continue;
+            const T of_a_key = (power(middle + spread, alpha_) + (middle > spread ? power(middle - spread, alpha_) : T(0))) / 2;
+            if (of_a_key * spread / T(alpha_ - 1) > share) bits[c / 64] |= uint64_t(1) << c % 64;
+        }
+    }
+};
