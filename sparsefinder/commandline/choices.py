@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -112,11 +113,13 @@ def patterns(cfg: DictConfig) -> Iterable[ChosenPattern]:
 
 
 def attentions(cfg: DictConfig) -> Iterable[AttentionChoice]:
-    """The chosen attention, or every one with ``attention=all``."""
-    nodes = files(cfg, "attention") if cfg.attention.get("every") else [(chosen("attention"), cfg.attention)]
-    for name, node in nodes:
-        options = {key: value for key, value in plain(node).items() if key != "_target_"}
-        yield AttentionChoice(name, class_named(node.get("_target_"), "attention"), options)
+    """The chosen attention, or with ``attention=all`` every one but those with ``only_by_name``."""
+    if not cfg.attention.get("every"):
+        yield _choice(chosen("attention"), cfg.attention)
+        return
+    for name, node in files(cfg, "attention"):
+        if not node.get("only_by_name"):
+            yield _choice(name, node)
 
 
 def conversions(cfg: DictConfig) -> Iterable[Conversion]:
@@ -166,8 +169,11 @@ def _arm(cfg: DictConfig, entry: dict[str, Any]) -> Arm:
 
 
 def _attention(cfg: DictConfig, name: str, settings: dict[str, Any]) -> AttentionChoice:
-    node = _file(cfg, "attention", name)
-    options = {key: value for key, value in plain(node).items() if key != "_target_"}
+    return _choice(name, _file(cfg, "attention", name), settings)
+
+
+def _choice(name: str, node: DictConfig, settings: Mapping[str, Any] = MappingProxyType({})) -> AttentionChoice:
+    options = {key: value for key, value in plain(node).items() if key not in ("_target_", "only_by_name")}
     return AttentionChoice(name, class_named(node.get("_target_"), "attention"), options | settings)
 
 

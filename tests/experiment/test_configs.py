@@ -56,6 +56,18 @@ def test_every_file_composes_and_every_stage_can_be_set_up(
     pipeline.check_needs(pipeline.chosen_stages(plain(cfg.stage)), settings, Store(tmp_path))
 
 
+def test_all_attentions_are_those_that_are_not_only_taken_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {}
+    for name in ("all", "auto"):
+        cfg = compose(f"attention={name}")
+        monkeypatch.setattr(choices, "chosen", lambda g, cfg=cfg: cfg.hydra.runtime.choices[g])
+        found[name] = {choice.name: choice for choice in choices.attentions(cfg)}
+    assert {"masked", "bucketed", "lsg_norm"} <= set(found["all"])
+    assert "auto" not in found["all"]
+    assert set(found["auto"]) == {"auto"}
+    assert "only_by_name" not in found["auto"]["auto"].options
+
+
 def settings_of(cfg: DictConfig, stage: str) -> Any:
     return build(cfg[stage], **choices.objects(cfg, stage))
 
