@@ -3,7 +3,8 @@
 A model that starts from nothing (`NewModel`) or a pretrained one (`Pretrained`) is trained under α-entmax, an encoder on the
 words behind masks and a decoder on the next word, by the Trainer of transformers: either with every softmax replaced at once, or
 with α annealed from 1.01 to its end value over the first half of the steps (``alpha_schedule``). ``steps=0`` takes the model as
-it is and only changes its attention.
+it is and only changes its attention. With ``attention`` the steps, and the looks at the validation loss between them, run on the
+graph that a pattern predicts, with what it learned in another run: long blocks are trained on without multiplying every pair.
 
 Several processes (`sparsefinder.storage.distributed`) train together; each takes ``batch_size`` blocks of a step, so that two
 of them with half the batch do what one does with the whole, but for the order of its sums.
@@ -15,11 +16,13 @@ at a step depends on the seed and the step alone, and the Trainer restores the s
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import math
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +40,8 @@ from sparsefinder import models
 from sparsefinder.conversions.lengthen import lengthen
 from sparsefinder.corpora import Corpus, TokenBlocks, block_length, token_blocks, train_tokenizer
 from sparsefinder.errors import UserError, check_counts, one_of
+from sparsefinder.evaluation.arms import Arm, plugged
+from sparsefinder.experiment.configuration import Learned
 from sparsefinder.models.masked_lm import gold_sparsity, unigram_entropy, validation_loss
 from sparsefinder.models.objectives import asked_batches
 from sparsefinder.models.position_tables import CONVENTIONS, reserved_rows
@@ -213,8 +218,12 @@ class FinetuneSettings(TrainingSettings):
     steps: int | None = 3000  # updates; 0 takes the model as it is; None where epochs are counted
     epochs: float | None = None  # times that the text is read, instead of steps
     eval_blocks: int = 200  # blocks of the validation part that the loss is taken on
+    # attended with while training, an entry as of `arms`: {pattern: refined, level: 2.5}; None: the model's own, dense
+    attention: Arm | None = None
+    learned: str | None = None  # the run directory in which the pattern of `attention` has learned what it needs
 
     def __post_init__(self) -> None:
+        self._check_attention()
         check_counts("finetune", self, "batch_size", "accumulation", "eval_steps", "eval_blocks")
         for name in ("steps", "warmup", "weight_decay", "longer_steps"):
             if (getattr(self, name) or 0) < 0:
@@ -244,6 +253,28 @@ class FinetuneSettings(TrainingSettings):
             object.__setattr__(self, "report_to", tuple(self.report_to))
         check_trackers("finetune.report_to", self.report_to)
 
+    def _check_attention(self) -> None:
+        if self.attention is None:
+            if self.learned is not None:
+                raise UserError("finetune.learned is for the pattern of finetune.attention: give both, or neither")
+            return
+        if self.attention.reading is not None:
+            raise UserError(
+                "finetune.attention takes a pattern or an attention, with its settings; a reading is for arms"
+            )
+        if self.alpha_schedule:
+            raise UserError(
+                "finetune.alpha_schedule anneals the model's own attention: leave it out, or finetune.attention"
+            )
+        if needs := self.attention.needs:
+            if self.learned is None:
+                raise UserError(
+                    f"finetune.attention={self.attention.name} works with {' and '.join(needs)}: finetune.learned=RUN_DIR "
+                    "names the run that made them"
+                )
+            if not Path(self.learned).is_dir():
+                raise UserError(f"finetune.learned={self.learned} is no folder: give the directory of a finished run")
+
     @property
     def needs(self) -> tuple[str, ...]:
         """Artefacts read by the stage: none."""
@@ -253,7 +284,11 @@ class FinetuneSettings(TrainingSettings):
     def inputs(self) -> dict[str, str]:
         """What else the result depends on, by content."""
         given = self.model.inputs if isinstance(self.model, Pretrained) else {}
-        return {"corpus": self.corpus.fingerprint(), **given}
+        learned = {}
+        if self.attention is not None and self.learned is not None:
+            other = Store(self.learned)
+            learned = {f"learned_{name}": other.content(name) for name in self.attention.needs}
+        return {"corpus": self.corpus.fingerprint(), **given, **learned}
 
 
 def run(settings: FinetuneSettings, store: Store) -> None:
@@ -278,7 +313,8 @@ def run(settings: FinetuneSettings, store: Store) -> None:
         steps = steps_over(settings, len(training))
         longer = _longer_blocks(settings, model, tokenizer, cache)
         checkpoints = distributed.once(lambda: _checkpoints(settings, store))
-        model = train(settings, steps, model, tokenizer, training, held_out, checkpoints, longer)
+        with _attending(settings, model):
+            model = train(settings, steps, model, tokenizer, training, held_out, checkpoints, longer)
     if not distributed.first():
         return
     loss, entropy = validation_loss(model, held_out), unigram_entropy(held_out)
@@ -301,6 +337,18 @@ def run(settings: FinetuneSettings, store: Store) -> None:
         "finetune: %d steps, %.0f s; validation loss %.3f, unigram entropy %.3f: %.3f nats below; mean gold sparsity %.3f",
         *(steps, seconds, loss, entropy, entropy - loss, sparsity),
     )
+
+
+def _attending(settings: FinetuneSettings, model: Any) -> AbstractContextManager[None]:
+    """The attention that the model is trained under, plugged in for a while; none where that is its own."""
+    arm = settings.attention
+    if arm is None:
+        return contextlib.nullcontext()
+    shape = models.describe(model)
+    learned = Learned() if settings.learned is None else Learned.load(Store(settings.learned), arm.needs)
+    learned.check(shape.layers, shape.heads, shape.head_size)
+    log.info("finetune: attends with %s while training, and densely where it is measured at the end", arm.name)
+    return plugged(model, arm, arm.build(learned, Normalizer(settings.alpha)))
 
 
 def _longer_blocks(settings: FinetuneSettings, model: Any, tokenizer: Any, cache: Path) -> TokenBlocks | None:

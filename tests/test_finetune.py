@@ -12,8 +12,12 @@ from tiny_models import save_tiny, tiny_batch, tiny_model
 from torch import nn
 
 from sparsefinder import finetune, pipeline
+from sparsefinder.attention import Bucketed
 from sparsefinder.corpora import Masking, TextFiles, TokenBlocks, token_blocks
 from sparsefinder.errors import UserError
+from sparsefinder.evaluation.arms import Arm, Reading
+from sparsefinder.evaluation.variants import AttentionChoice
+from sparsefinder.experiment.configuration import Configuration
 from sparsefinder.finetune import FinetuneSettings, NewModel, Pretrained
 from sparsefinder.models import (
     FAMILIES,
@@ -26,6 +30,9 @@ from sparsefinder.models import (
     trainer,
 )
 from sparsefinder.numerics.normalizers import Normalizer
+from sparsefinder.patterns.quantize import Quantize
+from sparsefinder.patterns.window import Window
+from sparsefinder.predictors.projections import LayerProjections, Linear, Projections
 from sparsefinder.storage.store import Store
 
 SENTENCE = "The model attends to the keys that its query needs, and to few others. "
@@ -279,6 +286,43 @@ def test_the_last_steps_read_longer_blocks(corpus, tmp_path, monkeypatch):
             settings_for(corpus, **wrong)
     with pytest.raises(UserError, match=r"finetune\.longer_length=100, but the model takes at most 24 tokens"):
         run(settings_for(corpus, longer_steps=1, longer_length=100), tmp_path / "long")
+
+
+def bucketed(pattern):
+    return Arm(type(pattern).__name__, AttentionChoice("bucketed", Bucketed), Configuration("x", pattern))
+
+
+def test_it_may_be_trained_under_another_attention(corpus, tmp_path):
+    steady = {"model": dataclasses.replace(TINY, dropout=0.0), "steps": 4, "warmup": 0}
+    arms = {"own": None, "every pair": bucketed(Window(63)), "itself": bucketed(Window(1))}
+    values = {
+        name: weights(run(settings_for(corpus, attention=arm, **steady), tmp_path / name))[
+            "roberta.encoder.layer.0.attention.self.value.weight"
+        ]
+        for name, arm in arms.items()
+    }
+    torch.testing.assert_close(values["every pair"], values["own"], rtol=0, atol=1e-4)
+    assert (values["itself"] - values["own"]).abs().max() > 1e-3
+
+
+def test_what_its_pattern_learned_comes_from_another_run(corpus, tmp_path):
+    learned = Store(tmp_path / "learned")
+    with learned.writing("projections") as path:
+        Projections([LayerProjections(Linear(2, 8, 4), Linear(2, 8, 4)) for _ in range(2)]).save(path)
+    learned.finish("projections", "project", {}, {}, 0)
+    arm = bucketed(Quantize(2))
+    settings = settings_for(corpus, attention=arm, learned=str(learned.run_dir), steps=1)
+    assert settings.inputs["learned_projections"] == learned.content("projections")
+    run(settings, tmp_path / "run")
+    for said, wrong in {
+        r"finetune.attention=Quantize works with projections: finetune.learned=RUN_DIR": {"attention": arm},
+        r"finetune.learned=nowhere is no folder": {"attention": arm, "learned": "nowhere"},
+        r"finetune.learned is for the pattern of finetune.attention": {"learned": str(learned.run_dir)},
+        r"finetune.alpha_schedule anneals": {"attention": bucketed(Window(3)), "alpha_schedule": True},
+        r"finetune.attention takes a pattern or an attention": {"attention": Arm("a", reading=Reading("chunks", 8))},
+    }.items():
+        with pytest.raises(UserError, match=said):
+            settings_for(corpus, **wrong)
 
 
 def test_blocks_longer_than_the_model_are_refused(corpus, tmp_path):

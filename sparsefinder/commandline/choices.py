@@ -24,6 +24,8 @@ UNITED_WITH = ("window", "global_tokens", "last_token", "block_size")  # fields 
 
 def objects(cfg: DictConfig, stage: str) -> dict[str, Any]:
     """Settings of a stage that come from folders of conf: patterns, attentions and conversions."""
+    if stage == "finetune" and cfg.finetune.attention is not None:
+        return {"attention": _entry(cfg, plain(cfg.finetune.attention), "finetune.attention")}
     if stage == "calibrate":
         return {"dialled": tuple(dialled(cfg)) if cfg.target else ()}
     if stage == "export":
@@ -138,51 +140,51 @@ def arms(cfg: DictConfig) -> Iterable[Arm]:
     """
     names: set[str] = set()
     for entry in plain(cfg.arms) or []:
-        if not isinstance(entry, dict) or not {"pattern", "attention", "reading"} & set(entry):
-            raise UserError(f"arms: {entry} is no arm; give a pattern, an attention or a reading, with its settings")
-        arm = _reading(entry) if "reading" in entry else _arm(cfg, entry)
+        arm = _entry(cfg, entry, "arms")
         if arm.name in names:
             raise UserError(f"arms: {arm.name} is there twice; give one of them a name")
         names.add(arm.name)
         yield arm
 
 
-def _reading(entry: dict[str, Any]) -> Arm:
+def _entry(cfg: DictConfig, entry: Any, setting: str) -> Arm:
+    if not isinstance(entry, dict) or not {"pattern", "attention", "reading"} & set(entry):
+        raise UserError(f"{setting}: {entry} is no arm; give a pattern, an attention or a reading, with its settings")
+    return _reading(entry, setting) if "reading" in entry else _arm(cfg, entry, setting)
+
+
+def _reading(entry: dict[str, Any], setting: str) -> Arm:
     settings = {"kind" if key == "reading" else key: value for key, value in entry.items() if key != "name"}
-    reading = construct(Reading, settings, "arms")
+    reading = construct(Reading, settings, setting)
     return Arm(entry.get("name", f"{reading.kind} of {reading.tokens}"), reading=reading)
 
 
-def _arm(cfg: DictConfig, entry: dict[str, Any]) -> Arm:
+def _arm(cfg: DictConfig, entry: dict[str, Any], setting: str) -> Arm:
     settings = {key: value for key, value in entry.items() if key not in ("name", "pattern", "attention")}
     name = entry.get(
         "name", " ".join([entry.get("pattern") or entry["attention"], *(f"{k}={v}" for k, v in settings.items())])
     )
     if "pattern" not in entry:
-        return Arm(name, _attention(cfg, entry["attention"], settings))
+        return Arm(name, _choice(entry["attention"], _file(cfg, "attention", entry["attention"], setting), settings))
     around = {key: settings.pop(key) for key in UNITED_WITH if key in settings}
-    pattern = build(without(_file(cfg, "pattern", entry["pattern"]), "sweep"), **settings)
+    pattern = build(without(_file(cfg, "pattern", entry["pattern"], setting), "sweep"), **settings)
     united = {key: plain(cfg[key]) for key in UNITED_WITH} | around
-    configuration = construct(Configuration, {"name": entry["pattern"], "pattern": pattern} | united, "arms")
-    by_default = "masked" if configuration.quadratic else "bucketed"
-    return Arm(name, _attention(cfg, entry.get("attention", by_default), {}), configuration)
-
-
-def _attention(cfg: DictConfig, name: str, settings: dict[str, Any]) -> AttentionChoice:
-    return _choice(name, _file(cfg, "attention", name), settings)
+    configuration = construct(Configuration, {"name": entry["pattern"], "pattern": pattern} | united, setting)
+    attention = entry.get("attention", "masked" if configuration.quadratic else "bucketed")
+    return Arm(name, _choice(attention, _file(cfg, "attention", attention, setting)), configuration)
 
 
 def _choice(name: str, node: DictConfig, settings: Mapping[str, Any] = MappingProxyType({})) -> AttentionChoice:
     options = {key: value for key, value in plain(node).items() if key not in ("_target_", "only_by_name")}
-    return AttentionChoice(name, class_named(node.get("_target_"), "attention"), options | settings)
+    return AttentionChoice(name, class_named(node.get("_target_"), "attention"), {**options, **settings})
 
 
-def _file(cfg: DictConfig, group: str, name: str) -> DictConfig:
+def _file(cfg: DictConfig, group: str, name: str, setting: str) -> DictConfig:
     """One file of a folder of conf, or what is installed under that name, resolved."""
     try:
         node = named.settings_of(group, name)
     except UserError as error:
-        raise UserError(f"arms: {error}") from error
+        raise UserError(f"{setting}: {error}") from error
     return _resolved(without(cfg, group), group, node)
 
 

@@ -45,6 +45,7 @@ NOT_RUN = {
     ),
     ("docs/reference/families.md", "trains for minutes; tests/test_causal.py runs the experiment in short"),
     ("docs/how-to/every_length.md", "trains for an hour; tests/test_compare.py runs the stage in short"),
+    ("docs/how-to/every_length.md", "trains for minutes; tests/test_finetune.py trains under another attention"),
     ("docs/reference/lsg.md", "needs the Hugging Face hub"),
     ("docs/how-to/other_packages.md", "needs that package; tests/experiment/test_named.py makes one and does the same"),
     ("docs/how-to/tasks.md", "needs the Hugging Face hub"),

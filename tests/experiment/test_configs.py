@@ -75,6 +75,11 @@ def settings_of(cfg: DictConfig, stage: str) -> Any:
 WRONG = {  # settings of the command line → what the one line about them says
     "stage=finetune model.vocabulary_size=1e4": "model.vocabulary_size must be int, got 10000.0",
     "adapt_steps=1e2": "adapt_steps must be int, got 100.0",
+    "finetune.attention=5": "finetune.attention: 5 is no arm; give a pattern, an attention or a reading, with its settings",
+    "finetune.attention={pattern:kmeens}": "finetune.attention: pattern=kmeens is unknown; ",
+    "finetune.attention={pattern:kmeans,top:2}": "KMeans has no setting top; its settings are top_clusters, ",
+    "finetune.attention={pattern:kmeans}": "finetune.attention=kmeans works with projections and centroids: finetune.learned=",
+    "finetune.learned=runs/tiny": "finetune.learned is for the pattern of finetune.attention",
     "evaluate.task=summary": "evaluate.task=summary is unknown; choose one of masked_lm, causal_lm, embedding, ",
     "evaluate.head.steps=0": "evaluate.head.steps must be 1 or more, got 0",
     "evaluate.labels.test=train": "evaluate.labels takes train=train and test=train from the same rows",
