@@ -29,7 +29,7 @@ from sparsefinder.storage.manifests import versions
 log = logging.getLogger(__name__)
 
 DENSITIES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5)  # of the whole model, at which its output is compared with the dense one
-_LENGTH = 2048  # tokens that a text is cut to, where the model reads more
+_LENGTH = 2048  # tokens that are read at a time, where the model reads more
 _MEASURED = 8  # held-out texts at most that are measured on
 
 
@@ -55,13 +55,13 @@ def fit(
         model: A model of transformers, of one of `sparsefinder.models.FAMILIES`, with any head or none; or one of
             sentence-transformers.
         tokenizer: Its tokenizer.
-        texts: Strings, an iterable of them, or a `datasets.Dataset`. A tenth is held out to measure on.
+        texts: Strings, an iterable of them, or a `datasets.Dataset`; one long string will do. A tenth is held out to measure on.
         pattern: The name of a file in ``conf/pattern``, or a pattern object; None for ``refined`` where the model has softmax,
             else ``routed``.
         window: Odd; keys around a query that are always there. None for none.
         global_tokens: The first so many tokens see all and are seen by all.
         last_token: So does the last one.
-        length: Tokens that a text is cut to; None for what the model can read, 2,048 at most.
+        length: Tokens that are read at a time; None for what the model can read, 2,048 at most.
         tokens: Enough to learn from; further texts are not read.
         seed: Draws texts, tokens and centroids.
 

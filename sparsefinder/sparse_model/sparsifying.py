@@ -31,6 +31,7 @@ from sparsefinder.sparse_model.fitting import fit
 from sparsefinder.sparse_model.index_files import NUMBERS
 from sparsefinder.sparse_model.loading import load
 from sparsefinder.sparse_model.measuring import difference, outputs
+from sparsefinder.sparse_model.texts import special_tokens
 from sparsefinder.storage.files import files_of
 
 CLOSEST = (
@@ -136,9 +137,9 @@ def _cuts(tokenizer: Any, documents: Sequence[str], lengths: Sequence[int]) -> l
     if not ids:
         raise UserError("no text is left to measure on: give more than ten texts")
     ids = ids * math.ceil(max(lengths) / len(ids))
-    framed = tokenizer("", add_special_tokens=True)["input_ids"]
-    before, after = framed[: len(framed) // 2], framed[len(framed) // 2 :]
-    return [torch.tensor([[*before, *ids[: length - len(framed)], *after]]) for length in lengths]
+    before, after = special_tokens(tokenizer)
+    special = len(before) + len(after)
+    return [torch.tensor([[*before, *ids[: length - special], *after]]) for length in lengths]
 
 
 def _closeness(

@@ -22,6 +22,7 @@ from sparsefinder.models import plugged, set_normalizer
 from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.patterns.routed import Routed
 from sparsefinder.sparse_model.attaching import attachment
+from sparsefinder.sparse_model.texts import read_texts, special_tokens
 
 
 @pytest.fixture
@@ -205,6 +206,20 @@ def test_the_same_seed_gives_the_same_index(fitted: Fitted) -> None:
     assert not torch.equal(first, drawn)
     assert torch.equal(again.curves.density, fitted.index.curves.density)
     assert again.quality == fitted.index.quality
+
+
+def test_a_long_text_is_many() -> None:
+    tokenizer, long = tiny_tokenizer(), " ".join(sentences(9))
+    reading = read_texts(long, tokenizer, length=12, tokens=100, seed=0)
+    stretches = [*reading.held_out, *reading.training]
+    assert all(ids.shape == (1, 12) for ids in stretches)
+    assert 100 <= reading.tokens <= 124
+    whole = tokenizer(long)["input_ids"]
+    before, after = special_tokens(tokenizer)
+    inside = [i for ids in stretches for i in ids[0, len(before) : 12 - len(after)].tolist()]
+    assert inside == whole[len(before) : len(before) + len(inside)]  # one after the other, nothing twice
+    begins = read_texts([long, *sentences(20)], tokenizer, length=12, tokens=100, seed=0)
+    assert len(begins.training) + len(begins.held_out) == 10  # enough without
 
 
 def test_targets(fitted: Fitted) -> None:
