@@ -2,8 +2,8 @@
 
     python benchmarks/quote.py
 
-Reads ``benchmarks/results.md`` (`make bench`) and ``benchmarks/real.md`` (`make bench-real`), and replaces what stands between
-``<!-- quoted: NAME -->`` and ``<!-- end -->`` in the pages of `PAGES`. Of what was not measured
+Reads ``benchmarks/results.md`` (`make bench`), ``benchmarks/real.md`` (`make bench-real`) and what `front_door.py` printed, and
+replaces what stands between ``<!-- quoted: NAME -->`` and ``<!-- end -->`` in the pages of `PAGES`. Of what was not measured
 the text says so.
 """
 
@@ -17,7 +17,8 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / "explanation" / f"{name}.md" for name in ("measured", "performance")))
+_NAMES = ("explanation/measured", "explanation/performance", "how-to/long_documents")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in _NAMES))
 QUOTED = re.compile(r"(<!-- quoted: (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
 BASELINE = "SDPA softmax"
 
@@ -106,6 +107,20 @@ def encoder(results: str) -> str:
         )
     machines = re.findall(r".*threads, torch.*", results.partition("### Whole encoder")[0])
     return f"{machines[-1]}.\n\n{text}"
+
+
+def front_door(results: str) -> str:
+    """What `sparsefinder.attach` does to an encoder: speed with `auto`, cosine without it, a length a column."""
+    cosines = rows(results, "Front door: quality")
+    times = rows(results, "Front door: time")
+    body = [
+        ["speed with `auto`", *(f"{1 / float(row[1]):.2f}" for row in times.values())],
+        ["pooled cosine with `auto=False`", *(cosines[n][1] if n in cosines else "" for n in times)],
+    ]
+    learned = found(r"^(fit: .*)$", results), found(r"^(the block of the README: .*)$", results)
+    before = results.partition("### Front door")[0]
+    machines = re.findall(r".*threads, torch.*", before)
+    return f"{machines[-1]}; {'; '.join(learned)}.\n\n{lines_of(['tokens', *times], body)}"
 
 
 def headline(results: str) -> str:
@@ -207,6 +222,7 @@ def learning(results: str) -> str:
 
 WRITERS: dict[str, Callable[[str], str]] = {
     "headline": headline,
+    "front_door": front_door,
     "encoder": encoder,
     "attention": attention_alone,
     "shape": shape,
@@ -222,12 +238,12 @@ def quoted(name: str, results: str, before: str) -> str:
     try:
         return WRITERS[name](results)
     except NotMeasuredError as what:
-        print(f"{name}: results.md and real.md have nothing like “{what}”; left as it is")
+        print(f"{name}: what was measured has nothing like “{what}”; left as it is")
         return before
 
 
 def main() -> None:
-    files = (HERE / name for name in ("results.md", "real.md"))
+    files = (HERE / name for name in ("results.md", "real.md", "front_door.md"))
     results = "\n".join(path.read_text(encoding="utf-8") for path in files if path.exists())
     for page in PAGES:
         text = page.read_text(encoding="utf-8")

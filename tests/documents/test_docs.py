@@ -33,6 +33,10 @@ NOT_RUN = {
     ("docs/how-to/command_line.md", "needs the Hugging Face hub and a GPU"),
     ("docs/explanation/measured.md", "minutes, on a quiet machine"),
     ("docs/explanation/measured.md", "needs a model and text of yours, and ten minutes on a quiet machine"),
+    (
+        "docs/how-to/long_documents.md",
+        "needs an encoder and text, and five minutes in which the machine does nothing else",
+    ),
     ("docs/explanation/measured.md", "trains at every budget, which takes minutes"),
     (
         "CONTRIBUTING.md",

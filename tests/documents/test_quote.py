@@ -35,6 +35,26 @@ REAL = """A processor, 2 threads, torch 9
 ### Growth at a recall of 0.950
 
 - growth at constant recall, 4,096 to 32,768 tokens: 1.15
+
+Another processor, 2 threads, torch 9
+
+### Front door: learning from 200 passages
+
+fit: 30 seconds (40 of a core); index: 2.28 MiB
+the block of the README: 41 seconds
+
+### Front door: quality at density 0.1, at every length
+
+| tokens | documents | pooled cosine | least |
+|---|---|---|---|
+| 2,048 | 10 | 0.9955 | 0.9944 |
+
+### Front door: time of auto in that of the dense model
+
+| tokens | dense ms | auto ÷ dense |
+|---|---|---|
+| 128 | 10.0 | 1.00 |
+| 2,048 | 100.0 | 0.50 |
 """
 
 
@@ -54,6 +74,10 @@ def test_what_is_quoted(quote: ModuleType) -> None:
     assert "| no attention | 2.00 | 4 |" in said
     assert said.endswith("`auto` beside SDPA: 0.98 at 128 tokens.")
     assert "| window 257 | 1.70 (0.92; 0.250) |" in quote.shape(REAL)
+    door = quote.front_door(REAL)
+    assert door.startswith("Another processor, 2 threads, torch 9; fit: 30 seconds")
+    assert "| speed with `auto` | 1.00 | 2.00 |" in door
+    assert door.endswith("|  | 0.9955 |")
     assert quote.growth(REAL) == "From 4,096 to 32,768 tokens, at a recall of 0.950: exponent 1.15."
 
 
