@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,14 +32,19 @@ from sparsefinder.analysis.method_families import ALL_OTHERS
 from sparsefinder.experiment.configuration import Configuration
 from sparsefinder.experiment.instantiate import construct
 from sparsefinder.patterns.bilinear import Bilinear
+from sparsefinder.patterns.block_pool import BlockPool
 from sparsefinder.patterns.distance import Distance
 from sparsefinder.patterns.hashattention import HashAttention
 from sparsefinder.patterns.kmeans import KMeans
 from sparsefinder.patterns.lowrank import LowRank
+from sparsefinder.patterns.multipole import Multipole
+from sparsefinder.patterns.pages import Pages
 from sparsefinder.patterns.quantize import Quantize
+from sparsefinder.patterns.quest import Quest
 from sparsefinder.patterns.routed import Routed
 from sparsefinder.patterns.routed_bilinear import RoutedBilinear
 from sparsefinder.patterns.routed_reranked import RoutedReranked
+from sparsefinder.patterns.xattention import XAttention
 from sparsefinder.report import text_table
 from sparsefinder.reporting import text_tables
 from sparsefinder.storage.manifests import plain
@@ -63,6 +68,19 @@ UNLEARNED = (
     "clustered",
 )
 UNLEARNED += ("routing", "reformer", "magicpig")
+
+
+def of_sizes() -> Iterator[Configuration]:
+    """Larger pages, blocks and clusters of sentences than those of the files, which are cheaper to compare with."""
+    for size in (8, 16, 32):
+        for level in (-0.3, 0.0, 0.3, 0.75, 1.5):
+            yield Configuration("pages", Pages(level, size))
+        for share in (0.05, 0.1, 0.2, 0.4):
+            yield Configuration("quest", Quest(share, size))
+    for share in (0.05, 0.1, 0.2, 0.4):
+        yield Configuration("multipole", Multipole(share, n_clusters=8, iterations=1, tail=False))
+        yield Configuration("block_pool", BlockPool(share, size=8))
+        yield Configuration("xattention", XAttention(2 * share, stride=8))
 
 
 def of_projections(rounds: int) -> Iterator[Configuration]:
@@ -95,7 +113,7 @@ def of_trained_centroids() -> Iterator[Configuration]:
         for level in (-0.4, -0.1, 0.2, 0.6):
             yield Configuration("routed_bilinear", RoutedBilinear(level=level, keys_per_cluster=keys))
         for share in (0.05, 0.1, 0.2, 0.35):
-            for level in (-0.3, -0.1, 0.05, 0.25):
+            for level in (-0.3, -0.1, 0.05, 0.25, 0.8):
                 yield Configuration("routed_reranked", RoutedReranked(level, share, keys_per_cluster=keys))
 
 
@@ -114,8 +132,9 @@ def of_file(name: str) -> Iterator[Configuration]:
 class Budgets:
     """Runs below one folder: a budget is trained, scored and put beside the others."""
 
-    def __init__(self, folder: Path, qk: dict[str, Path], samples: int | None):
+    def __init__(self, folder: Path, qk: dict[str, Path], samples: int | None, only: Sequence[str] | None):
         self.folder = folder
+        self.only = only
         self.qk = qk
         self.samples = samples
         self.tables: list[tuple[pd.DataFrame, pd.DataFrame]] = []
@@ -126,7 +145,10 @@ class Budgets:
         return Store(self.folder / name, given={**self.qk, **given})
 
     def score(self, store: Store, configurations: list[Configuration]) -> None:
-        """Score and keep the tables, configurations numbered on."""
+        """Score those that are wanted and keep the tables, configurations numbered on."""
+        configurations = [each for each in configurations if self.only is None or each.name in self.only]
+        if not configurations:
+            return
         settings = score.ScoreSettings(tuple(configurations), samples=self.samples)
         score.run(settings, store)
         store.finish("score", "score", plain(settings), {}, 0)
@@ -173,6 +195,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--heads", type=int, default=None, help="of each layer of the encoder; by default all")
     parser.add_argument("--samples", type=int, default=None)
+    parser.add_argument("--only", nargs="+", default=None, help="methods to score; by default all")
     parser.add_argument("--rounds", type=int, nargs="+", default=[4, 8, 16])
     parser.add_argument("--clusters", type=int, nargs="+", default=[16, 32, 64])
     parser.add_argument("--epochs", type=int, default=None, help="of the projections; by default those of the stage")
@@ -180,8 +203,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         run = Store(given.run)
         qk = of_encoder(given, Path(folder)) if given.model else {x: run.path(x) for x in ("qk", "qk_validation")}
-        budgets = Budgets(Path(folder), qk, given.samples)
-        budgets.score(budgets.store("unlearned"), [c for name in UNLEARNED for c in of_file(name)])
+        budgets = Budgets(Path(folder), qk, given.samples, given.only)
+        budgets.score(budgets.store("unlearned"), [*(c for name in UNLEARNED for c in of_file(name)), *of_sizes()])
         project = quantization.ProjectSettings()
         if given.epochs is not None:
             project = replace(project, epochs=given.epochs)
@@ -203,11 +226,15 @@ def main() -> None:
             )
             store = budgets.store(f"bilinear-{rounds}")
             inner = bilinear.BilinearSettings(
-                rounds=rounds, n_clusters=max(given.clusters), coarsest=min(given.clusters), eval_every=0
+                rounds=rounds,
+                n_clusters=max(given.clusters),
+                coarsest=min(given.clusters),
+                eval_every=0,
+                indexer_size=rounds,
             )
-            train(bilinear, inner, store, "bilinear_projections", "bilinear_centroids")
+            train(bilinear, inner, store, "bilinear_projections", "bilinear_centroids", "indexer")
             every_pair = [Configuration("bilinear", Bilinear(level=v)) for v in MARGINS]
-            budgets.score(store, [*every_pair, *of_trained_centroids()])
+            budgets.score(store, [*every_pair, *of_trained_centroids(), *of_file("indexer")])
         print(report(budgets, given))
 
 
