@@ -16,7 +16,8 @@ far below the threshold, where errors do no harm. Training starts from there and
 Every step draws some queries of some samples and takes whole rows of them, in all layers and heads at once. In the end the
 projections are brought into the normal form of the closed form (white queries; the inner products stay), where keys are
 clustered for `sparsefinder.patterns.routed`. Which loss recalls how much, and what else was tried:
-``docs/explanation/predictors.md``.
+``docs/explanation/predictors.md``. The stage also trains index heads, one choice for all heads of a layer:
+`sparsefinder.predictors.indexer`.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ from sparsefinder.predictors.all_layers import (
 from sparsefinder.predictors.closed_form import fit_lowrank, normal_form
 from sparsefinder.predictors.fit_centroids import KeyClusterSettings, fit_tree
 from sparsefinder.predictors.gold_pairs import GoldPairs, mean_of_heads
+from sparsefinder.predictors.indexer import IndexerSettings, fit_indexer
 from sparsefinder.predictors.projections import Projections
 from sparsefinder.storage.held_out import training_samples, validation_samples
 from sparsefinder.storage.samples import Samples
@@ -77,6 +79,9 @@ class BilinearSettings(KeyClusterSettings):
     eval_every: int = 50  # steps between two measurements on held-out samples; 0: only at the start and the end
     eval_samples: int = 8  # held-out samples to measure on
     eval_density: float = 0.2  # share of each query's keys predicted when measuring recall
+    indexer_heads: int = 2  # H', index heads that choose for all heads of a layer
+    indexer_size: int = 8  # numbers that an index head compares by
+    indexer_steps: int = 100  # 0: the closed form
 
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
@@ -91,9 +96,11 @@ class BilinearSettings(KeyClusterSettings):
             "coarsest",
             "max_iterations",
             "eval_samples",
+            "indexer_heads",
+            "indexer_size",
         )
-        if self.steps < 0 or self.eval_every < 0:
-            raise UserError("bilinear.steps and bilinear.eval_every must be 0 or more")
+        if self.steps < 0 or self.eval_every < 0 or self.indexer_steps < 0:
+            raise UserError("bilinear.steps, bilinear.indexer_steps and bilinear.eval_every must be 0 or more")
         if self.learning_rate <= 0 or self.sharpness <= 0 or self.clip <= 0 or self.margin < 0:
             raise UserError("bilinear needs learning_rate > 0, sharpness > 0, clip > 0 and margin >= 0")
         if not 0 < self.eval_density < 1:
@@ -102,13 +109,23 @@ class BilinearSettings(KeyClusterSettings):
             raise UserError(f"bilinear.alpha must be above 1 (softmax has no zeros) and at most 2, got {self.alpha}")
 
     @property
+    def indexer(self) -> IndexerSettings:
+        """How index heads are trained."""
+        return IndexerSettings(
+            *(self.indexer_heads, self.indexer_size, self.indexer_steps, self.queries),
+            alpha=self.alpha,
+            causal=self.causal,
+            seed=self.seed,
+        )
+
+    @property
     def needs(self) -> tuple[str, ...]:
         """Artefacts read by the stage."""
         return ("qk", "qk_validation")
 
 
 def run(settings: BilinearSettings, store: Store) -> None:
-    """Make ``bilinear_projections`` and ``bilinear_centroids`` from ``qk``, measuring on ``qk_validation``."""
+    """Make the artefacts from ``qk``, measuring on ``qk_validation``: projections, centroids there, and index heads."""
     samples = training_samples(store)
     trained = train_bilinear(samples, validation_samples(store), settings)
     centroids = fit_tree(samples, trained.projections, settings)
@@ -116,6 +133,8 @@ def run(settings: BilinearSettings, store: Store) -> None:
         trained.projections.save(path)
     with store.writing("bilinear_centroids") as path:
         centroids.save(path)
+    with store.writing("indexer") as path:
+        fit_indexer(samples, settings.indexer).save(path)
     store.note("bilinear_projections", history=trained.history)
 
 

@@ -17,18 +17,20 @@ from sparsefinder.experiment.configuration import Configuration, Learned
 from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.numerics.selection import thresholds
 from sparsefinder.patterns.bilinear import Bilinear
+from sparsefinder.patterns.indexer import LightningIndexer
 from sparsefinder.patterns.routed import Routed
 from sparsefinder.patterns.routed_bilinear import RoutedBilinear
 from sparsefinder.predictors.centroids import Centroids, load_centroids
 from sparsefinder.predictors.closed_form import fit_lowrank, normal_form
 from sparsefinder.predictors.gold_pairs import GoldPairs
+from sparsefinder.predictors.indexer import load_indexer
 from sparsefinder.predictors.projections import LayerProjections, Linear, Projections, load_projections
 from sparsefinder.storage.samples import Samples
 from sparsefinder.storage.store import Store
 from tests.conftest import random_qk
 from tests.small_runs import samples
 
-SMALL = BilinearSettings(rounds=2, steps=60, queries=12, n_clusters=6, eval_every=20, jobs=1)
+SMALL = BilinearSettings(rounds=2, steps=60, queries=12, n_clusters=6, eval_every=20, jobs=1, indexer_steps=4)
 NEVER = torch.Generator()
 
 
@@ -216,7 +218,7 @@ def test_the_stage_writes_files_that_can_be_read(tmp_path: Path, halves: tuple[S
         store.finish(name, "extract", {}, {}, 0)
     settings = replace(SMALL, steps=4)
     bilinear.run(settings, store)
-    for name in ("bilinear_projections", "bilinear_centroids"):
+    for name in ("bilinear_projections", "bilinear_centroids", "indexer"):
         store.finish(name, "bilinear", {}, {}, 0)
     projections = load_projections(tmp_path / "bilinear.pickle")
     trained = train_bilinear(*halves, settings).projections
@@ -226,7 +228,8 @@ def test_the_stage_writes_files_that_can_be_read(tmp_path: Path, halves: tuple[S
         assert not a.q.b.any()
         assert not a.k.b.any()
     assert load_centroids(tmp_path / "bilinear_centroids.pickle").layers[1].shape == (2, 1, 6, 2)
-    for pattern in (Bilinear(), RoutedBilinear()):
+    assert load_indexer(tmp_path / "indexer.pickle").sizes == (2, 16, 8)
+    for pattern in (Bilinear(), RoutedBilinear(), LightningIndexer()):
         configuration = Configuration("tested", pattern, window=3)
         graph = configuration.build(Learned.load(store, configuration.needs))(halves[1].layer(0, 1), 1)
         assert 0 < graph.float().mean() < 1

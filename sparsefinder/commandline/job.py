@@ -19,7 +19,7 @@ from sparsefinder.storage.sweep_points import Point
 
 INPUTS = (
     *("qk", "qk_validation", "projections", "centroids", "online_centroids"),
-    *("lowrank", "key_centroids", "bilinear_projections", "bilinear_centroids", "calibration"),
+    *("lowrank", "key_centroids", "bilinear_projections", "bilinear_centroids", "indexer", "calibration"),
 )
 SUMMED_UP = ("score", "evaluate", "report")  # stages after which the main numbers are printed
 SEEDS = 2**32  # what numpy takes

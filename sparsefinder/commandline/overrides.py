@@ -28,7 +28,7 @@ QUESTIONS = (*HELP, "--hydra-help", "--version", "-c", "--cfg", "-i", "--info")
 """Options that are answered, and nothing is run."""
 PATHS = (
     *("run_dir", "name", "model.name_or_path", "qk", "qk_validation", "projections", "centroids", "lowrank"),
-    *("key_centroids", "bilinear_projections", "bilinear_centroids", "calibration"),
+    *("key_centroids", "bilinear_projections", "bilinear_centroids", "indexer", "calibration"),
     *("corpus.train", "corpus.validation", "corpus.test", "corpus.path", "corpus.name"),
 )
 """Settings whose value is a name of somebody's, even where it looks like a number."""

@@ -19,6 +19,7 @@ from sparsefinder.patterns.combine import Blocked, Projected, Union, layout_of
 from sparsefinder.patterns.per_head import PerHead
 from sparsefinder.patterns.window import local_and_global, near_pairs
 from sparsefinder.predictors.centroids import Centroids, load_centroids
+from sparsefinder.predictors.indexer import load_indexer
 from sparsefinder.predictors.projections import Projections, load_projections
 from sparsefinder.storage.store import Store, missing
 
@@ -192,6 +193,7 @@ LOADERS: Mapping[str, Callable[[Path], Any]] = {
     "key_centroids": load_centroids,
     "bilinear_projections": load_projections,
     "bilinear_centroids": load_centroids,
+    "indexer": load_indexer,
 }
 
 

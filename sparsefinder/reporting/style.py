@@ -52,6 +52,7 @@ _LOOKS = {
     "bilinear": ("#AA4499", "8"),
     "reformer": ("#332288", "<"),
     "magicpig": ("#332288", "v"),
+    "indexer": ("#332288", "P"),
     "hashattention": ("#332288", "X"),
     "routing": ("#117733", ">"),
     "routing_learned": ("#117733", "<"),

@@ -70,10 +70,12 @@ def learn(needs: tuple[str, ...], model: Any, texts: list[Tensor], normalizer: N
         seed: Of whatever is drawn.
 
     Raises:
-        UserError: For too few tokens, and where scikit-learn is not installed.
+        UserError: For too few tokens, for index heads, and where scikit-learn is not installed.
     """
     if not needs:
         return Learned()
+    if "indexer" in needs:
+        raise UserError("index heads are not kept in the index of a model: choose another pattern, such as refined")
     if importlib.util.find_spec("sklearn") is None:
         raise UserError("scikit-learn is not installed, with which keys are clustered: pip install 'sparsefinder[fit]'")
     generator = torch.Generator().manual_seed(seed)

@@ -77,6 +77,7 @@ ARTEFACTS = {
         Artefact("key_centroids", "key_centroids.pickle", "route"),
         Artefact("bilinear_projections", "bilinear.pickle", "bilinear"),
         Artefact("bilinear_centroids", "bilinear_centroids.pickle", "bilinear"),
+        Artefact("indexer", "indexer.pickle", "bilinear"),
         Artefact("calibration", "calibration", "calibrate"),
         Artefact("score", "score", "score"),
         Artefact("evaluate", "evaluate", "evaluate"),

@@ -17,12 +17,13 @@ from sparsefinder.experiment.configuration import LOADERS, Configuration, Learne
 from sparsefinder.experiment.instantiate import construct
 from sparsefinder.graphs import Pattern
 from sparsefinder.predictors.centroids import Centroids
+from sparsefinder.predictors.indexer import Indexer
 from sparsefinder.predictors.projections import LayerProjections, Linear, Projections
 from sparsefinder.testing.subject import Subject
 
 HEADS, SIZE, ROUNDS = 2, 8, 3  # of the artefacts that patterns are tested with
 SPACES = {"projections", "lowrank", "bilinear_projections"}
-"""Artefacts that are projections; the others are centroids."""
+"""Artefacts that are projections; the others are centroids, but for the index heads."""
 _IN_CHUNKS = ("centroids", "online_centroids")
 
 
@@ -40,9 +41,11 @@ def learned(block_size: int = 1) -> Learned:
         space = Projections([layer.requires_grad_(False) for layer in layers])
         sizes = dict.fromkeys((1, block_size))
         clusters = {b: Centroids([torch.randn(HEADS, 2, 6, ROUNDS * b) / 2 for _ in range(2)]) for b in sizes}
-    return Learned(
-        {name: space if name in SPACES else clusters[block_size if name in _IN_CHUNKS else 1] for name in LOADERS}
-    )
+        width = HEADS * SIZE
+        shapes = {"q": (3, width, ROUNDS), "k": (width, ROUNDS), "w": (width, 3), "b": (3,)}
+        indexer = Indexer([{name: torch.randn(shape) for name, shape in shapes.items()} for _ in range(2)])
+    made = {name: space if name in SPACES else clusters[block_size if name in _IN_CHUNKS else 1] for name in LOADERS}
+    return Learned(made | {"indexer": indexer})
 
 
 def built(pattern: Any, **around: Any) -> Pattern:

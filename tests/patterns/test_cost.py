@@ -23,6 +23,7 @@ from sparsefinder.patterns.combine import Blocked, Union
 from sparsefinder.patterns.distance import Distance
 from sparsefinder.patterns.dotproduct_entmax import DotProductEntmax
 from sparsefinder.patterns.full import Full
+from sparsefinder.patterns.indexer import LightningIndexer
 from sparsefinder.patterns.kmeans import KMeans
 from sparsefinder.patterns.lowrank import LowRank
 from sparsefinder.patterns.magicpig import MagicPIG
@@ -44,6 +45,7 @@ from sparsefinder.patterns.twilight import Twilight
 from sparsefinder.patterns.window import Window
 from sparsefinder.patterns.xattention import XAttention
 from sparsefinder.predictors.centroids import Centroids
+from sparsefinder.predictors.indexer import Indexer
 from sparsefinder.predictors.projections import Hidden, LayerProjections, Linear, Projections
 from sparsefinder.testing import random_qk
 from tests.conftest import ROOT
@@ -74,6 +76,16 @@ def centroids(runs: int = 1, count: int = 12, size: int = SIZE) -> Centroids:
     return Centroids([torch.randn(HEADS, runs, count, size, generator=torch.Generator().manual_seed(0))])
 
 
+def index_heads(heads: int = 3, numbers: int = 4) -> Indexer:
+    shapes = {
+        "q": (heads, HEADS * SIZE, numbers),
+        "k": (HEADS * SIZE, numbers),
+        "w": (HEADS * SIZE, heads),
+        "b": (heads,),
+    }
+    return Indexer([{name: torch.randn(*shape) for name, shape in shapes.items()}])
+
+
 PATTERNS = [
     Window(3),
     Full(),
@@ -98,6 +110,7 @@ PATTERNS = [
     NearestRouting(0.1, centroids(runs=2)),
     TrainedRouting(0.1, centroids()),
     Routed(key_centroids=centroids(count=24)),
+    LightningIndexer(0.1, index_heads()),
     RoutedReranked(
         share=1.0, bilinear_centroids=centroids(count=24)
     ),  # every pair is multiplied here, whatever the share

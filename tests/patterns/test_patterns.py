@@ -92,6 +92,7 @@ DENSE: dict[str, dict[str, Any]] = {
     name: {"share": 1.0}
     for name in (
         "topk_norm",
+        "indexer",
         "quest",
         "block_pool",
         "clustered",
