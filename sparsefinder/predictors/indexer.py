@@ -68,7 +68,8 @@ class Indexer:
             )
         q, k = (at_least_float32(side) for side in (qk.q, qk.k))
         q, k = without_padding(q, qk.queries_valid), without_padding(k, qk.valid)
-        found = index(*(x.transpose(1, 2).flatten(2) for x in (q, k)), self.layers[layer])
+        x, y = (side.transpose(1, 2).flatten(2) for side in (q, k))
+        found = index(x, y, self.layers[layer])
         return found.masked_fill(~qk.allowed[:, 0], -math.inf)
 
     def save(self, path: Path | str) -> None:
@@ -135,18 +136,19 @@ def fit_indexer(samples: Samples, settings: IndexerSettings) -> Indexer:
     They start in closed form, where ``Σ_h ± relu(± x U · y V)`` is the inner product of ``R`` numbers that is nearest to the
     scores of all heads together: every other index head has the opposite sign, so that both sides of a relu are there.
     """
-    wide = Samples(*([_SideBySide(x, g) for x in side] for side, g in ((samples.q, 1), (samples.k, samples.group))))
+    q, k = ([_SideBySide(x, group) for x in side] for side, group in ((samples.q, 1), (samples.k, samples.group)))
+    wide = Samples(q, k, samples.source, samples.between_texts)
     start = fit_lowrank(wide, settings.size)
     generator = torch.Generator().manual_seed(settings.seed)
     signs = torch.tensor([1.0 - 2.0 * (head % 2) for head in range(settings.heads)])
     layers = []
     for layer in progress(range(samples.shape[0]), "indexer", samples.shape[0]):
-        q, k = (getattr(start.layers[layer], side).w.detach()[0] for side in ("q", "k"))
-        noise = 0.1 * q.std() * torch.randn(settings.heads, *q.shape, generator=generator)
+        of_q, of_k = (getattr(start.layers[layer], side).w.detach()[0] for side in ("q", "k"))
+        noise = 0.1 * of_q.std() * torch.randn(settings.heads, *of_q.shape, generator=generator)
         weights = {
-            "q": signs[:, None, None] * q + noise,
-            "k": k.clone(),
-            "w": torch.zeros(len(q), settings.heads),
+            "q": signs[:, None, None] * of_q + noise,
+            "k": of_k.clone(),
+            "w": torch.zeros(len(of_q), settings.heads),
             "b": 2 * signs / settings.heads,
         }
         layers.append(_trained(samples, wide, layer, weights, settings, generator))
@@ -192,7 +194,7 @@ def _trained(
         chances = estimates.log_softmax(-1).masked_fill(~allowed, 0.0)
         loss = (torch.xlogy(dense, dense) - dense * chances).sum(-1).mean()
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         schedule.step()
     return {name: x.detach() for name, x in weights.items()}
