@@ -31,7 +31,7 @@ from sparsefinder.corpora import Corpus
 from sparsefinder.errors import UserError
 from sparsefinder.evaluation.loss_difference import LossDifference, MaskedText
 from sparsefinder.experiment.calibration import key_of
-from sparsefinder.experiment.configuration import Configuration, Dials, Learned, buildable, needed
+from sparsefinder.experiment.configuration import Configuration, Dials, Learned, between_texts, buildable, needed
 from sparsefinder.experiment.targets import Curve, Measured, Swept, Target, spread, whole_numbered
 from sparsefinder.graphs import Pattern
 from sparsefinder.metrics import Counts, Gold, count
@@ -103,7 +103,10 @@ def run(settings: CalibrateSettings, store: Store) -> None:
     held_out = held_out.part(0, settings.samples_validation or len(held_out))
     learned = Learned.load(store, needed(tuple(each.configuration for each in settings.dialled)))
     learned.check(*training.shape)
-    possible = set(map(id, buildable(tuple(each.configuration for each in settings.dialled), learned)))
+    can_be_built = buildable(tuple(each.configuration for each in settings.dialled), learned)
+    if training.crosses:
+        can_be_built = between_texts(can_be_built, learned, *training.shape[1:])
+    possible = set(map(id, can_be_built))
     dialled = [each for each in settings.dialled if id(each.configuration) in possible]
     if not dialled:
         raise UserError(

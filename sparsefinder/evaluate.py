@@ -34,7 +34,7 @@ from sparsefinder.evaluation.observer import Observer, measure_graphs, on
 from sparsefinder.evaluation.variants import AttentionChoice, Conversion, Variant, check_some, crossed
 from sparsefinder.executors.crossover import now
 from sparsefinder.experiment.calibration import calibrated
-from sparsefinder.experiment.configuration import Configuration, Learned, buildable, fitted, needed
+from sparsefinder.experiment.configuration import Configuration, Learned, between_texts, buildable, fitted, needed
 from sparsefinder.graphs import Attention
 from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.patterns.full import Full
@@ -66,15 +66,16 @@ class EvaluateSettings:
     batch_size: int = 8
     mask_probability: float = 0.15
     measured: int = 8  # blocks on which graphs and output errors are measured
-    # causal_lm of a decoder; embedding (states beside the dense model's; always so without a head); or one with labels,
-    # docs/how-to/tasks.md: sequence_classification, token_classification, question_answering
+    # causal_lm of a decoder; seq2seq_lm of an encoder-decoder; embedding (states beside the dense model's; always so without a
+    # head); or one with labels, docs/how-to/tasks.md: sequence_classification, token_classification, question_answering
     task: str = tasks.MASKED_LM
     # of a task with labels; made from the corpus where no data set is given
     labels: tasks.LabelledData = field(default_factory=tasks.LabelledData)
     # of such a task, finetuned once and measured under every variant
     head: tasks.HeadSettings = field(default_factory=tasks.HeadSettings)
     adapt: AdaptSettings = field(default_factory=AdaptSettings)
-    # of the other stages; true leaves this one out but with task=causal_lm: who guesses masked words reads both ways
+    which: str = "enc"  # the attention that is replaced: enc, dec or cross
+    # of the other stages; true leaves this one out but of models that write: who guesses masked words reads both ways
     causal: bool = False
     seed: int = 0
 
@@ -93,7 +94,7 @@ class EvaluateSettings:
     @property
     def left_out(self) -> str:
         """Why there is nothing to do; empty where there is."""
-        if self.causal and self.task != tasks.CAUSAL_LM:
+        if self.causal and self.task not in (tasks.CAUSAL_LM, tasks.SEQ2SEQ_LM):
             return "causal=true, and a model that guesses masked words reads both ways"
         return ""
 
@@ -145,7 +146,7 @@ def run(settings: EvaluateSettings, store: Store) -> None:
     model, tokenizer = models.load_language_model(store.path("model"))
     asking.check_kind(settings, model)
     learned = Learned.load(store, needed(settings.configurations))
-    shape = models.describe(model)
+    shape = models.describe(model, settings.which)
     learned.check(shape.layers, shape.heads, shape.head_size)
     table, typed = Table.of("evaluate", settings, store), settings.configurations
     if settings.task == tasks.MASKED_LM and not models.has_head(model):
@@ -170,8 +171,11 @@ def run(settings: EvaluateSettings, store: Store) -> None:
         target = settings.target if has_parameter else None
         return wanted.get(settings.item(replace(variant, configuration=as_given), target).key)
 
-    configurations = _at_target(settings, store, learned)
-    sparse = crossed(settings.attentions, configurations, normalizer, learned, shape.head_size)
+    configurations, attentions = _at_target(settings, store, learned), settings.attentions
+    if settings.which == "cross":
+        configurations = between_texts(configurations, learned, shape.heads, shape.head_size)
+        attentions = tuple(each for each in attentions if each.takes_pattern)  # an LSG layout is one text's
+    sparse = crossed(attentions, configurations, normalizer, learned, shape.head_size)
     owned = [(variant, item) for variant in sparse if (item := item_of(variant)) is not None]
     everything = [
         Variant(dense, Configuration("full", Full()), own),
@@ -256,7 +260,7 @@ def evaluate_variant(
     pattern = variant.pattern(learned)
     attention = variant.attention.build(pattern, variant.normalizer)
     if training:
-        adapt(model, attention, training, settings.adapt, learned.artefacts.get("projections"))
+        adapt(model, attention, training, settings.adapt, learned.artefacts.get("projections"), settings.which)
     row = {
         **variant.columns,
         **({} if settings.task == tasks.MASKED_LM else {"task": settings.task}),
@@ -267,10 +271,11 @@ def evaluate_variant(
     timed = attention if watch is None else variant.attention.build(watch, variant.normalizer)
     softmax = variant.attention.kind is Dense and not variant.normalizer.sparse
     with models.softmax(model) if softmax else contextlib.nullcontext():  # what users have, as they run it
-        quality, blocks = quality_and_cost(model, None if softmax else timed, watch, held_out, asked.judge)
+        plugged = None if softmax else timed
+        quality, blocks = quality_and_cost(model, plugged, watch, held_out, asked.judge, settings.which)
     row |= quality
     observer = Observer(attention, variant.configuration, own)
-    measure_graphs(model, observer, held_out, settings.measured)
+    measure_graphs(model, observer, held_out, settings.measured, settings.which)
     layers = [{**variant.columns, **row} for row in observer.rows()]
     return Outcome(row | observer.means(), layers, blocks)
 
@@ -302,6 +307,7 @@ def quality_and_cost(
     watch: Stopwatch | None,
     batches: Sequence[Batch],
     judge: tasks.Judge = _MASKED_WORDS,
+    which: str | None = None,
 ) -> tuple[dict[str, Any], pd.DataFrame]:
     """Loss, answers and time of a model whose attention is replaced.
 
@@ -313,6 +319,7 @@ def quality_and_cost(
         watch: the pattern inside ``attention`` that adds up its seconds; None where there is none.
         batches: inputs with labels; each process takes its part.
         judge: what is asked, and how answers are measured.
+        which: the attention that is replaced, where the model has several.
 
     Returns:
         A row of the results, and a row for each block.
@@ -328,7 +335,7 @@ def quality_and_cost(
         return *judge.judge(output, batch), seconds
 
     mine = list(distributed.share(batches))
-    with attending(model, attention):
+    with attending(model, attention, which):
         warm = [read(batch) for batch in mine[:1]]
         if watch is not None:
             watch.seconds = 0.0

@@ -19,11 +19,11 @@ import torch
 
 from sparsefinder import models
 from sparsefinder.attention import Dense
-from sparsefinder.corpora import Corpus, TokenBlocks, block_length, token_blocks
+from sparsefinder.corpora import Batch, Corpus, Denoising, TokenBlocks, block_length, token_blocks
 from sparsefinder.corpora.blocks import draw
 from sparsefinder.errors import UserError, one_of
 from sparsefinder.models.families import TRAITS
-from sparsefinder.models.objectives import is_causal
+from sparsefinder.models.objectives import collated, is_causal, objective_of, whole_text
 from sparsefinder.models.observed_attention import Recorder, Watched
 from sparsefinder.storage import distributed
 from sparsefinder.storage.files import make_folder, remove
@@ -80,13 +80,14 @@ class ExtractSettings:
 def run(settings: ExtractSettings, store: Store) -> None:
     """Make ``qk`` and ``qk_validation`` with ``model``."""
     model, tokenizer = models.load_language_model(store.path("model"))
-    shape = models.describe(model, which_of(model, store))
+    which = which_of(model, store)
+    shape = models.describe(model, which)
     length = block_length(settings.length, shape.max_length, "extract.length")
     for name, split, wanted in (("qk", "train", settings.nsamples), ("qk_validation", "validation", settings.held_out)):
-        _extract(name, split, wanted, length, model, tokenizer, settings, store)
+        _extract(name, split, wanted, length, Reading(model, tokenizer, which), settings, store)
 
 
-def which_of(model: Any, store: Store) -> Any:
+def which_of(model: Any, store: Store) -> str:
     """The attention that is recorded; a `UserError` where the model has another one."""
     attentions = TRAITS[model.config.model_type].attentions
     if store.which not in attentions:
@@ -97,17 +98,37 @@ def which_of(model: Any, store: Store) -> Any:
     return store.which
 
 
+@dataclass(frozen=True)
+class Reading:
+    """A model, and which of its attentions is looked at while it reads."""
+
+    model: Any
+    tokenizer: Any
+    which: str
+
+    def batch(self, blocks: TokenBlocks, indices: Sequence[int], seed: int) -> Batch:
+        """What the model reads of some blocks: their text, or of an encoder-decoder the damaged text and the whole one."""
+        objective = objective_of(self.model, self.tokenizer)
+        if not isinstance(objective, Denoising):
+            ids, valid = blocks.batch(indices, self.tokenizer.pad_token_id)
+            return {"input_ids": ids, "attention_mask": valid}
+        examples = [objective(blocks[index], seed, index) for index in indices]
+        return whole_text(self.model, collated(objective, examples, self.tokenizer.pad_token_id))
+
+
 def _extract(
-    name: str, split: str, wanted: int, length: int, model: Any, tokenizer: Any, settings: ExtractSettings, store: Store
+    name: str, split: str, wanted: int, length: int, reading: Reading, settings: ExtractSettings, store: Store
 ) -> None:
     cache, shards = store.scratch("corpus"), store.scratch(f"{name}_shards")
-    blocks = distributed.first_then_all(lambda: token_blocks(settings.corpus, tokenizer, split, length, cache=cache))
+    blocks = distributed.first_then_all(
+        lambda: token_blocks(settings.corpus, reading.tokenizer, split, length, cache=cache)
+    )
     chosen = draw(len(blocks), wanted, settings.seed, f"the {split} split of the corpus")
     lengths = blocks.lengths[chosen].tolist()
-    size = estimated_size(model, lengths, settings)
+    size = estimated_size(reading.model, lengths, settings, reading.which)
     log.info("%s: %d samples, %d tokens: %.1f MiB", name, wanted, sum(lengths), size)
     distributed.once(lambda: _emptied(shards))
-    distributed.parts(lambda: record(model, blocks, chosen, tokenizer.pad_token_id, settings, shards))
+    distributed.parts(lambda: record(reading, blocks, chosen, settings, shards))
     if distributed.first():
         _keep(store, name, shards, size <= settings.file_size)
         store.note(name, samples=wanted, tokens=sum(lengths), split=split)
@@ -128,31 +149,34 @@ def _keep(store: Store, name: str, shards: Path, as_file: bool) -> None:
 
 
 def record(
-    model: Any, blocks: TokenBlocks, chosen: Sequence[int], pad_token_id: int, settings: ExtractSettings, folder: Path
+    reading: Reading, blocks: TokenBlocks, chosen: Sequence[int], settings: ExtractSettings, folder: Path
 ) -> None:
     """Write the queries and keys ``(L, H, n_i, D)`` of this process's part of the chosen blocks to files in ``folder``.
 
     A batch holds the same blocks however many processes there are, because what is beside a block may change its last digits.
     """
+    model, which = reading.model, reading.which
     recorder = Recorder()
-    dense = Dense(models.get_normalizer(model), causal=is_causal(model))
+    dense = Dense(models.get_normalizer(model), causal=is_causal(model, which))
     batches = [chosen[start : start + settings.batch_size] for start in range(0, len(chosen), settings.batch_size)]
-    writer = ShardWriter(folder, f"{distributed.rank():04d}-", int(settings.shard_size * (1 << 20)))
-    with models.plugged(model, Watched(dense, recorder)), torch.inference_mode():
+    size = int(settings.shard_size * (1 << 20))
+    writer = ShardWriter(folder, f"{distributed.rank():04d}-", size, between_texts=which == "cross")
+    with models.plugged(model, Watched(dense, recorder), which), torch.inference_mode():
         for batch in progress(distributed.share(batches), "extract"):
-            ids, valid = blocks.batch(batch, pad_token_id)
             recorder.layers.clear()
-            model.base_model(input_ids=ids.to(model.device), attention_mask=valid.to(model.device))
+            read = reading.batch(blocks, batch, settings.seed)
+            model.base_model(**{name: tensor.to(model.device) for name, tensor in read.items()})
             recorded = [recorder.layers[layer] for layer in sorted(recorder.layers)]
-            for row, length in enumerate(valid.sum(-1).tolist()):
-                q = torch.stack([qk.q[row, :, :length].cpu() for qk in recorded])
-                k = torch.stack([qk.k[row, :, :length].cpu() for qk in recorded])
+            queries, keys = recorded[0].queries_valid.sum(-1).tolist(), recorded[0].lengths.tolist()
+            for row in range(len(batch)):
+                q = torch.stack([qk.q[row, :, : queries[row]].cpu() for qk in recorded])
+                k = torch.stack([qk.k[row, :, : keys[row]].cpu() for qk in recorded])
                 writer.add(q.to(DTYPES[settings.dtype]), k.to(DTYPES[settings.dtype]))
     writer.close()
 
 
-def estimated_size(model: Any, lengths: Sequence[int], settings: ExtractSettings) -> float:
+def estimated_size(model: Any, lengths: Sequence[int], settings: ExtractSettings, which: str | None = None) -> float:
     """MiB that the queries and keys of samples of these lengths will take."""
-    shape = models.describe(model)
+    shape = models.describe(model, which)
     numbers = shape.layers * (shape.heads + shape.key_heads) * shape.head_size * sum(lengths)
     return numbers * DTYPES[settings.dtype].itemsize / (1 << 20)

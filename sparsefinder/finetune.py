@@ -1,10 +1,16 @@
 """Stage ``finetune``: a language model whose attention is truly sparse.
 
 A model that starts from nothing (`NewModel`) or a pretrained one (`Pretrained`) is trained under α-entmax, an encoder on the
+<<<<<<< HEAD
 words behind masks and a decoder on the next word, by the Trainer of transformers: either with every softmax replaced at once, or
 with α annealed from 1.01 to its end value over the first half of the steps (``alpha_schedule``). ``steps=0`` takes the model as
 it is and only changes its attention. With ``attention`` the steps, and the looks at the validation loss between them, run on the
 graph that a pattern predicts, with what it learned in another run: long blocks are trained on without multiplying every pair.
+=======
+words behind masks, a decoder on the next word and an encoder-decoder on damaged texts, by the Trainer of transformers: either
+with every softmax replaced at once, or with α annealed from 1.01 to its end value over the first half of the steps
+(``alpha_schedule``). ``steps=0`` takes the model as it is and only changes its attention.
+>>>>>>> 9199be3 (Take encoder-decoder models through the stages)
 
 Several processes (`sparsefinder.storage.distributed`) train together; each takes ``batch_size`` blocks of a step, so that two
 of them with half the batch do what one does with the whole, but for the order of its sums.
@@ -31,6 +37,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
@@ -40,11 +47,15 @@ from sparsefinder import models
 from sparsefinder.conversions.lengthen import lengthen
 from sparsefinder.corpora import Corpus, TokenBlocks, block_length, token_blocks, train_tokenizer
 from sparsefinder.errors import UserError, check_counts, one_of
+<<<<<<< HEAD
 from sparsefinder.evaluation.arms import Arm, plugged
 from sparsefinder.experiment.configuration import Learned
+=======
+from sparsefinder.models.families import TRAITS, Kind
+>>>>>>> 9199be3 (Take encoder-decoder models through the stages)
 from sparsefinder.models.masked_lm import gold_sparsity, unigram_entropy, validation_loss
 from sparsefinder.models.objectives import asked_batches
-from sparsefinder.models.position_tables import CONVENTIONS, reserved_rows
+from sparsefinder.models.position_tables import CONVENTIONS, longest_input, reserved_rows
 from sparsefinder.models.statistical_init import from_statistics
 from sparsefinder.models.trackers import check_trackers
 from sparsefinder.models.trainer import TrainingSettings, train
@@ -61,6 +72,11 @@ SCHEDULES = ("linear", "cosine", "constant_with_warmup")
 _SPARSITY_BATCHES = 4  # validation batches on which the mean gold sparsity is measured
 _LOCAL = ("global_every", "local_window")  # settings of layers that do not attend to all tokens
 _SHARE_KEYS = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "smollm3")  # families whose heads may share keys
+_AUTO: dict[Kind, Any] = {
+    "encoder": AutoModelForMaskedLM,
+    "decoder": AutoModelForCausalLM,
+    "encoder_decoder": AutoModelForSeq2SeqLM,
+}
 # what a family's configuration calls a setting, where not as the others do: a name that it does not know is ignored
 _OTHER_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     "distilbert": {
@@ -79,6 +95,27 @@ _OTHER_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
         family: {"attention_probs_dropout_prob": ("attention_dropout",), "layer_norm_eps": ("rms_norm_eps",)}
         for family in _SHARE_KEYS
     },
+    **{
+        family: {
+            "hidden_size": ("d_model",),
+            "num_hidden_layers": ("encoder_layers", "decoder_layers"),
+            "num_attention_heads": ("encoder_attention_heads", "decoder_attention_heads"),
+            "intermediate_size": ("encoder_ffn_dim", "decoder_ffn_dim"),
+            "hidden_dropout_prob": ("dropout",),
+            "attention_probs_dropout_prob": ("attention_dropout",),
+            "initializer_range": ("init_std",),
+            "eos_token_id": ("eos_token_id", "decoder_start_token_id"),
+        }
+        for family in ("bart", "mbart", "pegasus", "marian")
+    },
+    "t5": {
+        "hidden_size": ("d_model",),
+        "num_hidden_layers": ("num_layers", "num_decoder_layers"),
+        "num_attention_heads": ("num_heads",),
+        "intermediate_size": ("d_ff",),
+        "hidden_dropout_prob": ("dropout_rate",),
+        "eos_token_id": ("eos_token_id", "decoder_start_token_id"),
+    },
     "modernbert": {
         "hidden_dropout_prob": ("embedding_dropout", "mlp_dropout"),
         "attention_probs_dropout_prob": ("attention_dropout",),
@@ -91,12 +128,12 @@ _OTHER_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class NewModel:
-    """A model of one of `models.FAMILIES` or `models.DECODERS` with random weights, and a vocabulary of the training part."""
+    """A model of one of `sparsefinder.models.families.TRAITS` with random weights, and a vocabulary of the training part."""
 
     family: str = "roberta"
     vocabulary_size: int = 6000  # tokens, special ones included
     max_length: int = 256  # tokens of input, special ones included
-    layers: int = 4
+    layers: int = 4  # of an encoder-decoder, in each of the two
     heads: int = 4
     key_heads: int | None = (
         None  # of keys and values in decoders that share them (llama and its kin); null: as many as heads
@@ -113,9 +150,7 @@ class NewModel:
     start: str = "random"
 
     def __post_init__(self) -> None:
-        families = [
-            name for name in (*models.FAMILIES, *models.DECODERS) if name != "lfm2"
-        ]  # hybrids are others' to train
+        families = [name for name in TRAITS if name != "lfm2"]  # hybrids are others' to train
         if self.family not in families:
             raise UserError(f"model.family={self.family} is unknown; {one_of(families, self.family)}")
         key_heads = self.heads if self.key_heads is None else self.key_heads
@@ -141,7 +176,8 @@ class NewModel:
     def make(self, corpus: Corpus, cache: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model, from the random state of the moment, and its tokenizer."""
         tokenizer = train_tokenizer(corpus.documents("train", cache), self.vocabulary_size, self.max_length)
-        reserved = reserved_rows(CONVENTIONS[self.family], tokenizer.pad_token_id)
+        convention = CONVENTIONS[self.family]  # the configuration of BART's kin counts tokens alone
+        reserved = reserved_rows(convention, tokenizer.pad_token_id) if convention == "after_padding" else 0
         settings = {
             "vocab_size": len(tokenizer),
             "hidden_size": self.hidden_size,
@@ -161,6 +197,10 @@ class NewModel:
         if self.family in _SHARE_KEYS:
             settings |= {"num_key_value_heads": self.key_heads or self.heads, "sliding_window": None}
             settings |= {"head_dim": self.hidden_size // self.heads}
+        if self.family == "t5":
+            settings |= {"d_kv": self.hidden_size // self.heads}
+        if TRAITS[self.family].kind == "encoder_decoder":
+            settings |= {"forced_eos_token_id": None}  # what BART generates ends so, at the longest length
         if self.family == "modernbert":
             kinds = [
                 "sliding_attention" if depth % self.global_every else "full_attention" for depth in range(self.layers)
@@ -170,8 +210,7 @@ class NewModel:
         config = AutoConfig.for_model(
             self.family, **{own: value for name, value in settings.items() for own in names.get(name, (name,))}
         )
-        auto = AutoModelForCausalLM if self.family in models.DECODERS else AutoModelForMaskedLM
-        model = auto.from_config(config)
+        model = _AUTO[TRAITS[self.family].kind].from_config(config)
         if self.start == "statistics":
             blocks = token_blocks(corpus, tokenizer, "train", self.max_length, cache=cache)
             from_statistics(model, blocks, tokenizer.all_special_ids)
@@ -299,7 +338,7 @@ def run(settings: FinetuneSettings, store: Store) -> None:
         raise UserError(f"model={settings.model.name_or_path} is what this stage writes: choose another run_dir=PATH")
     cache = store.scratch("corpus")
     model, tokenizer = distributed.first_then_all(lambda: _made(settings, cache))
-    length = block_length(settings.length, models.describe(model).max_length, "finetune.length")
+    length = block_length(settings.length, longest_input(model.config), "finetune.length")
     validation = distributed.first_then_all(
         lambda: token_blocks(settings.corpus, tokenizer, "validation", length, settings.eval_blocks, cache)
     )
@@ -355,7 +394,7 @@ def _longer_blocks(settings: FinetuneSettings, model: Any, tokenizer: Any, cache
     """What the last steps read; None where they read what the others do."""
     if not settings.longer_steps:
         return None
-    length = block_length(settings.longer_length, models.describe(model).max_length, "finetune.longer_length")
+    length = block_length(settings.longer_length, longest_input(model.config), "finetune.longer_length")
     return distributed.first_then_all(lambda: token_blocks(settings.corpus, tokenizer, "train", length, cache=cache))
 
 

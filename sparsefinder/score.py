@@ -30,7 +30,7 @@ from sparsefinder.analysis.comparisons import error_budget
 from sparsefinder.errors import UserError
 from sparsefinder.evaluation.shared_buckets import distance_histogram, shared_buckets
 from sparsefinder.experiment.calibration import calibrated
-from sparsefinder.experiment.configuration import Configuration, Learned, buildable, fitted, needed
+from sparsefinder.experiment.configuration import Configuration, Learned, between_texts, buildable, fitted, needed
 from sparsefinder.experiment.costs import costs
 from sparsefinder.graphs import QK, Buckets, Pattern
 from sparsefinder.metrics import BALANCE, COSTS, RATIOS, Counts, Gold, balance, count
@@ -122,6 +122,8 @@ def run(settings: ScoreSettings, store: Store) -> None:
     fits = fitted(settings.configurations, *samples.shape[:2])
     typed = dict(zip(map(id, fits), settings.configurations, strict=True))
     configurations = buildable(fits, learned)
+    if samples.crosses:
+        configurations = between_texts(configurations, learned, *samples.shape[1:])
     if settings.target is not None:
         configurations += calibrated(configurations, store.path("calibration"), settings.target)
     table = Table.of("score", settings, store)
@@ -373,7 +375,7 @@ def save_maps(
     chosen = [int(place) for place in frontiers.comparable(points[drawable])["configuration"]]
     kept = {f"predicted_{place}": old[f"predicted_{place}"] for place in chosen if place in before}
     patterns = {p: settings.configurations[p - grown.first].build(learned) for p in chosen if p >= grown.first}
-    tokens = min(settings.map_tokens, samples.lengths[0])
+    tokens = min(settings.map_tokens, samples.lengths[0], samples.query_lengths[0])
     layers = list(samples.layers(0, settings.causal))
     gold = torch.stack([_begin_of(Gold.of(qk, settings.alpha), tokens) for qk in layers])
     maps = {"gold": gold, **kept}

@@ -108,8 +108,8 @@ def test_what_is_recorded_is_in_the_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("task", "causal", "family"), [("masked_lm", True, "llama"), ("causal_lm", True, "bert")])
 def test_a_task_of_another_kind_of_model_is_refused(task: str, causal: bool, family: str) -> None:
     model = SimpleNamespace(config=SimpleNamespace(model_type=family))
-    with pytest.raises(UserError, match=f"is not for a {family}: give"):
-        asking.check_kind(SimpleNamespace(task=task, causal=causal), model)
+    with pytest.raises(UserError, match=f"is not for which=.* of a {family}: give"):
+        asking.check_kind(SimpleNamespace(task=task, causal=causal, which="dec" if family == "llama" else "enc"), model)
 
 
 def test_patterns_that_read_ahead_say_what() -> None:

@@ -9,6 +9,7 @@ makes a vocabulary for models that have none.
 
 from sparsefinder.corpora.any_dataset import AnyDataset
 from sparsefinder.corpora.blocks import Corpus, TokenBlocks, block_length, token_blocks
+from sparsefinder.corpora.denoising import Denoising, denoising_batches
 from sparsefinder.corpora.docstrings import Docstrings
 from sparsefinder.corpora.files import TextFiles
 from sparsefinder.corpora.masking import Batch, Masking, masked_batches
@@ -20,6 +21,7 @@ __all__ = [
     "AnyDataset",
     "Batch",
     "Corpus",
+    "Denoising",
     "Docstrings",
     "Masking",
     "NextWords",
@@ -27,6 +29,7 @@ __all__ = [
     "TokenBlocks",
     "WikiText103",
     "block_length",
+    "denoising_batches",
     "masked_batches",
     "next_word_batches",
     "token_blocks",

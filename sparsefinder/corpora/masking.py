@@ -20,7 +20,9 @@ from sparsefinder.numerics.counter_rng import uniform
 IGNORED = -100  # the label of a token that is not asked for, as everywhere in transformers
 
 
-Batch = dict[str, Tensor]  # input_ids (B, N) int64 with tokens masked; attention_mask (B, N) bool; labels (B, N) int64
+# input_ids (B, N) int64 with tokens masked; attention_mask (B, N) bool; labels (B, N) int64. With a decoder beside the encoder
+# labels are (B, M), as decoder_input_ids int64 and decoder_attention_mask bool are
+Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -120,8 +122,18 @@ def masked_batches(
     ]
 
 
-def collate(examples: Sequence[tuple[Tensor, Tensor]], pad_token_id: int) -> Batch:
-    """Inputs and labels of several blocks, padded on the right to the longest."""
+def collate(examples: Sequence[tuple[Tensor, Tensor]], pad_token_id: int, start_token_id: int | None = None) -> Batch:
+    """Inputs and labels of several blocks, padded on the right to the longest.
+
+    Args:
+        examples: Inputs and labels, int64.
+        pad_token_id: What padded positions hold.
+        start_token_id: Where labels are those of a decoder, which is given the word before each: what stands before the first.
+    """
     input_ids, valid = pad([inputs for inputs, _ in examples], pad_token_id)
     labels, _ = pad([labels for _, labels in examples], IGNORED)
-    return {"input_ids": input_ids, "attention_mask": valid, "labels": labels}
+    batch = {"input_ids": input_ids, "attention_mask": valid, "labels": labels}
+    if start_token_id is not None:
+        before = [torch.cat([labels.new_full((1,), start_token_id), labels[:-1]]) for _, labels in examples]
+        batch["decoder_input_ids"], batch["decoder_attention_mask"] = pad(before, pad_token_id)
+    return batch

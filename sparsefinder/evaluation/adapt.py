@@ -67,6 +67,7 @@ def adapt(
     batches: Sequence[dict[str, Tensor]],
     settings: AdaptSettings,
     projections: Projections | None = None,
+    which: str | None = None,
 ) -> None:
     """Train a model under another attention, in place.
 
@@ -79,6 +80,7 @@ def adapt(
         batches: inputs with labels, cycled.
         settings: how many steps, and what is trained.
         projections: those of the stage ``project``, trained too where ``part="all"``.
+        which: the attention that is replaced, where the model has several.
 
     Raises:
         UserError: where the head alone is to be trained and shares all its weights with the encoder.
@@ -104,7 +106,7 @@ def adapt(
     for parameter in frozen:
         parameter.requires_grad_(False)
     try:
-        with attending(model, attention if learning is None else watched), torch.random.fork_rng(devices=[]):
+        with attending(model, attention if learning is None else watched, which), torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             for step in progress(range(settings.steps), "adapt"):
                 loss = _loss(model, batches[step % len(batches)])
@@ -124,9 +126,9 @@ def adapt(
                 layer.requires_grad_(False)
 
 
-def attending(model: Any, attention: Attention | None) -> AbstractContextManager[None]:
-    """The attention plugged in for a while; None leaves the model as it is."""
-    return contextlib.nullcontext() if attention is None else models.plugged(model, attention)
+def attending(model: Any, attention: Attention | None, which: str | None = None) -> AbstractContextManager[None]:
+    """The attention plugged in for a while; None leaves the model as it is. ``which``: see `models.plugged`."""
+    return contextlib.nullcontext() if attention is None else models.plugged(model, attention, which)
 
 
 def _loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
@@ -142,12 +144,15 @@ def _projection_loss(
 ) -> Tensor:
     losses = []
     for layer, qk in recorded.items():
-        for example, length in enumerate(qk.lengths.tolist()):
-            one = QK(
-                qk.q[example : example + 1, :, :length].float(),
-                qk.k[example : example + 1, :, :length].float(),
-                qk.valid[example : example + 1, :length],
-            )
+        for example in range(len(qk.valid)):
+            one = _without_padding(qk, example)
             gold = gold_pairs(one, settings.alpha, settings.block_size)
             losses.append(contrastive_loss(projections(one, layer), gold, settings, generator))
     return torch.stack(losses).mean()
+
+
+def _without_padding(qk: QK, example: int) -> QK:
+    """One of the examples by itself, its real tokens alone."""
+    queries, keys = qk.queries_valid[example], qk.valid[example]
+    q, k = qk.q[example : example + 1, :, queries].float(), qk.k[example : example + 1, :, keys].float()
+    return QK(q, k, keys[None, keys], qk.causal, queries[None, queries] if qk.crosses else None)

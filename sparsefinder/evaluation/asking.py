@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sparsefinder.errors import UserError
 from sparsefinder.evaluation import tasks
+from sparsefinder.models.families import TRAITS
 from sparsefinder.models.objectives import is_causal
 from sparsefinder.storage.store import Store
 
@@ -30,17 +31,28 @@ def asked(settings: Any, store: Store, model: Any, tokenizer: Any, length: int) 
     request = tasks.Request(**wanted, adapt_examples=adapting, adapt_batch_size=settings.adapt.batch_size)
     if settings.task == tasks.EMBEDDING:
         return tasks.ask_states(request, store, model, tokenizer, length)
-    if settings.task in (tasks.MASKED_LM, tasks.CAUSAL_LM):
+    if settings.task in tasks.WORDS:
         return tasks.ask_words(request, store, model, tokenizer, length, settings.mask_probability)
     return tasks.ask(tasks.LABELLED[settings.task], request, store, model, tokenizer, length)
 
 
 def check_kind(settings: Any, model: Any) -> None:
-    """Refuse a task that a model of this kind does not do, and a decoder that would see the future."""
-    causal = is_causal(model)
-    if causal != (settings.task == tasks.CAUSAL_LM) or causal != settings.causal:
-        needed = f"evaluate.task={tasks.CAUSAL_LM} causal=true" if causal else "causal=false and another evaluate.task"
+    """Refuse a task that a model of this kind does not do, an attention that it lacks, and one that would see the future."""
+    family = model.config.model_type
+    traits = TRAITS[family]
+    if settings.which not in traits.attentions:
         raise UserError(
-            f"evaluate.task={settings.task} with causal={str(settings.causal).lower()} is not for a {model.config.model_type}: "
-            f"give {needed}"
+            f"which={settings.which}, but a {family} has {' and '.join(traits.attentions)}: give which={traits.attentions[0]}"
+        )
+    causal = is_causal(model, settings.which)
+    own = tasks.OF_KINDS[traits.kind]
+    fits = (
+        settings.task == own if traits.kind != "encoder" else settings.task not in (tasks.CAUSAL_LM, tasks.SEQ2SEQ_LM)
+    )
+    if not fits or causal != settings.causal:
+        of_encoders = "another evaluate.task" if not fits else f"evaluate.task={settings.task}"
+        needed = of_encoders if traits.kind == "encoder" else f"evaluate.task={own}"
+        raise UserError(
+            f"evaluate.task={settings.task} with causal={str(settings.causal).lower()} is not for which={settings.which} of a "
+            f"{family}: give {needed} causal={str(causal).lower()}"
         )

@@ -1,4 +1,4 @@
-"""How much more a masked language model loses with a predicted graph than with its own dense attention."""
+"""How much more a language model loses with a predicted graph than with its own dense attention."""
 
 from __future__ import annotations
 
@@ -51,11 +51,13 @@ class LossDifference:
         model: A masked language model in evaluation mode.
         batches: Inputs with labels.
         dense: Its loss with dense attention.
+        which: The attention that is replaced, where the model has several.
     """
 
     model: Any
     batches: Sequence[dict[str, Tensor]]
     dense: float
+    which: str | None = None
 
     @classmethod
     def of(cls, store: Store, corpus: Corpus, text: MaskedText) -> LossDifference:
@@ -63,33 +65,37 @@ class LossDifference:
         model, tokenizer = models.load_language_model(store.path("model"))
         if not models.has_head(model):
             raise UserError("a target of loss needs a language model, and this one has no head: give a density")
-        length = block_length(text.length, models.describe(model).max_length, "calibrate.text.length")
+        length = block_length(text.length, models.describe(model, store.which).max_length, "calibrate.text.length")
         found = token_blocks(corpus, tokenizer, text.split, length, cache=store.scratch("corpus"))
         drawn = draw(len(found), min(text.blocks, len(found)), text.seed, f"the {text.split} split of the corpus")
         blocks = [found[index] for index in drawn]
         batches = asked_batches(model, blocks, tokenizer, text.mask_probability, text.seed, text.batch_size)
-        return cls(model, batches, masked_loss(model, Dense(models.get_normalizer(model), is_causal(model)), batches))
+        dense = Dense(models.get_normalizer(model), is_causal(model, store.which))
+        return cls(model, batches, masked_loss(model, dense, batches, store.which), store.which)
 
     def __call__(self, configuration: Configuration, learned: Learned) -> float:
         """Of a pattern as it is run: by its buckets where it has them, else as a mask."""
         pattern, normalizer = configuration.build(learned), models.get_normalizer(self.model)
-        bucketed = configuration.bucketed(learned, models.describe(self.model).head_size)
-        causal = is_causal(self.model)
+        bucketed = configuration.bucketed(learned, models.describe(self.model, self.which).head_size)
+        causal = is_causal(self.model, self.which)
         attention = Bucketed(pattern, normalizer, causal) if bucketed else Masked(pattern, normalizer, causal)
-        return masked_loss(self.model, attention, self.batches) - self.dense
+        return masked_loss(self.model, attention, self.batches, self.which) - self.dense
 
 
 @torch.inference_mode()
-def masked_loss(model: Any, attention: Attention, batches: Sequence[dict[str, Tensor]]) -> float:
-    """Mean loss of the masked positions, in nats.
+def masked_loss(
+    model: Any, attention: Attention, batches: Sequence[dict[str, Tensor]], which: str | None = None
+) -> float:
+    """Mean loss of the words that are asked for, in nats.
 
     Args:
         model: A masked language model in evaluation mode.
         attention: What it attends with.
         batches: Inputs with labels.
+        which: The attention that is replaced, where the model has several.
     """
     judge, total = MaskedWords(), torch.zeros(3, dtype=torch.float64)
-    with attending(model, attention):
+    with attending(model, attention, which):
         for batch in batches:
             here = on(batch, model.device)
             sums, _ = judge.judge(model(**inputs_of(here)), here)

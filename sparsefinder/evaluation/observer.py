@@ -81,14 +81,19 @@ class Observer:
 
 
 @torch.inference_mode()
-def measure_graphs(model: Any, observer: Observer, batches: Sequence[Batch], most: int) -> None:
-    """Run the first `most` examples of `batches` through the model while `observer` counts the pairs of its graphs."""
+def measure_graphs(
+    model: Any, observer: Observer, batches: Sequence[Batch], most: int, which: str | None = None
+) -> None:
+    """Run the first `most` examples of `batches` through the model while `observer` counts the pairs of its graphs.
+
+    ``which``: the attention that is looked at, where the model has several.
+    """
     some: list[Batch] = []
     for batch in batches:
         wanted = most - sum(len(part["input_ids"]) for part in some)
         if wanted > 0:
             some.append({name: tensor[:wanted] for name, tensor in batch.items()})
-    with models.plugged(model, Watched(observer.attention, observer)):
+    with models.plugged(model, Watched(observer.attention, observer), which):
         for batch in distributed.share(some):
             model(**tasks.inputs_of(on(batch, model.device)))
     observer.gather()

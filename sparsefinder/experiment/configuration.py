@@ -238,17 +238,40 @@ def buildable(configurations: tuple[Configuration, ...], learned: Learned) -> tu
 
     A single one that cannot be built is an error: it was asked for.
     """
-    can_be_built = []
+    return _possible(configurations, lambda configuration: configuration.build(learned))
+
+
+def between_texts(
+    configurations: tuple[Configuration, ...], learned: Learned, heads: int, size: int
+) -> tuple[Configuration, ...]:
+    """Those of several configurations that can choose keys of another text, as `buildable`: each is asked about two short ones.
+
+    Args:
+        configurations: That can be built.
+        learned: What they work with.
+        heads: ``H``.
+        size: ``D``.
+    """
+    q, k = (torch.linspace(-1.0, 1.0, tokens * heads * size).view(1, heads, tokens, size) for tokens in (16, 24))
+    valid, query_valid = (torch.ones(1, side.shape[2], dtype=torch.bool) for side in (k, q))
+    qk = QK(q, k, valid, query_valid=query_valid)
+    return _possible(configurations, lambda configuration: configuration.build(learned)(qk, 0))
+
+
+def _possible(
+    configurations: tuple[Configuration, ...], attempt: Callable[[Configuration], Any]
+) -> tuple[Configuration, ...]:
+    possible = []
     for configuration in configurations:
         try:
-            configuration.build(learned)
+            attempt(configuration)
         except UserError as error:
             if len(configurations) == 1:
                 raise
             log.warning("%s is left out: %s", configuration.label, error)
         else:
-            can_be_built.append(configuration)
-    return tuple(can_be_built)
+            possible.append(configuration)
+    return tuple(possible)
 
 
 def needed(configurations: tuple[Configuration, ...]) -> tuple[str, ...]:

@@ -39,6 +39,11 @@ class Traits:
         of_kinds: dict[Kind, tuple[Which, ...]] = {"encoder": ("enc",), "decoder": ("dec",)}
         return of_kinds.get(self.kind, ("enc", "dec", "cross"))
 
+    @property
+    def replaceable(self) -> tuple[Which, ...]:
+        """Those of them that another attention can take the place of."""
+        return tuple(which for which in self.attentions if which not in self.biased)
+
 
 TRAITS: dict[str, Traits] = {
     "roberta": Traits("encoder", "after_padding"),

@@ -1,7 +1,8 @@
-"""How good a language model is, masked or causal, and how sparse its attention: loss, the entropy to beat, gold sparsity."""
+"""How good a language model is, of whatever kind, and how sparse its attention: loss, the entropy to beat, gold sparsity."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,8 @@ from sparsefinder.corpora import Batch
 from sparsefinder.corpora.masking import IGNORED
 from sparsefinder.executors.support_lists import support
 from sparsefinder.graphs import QK
-from sparsefinder.models.objectives import is_causal
+from sparsefinder.models.families import TRAITS
+from sparsefinder.models.objectives import is_causal, whole_text
 from sparsefinder.models.observed_attention import Watched
 
 
@@ -32,6 +34,8 @@ def masked_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         return output
 
     inner: Any = getattr(model, "module", model)  # the model inside a distributed wrapper
+    if inner.base_model is inner:  # T5 has its head and its two stacks in one module
+        return model(**inputs).logits[chosen], batch["labels"][chosen]
     hook = inner.base_model.register_forward_hook(keep)
     try:
         logits = model(**inputs).logits[0]
@@ -64,24 +68,22 @@ def unigram_entropy(batches: Sequence[Batch]) -> float:
 @torch.no_grad()
 def gold_sparsity(model: Any, batches: Sequence[Batch]) -> float:
     """Share of allowed pairs to which the model's own dense attention gives probability zero; the mean over examples,
-    layers and heads, on inputs without masks."""
+    layers and heads of every attention that can be looked at, on inputs without masks."""
     model.eval()
     normalizer = models.get_normalizer(model)
     sparsities: list[Tensor] = []
 
     def look(layer: int, qk: QK, v: Tensor, output: Tensor) -> None:
         gold = support(qk.with_vectors(qk.q.float(), qk.k.float()), normalizer.alpha).counts.sum(-1)
-        real = qk.lengths[:, None]
-        sparsities.append(1.0 - gold / (real * (real + 1) // 2 if qk.causal else real.square()))
+        queries, keys = qk.queries_valid.sum(-1)[:, None], qk.lengths[:, None]
+        sparsities.append(1.0 - gold / (keys * (keys + 1) // 2 if qk.causal else queries * keys))
 
-    causal = is_causal(model)
-    with models.plugged(model, Watched(Dense(normalizer, causal), look)):
+    with contextlib.ExitStack() as stack:
+        for which in TRAITS[model.config.model_type].replaceable:
+            watched = Watched(Dense(normalizer, is_causal(model, which)), look)
+            stack.enter_context(models.plugged(model, watched, which))
         for batch in batches:
-            on_device = _on(batch, model.device)
-            labels, whole = on_device["labels"], on_device["input_ids"]
-            if not causal:
-                whole = torch.where(labels == IGNORED, whole, labels)
-            model.base_model(input_ids=whole, attention_mask=on_device["attention_mask"])
+            model.base_model(**whole_text(model, _on(batch, model.device)))
     return torch.cat([sparsity.flatten() for sparsity in sparsities]).mean().item()
 
 

@@ -5,6 +5,7 @@ A learned position table has `reserved_rows` leading rows that no token ever use
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from sparsefinder.models.families import TRAITS, Convention
@@ -43,6 +44,17 @@ def reserved_rows(convention: Convention, padding_idx: int | None = None) -> int
     raise ValueError(
         f"{convention!r} is no convention; needed: absolute, after_padding, offset_two, sinusoidal, rotary or relative"
     )
+
+
+def longest_input(config: Any) -> int:
+    """Tokens that a model with this configuration reads at most, special ones included; `sys.maxsize` where there is no end.
+
+    ``max_position_embeddings`` counts the reserved rows of RoBERTa's kin, and leaves them out in BART's.
+    """
+    longest: int | None = getattr(config, "max_position_embeddings", None)
+    if longest is None or CONVENTIONS[config.model_type] == "relative":
+        return sys.maxsize
+    return longest - (reserved_rows_of(config) if CONVENTIONS[config.model_type] == "after_padding" else 0)
 
 
 def reserved_rows_of(config: Any) -> int:

@@ -31,10 +31,9 @@ from transformers import (
 )
 
 from sparsefinder import models
-from sparsefinder.corpora import Batch, Masking, NextWords, TokenBlocks
-from sparsefinder.corpora.masking import collate
+from sparsefinder.corpora import Batch, TokenBlocks
 from sparsefinder.models.masked_lm import masked_logits
-from sparsefinder.models.objectives import objective_of
+from sparsefinder.models.objectives import Objective, collated, objective_of
 from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.storage import distributed
 from sparsefinder.storage.files import remove
@@ -82,7 +81,7 @@ def train(
     folder: Path,
     longer: TokenBlocks | None = None,
 ) -> PreTrainedModel:
-    """Train a masked language model in place; a run that was killed goes on from its last checkpoint.
+    """Train a language model in place; a run that was killed goes on from its last checkpoint.
 
     Args:
         settings: of the optimizer, the schedule and the masking.
@@ -141,7 +140,7 @@ def train(
         args=arguments,
         train_dataset=examples,
         eval_dataset=_HeldOut(held_out),
-        data_collator=lambda examples: collate(examples, tokenizer.pad_token_id),
+        data_collator=lambda examples: collated(objective, examples, tokenizer.pad_token_id),
         processing_class=tokenizer,
         callbacks=[Reporting("finetune"), *([_Annealing(settings.alpha)] if settings.alpha_schedule else [])],
     )
@@ -186,9 +185,9 @@ class Examples(Dataset[tuple[Tensor, Tensor]]):
     """
 
     def __init__(
-        self, blocks: TokenBlocks, masking: Masking | NextWords, count: int, batch_size: int, seed: int, first: int = 0
+        self, blocks: TokenBlocks, objective: Objective, count: int, batch_size: int, seed: int, first: int = 0
     ):
-        self.blocks, self.masking, self.seed, self.first = blocks, masking, seed, first
+        self.blocks, self.objective, self.seed, self.first = blocks, objective, seed, first
         generator = torch.Generator().manual_seed(seed)
         lengths = blocks.lengths
         batches: list[Tensor] = []
@@ -206,18 +205,17 @@ class Examples(Dataset[tuple[Tensor, Tensor]]):
         return len(self.order)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.masking(self.blocks[self.order[index]], self.seed, self.first + index)
+        return self.objective(self.blocks[self.order[index]], self.seed, self.first + index)
 
 
 class _HeldOut(Dataset[tuple[Tensor, Tensor]]):
     def __init__(self, batches: Sequence[Batch]):
-        self.examples = [
-            (inputs[valid], labels[valid])
-            for batch in batches
-            for inputs, labels, valid in zip(
-                *(batch[n] for n in ("input_ids", "labels", "attention_mask")), strict=True
-            )
-        ]
+        self.examples: list[tuple[Tensor, Tensor]] = []
+        for batch in batches:
+            valid = batch["attention_mask"]
+            of_labels = batch.get("decoder_attention_mask", valid)
+            for row in range(len(valid)):
+                self.examples.append((batch["input_ids"][row][valid[row]], batch["labels"][row][of_labels[row]]))
 
     def __len__(self) -> int:
         return len(self.examples)

@@ -53,11 +53,11 @@ def stacked_sample(samples: Samples, index: int, causal: bool) -> QK:
         causal: Whether a query sees no later key.
 
     Returns:
-        Vectors ``(1, L·H, n, D)``, without padding.
+        Vectors ``(1, L·H, n, D)``, without padding; of cross-attention as many queries and keys as it has.
     """
     layers = list(samples.layers(index, causal))
     q, k = (torch.cat([getattr(layer, side) for layer in layers], dim=1) for side in ("q", "k"))
-    return QK(q, k, layers[0].valid, causal)
+    return layers[0].with_vectors(q, k)
 
 
 def stacked_linear(projections: Projections) -> LayerProjections:

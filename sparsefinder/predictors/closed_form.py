@@ -67,18 +67,18 @@ def normal_form(samples: Samples, projections: Projections) -> Projections:
 def _moments(samples: Samples, layer: int) -> tuple[Tensor, Tensor]:
     """``E[q qᵀ]`` and ``Cov[k]`` of all tokens, ``(H, D, D)`` float64; one sample in memory at a time."""
     _, heads, size = samples.shape
-    tokens = 0
+    queries = keys = 0
     q_sum, k_sum, k_mean = (
         torch.zeros(heads, *rest, dtype=torch.float64) for rest in ((size, size), (size, size), (size,))
     )
     for index in range(len(samples)):
         qk = samples.layer(index, layer)
         q, k = qk.q[0].double(), qk.k[0].double()
-        tokens += q.shape[1]
+        queries, keys = queries + q.shape[1], keys + k.shape[1]
         q_sum, k_sum = q_sum + q.mT @ q, k_sum + k.mT @ k
         k_mean = k_mean + k.sum(1)
-    mean = k_mean / tokens
-    return q_sum / tokens, k_sum / tokens - mean[:, :, None] * mean[:, None, :]
+    mean = k_mean / keys
+    return q_sum / queries, k_sum / keys - mean[:, :, None] * mean[:, None, :]
 
 
 def _of_matrix(q_moment: Tensor, k_moment: Tensor, matrix: Tensor, rank: int) -> LayerProjections:

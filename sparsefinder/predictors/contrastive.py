@@ -57,7 +57,7 @@ def contrastive_loss(projected: QK, gold: GoldPairs, settings: Contrast, generat
     """
     if settings.block_size > 1:
         projected = projected.in_blocks(settings.block_size)
-    if settings.distance == "l2" and native.works_on(projected.q):
+    if settings.distance == "l2" and not projected.crosses and native.works_on(projected.q):
         pairs = native.Positives(gold.rows, gold.columns, gold.zeros, gold.chances(generator))
         return native.hinge(projected.q[0], projected.k[0], pairs, settings.margin, settings.loss == "row")
     return _contrastive_loss(projected, gold, settings, generator)
@@ -68,7 +68,7 @@ def _contrastive_loss(projected: QK, gold: GoldPairs, settings: Contrast, genera
     heads, tokens, size = projected.q.shape[1:]
     kept, negatives = gold.draw_negatives(generator)
     rows = gold.rows[kept]
-    first_key = rows // tokens * tokens  # rows and keys of a head lie together
+    first_key = rows // tokens * projected.k.shape[2]  # rows and keys of a head lie together
     queries = projected.q.reshape(-1, size).index_select(0, rows)
     keys = projected.k.reshape(-1, size)
     near = _distance(queries, keys.index_select(0, first_key + gold.columns[kept]), settings.distance)

@@ -133,7 +133,8 @@ def _points(
 ) -> np.ndarray:
     """``(H, points, R)``: the projected tokens of the layer, or ``max_points`` of them."""
     size = settings.block_size
-    counts = [len(sides) * -(-length // size) for length in samples.lengths]
+    tokens = zip(*({"q": samples.query_lengths, "k": samples.lengths}[side] for side in sides), strict=True)
+    counts = [sum(-(-length // size) for length in lengths) for lengths in tokens]
     total = sum(counts)
     most = min(total, settings.max_points or total)
 

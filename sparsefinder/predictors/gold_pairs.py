@@ -28,7 +28,7 @@ class GoldPairs:
         rows: ``(P,)`` int64, the row of each pair, sorted by row and then by column.
         columns: ``(P,)`` int64, the key of each pair.
         zeros: ``(H·n,)`` int64, how many allowed keys of each row are not attended to.
-        tokens: ``n``.
+        tokens: Keys, ``n``, or as many as the other text has.
     """
 
     rows: Tensor
@@ -112,25 +112,28 @@ def gold_pairs(qk: QK, alpha: float, block_size: int = 1, symmetric: bool = Fals
     """
     if qk.q.shape[0] != 1 or not qk.valid.all():
         raise ValueError("gold_pairs takes one example without padding")
-    heads, tokens = qk.q.shape[1], -(-qk.q.shape[2] // block_size)
+    if symmetric:
+        qk.one_text("one projection for both sides")
+    heads = qk.q.shape[1]
+    queries, keys = (-(-side.shape[2] // block_size) for side in (qk.q, qk.k))
     found = support(qk, alpha)
     rows, columns = found.rows, found.keys
     if block_size > 1 or symmetric:
         head, query = rows // qk.q.shape[2], rows % qk.q.shape[2] // block_size
-        rows, columns = _once(head, query, columns // block_size, tokens, symmetric, qk.causal)
-    allowed = torch.arange(1, tokens + 1) if qk.causal else torch.tensor([tokens]).expand(tokens)
-    counts = torch.bincount(rows, minlength=heads * tokens)
-    return GoldPairs(rows, columns, allowed.to(rows.device).repeat(heads) - counts, tokens)
+        rows, columns = _once(head, query, columns // block_size, (queries, keys), symmetric, qk.causal)
+    allowed = torch.arange(1, keys + 1) if qk.causal else torch.tensor([keys]).expand(queries)
+    counts = torch.bincount(rows, minlength=heads * queries)
+    return GoldPairs(rows, columns, allowed.to(rows.device).repeat(heads) - counts, keys)
 
 
 def _once(
-    heads: Tensor, queries: Tensor, keys: Tensor, tokens: int, symmetric: bool, causal: bool
+    heads: Tensor, queries: Tensor, keys: Tensor, size: tuple[int, int], symmetric: bool, causal: bool
 ) -> tuple[Tensor, Tensor]:
     """Rows and columns of pairs that may be named several times, sorted and each once; in both directions where symmetric."""
     if symmetric:
         heads, queries, keys = heads.repeat(2), torch.cat([queries, keys]), torch.cat([keys, queries])
-    pair_ids = ((heads * tokens + queries) * tokens + keys)[(keys <= queries) | (not causal)].unique()
-    return pair_ids // tokens, pair_ids % tokens
+    pair_ids = ((heads * size[0] + queries) * size[1] + keys)[(keys <= queries) | (not causal)].unique()
+    return pair_ids // size[1], pair_ids % size[1]
 
 
 def mean_of_heads(values: Tensor, heads: Tensor, count: int) -> Tensor:

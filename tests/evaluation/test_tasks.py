@@ -402,7 +402,7 @@ class TestEvaluate:
         )
 
     def test_wrong_settings(self, texts: TextFiles, model: Path, tmp_path: Path) -> None:
-        choices = "masked_lm, causal_lm, embedding, sequence_classification, token_classification, question_answering"
+        choices = "masked_lm, causal_lm, seq2seq_lm, embedding, sequence_classification, token_classification, question_answering"
         with pytest.raises(UserError, match=rf"evaluate.task=summary is unknown; choose one of {choices}"):
             settings_for("summary", texts)
         with pytest.raises(UserError, match=r"measured with evaluate\.task=masked_lm"):

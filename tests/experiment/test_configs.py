@@ -80,7 +80,7 @@ WRONG = {  # settings of the command line → what the one line about them says
     "finetune.attention={pattern:kmeans,top:2}": "KMeans has no setting top; its settings are top_clusters, ",
     "finetune.attention={pattern:kmeans}": "finetune.attention=kmeans works with projections and centroids: finetune.learned=",
     "finetune.learned=runs/tiny": "finetune.learned is for the pattern of finetune.attention",
-    "evaluate.task=summary": "evaluate.task=summary is unknown; choose one of masked_lm, causal_lm, embedding, ",
+    "evaluate.task=summary": "evaluate.task=summary is unknown; choose one of masked_lm, causal_lm, seq2seq_lm, embedding, ",
     "evaluate.head.steps=0": "evaluate.head.steps must be 1 or more, got 0",
     "evaluate.labels.test=train": "evaluate.labels takes train=train and test=train from the same rows",
     "evaluate.adapt=null": "evaluate.adapt must be AdaptSettings, got None",

@@ -1,4 +1,6 @@
-"""What `evaluate` asks a model: words behind masks, the next words, what a text is turned into, or a task with labels.
+"""What `evaluate` asks a model: words, what a text is turned into, or a task with labels.
+
+Words are those behind masks, the next ones, or those of a damaged text as it was, by the kind of the model (`OF_KINDS`).
 
 A task with labels is one file (`LabelledTask` says what it must have) and its name in `LABELLED`. Its head is finetuned once,
 on the run's finetuned model under the model's own attention; every variant of it is then measured on the same examples.
@@ -21,7 +23,10 @@ __all__ = [
     "EMBEDDING",
     "LABELLED",
     "MASKED_LM",
+    "OF_KINDS",
+    "SEQ2SEQ_LM",
     "TASKS",
+    "WORDS",
     "Asked",
     "HeadSettings",
     "Judge",
@@ -34,11 +39,14 @@ __all__ += ["Request", "States", "ask", "ask_states", "ask_words", "check", "inp
 
 MASKED_LM = "masked_lm"
 CAUSAL_LM = "causal_lm"
+SEQ2SEQ_LM = "seq2seq_lm"
 EMBEDDING = "embedding"  # also where there is no head to ask
 LABELLED: dict[str, LabelledTask] = {
     task.name: task for task in (SequenceClassification(), TokenClassification(), QuestionAnswering())
 }
-TASKS = (MASKED_LM, CAUSAL_LM, EMBEDDING, *LABELLED)
+OF_KINDS: dict[str, str] = {"encoder": MASKED_LM, "decoder": CAUSAL_LM, "encoder_decoder": SEQ2SEQ_LM}
+WORDS = tuple(OF_KINDS.values())
+TASKS = (*WORDS, EMBEDDING, *LABELLED)
 
 
 def check(name: str) -> None:

@@ -19,7 +19,10 @@ from sparsefinder.corpora.masking import IGNORED
 from sparsefinder.evaluation.tasks.measures import accuracy, macro_f1
 
 Batch = dict[str, Tensor]
-INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # what a model reads of a batch; the rest are labels
+INPUTS = (  # what a model reads of a batch; the rest are labels
+    *("input_ids", "attention_mask", "token_type_ids"),
+    *("decoder_input_ids", "decoder_attention_mask"),
+)
 
 
 class Judge(Protocol):
@@ -65,7 +68,7 @@ def per_position(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 @dataclass(frozen=True)
 class MaskedWords:
-    """The words behind the masks of a masked language model."""
+    """The words behind the masks of a masked language model, or by other names all words of a text that is written."""
 
     unit: str = "masked"
     asked: str = "masked_tokens"

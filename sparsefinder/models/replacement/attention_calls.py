@@ -24,7 +24,7 @@ from transformers import logging as transformers_logging
 from sparsefinder.errors import UserError
 from sparsefinder.models.entmax_configuration import REGISTERED, follow_transformers
 from sparsefinder.models.families import TRAITS, Which, check_family, kind_of
-from sparsefinder.models.position_tables import reserved_rows_of
+from sparsefinder.models.position_tables import longest_input
 from sparsefinder.models.replacement.called_by_transformers import PLUG, Plugged
 from sparsefinder.models.transformers_internals import attention_name
 
@@ -49,11 +49,10 @@ class ModelShape:
         return self.heads // self.key_heads
 
 
-def describe(model: PreTrainedModel, which: Which | None = None) -> ModelShape:
+def describe(model: PreTrainedModel, which: str | None = None) -> ModelShape:
     """Layers, heads and sizes of an attention, as `plugged` will number and shape them."""
     calls, config = calls_of(model, which), model.config
     depths = tuple(depth for depth, call in enumerate(calls) if not is_sliding(call.module, config))
-    longest = getattr(config, "max_position_embeddings", None)  # a relative position has no end
     return ModelShape(
         family=config.model_type,
         which=calls[0].which,
@@ -61,7 +60,7 @@ def describe(model: PreTrainedModel, which: Which | None = None) -> ModelShape:
         heads=calls[0].heads,
         key_heads=calls[0].key_heads,
         head_size=calls[0].size,
-        max_length=sys.maxsize if longest is None else longest - reserved_rows_of(config),
+        max_length=longest_input(config),
         depths=depths,
         others=max(config.num_hidden_layers - len(calls), 0) if kind_of(config) == "decoder" else 0,
     )
@@ -78,7 +77,7 @@ class AttentionCall:
     size: int
 
 
-def calls_of(model: PreTrainedModel, which: Which | None) -> list[AttentionCall]:
+def calls_of(model: PreTrainedModel, which: str | None) -> list[AttentionCall]:
     """The calls of one of the model's attentions; a `UserError` where it cannot be replaced."""
     check_model(model.config, label := model.name_or_path or type(model).__name__)
     traits = TRAITS[model.config.model_type]
@@ -88,10 +87,9 @@ def calls_of(model: PreTrainedModel, which: Which | None) -> list[AttentionCall]
     if which not in traits.attentions:
         raise UserError(f"{label} has no attention {which!r}, only {', '.join(traits.attentions)}")
     if which in traits.biased:
-        free = [each for each in traits.attentions if each not in traits.biased]
         raise UserError(
             f"{label} is a {model.config.model_type}, which adds a learned bias to the scores of its attention {which!r}, and no "
-            f"other attention is given that; without a bias is {', '.join(free)}"
+            f"other attention is given that; without a bias is {', '.join(traits.replaceable)}"
         )
     calls = [call for call in attention_calls(model) if call.which == which]
     if all(is_sliding(call.module, model.config) for call in calls):

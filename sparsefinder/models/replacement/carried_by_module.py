@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ class ForwardPass(threading.local):
         self.calls: dict[Plug, int] = {}  # of modules that are shared over depth
         # the mask that was read last, as all layers get the same, and what it says
         self.read: tuple[Tensor | None, Tensor, Sentences | None] | None = None
+        # (B, N_q), real tokens of the text that is written; None where nobody said
+        self.written: Tensor | None = None
 
 
 class Socket:
@@ -44,10 +47,22 @@ class Socket:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, now=ForwardPass())
 
-    def begin(self) -> None:
-        """Forget the last forward pass."""
+    def begin(self, named: Mapping[str, Any]) -> None:
+        """Forget the last forward pass.
+
+        Args:
+            named: What the model is given by name in the one that begins.
+        """
         self.now.calls.clear()
         self.now.read = None
+        self.now.written = named.get("decoder_attention_mask")
+
+    def queries_of(self, q: Tensor) -> Tensor:
+        """Which queries ``(B, H, N_q, D)`` of cross-attention are real, ``(B, N_q)`` bool: the mask is of the keys alone."""
+        written = self.now.written
+        if written is None or written.shape != q.shape[::2]:  # a part of the text, with a cache
+            return torch.ones(q.shape[0], q.shape[2], dtype=torch.bool, device=q.device)
+        return written.bool()
 
     def reading(self, mask: Tensor | None, q: Tensor, k: Tensor) -> tuple[Tensor, Sentences | None]:
         """Which tokens are real, and the sentences in a row: see `sparsefinder.models.packing.read_mask`."""
@@ -85,8 +100,8 @@ class Plug:
         with torch.autocast(q.device.type, enabled=False):
             if self.crosses:
                 between: Any = self.socket.attention
-                queries = torch.ones(q.shape[0], q.shape[2], dtype=torch.bool, device=q.device)
-                output: Tensor = between(q, k, v, read_mask_between(mask, k), layer, query_valid=queries)
+                valid, queries = read_mask_between(mask, k), self.socket.queries_of(q)
+                output: Tensor = between(q, k, v, valid, layer, query_valid=queries)
                 return output
             valid, sentences = self.socket.reading(mask, q, k)
             if sentences is None:

@@ -38,7 +38,7 @@ class Begin:
         self.before = before
 
     def __call__(self, base: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        self.socket.begin()
+        self.socket.begin(named)
         if (name := attention_name(base.config)) != REGISTERED:
             raise UserError(
                 f"this model has a sparse attention attached and was told afterwards to attend with {name}: call "

@@ -11,14 +11,13 @@ from transformers import PreTrainedModel
 
 from sparsefinder.errors import UserError
 from sparsefinder.graphs import Attention
-from sparsefinder.models.families import Which
-from sparsefinder.models.position_tables import CONVENTIONS, reserved_rows_of
+from sparsefinder.models.position_tables import CONVENTIONS, longest_input, reserved_rows_of
 from sparsefinder.models.replacement.attention_calls import calls_of, installed, is_sliding
 from sparsefinder.models.replacement.carried_by_module import Plug, Socket
 
 
 @contextlib.contextmanager
-def plugged(model: PreTrainedModel, attention: Attention, which: Which | None = None) -> Iterator[None]:
+def plugged(model: PreTrainedModel, attention: Attention, which: str | None = None) -> Iterator[None]:
     """Within the block every (global) layer of one attention calls ``attention(q, k, v, valid, layer) → output``.
 
     The old attention is put back at the end, after an exception too. Blocks may be nested: the innermost counts, and the three
@@ -41,7 +40,7 @@ def plugged(model: PreTrainedModel, attention: Attention, which: Which | None = 
     plugs = plugs_of(model, socket := Socket(attention), which)
 
     def begin(base: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        socket.begin()
+        socket.begin(named)
         check_length(base, inputs, named)
 
     start = model.base_model.register_forward_pre_hook(begin, with_kwargs=True)
@@ -52,7 +51,7 @@ def plugged(model: PreTrainedModel, attention: Attention, which: Which | None = 
         start.remove()
 
 
-def plugs_of(model: PreTrainedModel, socket: Socket, which: Which | None = None) -> dict[nn.Module, Plug]:
+def plugs_of(model: PreTrainedModel, socket: Socket, which: str | None = None) -> dict[nn.Module, Plug]:
     """A plug into the socket for each (global) module of an attention of the model.
 
     Raises:
@@ -79,15 +78,15 @@ def check_length(base: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, A
     config: Any = base.config
     if CONVENTIONS[config.model_type] in ("rotary", "relative"):
         return
-    reserved = reserved_rows_of(config)
+    longest = longest_input(config)
     ids: Tensor | None = inputs[0] if inputs else named.get("input_ids")
     tokens = ids if ids is not None else named.get("inputs_embeds")
     positions = named.get("position_ids")
     length = 0 if tokens is None else tokens.shape[1]
     if positions is not None:
-        length = int(positions.max()) + 1 - reserved if positions.numel() else 0
-    if length > config.max_position_embeddings - reserved:
+        length = int(positions.max()) + 1 - reserved_rows_of(config) if positions.numel() else 0
+    if length > longest:
         raise UserError(
-            f"this text has {length} tokens, and the model reads {config.max_position_embeddings - reserved} at most: cut it "
-            "into blocks, or convert the model to a longer one"
+            f"this text has {length} tokens, and the model reads {longest} at most: cut it into blocks, or convert the model to "
+            "a longer one"
         )
