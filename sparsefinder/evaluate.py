@@ -35,7 +35,7 @@ from sparsefinder.evaluation.variants import AttentionChoice, Conversion, Varian
 from sparsefinder.executors.crossover import now
 from sparsefinder.experiment.calibration import calibrated
 from sparsefinder.experiment.configuration import Configuration, Learned, between_texts, buildable, fitted, needed
-from sparsefinder.graphs import Attention
+from sparsefinder.graphs import Attention, reads_ahead
 from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.patterns.full import Full
 from sparsefinder.reporting.text_tables import SLOW
@@ -231,10 +231,12 @@ def _name_apart(outcomes: Sequence[Outcome], taken: Sequence[str]) -> None:
 def _at_target(settings: EvaluateSettings, store: Store, learned: Learned) -> tuple[Configuration, ...]:
     """The configurations that can be built; with a target, those with a sparsity parameter as they are calibrated for it."""
     possible = buildable(settings.configurations, learned)
-    if settings.causal and (ahead := [each for each in possible if each.reads_ahead]):
-        for each in ahead:
-            log.info("%s is left out of a causal model: it reads ahead (%s)", each.label, each.reads_ahead)
-        possible = tuple(each for each in possible if not each.reads_ahead)
+    if settings.causal:
+        ahead = {id(each): why for each in possible if (why := reads_ahead(each.build(learned)))}
+        for each in possible:
+            if id(each) in ahead:
+                log.info("%s is left out of a causal model: it reads ahead (%s)", each.label, ahead[id(each)])
+        possible = tuple(each for each in possible if id(each) not in ahead)
     if settings.target is None:
         return possible
     at_target = calibrated(possible, store.path("calibration"), settings.target)

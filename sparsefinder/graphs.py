@@ -146,14 +146,7 @@ class QK:
         return replace(self, q=q, k=k)
 
     def one_text(self, what: str) -> None:
-        """Refuse cross-attention in the name of whatever compares positions.
-
-        Args:
-            what: Whose idea needs a diagonal.
-
-        Raises:
-            UserError: Queries and keys are tokens of two texts.
-        """
+        """Refuse cross-attention, by a `UserError`, in the name of ``what`` has an idea that needs a diagonal."""
         if self.crosses:
             raise UserError(
                 f"{what} compares positions within one text, and cross-attention has two: choose a "
@@ -337,6 +330,12 @@ class HasLayout(Protocol):
 def has_tail(pattern: Pattern) -> bool:
     """Whether the layouts of a pattern have a tail, which its graph does not show: its attribute ``tail``, if there is one."""
     return bool(getattr(pattern, "tail", False))
+
+
+def reads_ahead(pattern: object) -> str:
+    """What a pattern reads of later tokens in causal attention: its attribute ``reads_ahead``; empty where there is none."""
+    what: str = getattr(pattern, "reads_ahead", "")
+    return what
 
 
 def band(tokens: int, window: int, device: torch.device | None = None) -> Tensor:

@@ -15,13 +15,19 @@ from sparsefinder.corpora import NextWords, next_word_batches
 from sparsefinder.corpora.masking import IGNORED
 from sparsefinder.errors import UserError
 from sparsefinder.evaluation import asking, tasks
-from sparsefinder.experiment.configuration import Configuration
+from sparsefinder.experiment.configuration import Configuration, Learned
 from sparsefinder.finetune import NewModel
+from sparsefinder.graphs import reads_ahead
 from sparsefinder.models.masked_lm import gold_sparsity, validation_loss
 from sparsefinder.models.objectives import objective_of
 from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.patterns.clustered import Clustered
-from sparsefinder.patterns.window import Window
+from sparsefinder.patterns.combine import Blocked, Causal, Projected, ShareInGroup, Union
+from sparsefinder.patterns.per_head import PerHead
+from sparsefinder.patterns.routed import Routed
+from sparsefinder.patterns.window import GlobalTokens, Window
+from sparsefinder.predictors.centroids import Centroids
+from sparsefinder.predictors.projections import Identity, LayerProjections, Projections
 from sparsefinder.storage.samples import Samples, load_samples
 from sparsefinder.storage.store import Store
 from tests.models.test_decoders import tiny
@@ -113,9 +119,22 @@ def test_a_task_of_another_kind_of_model_is_refused(task: str, causal: bool, fam
 
 
 def test_patterns_that_read_ahead_say_what() -> None:
-    assert not Configuration("window", Window(3)).reads_ahead
-    assert Configuration("window", Window(3), last_token=True).reads_ahead
-    assert Configuration("clustered", Clustered()).reads_ahead
+    assert not reads_ahead(Configuration("window", Window(3)).build())
+    assert reads_ahead(Configuration("window", Window(3), last_token=True).build()) == "which token is the last"
+    clustered = Clustered()
+    nothing = Projections([LayerProjections(Identity(), Identity())])
+    wrapped = (
+        *(Union((Window(3), clustered)), Causal(clustered), Projected(clustered, nothing), Blocked(clustered, 1)),
+        *(ShareInGroup(clustered, 2), PerHead(clustered, ((0.1,),)), Projected(Union((clustered, clustered)), nothing)),
+    )
+    assert {reads_ahead(each) for each in wrapped} == {clustered.reads_ahead}
+    assert reads_ahead(Blocked(Window(3), 2)) == "the later tokens of its own chunk"
+    assert not reads_ahead(Projected(Union((Window(3), GlobalTokens(1))), nothing))
+    one = Centroids([torch.randn(2, 1, 4, 8)])
+    tree = Centroids([torch.randn(2, 1, 8, 8)], coarser=(one,))
+    for centroids, ahead in ((one, False), (tree, True)):
+        learned = Learned({"lowrank": nothing, "key_centroids": centroids})
+        assert bool(reads_ahead(Configuration("routed", Routed()).build(learned))) == ahead
 
 
 def test_a_new_decoder_is_checked() -> None:

@@ -78,16 +78,6 @@ class Configuration:
         return needs
 
     @property
-    def reads_ahead(self) -> str:
-        """What is read of later tokens in causal attention; empty where nothing."""
-        if self.chunk > 1:
-            return "the later tokens of its own chunk"
-        if self.last_token:
-            return "which token is the last"
-        what: str = getattr(self.pattern, "reads_ahead", "")
-        return what
-
-    @property
     def chunk(self) -> int:
         """Tokens that the pattern takes as one: ``block_size`` in the space that is learned in chunks, else 1."""
         return self.block_size if "projections" in self.needs else 1

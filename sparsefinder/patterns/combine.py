@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsefinder.errors import UserError
-from sparsefinder.graphs import QK, Buckets, HasLayout, Layout, Pattern, has_tail
+from sparsefinder.graphs import QK, Buckets, HasLayout, Layout, Pattern, has_tail, reads_ahead
 from sparsefinder.patterns.support.cost import cost_of
 from sparsefinder.predictors.projections import Projections
 
@@ -29,6 +29,11 @@ class Union:
     def tail(self) -> bool:
         """Whether one of them has a tail."""
         return any(has_tail(pattern) for pattern in self.patterns)
+
+    @property
+    def reads_ahead(self) -> str:
+        """What any of them reads of later tokens in causal attention."""
+        return "; ".join(dict.fromkeys(filter(None, map(reads_ahead, self.patterns))))
 
     def layout(self, qk: QK, layer: int) -> Layout:
         """All layouts together; a `UserError` where one of the patterns has none."""
@@ -59,6 +64,11 @@ class Projected:
     def tail(self) -> bool:
         """Whether the pattern has a tail, which is of the keys that are projected."""
         return has_tail(self.pattern)
+
+    @property
+    def reads_ahead(self) -> str:
+        """What the pattern reads of later tokens in causal attention."""
+        return reads_ahead(self.pattern)
 
     def layout(self, qk: QK, layer: int) -> Layout:
         """That of the pattern in the projected space."""
@@ -96,6 +106,11 @@ class Blocked:
     def tail(self) -> bool:
         """Whether the pattern has a tail, which is of the tokens in the chunks."""
         return has_tail(self.pattern)
+
+    @property
+    def reads_ahead(self) -> str:
+        """What is read of later tokens in causal attention: in a chunk of more than one, those of the chunk too."""
+        return "the later tokens of its own chunk" if self.size > 1 else reads_ahead(self.pattern)
 
     def layout(self, qk: QK, layer: int) -> Layout:
         """Buckets of blocks, for the tokens in them; a `UserError` for a window or global tokens."""
@@ -148,6 +163,11 @@ class Causal:
         """Whether the pattern has a tail."""
         return has_tail(self.pattern)
 
+    @property
+    def reads_ahead(self) -> str:
+        """What the pattern reads of later tokens in causal attention."""
+        return reads_ahead(self.pattern)
+
     def layout(self, qk: QK, layer: int) -> Layout:
         """The pattern's layout; a `UserError` in bidirectional attention, since a layout cannot say which side to see."""
         qk.one_text(type(self).__name__)
@@ -185,6 +205,11 @@ class ShareInGroup:
     def tail(self) -> bool:
         """Whether the pattern has a tail, which is of each head's own keys and values."""
         return has_tail(self.pattern)
+
+    @property
+    def reads_ahead(self) -> str:
+        """What the pattern reads of later tokens in causal attention."""
+        return reads_ahead(self.pattern)
 
     def cost(self, tokens: int, size: int) -> float:
         """That of the pattern, shared by the heads of a group."""

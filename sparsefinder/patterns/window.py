@@ -55,6 +55,11 @@ class GlobalTokens(Free):
         if self.first < 0:
             raise UserError(f"global_tokens must be 0 or more, got {self.first}")
 
+    @property
+    def reads_ahead(self) -> str:
+        """What later tokens change in causal attention: which one is the last."""
+        return "which token is the last" if self.last else ""
+
     def layout(self, qk: QK, layer: int) -> Layout:
         """Which tokens are global, ``(B, N)``, without a graph."""
         qk.one_text(type(self).__name__)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from sparsefinder.graphs import QK
+from sparsefinder.graphs import QK, reads_ahead
 from sparsefinder.testing.subject import LENGTHS, Subject, equal, first
 from sparsefinder.testing.vectors import random_qk, single_sentence
 
@@ -160,9 +160,3 @@ def future(subject: Subject, causal: bool) -> None:
             if not reads_ahead(subject.pattern):
                 equal(before, after, f"with {kind} tokens from position {past} on")
     assert changed or not reads_ahead(subject.pattern), "it says that it reads ahead, and does not"
-
-
-def reads_ahead(pattern: object) -> str:
-    """What a pattern reads of later tokens in causal attention; empty where nothing."""
-    what: str = getattr(pattern, "reads_ahead", "")
-    return what
