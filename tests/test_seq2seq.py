@@ -10,7 +10,6 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from sparsefinder.predictors.kmeans import Clustering, fit_centroids
 from tiny_models import tiny_tokenizer
 from torch import Tensor
 
@@ -33,6 +32,7 @@ from sparsefinder.patterns.window import Window
 from sparsefinder.predictors.all_layers import stacked_sample
 from sparsefinder.predictors.closed_form import fit_lowrank
 from sparsefinder.predictors.contrastive import Contrast, contrastive_loss
+from sparsefinder.predictors.fit_centroids import Clustering, fit_centroids
 from sparsefinder.predictors.gold_pairs import gold_pairs
 from sparsefinder.predictors.projections import Identity, LayerProjections, Projections
 from sparsefinder.storage.samples import Samples, join, load_samples
