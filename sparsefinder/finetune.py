@@ -1,16 +1,11 @@
 """Stage ``finetune``: a language model whose attention is truly sparse.
 
 A model that starts from nothing (`NewModel`) or a pretrained one (`Pretrained`) is trained under α-entmax, an encoder on the
-<<<<<<< HEAD
-words behind masks and a decoder on the next word, by the Trainer of transformers: either with every softmax replaced at once, or
-with α annealed from 1.01 to its end value over the first half of the steps (``alpha_schedule``). ``steps=0`` takes the model as
-it is and only changes its attention. With ``attention`` the steps, and the looks at the validation loss between them, run on the
-graph that a pattern predicts, with what it learned in another run: long blocks are trained on without multiplying every pair.
-=======
 words behind masks, a decoder on the next word and an encoder-decoder on damaged texts, by the Trainer of transformers: either
 with every softmax replaced at once, or with α annealed from 1.01 to its end value over the first half of the steps
-(``alpha_schedule``). ``steps=0`` takes the model as it is and only changes its attention.
->>>>>>> 9199be3 (Take encoder-decoder models through the stages)
+(``alpha_schedule``). ``steps=0`` takes the model as it is and only changes its attention. With ``attention`` the steps, and the
+looks at the validation loss between them, run on the graph that a pattern predicts, with what it learned in another run: long
+blocks are trained on without multiplying every pair.
 
 Several processes (`sparsefinder.storage.distributed`) train together; each takes ``batch_size`` blocks of a step, so that two
 of them with half the batch do what one does with the whole, but for the order of its sums.
@@ -47,15 +42,13 @@ from sparsefinder import models
 from sparsefinder.conversions.lengthen import lengthen
 from sparsefinder.corpora import Corpus, TokenBlocks, block_length, token_blocks, train_tokenizer
 from sparsefinder.errors import UserError, check_counts, one_of
-<<<<<<< HEAD
 from sparsefinder.evaluation.arms import Arm, plugged
 from sparsefinder.experiment.configuration import Learned
-=======
 from sparsefinder.models.families import TRAITS, Kind
->>>>>>> 9199be3 (Take encoder-decoder models through the stages)
 from sparsefinder.models.masked_lm import gold_sparsity, unigram_entropy, validation_loss
 from sparsefinder.models.objectives import asked_batches
 from sparsefinder.models.position_tables import CONVENTIONS, longest_input, reserved_rows
+from sparsefinder.models.setting_names import SHARE_KEYS, in_words_of
 from sparsefinder.models.statistical_init import from_statistics
 from sparsefinder.models.trackers import check_trackers
 from sparsefinder.models.trainer import TrainingSettings, train
@@ -71,58 +64,10 @@ STARTS = ("random", "statistics")
 SCHEDULES = ("linear", "cosine", "constant_with_warmup")
 _SPARSITY_BATCHES = 4  # validation batches on which the mean gold sparsity is measured
 _LOCAL = ("global_every", "local_window")  # settings of layers that do not attend to all tokens
-_SHARE_KEYS = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "smollm3")  # families whose heads may share keys
 _AUTO: dict[Kind, Any] = {
     "encoder": AutoModelForMaskedLM,
     "decoder": AutoModelForCausalLM,
     "encoder_decoder": AutoModelForSeq2SeqLM,
-}
-# what a family's configuration calls a setting, where not as the others do: a name that it does not know is ignored
-_OTHER_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
-    "distilbert": {
-        "intermediate_size": ("hidden_dim",),
-        "hidden_dropout_prob": ("dropout",),
-        "attention_probs_dropout_prob": ("attention_dropout",),
-    },
-    "gpt2": {
-        "intermediate_size": ("n_inner",),
-        "hidden_dropout_prob": ("resid_pdrop", "embd_pdrop"),
-        "attention_probs_dropout_prob": ("attn_pdrop",),
-        "layer_norm_eps": ("layer_norm_epsilon",),
-    },
-    "gpt_neox": {"hidden_dropout_prob": ("hidden_dropout",), "attention_probs_dropout_prob": ("attention_dropout",)},
-    **{
-        family: {"attention_probs_dropout_prob": ("attention_dropout",), "layer_norm_eps": ("rms_norm_eps",)}
-        for family in _SHARE_KEYS
-    },
-    **{
-        family: {
-            "hidden_size": ("d_model",),
-            "num_hidden_layers": ("encoder_layers", "decoder_layers"),
-            "num_attention_heads": ("encoder_attention_heads", "decoder_attention_heads"),
-            "intermediate_size": ("encoder_ffn_dim", "decoder_ffn_dim"),
-            "hidden_dropout_prob": ("dropout",),
-            "attention_probs_dropout_prob": ("attention_dropout",),
-            "initializer_range": ("init_std",),
-            "eos_token_id": ("eos_token_id", "decoder_start_token_id"),
-        }
-        for family in ("bart", "mbart", "pegasus", "marian")
-    },
-    "t5": {
-        "hidden_size": ("d_model",),
-        "num_hidden_layers": ("num_layers", "num_decoder_layers"),
-        "num_attention_heads": ("num_heads",),
-        "intermediate_size": ("d_ff",),
-        "hidden_dropout_prob": ("dropout_rate",),
-        "eos_token_id": ("eos_token_id", "decoder_start_token_id"),
-    },
-    "modernbert": {
-        "hidden_dropout_prob": ("embedding_dropout", "mlp_dropout"),
-        "attention_probs_dropout_prob": ("attention_dropout",),
-        "layer_norm_eps": ("norm_eps",),
-        "bos_token_id": ("bos_token_id", "cls_token_id"),
-        "eos_token_id": ("eos_token_id", "sep_token_id"),
-    },
 }
 
 
@@ -156,10 +101,10 @@ class NewModel:
         key_heads = self.heads if self.key_heads is None else self.key_heads
         if key_heads < 1 or self.heads % key_heads:
             raise UserError(f"model.heads={self.heads} is not a multiple of model.key_heads={self.key_heads}")
-        if key_heads < self.heads and self.family not in _SHARE_KEYS:
+        if key_heads < self.heads and self.family not in SHARE_KEYS:
             raise UserError(
                 f"model.key_heads={self.key_heads}, but heads of a {self.family} do not share keys: leave it out, or choose "
-                f"{', '.join(_SHARE_KEYS)}"
+                f"{', '.join(SHARE_KEYS)}"
             )
         sizes = ("vocabulary_size", "max_length", "layers", "heads", "hidden_size", "intermediate_size")
         check_counts("model", self, *sizes, *_LOCAL)
@@ -194,7 +139,7 @@ class NewModel:
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
         }
-        if self.family in _SHARE_KEYS:
+        if self.family in SHARE_KEYS:
             settings |= {"num_key_value_heads": self.key_heads or self.heads, "sliding_window": None}
             settings |= {"head_dim": self.hidden_size // self.heads}
         if self.family == "t5":
@@ -206,10 +151,7 @@ class NewModel:
                 "sliding_attention" if depth % self.global_every else "full_attention" for depth in range(self.layers)
             ]
             settings |= {"layer_types": kinds, "local_attention": self.local_window}
-        names = _OTHER_NAMES.get(self.family, {})
-        config = AutoConfig.for_model(
-            self.family, **{own: value for name, value in settings.items() for own in names.get(name, (name,))}
-        )
+        config = AutoConfig.for_model(self.family, **in_words_of(self.family, settings))
         model = _AUTO[TRAITS[self.family].kind].from_config(config)
         if self.start == "statistics":
             blocks = token_blocks(corpus, tokenizer, "train", self.max_length, cache=cache)
