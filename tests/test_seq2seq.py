@@ -13,7 +13,7 @@ import torch
 from tiny_models import tiny_tokenizer
 from torch import Tensor
 
-from sparsefinder import extract, models
+from sparsefinder import extract, models, score
 from sparsefinder.attention import Masked
 from sparsefinder.corpora import TokenBlocks
 from sparsefinder.errors import UserError
@@ -28,6 +28,7 @@ from sparsefinder.models.observed_attention import Recorder, Watched
 from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.patterns.block_pool import BlockPool
 from sparsefinder.patterns.full import Full
+from sparsefinder.patterns.oracle import Oracle
 from sparsefinder.patterns.window import Window
 from sparsefinder.predictors.all_layers import stacked_sample
 from sparsefinder.predictors.closed_form import fit_lowrank
@@ -36,6 +37,7 @@ from sparsefinder.predictors.fit_centroids import Clustering, fit_centroids
 from sparsefinder.predictors.gold_pairs import gold_pairs
 from sparsefinder.predictors.projections import Identity, LayerProjections, Projections
 from sparsefinder.storage.samples import Samples, join, load_samples
+from sparsefinder.storage.store import Store
 from tests.models.test_decoders import tiny
 from tests.nursery import Nursery
 
@@ -233,3 +235,27 @@ def test_the_experiment_in_short(runs: Nursery, tmp_path: Path) -> None:
     assert "bucketed routed level=0.2" in results.index
     refused = runs.run("stage=evaluate", *text, "which=cross", f"run_dir={run}", "pattern=block_pool").refused()
     assert "evaluate.task=masked_lm with causal=false is not for which=cross of a bart: give" in refused
+
+
+def test_files_of_a_translation_model_are_scored(tmp_path: Path) -> None:
+    """As fairseq's models leave them: lengths as floats, queries divided by √D, sentences of uneven length."""
+    generator = torch.Generator().manual_seed(0)
+    read, written = (9, 17, 12), (14, 5, 20)
+    lengths = {"dec": (written, written), "cross": (written, read)}
+    for which, sides in lengths.items():
+        q, k = ([2 * torch.randn(2, 2, tokens, 16, generator=generator) for tokens in side] for side in sides)
+        content = {"q": [each / 4 for each in q], "k": k, "length_src": torch.tensor(sides[1]).float()}
+        content |= {"length_tgt": torch.tensor(written).float()} if which == "cross" else {}
+        torch.save(content, tmp_path / f"{which}.pt")
+        run = Store(tmp_path / which, {"qk": tmp_path / f"{which}.pt"}, query_scale="sqrt_d", which=which)
+        oracle, pooled = Configuration("oracle", Oracle()), Configuration("block_pool", BlockPool(0.3))
+        score.run(score.ScoreSettings((oracle, pooled), causal=which == "dec"), run)
+        metrics = pd.read_csv(tmp_path / which / "score" / "metrics.csv").groupby("pattern").mean(numeric_only=True)
+        assert metrics.loc["oracle", "recall"] == 1.0
+        assert 0.0 < metrics.loc["block_pool", "recall"] < 1.0
+        allowed = [q[2] @ k[2].mT / 4]  # the last one is held out
+        if which == "dec":
+            allowed[0] = allowed[0].masked_fill(~torch.ones(20, 20).tril().bool(), -math.inf)
+        gold = (Normalizer(1.5)(allowed[0]) > 0).sum()
+        pairs = 2 * 2 * (20 * 21 / 2 if which == "dec" else 20 * 12)
+        assert math.isclose(metrics.loc["oracle", "gold_sparsity"], 1 - gold / pairs, rel_tol=1e-6)

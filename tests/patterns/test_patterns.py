@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from sparsefinder.attention import Bucketed, Masked
 from sparsefinder.errors import UserError
 from sparsefinder.experiment.configuration import Configuration
-from sparsefinder.graphs import QK
+from sparsefinder.graphs import QK, reads_ahead
 from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.patterns.combine import Blocked, Projected, Union, layout_of
 from sparsefinder.patterns.distance import Distance
@@ -165,6 +165,25 @@ def test_with_a_tail_a_sentence_stays_what_it_is(path: Path, attention: Any, cau
             torch.testing.assert_close(other, alone, rtol=1e-5, atol=1e-5)
     without = attention(subject(path, "all", tail=False, **sparsest).whole, Normalizer(1.0), causal)
     assert not torch.allclose(without(right.q, right.k, right.k, right.valid, 0), together)
+
+
+@pytest.mark.parametrize("attention", [Masked, partial(Bucketed, executor="blocks"), Bucketed])
+@pytest.mark.parametrize("path", WITH_TAIL, ids=lambda path: path.stem)
+def test_a_tail_shows_nothing_of_the_future(path: Path, attention: Any) -> None:
+    """Other queries, keys and values from a position on leave the output before it as it was, in causal attention."""
+    pattern, sweep = settings(path)
+    whole = subject(path, "alone", tail=True, **{pattern.sparsity_parameter: sweep[0]}).whole
+    qk, other = (ragged([40, 23], HEADS, SIZE, causal=True, seed=seed) for seed in (0, 9))
+    for normalizer in (Normalizer(1.0), Normalizer(1.5)):
+        run = attention(whole, normalizer, True)
+        output = run(qk.q, qk.k, qk.k, qk.valid, 0)
+        for past in (3, 16):
+            later = (torch.arange(40) >= past)[:, None]
+            q, k = torch.where(later, 3 * other.q, qk.q), torch.where(later, 3 * other.k, qk.k)
+            changed = run(q, k, k, qk.valid, 0)[:, :, :past]
+            seen = not torch.allclose(changed, output[:, :, :past], rtol=1e-4, atol=1e-5)
+            assert seen <= bool(reads_ahead(whole)), f"tokens from position {past} on are seen before"
+            assert not torch.allclose(run(q, k, k, qk.valid, 0)[:, :, past:], output[:, :, past:])
 
 
 def test_a_tail_of_kmeans_needs_one_cluster_for_each_key() -> None:
