@@ -82,6 +82,8 @@ class BilinearSettings(KeyClusterSettings):
     indexer_heads: int = 2  # H', index heads that choose for all heads of a layer
     indexer_size: int = 8  # numbers that an index head compares by
     indexer_steps: int = 100  # 0: the closed form
+    # heads that share their keys are learned for as one, with the mean of their queries
+    share_in_group: bool = False
 
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
@@ -126,8 +128,8 @@ class BilinearSettings(KeyClusterSettings):
 
 def run(settings: BilinearSettings, store: Store) -> None:
     """Make the artefacts from ``qk``, measuring on ``qk_validation``: projections, centroids there, and index heads."""
-    samples = training_samples(store)
-    trained = train_bilinear(samples, validation_samples(store), settings)
+    samples = training_samples(store, settings.share_in_group)
+    trained = train_bilinear(samples, validation_samples(store, settings.share_in_group), settings)
     centroids = fit_tree(samples, trained.projections, settings)
     with store.writing("bilinear_projections") as path:
         trained.projections.save(path)

@@ -145,8 +145,8 @@ def run(settings: EvaluateSettings, store: Store) -> None:
     """Make ``evaluate``: ``results`` (one row per variant), ``layers`` (× layer × head) and ``blocks`` (× block of text)."""
     model, tokenizer = models.load_language_model(store.path("model"))
     asking.check_kind(settings, model)
-    learned = Learned.load(store, needed(settings.configurations))
     shape = models.describe(model, settings.which)
+    learned = Learned.of(store, settings.configurations, shape.group)
     learned.check(shape.layers, shape.heads, shape.head_size)
     table, typed = Table.of("evaluate", settings, store), settings.configurations
     if settings.task == tasks.MASKED_LM and not models.has_head(model):

@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 class ClusterSettings(Clustering):
     """Settings of the stage ``cluster``."""
 
+    # heads that share their keys are learned for as one, with the mean of their queries
+    share_in_group: bool = False
+
     def __post_init__(self) -> None:
         check_counts("cluster", self, "n_clusters", "runs", "block_size", "max_iterations")
         if self.max_points is not None and self.max_points < self.n_clusters:
@@ -39,7 +42,7 @@ class ClusterSettings(Clustering):
 
 def run(settings: ClusterSettings, store: Store) -> None:
     """Make ``centroids`` from ``qk`` and ``projections``."""
-    samples = training_samples(store)
+    samples = training_samples(store, settings.share_in_group)
     projections = load_projections(store.path("projections"))
     projections.check(*samples.shape)
     centroids = fit_centroids(samples, projections, settings)

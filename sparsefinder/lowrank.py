@@ -35,6 +35,8 @@ class RouteSettings(KeyClusterSettings):
     """Settings of the stage ``route``."""
 
     rank: int = 32  # R, numbers that queries and keys are compared by; at most the head size
+    # heads that share their keys are learned for as one, with the mean of their queries
+    share_in_group: bool = False
 
     def __post_init__(self) -> None:
         check_counts("route", self, "rank", "n_clusters", "coarsest", "max_iterations")
@@ -47,7 +49,7 @@ class RouteSettings(KeyClusterSettings):
 
 def run(settings: RouteSettings, store: Store) -> None:
     """Make ``lowrank`` and ``key_centroids`` from ``qk``."""
-    samples = training_samples(store)
+    samples = training_samples(store, settings.share_in_group)
     lowrank = fit_lowrank(samples, settings.rank)
     centroids = fit_tree(samples, lowrank, settings)
     with store.writing("lowrank") as path:

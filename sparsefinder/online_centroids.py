@@ -39,6 +39,8 @@ class OnlineSettings:
     start_iterations: int = 10  # rounds of spherical k-means before that, on the first samples
     block_size: int = 1  # tokens in a chunk; as in the projections
     seed: int = 0
+    # heads that share their keys are learned for as one, with the mean of their queries
+    share_in_group: bool = False
 
     def __post_init__(self) -> None:
         check_counts("cluster_online", self, "n_clusters", "epochs", "block_size")
@@ -55,7 +57,7 @@ class OnlineSettings:
 
 def run(settings: OnlineSettings, store: Store) -> None:
     """Make ``online_centroids`` from ``qk`` and ``projections``."""
-    samples = training_samples(store)
+    samples = training_samples(store, settings.share_in_group)
     projections = load_projections(store.path("projections"))
     projections.check(*samples.shape)
     centroids = fit_online(samples, projections, settings)

@@ -72,6 +72,8 @@ class ProjectSettings(Contrast):
     eval_samples: int = 8  # held-out samples to measure on
     eval_density: float = 0.2  # share of pairs predicted when measuring recall
     seed: int = 0
+    # heads that share their keys are learned for as one, with the mean of their queries
+    share_in_group: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -95,7 +97,8 @@ def run(settings: ProjectSettings, store: Store) -> None:
     """Make ``projections`` from ``qk``, measuring on ``qk_validation``."""
     scratch = store.scratch("gold")
     try:
-        trained = train_projections(training_samples(store), validation_samples(store), settings, scratch)
+        training, held_out = (take(store, settings.share_in_group) for take in (training_samples, validation_samples))
+        trained = train_projections(training, held_out, settings, scratch)
     finally:
         remove(scratch)
     with store.writing("projections") as path:

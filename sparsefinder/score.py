@@ -117,7 +117,7 @@ def run(settings: ScoreSettings, store: Store) -> None:
     """Make ``score``: ``metrics`` (one row per configuration × layer × head), ``counts`` (also × sample) and more."""
     held_out = validation_samples(store)
     samples = held_out.part(0, settings.samples or len(held_out))
-    learned = Learned.load(store, needed(settings.configurations))
+    learned = Learned.of(store, settings.configurations, samples.group)
     learned.check(*samples.shape)
     fits = fitted(settings.configurations, *samples.shape[:2])
     typed = dict(zip(map(id, fits), settings.configurations, strict=True))

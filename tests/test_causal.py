@@ -171,3 +171,50 @@ def test_the_experiment_in_short(runs: Nursery, tmp_path: Path) -> None:
     metrics = pd.read_csv(tmp_path / "run" / "score" / "metrics.csv")
     assert metrics["causal"].all()
     assert {*metrics["head"]} == {0, 1, 2, 3}
+
+
+# ---- one prediction for heads that share their keys ----
+
+
+def grouped(count: int = 6, layers: int = 1) -> Samples:
+    """Queries of four heads near keys of two."""
+    generator = torch.Generator().manual_seed(0)
+    k = [2 * torch.randn(layers, 2, 24 + index, 8, generator=generator) for index in range(count)]
+    noise = (torch.randn(layers, 4, each.shape[2], 8, generator=generator) for each in k)
+    return Samples([each.repeat_interleave(2, dim=1) + more for each, more in zip(k, noise, strict=True)], k)
+
+
+def test_queries_of_a_group_are_one() -> None:
+    samples = grouped()
+    shared = samples.in_groups
+    assert (shared.shape, shared.group, shared.lengths) == ((1, 2, 8), 1, samples.lengths)
+    expected = torch.stack([samples.q[2][0][:2].mean(0), samples.q[2][0][2:].mean(0)])
+    torch.testing.assert_close(shared.layer(2, 0).q[0], expected)
+    with pytest.raises(UserError, match=r"share_in_group=true is for heads that share their keys.*leave it out"):
+        _ = shared.in_groups
+
+
+def test_one_prediction_for_heads_that_share_their_keys(runs: Nursery, tmp_path: Path) -> None:
+    grouped().save(tmp_path / "qk.pt")
+    few = ("route.n_clusters=8", "n_clusters=4", "project.epochs=1", "bilinear.steps=2", "bilinear.n_clusters=8")
+    given = (f"qk={tmp_path / 'qk.pt'}", "which=dec", "causal=true", f"run_dir={tmp_path / 'run'}", *few)
+    stages = "stage=[project,cluster,cluster_online,route,bilinear,score]"
+    patterns = "patterns=[oracle,lowrank,routed,kmeans,distance,bilinear,routing_trained]"
+    done = runs.run(*given, stages, patterns, "share_in_group=true", "score.map_tokens=8")
+    assert done.status == 0, done.output
+    for name in ("projections", "lowrank"):
+        sides = torch.load(tmp_path / "run" / f"{name}.pickle", weights_only=True)
+        assert sides[0]["q"]["w"].shape[0] == 2, "one for each head of keys"
+    metrics = pd.read_csv(tmp_path / "run" / "score" / "metrics.csv")
+    assert {*metrics["head"]} == {0, 1, 2, 3}
+    assert (metrics.loc[metrics["pattern"] == "oracle", "recall"] == 1.0).all(), "what is not learned is not shared"
+    learned = metrics[metrics["share_in_group"].notna() & metrics["window"].isna()]
+    assert {*learned["pattern"]} == {"lowrank", "routed", "kmeans", "distance", "bilinear", "routing_trained"}
+    same = learned.pivot_table("sparsity", ["configuration"], "head")
+    assert (same[0] == same[1]).all()
+    assert (same[2] == same[3]).all()
+    assert (same[0] != same[2]).any()
+    refused = runs.run(
+        *given, "stage=calibrate", "pattern=routed", "share_in_group=true", "target=density=0.1"
+    ).refused()
+    assert "share_in_group=true gives several of them one prediction: leave out one of the two" in refused

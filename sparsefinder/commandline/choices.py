@@ -19,7 +19,13 @@ from sparsefinder.experiment.configuration import Configuration, Dials
 from sparsefinder.experiment.instantiate import class_named, construct
 from sparsefinder.experiment.targets import Swept
 
-UNITED_WITH = ("window", "global_tokens", "last_token", "block_size")  # fields of a `Configuration` beside its pattern
+UNITED_WITH = (
+    "window",
+    "global_tokens",
+    "last_token",
+    "block_size",
+    "share_in_group",
+)  # fields of a `Configuration` beside its pattern
 
 
 def objects(cfg: DictConfig, stage: str) -> dict[str, Any]:
@@ -81,6 +87,11 @@ def all_configurations(cfg: DictConfig, sweep: bool) -> Iterable[Configuration]:
 
 def dialled(cfg: DictConfig) -> Iterable[Swept]:
     """The patterns of `all_configurations` that have a sparsity parameter, with the values of their sweep."""
+    if cfg.share_in_group:
+        raise UserError(
+            f"target={cfg.target} sets a sparsity parameter for each head, and share_in_group=true gives several of them one "
+            "prediction: leave out one of the two"
+        )
     for chosen_pattern in patterns(cfg):
         pattern, dials = chosen_pattern.build()
         if dials is not None:

@@ -95,7 +95,12 @@ def distance_histogram(
 def _quantizations(configurations: Sequence[Configuration]) -> Iterator[tuple[int, Configuration]]:
     """Those of the configurations that put single tokens into bins, plain, at one setting for all heads; with their indices."""
     for index, configuration in enumerate(configurations):
-        plain = not configuration.window and configuration.dials is None and configuration.chunk == 1
+        plain = (
+            not configuration.window
+            and configuration.dials is None
+            and configuration.chunk == 1
+            and not configuration.shares
+        )
         if isinstance(configuration.pattern, Quantize) and plain:
             yield index, configuration
 

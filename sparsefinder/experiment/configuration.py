@@ -15,7 +15,7 @@ from torch import Tensor
 from sparsefinder.errors import UserError
 from sparsefinder.experiment.instantiate import construct
 from sparsefinder.graphs import QK, HasLayout, Pattern, has_tail
-from sparsefinder.patterns.combine import Blocked, Projected, Union, layout_of
+from sparsefinder.patterns.combine import Blocked, Projected, ShareInGroup, Union, layout_of
 from sparsefinder.patterns.per_head import PerHead
 from sparsefinder.patterns.window import local_and_global, near_pairs
 from sparsefinder.predictors.centroids import Centroids, load_centroids
@@ -65,11 +65,18 @@ class Configuration:
     last_token: bool = False  # so does the last token
     block_size: int = 1  # tokens in a chunk, for patterns that work on the projections of stage=project
     dials: Dials | None = None  # of each layer and head, instead of the pattern's own
+    # whether heads that share their keys have one prediction, that of their mean query, of a pattern that learned it so
+    share_in_group: bool = False
 
     def __post_init__(self) -> None:
         local_and_global(self.window, self.global_tokens, self.last_token)  # checks the three
         if self.block_size < 1:
             raise UserError(f"block_size must be 1 token or more, got {self.block_size}")
+        if self.dials is not None and self.share_in_group:
+            raise UserError(
+                "share_in_group=true gives heads that share their keys one prediction, so none can have a sparsity parameter of "
+                "its own: leave out target= and values for each head, or share_in_group"
+            )
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -100,7 +107,12 @@ class Configuration:
             "global_tokens": self.global_tokens,
             "last_token": self.last_token,
             "block_size": self.chunk,
-        }
+        } | ({"share_in_group": True} if self.shares else {})
+
+    @property
+    def shares(self) -> bool:
+        """Whether heads that share their keys have one prediction: only of what is learned."""
+        return self.share_in_group and bool(self.needs)
 
     @property
     def label(self) -> str:
@@ -140,6 +152,8 @@ class Configuration:
         own = {name for name in fields if name in artefacts}  # a pattern with a field for them projects by itself
         for space in (value for name, value in artefacts.items() if isinstance(value, Projections) and name not in own):
             whole = Projected(Blocked(whole, self.chunk) if self.chunk > 1 else whole, space)
+        if self.shares and learned is not None and learned.group > 1:
+            whole = ShareInGroup(whole, learned.group)
         fixed = local_and_global(self.window, self.global_tokens, self.last_token)
         return Union((whole, *fixed)) if fixed else whole
 
@@ -192,11 +206,23 @@ class Learned:
     """The artefacts that patterns work with, by name; only those that some pattern needs."""
 
     artefacts: Mapping[str, Any] = field(default_factory=dict)
+    group: int = 1  # heads of queries that were learned for as one, because they share their keys
 
     @classmethod
-    def load(cls, store: Store, needs: tuple[str, ...]) -> Learned:
+    def load(cls, store: Store, needs: tuple[str, ...], group: int = 1) -> Learned:
         """Read what ``needs`` names; a missing file is a `UserError` that names the stage making it."""
-        return cls({name: LOADERS[name](store.path(name)) for name in needs})
+        return cls({name: LOADERS[name](store.path(name)) for name in needs}, group)
+
+    @classmethod
+    def of(cls, store: Store, configurations: tuple[Configuration, ...], group: int) -> Learned:
+        """What configurations work with.
+
+        Args:
+            store: Of the run.
+            configurations: Which may say that heads share a prediction.
+            group: Heads of the model that share their keys.
+        """
+        return cls.load(store, needed(configurations), group if any(each.shares for each in configurations) else 1)
 
     def get(self, name: str, pattern: str) -> Any:
         """The artefact of that name; without it a `UserError` that names the pattern and the stage."""
@@ -208,7 +234,7 @@ class Learned:
         """Raise a `UserError` where projections do not fit queries and keys of that shape."""
         for artefact in self.artefacts.values():
             if isinstance(artefact, Projections):
-                artefact.check(layers, heads, size)
+                artefact.check(layers, heads // self.group, size)
 
     def sizes(self, needs: tuple[str, ...]) -> dict[str, Any]:
         """Columns of the tables: the size of the projected space, and the number of clusters."""

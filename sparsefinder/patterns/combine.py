@@ -223,7 +223,7 @@ class ShareInGroup:
         q_ids, k_ids = (
             ids.repeat_interleave(self.group, dim=1) for ids in (layout.buckets.q_ids, layout.buckets.k_ids)
         )
-        return replace(layout, buckets=replace(layout.buckets, q_ids=q_ids, k_ids=k_ids))
+        return replace(layout, buckets=Buckets(q_ids, k_ids, layout.buckets.count))
 
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool."""

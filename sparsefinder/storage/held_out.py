@@ -18,16 +18,17 @@ _MOST_GOLD = 0.5  # share of the pairs above which a file given by path is not b
 _ENOUGH_TOKENS = 16  # of fewer a large share means nothing
 
 
-def training_samples(store: Store) -> Samples:
+def training_samples(store: Store, in_groups: bool = False) -> Samples:
     """The samples to learn from: ``qk``, without its last tenth where that is held out (see `validation_samples`).
 
     Args:
         store: The run; queries of a file that was given are multiplied by its ``query_scale``.
+        in_groups: Whether heads that share their keys are one, with the mean of their queries.
 
     Raises:
         UserError: There is no such file, it cannot be read, or nothing is left beside what is held out.
     """
-    samples = _read(store, "qk")
+    samples = _read(store, "qk", in_groups)
     if not store.splits_qk:
         return samples
     training = samples.split_last_tenth()[0]
@@ -36,16 +37,17 @@ def training_samples(store: Store) -> Samples:
     return training
 
 
-def validation_samples(store: Store) -> Samples:
+def validation_samples(store: Store, in_groups: bool = False) -> Samples:
     """The samples to measure on: ``qk_validation``, or the last tenth (one or more) of a ``qk`` that was given alone.
 
     Args:
         store: The run; queries of a file that was given are multiplied by its ``query_scale``.
+        in_groups: Whether heads that share their keys are one, with the mean of their queries.
 
     Raises:
         UserError: There is no such file, or it cannot be read.
     """
-    samples = _read(store, "qk_validation")
+    samples = _read(store, "qk_validation", in_groups)
     if not store.splits_qk:
         return samples
     held_out = samples.split_last_tenth()[1]
@@ -53,16 +55,15 @@ def validation_samples(store: Store) -> Samples:
     return held_out
 
 
-def _read(store: Store, name: str) -> Samples:
+def _read(store: Store, name: str, in_groups: bool) -> Samples:
     """Of a file that somebody else may have made, the queries as ``query_scale`` says, after a look at whether that can be."""
     samples = load_samples(store.path(name))
-    if name not in store.given:
-        return samples
-    if store.query_scale is not None:
-        samples = samples.with_queries_times(store.query_scale)
-    if store.first_time(f"density of {samples.source}"):
-        _warn_of_density(samples)
-    return samples
+    if name in store.given:
+        if store.query_scale is not None:
+            samples = samples.with_queries_times(store.query_scale)
+        if store.first_time(f"density of {samples.source}"):
+            _warn_of_density(samples)
+    return samples.in_groups if in_groups else samples
 
 
 def _warn_of_density(samples: Samples) -> None:

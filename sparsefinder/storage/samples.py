@@ -53,6 +53,23 @@ class Scaled:
 
 
 @dataclass(frozen=True)
+class MeanOfGroup:
+    """The mean of the heads of queries that share one of keys, in float32, taken when a layer is."""
+
+    layers: Layers
+    group: int
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """``(L, H_k, n, D)``."""
+        layers, heads, tokens, size = self.layers.shape
+        return layers, heads // self.group, tokens, size
+
+    def __getitem__(self, layer: int) -> Tensor:
+        return self.layers[layer].float().unflatten(0, (-1, self.group)).mean(1)
+
+
+@dataclass(frozen=True)
 class Samples:
     """Ragged queries and keys of all layers.
 
@@ -140,6 +157,19 @@ class Samples:
         """
         factor = math.sqrt(self.shape[2]) if scale == "sqrt_d" else float(scale)
         return replace(self, q=[Scaled(sample, factor) for sample in self.q])
+
+    @property
+    def in_groups(self) -> Samples:
+        """One head of queries for each of keys: the mean of those that share it.
+
+        Raises:
+            UserError: Every head has keys of its own.
+        """
+        if self.group == 1:
+            raise UserError(
+                f"share_in_group=true is for heads that share their keys, and in {self.source} each has its own: leave it out"
+            )
+        return replace(self, q=[MeanOfGroup(sample, self.group) for sample in self.q])
 
     def part(self, start: int, stop: int) -> Samples:
         """Samples ``start`` to ``stop``."""
@@ -322,7 +352,7 @@ def _mapped(tensor: Layers) -> Tensor:
     """As a tensor that has its memory for itself: of a view of a batch, torch would save the whole batch."""
     if isinstance(tensor, StoredTensor):
         return tensor.mapped()
-    if isinstance(tensor, Scaled):
+    if isinstance(tensor, (Scaled, MeanOfGroup)):
         return torch.stack([tensor[layer] for layer in range(tensor.shape[0])])
     assert isinstance(tensor, Tensor)
     whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
