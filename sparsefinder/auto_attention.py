@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sparsefinder.attention import Bucketed, Dense
@@ -60,6 +61,24 @@ class Auto:
             )
         return output
 
+    def is_softmax(self, q: Tensor, k: Tensor, layer: int) -> bool:
+        """Whether it is settled that these are attended with torch's softmax attention, however much of them is padding.
+
+        Whoever has a mask can then hand it to torch as it is, and need not ask what it says. False where it is not known yet.
+
+        Args:
+            q: Queries ``(B, H, N, D)``.
+            k: Keys ``(B, H_k, N, D)`` of the same texts.
+            layer: Whose.
+        """
+        if self.normalizer.alpha != 1.0 or self.causal:
+            return False
+        tokens = k.shape[2]
+        if self.crossover is not None or tokens < crossovers.LENGTHS[0]:
+            return tokens < self._fewest
+        known = self._brackets.get(_kind(q, k, False, layer))
+        return known is not None and known.pays(tokens) is False
+
     @torch.no_grad()
     def graph(self, qk: QK, layer: int) -> Tensor:
         """The graph that is executed, ``(B, H, N, N)`` bool: of a short text all its pairs."""
@@ -89,13 +108,12 @@ class Auto:
     def _long(self, qk: QK, v: Tensor, layer: int) -> list[bool]:
         """Of each example, whether the prediction pays for it."""
         batch, tokens = qk.valid.shape
-        fewest = crossovers.LENGTHS[0] if self.crossover is None else self.crossover
-        if tokens < fewest:
+        if tokens < self._fewest:
             return [False] * batch
         lengths = [tokens] * batch if bool(qk.valid.all()) else qk.valid.sum(-1).tolist()
         if self.crossover is not None:
-            return [length >= fewest for length in lengths]
-        at = (qk.q.shape[1::2], qk.k.shape[1], qk.q.dtype, qk.q.device.type, torch.get_num_threads(), qk.crosses, layer)
+            return [length >= self.crossover for length in lengths]
+        at = _kind(qk.q, qk.k, qk.crosses, layer)
         for row, length in enumerate(lengths):
             known = self._brackets.get(at)
             if known is None or known.pays(length) is None:
@@ -112,10 +130,13 @@ class Auto:
             q_cut, k_cut, v_cut = (x[None, :, :tokens].contiguous() for x in (q, k, v))
             valid, query_valid = (torch.ones(1, x.shape[2], dtype=torch.bool, device=x.device) for x in (k_cut, q_cut))
             given = None if qk.query_valid is None else query_valid
-            ways = (
-                lambda each=each: each(q_cut, k_cut, v_cut, valid, layer, given) for each in (self._dense, self._sparse)
-            )
-            return crossovers.timed(q.device, *ways)
+
+            def dense() -> Tensor:
+                if self.normalizer.alpha == 1.0 and not self.causal:  # in its own precision: see `is_softmax`
+                    return F.scaled_dot_product_attention(q_cut, k_cut, v_cut, enable_gqa=q.shape[0] != k.shape[0])
+                return self._dense(q_cut, k_cut, v_cut, valid, layer, given)
+
+            return crossovers.timed(q.device, dense, lambda: self._sparse(q_cut, k_cut, v_cut, valid, layer, given))
 
         return crossovers.settled(self._key(qk.q, qk.k, qk.crosses, layer), k.shape[1], race)
 
@@ -125,6 +146,11 @@ class Auto:
         where = f"{q.device.type} with {torch.get_num_threads()} threads, executor {self.executor}"
         kind = f"{'cross-attention, ' if crosses else ''}{str(q.dtype).removeprefix('torch.')}"
         return f"layer {layer}, {heads}, {kind}, {where}, {self._fingerprint}"
+
+    @property
+    def _fewest(self) -> int:
+        """Tokens below which nothing is asked."""
+        return crossovers.LENGTHS[0] if self.crossover is None else self.crossover
 
     @cached_property
     def _brackets(self) -> dict[tuple[object, ...], crossovers.Bracket]:
@@ -142,6 +168,11 @@ class Auto:
     def _dense(self) -> Dense:
         executor = "tiles" if self.executor == "blocks" else self.executor
         return Dense(self.normalizer, self.causal, executor=executor)
+
+
+def _kind(q: Tensor, k: Tensor, crosses: bool, layer: int) -> tuple[object, ...]:
+    """What an answer depends on, of one attention in one process."""
+    return q.shape[1::2], k.shape[1], q.dtype, q.device.type, torch.get_num_threads(), crosses, layer
 
 
 def _last(valid: Tensor) -> int:

@@ -129,6 +129,26 @@ def test_a_length_is_raced_once_and_kept(file: Path, races: list[int]) -> None:
     assert list(json.loads(file.read_text()).values()) == [[256, 384]]
 
 
+def test_what_is_settled_as_softmax_needs_no_question(file: Path, races: list[int]) -> None:
+    def settled(attention: Auto, tokens: int, layer: int = 0) -> bool:
+        q, k, _, _ = vectors(1, tokens)
+        return attention.is_softmax(q, k, layer)
+
+    auto = Auto(Window(5), Normalizer(1.0))
+    assert settled(auto, 127)
+    assert not settled(auto, 300)  # not known yet
+    auto(*vectors(1, 300), 0)
+    assert settled(auto, 300)
+    assert not settled(auto, 300, layer=1)
+    assert not settled(auto, 500)
+    auto(*vectors(1, 500), 0)
+    assert not settled(auto, 500)  # the prediction pays
+    assert not settled(Auto(Window(5)), 20)  # entmax is not torch's
+    assert not settled(Auto(Window(5), Normalizer(1.0), causal=True), 20)
+    assert settled(Auto(Window(5), Normalizer(1.0), crossover=30), 29)
+    assert not settled(Auto(Window(5), Normalizer(1.0), crossover=30), 30)
+
+
 def test_a_batch_is_settled_row_by_row(file: Path, races: list[int]) -> None:
     q, k, v, valid = vectors(2, 600, [600, 300])
     Auto(Window(5))(q, k, v, valid, 0)

@@ -77,6 +77,14 @@ def test_within_a_block_of_plugged(fitted: Fitted, attached) -> None:
     assert torch.equal(fitted.states(model), states)
 
 
+def test_short_texts_are_those_of_the_dense_model_to_the_digit(fitted: Fitted) -> None:
+    model, dense = fitted.model(), fitted.model()
+    sparsefinder.attach(model, fitted.index, density=0.3)
+    with torch.inference_mode():
+        for batch in (fitted.batch, {"input_ids": fitted.batch["input_ids"][:1]}):
+            assert torch.equal(model(**batch)[0], dense(**batch)[0])
+
+
 def pickled(model):
     return pickle.loads(pickle.dumps(model))
 

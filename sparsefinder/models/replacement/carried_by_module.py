@@ -7,12 +7,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsefinder.errors import UserError
 from sparsefinder.graphs import Attention
 from sparsefinder.models.packing import Sentences, read_mask, read_mask_between
 from sparsefinder.numerics.normalizers import is_recorded
+
+_WORTH_CUTTING = 256  # tokens of a padded batch
 
 
 class ForwardPass(threading.local):
@@ -96,6 +99,8 @@ class Plug:
         layer = self.layers[calls.get(self, 0)]
         if len(self.layers) > 1:
             calls[self] = calls.get(self, 0) + 1
+        if self._is_softmax(q, k, mask, layer):  # as transformers does it: what is not sparse should cost nothing
+            return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=q.shape[1] != k.shape[1])
         # float32 also under autocast: predictions, thresholds and the sum of a row do not survive half precision
         with torch.autocast(q.device.type, enabled=False):
             if self.crosses:
@@ -109,3 +114,11 @@ class Plug:
             q_apart, k_apart, v_apart = map(sentences.apart, (q, k, v))
             output = self.socket.attention(q_apart, k_apart, v_apart, sentences.valid, layer)
             return sentences.together(output, q.shape)
+
+    def _is_softmax(self, q: Tensor, k: Tensor, mask: Tensor | None, layer: int) -> bool:
+        settled = getattr(self.socket.attention, "is_softmax", None)
+        if settled is None or self.crosses or k.shape[2] != q.shape[2]:
+            return False
+        # of longer padded texts `Dense` attends with each one apart, which saves more than it costs
+        plain = mask is None or (mask.dtype == torch.bool and q.shape[2] < _WORTH_CUTTING)
+        return plain and bool(settled(q, k, layer))
