@@ -18,9 +18,10 @@ from sparsefinder.errors import UserError
 from sparsefinder.metrics import BALANCE, COSTS, RATIOS
 
 MEASURES = (*RATIOS, *COSTS, *BALANCE)
+_SATURATED, _ALIKE = 0.9, 0.25  # mean recall; natural logarithm of the ratio of two densities
 LEVELS = (0.02, 0.05, 0.1, 0.2, 0.3)  # shares of the allowed pairs at which patterns are compared
 
-_PLACE = ("run", "configuration", "layer", "head", "samples", "members")
+_PLACE = ("run", "point", "configuration", "layer", "head", "samples", "members")
 _LOCAL_AND_GLOBAL = ("window", "global_tokens", "last_token")
 _NOT_SETTINGS = {*MEASURES, *_PLACE, *_LOCAL_AND_GLOBAL, "pattern", "causal", "alpha", "quadratic", "true_scores"}
 
@@ -203,29 +204,35 @@ def by_cost(table: pd.DataFrame) -> pd.DataFrame:
 def comparable(table: pd.DataFrame, most: int = 3) -> pd.DataFrame:
     """One configuration of each of the best patterns, chosen where all patterns name about equally many pairs.
 
-    The density is the one between 5 and 50 % to which the patterns come closest together; the best are those whose recall
+    The density is the one between 5 and 50 % to which the patterns come closest together and where the best of them do not
+    recall nearly all, which would tell nothing apart; what comes nowhere near it is left out. The best are those whose recall
     lies highest above their density, which is what chance would recall.
 
     Args:
         table: `points`.
         most: How many patterns.
     """
-    usable = table[(table["pattern"].map(family_of) != BOUNDS) & table["density"].between(1e-4, 0.9)]
+    predicted = table["pattern"].map(family_of) != BOUNDS
+    if "true_scores" in table:
+        predicted &= ~table["true_scores"].astype(bool)
+    usable = table[predicted & table["density"].between(1e-4, 0.9)]
     if usable.empty:
         return usable
     alone = usable.groupby("pattern")["united_with"].transform(lambda words: (words == "").any())
     usable = usable[~alone | (usable["united_with"] == "")]
-    best: tuple[float, pd.DataFrame] | None = None
+    best: tuple[bool, float, pd.DataFrame] | None = None
     for density in np.geomspace(0.05, 0.5, 47):
         away = np.log(usable["density"] / density).abs()
         nearest = away.groupby(usable["pattern"]).idxmin()
-        total = float(away[nearest].sum())
-        if best is None or total < best[0]:
-            best = total, usable.loc[nearest]
+        near = nearest[away[nearest].to_numpy() < _ALIKE]  # one density for all that are shown
+        chosen = usable.loc[near if len(near) else nearest]
+        order = (chosen["recall"] - chosen["density"]).sort_values(ascending=False, kind="stable").index[:most]
+        saturated = bool(chosen.loc[order, "recall"].mean() > _SATURATED)
+        total = float(away[nearest].clip(upper=1.0).sum())
+        if best is None or (saturated, total) < best[:2]:
+            best = saturated, total, chosen.loc[order]
     assert best is not None
-    chosen = best[1]
-    order = (chosen["recall"] - chosen["density"]).sort_values(ascending=False, kind="stable").index
-    return chosen.loc[order[:most]]
+    return best[2]
 
 
 def references(table: pd.DataFrame, density: float) -> pd.DataFrame:

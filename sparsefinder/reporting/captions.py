@@ -33,7 +33,7 @@ class Illustration:
 def of_score(
     metrics: pd.DataFrame,
     points: pd.DataFrame,
-    folder: Path,
+    folder: Path | None,
     replicas: Replicas | None = None,
     distance: str = "l2",
 ) -> list[Illustration]:
@@ -42,7 +42,7 @@ def of_score(
     Args:
         metrics: ``score/metrics``.
         points: `frontiers.points` of them.
-        folder: Of the artefact, for the tables and maps beside.
+        folder: Of the artefact, for the tables and maps beside; None leaves out what is drawn from them.
         replicas: Of the points; None leaves out the bands.
         distance: The one that was measured against the number of shared buckets.
     """
@@ -57,6 +57,8 @@ def of_score(
     if not chosen.empty:
         compared = pd.concat([chosen, references(points, float(chosen["density"].median()))])
         illustrations.append(_layer_heads(metrics, compared))
+    if folder is None:
+        return illustrations
     shared = folder / "shared_buckets.parquet"
     if shared.is_file() and len(table := pd.read_parquet(shared)):
         illustrations.append(_shared(table, layers, distance))
@@ -88,9 +90,9 @@ def of_evaluate(results: pd.DataFrame, manifest: Manifest | None) -> list[Illust
     masked = facts.get("masked_tokens", results["masked_tokens"].iloc[0] if "masked_tokens" in results else None)
     loss = loss_figures.loss_name(results)
     caption = (
-        f"{loss[0].upper()}{loss[1:]} of the model with each variant plugged in, against the sparsity of the graph that was "
-        "really run. Colour is the pattern, marker the attention that executes it: a square inside a ring means that bucketed "
-        "and masked attention agree. Horizontal lines: dense attention."
+        f"{loss[0].upper()}{loss[1:]} of the model with each variant plugged in, above that of its dense attention, against the "
+        "sparsity of the graph that was really run. Linear up to 0.01, logarithmic above; each panel has its own range. "
+        "Filled: run by its buckets, or with a graph of its own; open: as a mask. Horizontal lines: dense attention."
     )
     if masked is not None:
         caption += f" Loss: mean over the same {masked} masked positions for every variant"

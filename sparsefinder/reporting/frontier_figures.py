@@ -30,7 +30,6 @@ from sparsefinder.analysis.method_families import (
 from sparsefinder.reporting.style import (
     FEW,
     GREY,
-    OKABE_ITO,
     blank,
     colour_of,
     marker_of,
@@ -40,7 +39,6 @@ from sparsefinder.reporting.style import (
 )
 
 _DARK = "#333333"
-_MARKERS = "os^DvP<>Xhpd8*"
 _TICKS = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005)
 
 
@@ -76,7 +74,7 @@ def recall_sparsity(points: pd.DataFrame, replicas: Replicas | None = None) -> F
 
 
 def recall_by_family(points: pd.DataFrame, replicas: Replicas | None = None) -> Figure:
-    """A panel for each family of patterns, each pattern in a colour, with the same bounds in all of them.
+    """A panel for each family of patterns, each pattern in its colour, with the same bounds in all of them.
 
     Patterns without window and global tokens; those that were only run with them, with them.
 
@@ -92,14 +90,8 @@ def recall_by_family(points: pd.DataFrame, replicas: Replicas | None = None) -> 
         for axes, family in zip(grid, families, strict=False):
             members = shown[shown["pattern"].map(family_of) == family]
             handles = []
-            for index, (pattern, group) in enumerate(members.groupby("pattern", sort=True)):
-                look = _look(str(pattern), group) | {
-                    "color": OKABE_ITO[index % len(OKABE_ITO)],
-                    "marker": _MARKERS[index % len(_MARKERS)],
-                    "lw": 1.2,
-                    "ms": 4.5,
-                }
-                look["mfc"] = "white" if group["quadratic"].any() else look["color"]
+            for pattern, group in members.groupby("pattern", sort=True):
+                look = _look(str(pattern), group) | {"lw": 1.2, "ms": 4.5}
                 _draw(axes, points, group, look, replicas, strong=True)
                 handles.append(Line2D([], [], **look, label=str(pattern)))
             _draw_bounds(axes, points, shown, replicas)

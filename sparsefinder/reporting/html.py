@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -15,8 +16,13 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-__all__ = ["Markup", "code", "document", "facts", "figure", "folded", "note", "table", "warning"]
+__all__ = ["Markup", "answer", "code", "document", "facts", "figure", "folded", "frontier", "note", "table", "warning"]
 
+_NUMBER = re.compile(r"[+-]?\d[\d.]*")
+# rows of tables that set bounds, by how their name begins: dense attention, true scores, chance
+_BOUNDS = (
+    r"(bucketed |masked |auto )?(oracle|random|full)|dense|softmax|no attention|.*\(the true scores\)|.*full$|.* \*"
+)
 _ABSENT = {"–", "not reached", "not defined", "not measured"}  # values that are printed in grey
 
 
@@ -28,7 +34,11 @@ def document(title: str, lead: str, sections: Sequence[tuple[str, Markup]]) -> s
         lead: What it is about, in small print.
         sections: Pairs of a heading and what the functions below made.
     """
-    return _templates().get_template("report.html").render(title=title, lead=lead, sections=sections)
+    anchors = [
+        re.sub(r"\W+", "-", heading.lower()).strip("-") for heading, _ in sections
+    ]  # to be linked to from elsewhere
+    named = [(anchor, *section) for anchor, section in zip(anchors, sections, strict=True)]
+    return _templates().get_template("report.html").render(title=title, lead=lead, sections=named)
 
 
 def note(text: str) -> Markup:
@@ -36,20 +46,59 @@ def note(text: str) -> Markup:
     return _part("note", text)
 
 
+def answer(text: str) -> Markup:
+    """What a reader came for, in one paragraph."""
+    return _part("answer", text)
+
+
+def frontier(data: Mapping[str, Any], svg: str, caption: str) -> Markup:
+    """The frontier to hover, filter and switch; the picture stands in its place where scripts are off.
+
+    Args:
+        data: `interactive.frontier_data`.
+        svg: The same as a drawing.
+        caption: For both.
+    """
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace(
+        "<", "\\u003c"
+    )  # no end of a script in it
+    macros: Any = _templates().get_template("frontier.html").module
+    return Markup(macros.frontier(Markup(text), base64.b64encode(svg.encode()).decode(), caption))
+
+
 def figure(svg: str, caption: str) -> Markup:
     """A picture inside the document. As an image, not as elements: the ids of two drawings never meet."""
     return _part("figure", base64.b64encode(svg.encode()).decode(), caption)
 
 
-def table(frame: pd.DataFrame, words: Sequence[str]) -> Markup:
+def table(frame: pd.DataFrame, words: Sequence[str], best: Mapping[str, str] | None = None) -> Markup:
     """A table of texts.
 
     Args:
         frame: The table; values are printed by ``str``.
         words: Columns that are set to the left; the others are numbers, set to the right.
+        best: Columns of which the best value is marked, ``max`` or ``min``; a number is what a text begins with. Rows whose
+            first column is in ``_BOUNDS`` are not competing.
     """
     rows = [[str(value) for value in row] for row in frame.itertuples(index=False)]
-    return _part("table", [str(name) for name in frame], rows, words, _ABSENT)
+    marked = _best(rows, [str(name) for name in frame], best or {})
+    return _part("table", [str(name) for name in frame], rows, words, _ABSENT, marked)
+
+
+def _best(rows: Sequence[Sequence[str]], names: Sequence[str], best: Mapping[str, str]) -> list[list[int]]:
+    """For each row the columns in which it has the best value."""
+    marked: list[list[int]] = [[] for _ in rows]
+    competing = [place for place, row in enumerate(rows) if not re.match(_BOUNDS, row[0])]
+    for column, name in enumerate(names):
+        if name not in best:
+            continue
+        numbers = {place: float(found[0]) for place in competing if (found := _NUMBER.match(rows[place][column]))}
+        if len(numbers) > 1:
+            top = max(numbers.values()) if best[name] == "max" else min(numbers.values())
+            for place, number in numbers.items():
+                if number == top:
+                    marked[place].append(column)
+    return marked
 
 
 def facts(lines: Sequence[tuple[str, str]]) -> Markup:

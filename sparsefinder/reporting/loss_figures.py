@@ -7,57 +7,81 @@ from collections.abc import Sequence
 
 import pandas as pd
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from sparsefinder.analysis.method_families import BOUNDS, OURS, PUBLISHED, family_of
-from sparsefinder.reporting.style import FEW, GREY, blank, colour_of, panel_title, panels_of, style
+from sparsefinder.reporting.style import FEW, GREY, blank, look_of, panel_title, panels_of, style
 from sparsefinder.reporting.text_tables import of_states
 
-_ATTENTIONS = {"masked": ("o", 62, False), "bucketed": ("s", 17, True)}  # marker, size, filled: both stay visible
-_OTHER_ATTENTIONS = (("^", 62, False), ("D", 42, False), ("v", 62, False), ("P", 30, True))
+_NEAR = 0.01  # nats above dense attention up to which the axis is linear
 
 
 def loss_sparsity(results: pd.DataFrame) -> Figure:
-    """Loss against sparsity of every variant that has a token graph; dense attention as horizontal lines.
+    """Loss above dense attention's against sparsity of every variant that has a token graph.
 
-    Colour: the pattern, of more than `FEW` only ours, the published ones and the bounds; marker: the attention that ran it. A
-    panel for each window with its global tokens, each with a range of its own: what is near to dense attention stays apart.
+    Colour and marker are the pattern's, of more than `FEW` only ours, the published ones and the bounds; filled: it was run by
+    its buckets, or brings its own graph; open: as a mask. A panel for each window with its global tokens, each with a range of
+    its own, linear up to 0.01 and logarithmic above: what is near to dense attention stays apart. Without a dense row to compare
+    with, the loss itself.
 
     Args:
         results: ``evaluate/results``, as `frontiers.described` gives it.
     """
     variants = results[results["attention"] != "dense"].dropna(subset=["sparsity"])
-    attentions = list(dict.fromkeys(variants["attention"]))
-    looks = _attention_looks(attentions)
-    colours = _pattern_colours(variants["pattern"])
+    named = _named_patterns(variants["pattern"])
     panels = panels_of(variants)
+    lines = dense_losses(results)
+    zero = lines[0][1] if lines else 0.0
     with style():
-        figure = blank(3.6 * min(2, len(panels)) + 0.8, 3.2 * math.ceil(len(panels) / 2) + 1.0)
+        figure = blank(4.2 * min(2, len(panels)) + 0.6, 3.6 * math.ceil(len(panels) / 2) + 1.2)
         grid = figure.subplots(math.ceil(len(panels) / 2), min(2, len(panels)), squeeze=False)
         for axes, united_with in zip(grid.flat, panels, strict=False):
-            for row in variants[variants["united_with"] == united_with].to_dict("records"):
-                marker, size, filled = looks[row["attention"]]
-                colour = colours.get(row["pattern"], GREY)
-                look = {"fc": colour if filled else "none", "ec": colour, "zorder": 2 if colour == GREY else 3}
-                axes.scatter(row["sparsity"], row["loss"], s=size, marker=marker, lw=1.3, **look)
-            for text, loss, dashes in dense_losses(results):
-                axes.axhline(loss, color="#333333", lw=1.1, ls=dashes, zorder=1, label=text)
+            shown = variants[variants["united_with"] == united_with]
+            for row in shown.to_dict("records"):
+                known = row["pattern"] in named
+                colour, marker = look_of(row["pattern"]) if known else (GREY, ".")
+                look = {
+                    "color": colour,
+                    "marker": marker,
+                    "ms": 6 if known else 4,
+                    "mew": 1.2,
+                    "zorder": 3 if known else 2,
+                }
+                face = "none" if row["attention"] == "masked" and known else colour
+                axes.plot([row["sparsity"]], [row["loss"] - zero], ls="none", mfc=face, **look)
+            for text, loss, dashes in lines:
+                axes.axhline(loss - zero, color="#333333", lw=1.1, ls=dashes, zorder=1, label=text)
             axes.set(xlim=(-0.03, 1.03), title=panel_title(united_with, len(panels)))
             axes.set_xlabel("sparsity of the executed graph  (sparser →)")
+            if lines:
+                _scale(axes, (shown["loss"] - zero).tolist())
         for axes in list(grid.flat)[len(panels) :]:
             axes.remove()
+        unit = "" if of_states(results) else ", nats"
         for axes in grid[:, 0]:
-            axes.set_ylabel(f"{loss_name(results)}{'' if of_states(results) else ', nats'}  (better ↓)")
-        handles = [_dot(pattern, colour) for pattern, colour in colours.items()]
-        if others := variants.loc[~variants["pattern"].isin(colours), "pattern"].nunique():
-            handles.append(_dot(f"{others} other patterns", GREY))
-        handles += [_dot(name, "#555555", *looks[name]) for name in attentions]
-        handles += [
-            Line2D([], [], color="#333333", lw=1.1, ls=dashes, label=t) for t, _, dashes in dense_losses(results)
-        ]
+            axes.set_ylabel(f"{loss_name(results)}{' above dense' if lines else ''}{unit}  (better ↓)")
+        handles = [_dot(name, *look_of(name)) for name in named]
+        if others := variants.loc[~variants["pattern"].isin(named), "pattern"].nunique():
+            handles.append(_dot(f"{others} other patterns", GREY, "."))
+        if (variants["attention"] == "masked").any():
+            handles.append(_dot("open: run as a mask", "#555555", "o", filled=False))
+        handles += [Line2D([], [], color="#333333", lw=1.1, ls=dashes, label=t) for t, _, dashes in lines]
         figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
     return figure
+
+
+def _scale(axes: Axes, losses: Sequence[float]) -> None:
+    """Linear up to `_NEAR`, then a decade as high as that; ticks where there are points."""
+    axes.set_yscale("symlog", linthresh=_NEAR, linscale=1.0)
+    low, high = min([0.0, *losses]), max([_NEAR, *losses])
+    axes.set_ylim(min(-0.1 * _NEAR, 1.3 * low), 1.4 * high)
+    ticks = [-0.1, -_NEAR, 0.0, _NEAR / 2, _NEAR, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0]
+    axes.yaxis.set_major_locator(FixedLocator([tick for tick in ticks if 1.3 * low <= tick <= 1.4 * high]))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def loss_name(results: pd.DataFrame) -> str:
@@ -140,19 +164,14 @@ def _over_layers(group: pd.DataFrame) -> pd.DataFrame:
     return weighted.div(group.groupby("shared")["pairs"].sum(), axis=0)
 
 
-def _pattern_colours(patterns: pd.Series) -> dict[str, str]:
+def _named_patterns(patterns: pd.Series) -> list[str]:
+    """Those that have a colour: all of a few, else ours, the published ones and the bounds."""
     names = [str(name) for name in dict.fromkeys(patterns)]
     if sum(family_of(name) != BOUNDS for name in names) > FEW:
         names = [name for name in names if family_of(name) in (BOUNDS, OURS, PUBLISHED)]
-    return {name: colour_of(name) for name in names}
+    return names
 
 
-def _attention_looks(names: Sequence[str]) -> dict[str, tuple[str, int, bool]]:
-    others = [name for name in names if name not in _ATTENTIONS]
-    looks = {name: _OTHER_ATTENTIONS[index % len(_OTHER_ATTENTIONS)] for index, name in enumerate(sorted(others))}
-    return {**_ATTENTIONS, **looks}
-
-
-def _dot(label: str, colour: str, marker: str = "o", size: float = 30, filled: bool = True) -> Line2D:
+def _dot(label: str, colour: str, marker: str = "o", filled: bool = True) -> Line2D:
     face = colour if filled else "none"
-    return Line2D([], [], ls="none", marker=marker, ms=size**0.5, mfc=face, mec=colour, mew=1.3, label=label)
+    return Line2D([], [], ls="none", marker=marker, ms=5.5, mfc=face, mec=colour, mew=1.2, label=label)

@@ -14,9 +14,8 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-# Okabe & Ito (2008), distinguished by colour-blind readers; its yellow is too light for lines on white. Three of Tol's follow
-OKABE_ITO = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#332288", "#882255", "#999933"]
-# a colour and a marker for each pattern, no pair of them twice; from the colours above and those of Tol (2021), muted
+# Of the colours of Okabe & Ito (2008) and Tol (2021), muted, distinguished by colour-blind readers: one and a marker for each
+# pattern, no pair of them twice
 _LOOKS = {
     "full": ("#000000", "s"),
     "oracle": ("#000000", "*"),
@@ -47,6 +46,7 @@ _LOOKS = {
     "routed": ("#882255", "p"),
     "routed_budget": ("#CC6677", "h"),
     "routed_bilinear": ("#AA4499", "p"),
+    "refined": ("#CC6677", "d"),
     "routed_reranked": ("#882255", "*"),
     "lowrank": ("#332288", "d"),
     "bilinear": ("#AA4499", "8"),
@@ -103,12 +103,20 @@ def style() -> Iterator[None]:
 
 def colour_of(pattern: str) -> str:
     """The colour of a pattern: fixed for the known ones, derived from the name for all others."""
-    return _LOOKS[pattern][0] if pattern in _LOOKS else _OTHER_COLOURS[_digest(pattern)[0] % len(_OTHER_COLOURS)]
+    return look_of(pattern)[0]
 
 
 def marker_of(pattern: str) -> str:
     """The marker of a pattern, chosen as its colour is."""
-    return _LOOKS[pattern][1] if pattern in _LOOKS else _OTHER_MARKERS[_digest(pattern)[1] % len(_OTHER_MARKERS)]
+    return look_of(pattern)[1]
+
+
+def look_of(pattern: str) -> tuple[str, str]:
+    """Colour and marker of a pattern, the same in every figure; a pair that no known pattern has."""
+    if pattern in _LOOKS:
+        return _LOOKS[pattern]
+    free = [(c, m) for c in _OTHER_COLOURS for m in _OTHER_MARKERS if (c, m) not in _LOOKS.values()]
+    return free[int.from_bytes(_digest(pattern)[:4], "big") % len(free)]
 
 
 def panels_of(table: pd.DataFrame) -> list[str]:

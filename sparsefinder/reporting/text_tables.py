@@ -12,6 +12,7 @@ from sparsefinder.analysis.bootstrap import Replicas, with_intervals
 from sparsefinder.analysis.comparisons import ours_minus_rival
 from sparsefinder.analysis.frontiers import broken_curves, recall_table
 from sparsefinder.analysis.method_families import PUBLISHED
+from sparsefinder.analysis.seeds import with_deviations
 from sparsefinder.storage.manifests import Manifest
 from sparsefinder.storage.store import ARTEFACTS
 
@@ -39,7 +40,11 @@ _FACTS: dict[tuple[str, str], tuple[str, Callable[[Any], str]]] = {
 
 
 def recall_lines(
-    table: pd.DataFrame, densities: Sequence[float], replicas: Replicas | None = None, far: bool = True
+    table: pd.DataFrame,
+    densities: Sequence[float],
+    replicas: Replicas | None = None,
+    far: bool = True,
+    runs: Sequence[pd.DataFrame] = (),
 ) -> pd.DataFrame:
     """Recall of each pattern's frontier at equal density, as text.
 
@@ -48,8 +53,11 @@ def recall_lines(
         densities: Shares of the allowed pairs.
         replicas: Of the points: half the width of the 95 % interval stands after ±; None leaves it out.
         far: Whether far recall stands in brackets.
+        runs: The points of each run, where the table is their mean: one deviation over them stands after ±.
     """
     numbers = with_intervals(recall_table(table, densities), replicas, densities)
+    if runs:
+        numbers = with_deviations(numbers, runs, densities)
     gold = gold_density(table)
     lines = pd.DataFrame(
         {
@@ -191,6 +199,7 @@ def variant_lines(results: pd.DataFrame) -> pd.DataFrame:
         "retrieval_mrr": ("reciprocal rank", "{:.3f}".format, "–"),
         "loss_minus_entmax": ("Δ dense entmax", "{:+.4f}".format, "–"),
         "loss_minus_softmax": ("Δ dense softmax", "{:+.4f}".format, "–"),
+        "latency_ms": ("latency, ms", "{:.1f}".format, "not measured"),
         "perplexity": ("perplexity", "{:.2f}".format, "–"),
         "accuracy": ("accuracy", "{:.4f}".format, "–"),
         "accuracy_minus_entmax": ("Δ accuracy", "{:+.4f}".format, "–"),
@@ -204,7 +213,6 @@ def variant_lines(results: pd.DataFrame) -> pd.DataFrame:
         "recall": ("recall", "{:.3f}".format, "not defined"),
         "computed_density": ("computed pairs", "{:.1%}".format, "not measured"),
         "output_error": ("output error", "{:.3f}".format, "not measured"),
-        "latency_ms": ("latency, ms", "{:.1f}".format, "not measured"),
         "speed_against_dense": ("speed against dense entmax", "{:.2f} ×".format, "not measured"),
         "speed_against_softmax": ("speed against softmax (SDPA)", "{:.2f} ×".format, "not measured"),
         "predictor_share": ("predictor's share", "{:.0%}".format, "–"),

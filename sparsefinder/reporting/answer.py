@@ -1,0 +1,89 @@
+"""What somebody who opens a report wants to know first: which method, what it costs, from which length on it is faster."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from sparsefinder.analysis.frontiers import recall_table
+from sparsefinder.analysis.iso_quality import NATS
+from sparsefinder.analysis.method_families import BOUNDS, family_of
+
+LEVEL = 0.1  # share of the pairs at which the first question is asked
+
+
+def answers(points: pd.DataFrame | None, variants: pd.DataFrame | None, compared: pd.DataFrame | None) -> list[str]:
+    """A sentence for each of the three questions that the run can answer; for the others, what would.
+
+    Args:
+        points: `frontiers.points`.
+        variants: ``evaluate/results``, as `frontiers.described` gives it.
+        compared: ``compare/results``.
+    """
+    sentences = []
+    best = None if points is None else _best(points)
+    if best is not None:
+        pattern, united, recall = best
+        name = f"{pattern}{f' with {united}' if united else ''}"
+        sentences.append(
+            f"With 10 % of the pairs, {name} is the best that does not compare every pair: it finds {recall:.3f} of the "
+            "gold edges."
+        )
+        if variants is not None:
+            sentences.append(_cost(variants, pattern))
+    if compared is not None and "speed" in compared:
+        sentences.append(_faster(compared))
+    elif sentences:
+        sentences.append(
+            "From which length on it is faster was not measured in this run: experiment=long compares lengths."
+        )
+    return [sentence for sentence in sentences if sentence]
+
+
+def _best(points: pd.DataFrame) -> tuple[str, str, float] | None:
+    table = recall_table(points, [LEVEL])
+    if table.empty:
+        return None
+    usable = table[~table["quadratic"].astype(bool) & ~table["true_scores"].astype(bool)]
+    usable = usable[usable["pattern"].map(family_of) != BOUNDS]
+    rows = [row for row in usable.to_dict("records") if pd.notna(row["recall", LEVEL])]
+    if not rows:
+        return None
+    row = max(rows, key=lambda row: float(row["recall", LEVEL]))
+    return str(row["pattern"]), str(row["united_with"]), float(row["recall", LEVEL])
+
+
+def _cost(variants: pd.DataFrame, pattern: str) -> str:
+    if "loss_minus_entmax" not in variants:
+        return ""
+    mine = variants[(variants["pattern"] == pattern) & (variants["attention"] != "dense")]
+    mine = mine.dropna(subset=["sparsity", "loss_minus_entmax"])
+    if mine.empty:
+        return f"What {pattern} costs in loss was not measured in this run: stage=evaluate does."
+    away = (np.log((1 - mine["sparsity"]).clip(lower=1e-4) / LEVEL)).abs()
+    row = mine.loc[away.idxmin()]
+    best = mine.loc[mine["loss_minus_entmax"].idxmin()]
+    text = f"In the model it costs {row['loss_minus_entmax']:+.4f} nats on {1 - row['sparsity']:.1%} of the pairs"
+    if best.name != row.name and best["loss_minus_entmax"] < row["loss_minus_entmax"]:
+        beside = best["united_with"] or "nothing"
+        text += f", and {best['loss_minus_entmax']:+.4f} on {1 - best['sparsity']:.1%} of them, united with {beside}"
+    return f"{text}, against dense attention."
+
+
+def _faster(compared: pd.DataFrame) -> str:
+    timed = compared.dropna(subset=["speed", "loss_minus_dense"])
+    timed = timed[~timed["arm"].isin(["dense", "softmax", "no attention"])]
+    good = timed[timed["loss_minus_dense"] <= NATS]
+    lengths = sorted(compared["length"].unique())
+    faster = [length for length in lengths if (good.loc[good["length"] == length, "speed"] > 1).any()]
+    from_here = [length for length in lengths if all(each in faster for each in lengths if each >= length)]
+    if not from_here:
+        return f"Up to {lengths[-1]:,} tokens nothing that loses at most {NATS:g} nats is faster than torch's softmax attention."
+    at = good[good["length"] == from_here[0]]
+    first = at.loc[at["speed"].idxmax()]
+    last = good[good["length"] == lengths[-1]]
+    top = last.loc[last["speed"].idxmax()]
+    return (
+        f"From {from_here[0]:,} tokens on an attention that loses at most {NATS:g} nats is faster than torch's softmax: "
+        f"{first['arm']} by {first['speed']:.2f} ×, at {lengths[-1]:,} tokens {top['arm']} by {top['speed']:.2f} ×."
+    )
