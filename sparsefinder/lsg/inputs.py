@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsefinder.errors import UserError
-from sparsefinder.numerics.tracing import of_this_length
+from sparsefinder.numerics.tracing import exporting, of_this_length
 
 
 def real_tokens(
@@ -30,7 +30,7 @@ def real_tokens(
         raise UserError(
             f"{tokens} tokens are not a multiple of block_size {config.block_size}; pad them, or set adaptive=True"
         )
-    if isinstance(tokens, torch.SymInt) and torch.compiler.is_exporting():
+    if isinstance(tokens, torch.SymInt) and exporting():
         raise UserError(
             "an LSG model is exported for one length: its blocks are counted when it is recorded; leave the length out of "
             "dynamic_shapes (the batch may be in it) and pad texts to it"

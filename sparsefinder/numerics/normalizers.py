@@ -34,6 +34,7 @@ from sparsefinder.numerics.entmax_newton import (
     solve,
     unrolled,
 )
+from sparsefinder.numerics.tracing import exporting
 
 _LIMIT = 160  # steps after which a row is given up; ordinary rows need 5, sparsemax of long and flat rows some 15
 
@@ -164,7 +165,7 @@ def _entmax(scores: Tensor, alpha: float, together: int = 0) -> Tensor:
 
 def is_recorded() -> bool:
     """Whether torch is recording a graph for other numbers than these: nothing may be decided by looking at them."""
-    return torch.jit.is_tracing() or torch.compiler.is_exporting()
+    return torch.jit.is_tracing() or exporting()
 
 
 class _Entmax(torch.autograd.Function):

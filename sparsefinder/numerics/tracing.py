@@ -16,6 +16,11 @@ import torch
 from torch import Tensor
 
 
+def exporting() -> bool:
+    """Whether torch exports a model; of torch 2.6, which does not say so, also whether it compiles one."""
+    return getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
+
+
 def recorded() -> bool:
     """Whether the present run is recorded, so that no choice may depend on what a tensor holds."""
     return torch.jit.is_tracing() or torch.compiler.is_compiling()
