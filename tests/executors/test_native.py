@@ -260,7 +260,7 @@ def test_it_is_built_once(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (built,) = (fresh / "sparsefinder").iterdir()
     assert built.suffix == ".so"
     build.load.cache_clear()
-    monkeypatch.setattr(build.subprocess, "run", lambda *_, **__: pytest.fail("it was compiled again"))
+    monkeypatch.setattr(build, "_compile", lambda *_: pytest.fail("it was compiled again"))
     build.load("predictors")
 
 
@@ -290,6 +290,19 @@ def test_a_compiler_that_fails(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(UserError, match=r"could not compile bucketed\.cpp .*error: no such machine"):
         build.load("bucketed")
     assert not list((fresh / "sparsefinder").iterdir())
+
+
+def test_a_compiler_that_takes_too_long(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends, and so do the programs that it started, which would go on for hours on a machine that is too small for them."""
+    slow = fresh / "slow"
+    slow.write_text(f"#!/bin/sh\nsleep 60 &\necho $! > {fresh}/child\nwait\n")
+    slow.chmod(slow.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("CXX", str(slow))
+    monkeypatch.setattr(build, "_seconds", lambda: 1)
+    with pytest.raises(UserError, match=r"took more than 1 s over bucketed\.cpp"):
+        build.load("bucketed")
+    child = Path("/proc") / (fresh / "child").read_text().strip() / "stat"
+    assert not child.exists() or child.read_text().split()[2] == "Z"
 
 
 def test_a_cache_that_cannot_be_written(fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

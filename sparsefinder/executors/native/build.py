@@ -14,6 +14,7 @@ import hashlib
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
@@ -70,6 +71,24 @@ def _sanitizers() -> tuple[str, ...]:
     return (f"-fsanitize={chosen}", "-fno-sanitize-recover=undefined", "-O1", "-g") if chosen else ()
 
 
+def _seconds() -> int:
+    """How long a file may take; the largest, with sanitizers, ten times as long."""
+    return _SECONDS * 10 if _sanitizers() else _SECONDS
+
+
+def _compile(command: list[str]) -> tuple[int, str]:
+    """The compiler's exit status and what it said; where it takes too long, what it started ends too."""
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as compiler:
+        try:
+            _, said = compiler.communicate(timeout=_seconds())
+        except BaseException:
+            os.killpg(compiler.pid, signal.SIGKILL)
+            raise
+    return compiler.returncode, said
+
+
 def _temporary() -> Path:
     return Path(tempfile.gettempdir()) / f"sparsefinder-{os.getuid()}"
 
@@ -84,13 +103,11 @@ def _built(source: Path, target: Path, command: list[str]) -> ctypes.CDLL:
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             new = Path(folder) / target.name
             try:
-                done = subprocess.run(
-                    [*command, str(source), "-o", str(new)], capture_output=True, text=True, timeout=_SECONDS
-                )
+                status, said = _compile([*command, str(source), "-o", str(new)])
             except subprocess.TimeoutExpired:
-                raise UserError(f"{command[0]} took more than {_SECONDS} s over {source.name}") from None
-            if done.returncode:
-                first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200])
+                raise UserError(f"{command[0]} took more than {_seconds()} s over {source.name}") from None
+            if status:
+                first = next((line for line in said.splitlines() if "error" in line), said.strip()[:200])
                 raise UserError(
                     f"{command[0]} could not compile {source.name} ({first}): set CXX to a compiler for C++17 and OpenMP"
                 )
