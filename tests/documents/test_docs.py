@@ -28,6 +28,7 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs
 ELSEWHERE = {"docs/how-to/adding_a_pattern.md": "tests/patterns/test_adding_a_pattern.py"}  # a test of its own
 
 NOT_RUN = {
+    ("CONTRIBUTING.md", "adds a folder to results/; tests/scripts/test_join_results.py does the same elsewhere"),
     ("README.md", "installs; tests/test_package.py builds the wheel and runs its commands"),
     ("README.md", "sets up an environment, then minutes of work; `make -n` is what tests can do"),
     ("docs/how-to/command_line.md", "needs the Hugging Face hub and a GPU"),
