@@ -174,6 +174,16 @@ def train(stage: Any, settings: Any, store: Store, *made: str) -> dict[str, Path
     return {name: store.path(name) for name in made}
 
 
+def encoder_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `of_encoder` reads."""
+    parser.add_argument("--model", type=Path, help="an encoder")
+    parser.add_argument("--train", type=Path, help="text to learn from")
+    parser.add_argument("--test", type=Path, help="text to measure on")
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--heads", type=int, default=None, help="of each layer of the encoder; by default all")
+    parser.add_argument("--samples", type=int, default=None, help="held-out samples; of an encoder 4 by default")
+
+
 def of_encoder(given: argparse.Namespace, folder: Path) -> dict[str, Path]:
     """Queries and keys of some heads of an encoder, recorded to two files below a folder."""
     model, tokenizer = recorded.lengthened(given.model, given.tokens)
@@ -189,12 +199,7 @@ def of_encoder(given: argparse.Namespace, folder: Path) -> dict[str, Path]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("runs/tiny"))
-    parser.add_argument("--model", type=Path, help="an encoder, instead of a run")
-    parser.add_argument("--train", type=Path)
-    parser.add_argument("--test", type=Path)
-    parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--heads", type=int, default=None, help="of each layer of the encoder; by default all")
-    parser.add_argument("--samples", type=int, default=None)
+    encoder_arguments(parser)
     parser.add_argument("--only", nargs="+", default=None, help="methods to score; by default all")
     parser.add_argument("--rounds", type=int, nargs="+", default=[4, 8, 16])
     parser.add_argument("--clusters", type=int, nargs="+", default=[16, 32, 64])
