@@ -39,6 +39,7 @@ NOT_RUN = {
         "needs an encoder and text, and five minutes in which the machine does nothing else",
     ),
     ("docs/explanation/measured.md", "trains at every budget, which takes minutes"),
+    ("docs/explanation/predictors.md", "needs an encoder and text of yours"),
     (
         "CONTRIBUTING.md",
         "sets up environments and runs the suite that this test is part of; `make -n` is what it can do",
