@@ -32,10 +32,11 @@ int64_t near_peak(const T *scores, int64_t count, T peak, T scale, T *x, int32_t
 
 // of such x, where entry n stands for many(n) equal ones. It lies in [-1, 0], so whoever is at or below -1
 // need not be given: it is in no support, whatever the others are. Where the largest may stand for less than one, it lies in
-// [start, 0], start = -least^(1 - alpha).
-template <class T, class F> T threshold_of(const T *x, int64_t count, double alpha, const F &many, T start = -1) {
+// [start, 0], start = -least^(1 - alpha). After a few steps it is not reached yet, from below.
+template <class T, class F>
+T threshold_of(const T *x, int64_t count, double alpha, const F &many, T start = -1, int steps = 160) {
     T threshold = start;
-    for (int step = 0; step < 160; ++step) {
+    for (int step = 0; step < steps; ++step) {
         T sum = 0, slope = 0;
         if (alpha == 1.5) {
 #pragma omp simd reduction(+ : sum, slope)

@@ -24,7 +24,7 @@ template <class T> class EntmaxForward {
             if (!t.valid[i]) std::fill(to + i * to_row, to + i * to_row + b.size, T(0));
         for (int64_t r = 0; r < b.count(); ++r) {
             const auto &row = support_.rows[r];
-            const T threshold = thresholds[b.rows[r]] = support_.threshold(row);
+            const T threshold = thresholds[b.rows[r]] = support_.threshold(r);
             T total = threshold != threshold ? threshold : T(0);
             std::fill(sum_.begin(), sum_.end(), T(0));
             const auto take = [&](T weight, const T *values) {

@@ -35,7 +35,7 @@ template <class T> class Support {
     std::vector<Row> rows;
 
     explicit Support(const Problem &p)
-        : b(p), rows(SIZE), alpha_(p.alpha), lowest_(-std::pow(T(2), T(p.alpha - 1))), flat_(b.words()) {}
+        : b(p), rows(SIZE), alpha_(p.alpha), lowest_(-std::pow(T(2), T(p.alpha - 1))), flat_(b.words()), listed_(p.clusters + 1) {}
 
     // What of queries `begin` to `end` may lie above their thresholds; above the `thresholds` where these are known.
     void gather(const Clusters<T> &k, const Head<T> &t, int64_t begin, int64_t end, const T *thresholds) {
@@ -50,13 +50,12 @@ template <class T> class Support {
     }
 
     // The threshold of a row: infinity where it sees nothing, NaN where something is no number.
-    T threshold(const Row &row) {
-        below_.clear(), copies_.clear();
-        for (const Entry &e : row.entries) put(e.middle + e.spread, e.half), put(e.middle - e.spread, e.half);
-        for (const T x : row.x) put(x, T(1));
-        if (row.undefined) return std::numeric_limits<T>::quiet_NaN();
-        if (below_.empty()) return std::numeric_limits<T>::infinity();
-        return solve();
+    T threshold(int64_t row) {
+        const Row &own = rows[row];
+        if (own.undefined) return std::numeric_limits<T>::quiet_NaN();
+        put_halves(own.entries.data(), own.entries.size(), b.reference[row], own.x.size());
+        for (const T x : own.x) below_[put_] = x, copies_[put_] = 1, ++put_;
+        return put_ ? solve(b.reference[row]) : std::numeric_limits<T>::infinity();
     }
 
    private:
@@ -64,17 +63,30 @@ template <class T> class Support {
     const T lowest_;  // of a threshold below the largest x, where that may be of half a key
     std::vector<uint64_t> flat_;  // clusters whose spread is left out of a bound
     std::vector<std::pair<int32_t, T>> besides_;  // keys beside the clusters of a row, and their x
-    std::vector<T> below_, copies_;
+    std::vector<Entry> listed_;  // entries of a row, the first `some_`
+    std::vector<T> below_, copies_;  // what a threshold is found of, the first `put_`
+    size_t some_ = 0, put_ = 0;
 
-    void put(T x, T copies) { below_.push_back(x), copies_.push_back(copies); }
+    // both halves of entries that are above the floor, with room for more; written always, kept sometimes: no branch to guess
+    void put_halves(const Entry *entries, size_t count, T floor, size_t more = 0) {
+        if (below_.size() < 2 * count + more + 1) below_.resize(2 * (2 * count + more + 1)), copies_.resize(below_.size());
+        put_ = 0;
+        for (size_t n = 0; n < count; ++n) {
+            const T low = entries[n].middle - entries[n].spread;
+            below_[put_] = entries[n].middle + entries[n].spread, copies_[put_] = entries[n].half, ++put_;
+            below_[put_] = low, copies_[put_] = entries[n].half, put_ += low > floor;
+        }
+    }
 
-    // of what was put
-    T solve() {
+    // the threshold of what was put, which is not below `floor`, or what some steps reach of it
+    T solve(T floor, int steps = 160) {
         T peak = below_[0];
-        for (const T x : below_) peak = x > peak || x != x ? x : peak;
-        if (peak != peak) return peak;
-        for (T &x : below_) x -= peak;
-        return peak + threshold_of(below_.data(), below_.size(), alpha_, [&](int64_t n) { return copies_[n]; }, lowest_);
+        bool undefined = false;
+        for (size_t n = 0; n < put_; ++n) peak = std::max(peak, below_[n]), undefined |= below_[n] != below_[n];
+        if (undefined) return std::numeric_limits<T>::quiet_NaN();
+        for (size_t n = 0; n < put_; ++n) below_[n] -= peak;
+        const T *copies = copies_.data(), start = std::min(std::max(lowest_, floor - peak), T(0));
+        return peak + threshold_of(below_.data(), put_, alpha_, [=](int64_t n) { return copies[n]; }, start, steps);
     }
 
     void begin_row(const Clusters<T> &k, const Head<T> &t, int64_t row, int64_t r, const T *thresholds) {
@@ -96,8 +108,9 @@ template <class T> class Support {
             for (const int32_t c : b.around.clusters) flat_[c / 64] |= uint64_t(1) << c % 64;
         }
         T floor = thresholds ? thresholds[i] : bound(k, r, own.undefined);
-        list(k, r, bits, floor, own);
-        if (!thresholds) floor = raised(own, floor);
+        list(k, r, bits, floor, b.around.any());
+        if (!thresholds && !own.undefined) floor = raised(floor);
+        own.entries.assign(listed_.begin(), listed_.begin() + some_);
         b.reference[row] = floor;
         for (const auto &[j, x] : besides_)
             if (!(x <= floor)) own.x.push_back(x), own.tokens.push_back(j);
@@ -105,44 +118,46 @@ template <class T> class Support {
 
     // Below the threshold: the largest key of a cluster is not below their mean, and the higher half of an entry is not either.
     T bound(const Clusters<T> &k, int64_t r, bool &undefined) const {
-        Wide<T> most = all_of(-std::numeric_limits<T>::infinity());
-        undefined = false;
+        const T lowest = std::numeric_limits<T>::lowest();  // an empty cluster is below it, NaN is not
+        Wide<T> most = all_of(-std::numeric_limits<T>::infinity()), check{};
         for (int64_t c = 0; c < k.panels * L; c += L) {
             const Wide<T> middle = load(&b.scores[b.at(r, c)]);
             most = larger<T>(middle + without(load(&b.spreads[b.at(r, c)]), Block<T>::lanes(flat_.data(), c)), most);
-            const auto bad = middle != middle;
-            for (int64_t lane = 0; lane < L; ++lane) undefined |= bad[lane] != 0;
+            check += (middle < lowest ? Wide<T>{} : middle) * T(0);
         }
+        undefined = sum_of(check) != 0;
         return largest_of(most) + lowest_ * T(1.001);
     }
 
-    // entries of which a half is above the floor
-    void list(const Clusters<T> &k, int64_t r, const uint64_t *bits, T floor, Row &own) const {
+    // lists the entries of which a half is above the floor
+    void list(const Clusters<T> &k, int64_t r, const uint64_t *bits, T floor, bool around) {
+        some_ = 0;
         for (int64_t c = 0; c < k.panels * L; c += L) {
             const int64_t at = b.at(r, c);
             const Wide<T> high = load(&b.scores[at]) + load(&b.spreads[at]);
             for (uint32_t left = greater(high, all_of(floor)) & ~Block<T>::lanes(bits, c); left; left &= left - 1) {
                 const int64_t lane = __builtin_ctz(left);
-                const T number = k.number[c + lane] - (b.around.any() ? b.around.seen(c + lane) : 0);
-                if (number > 0) own.entries.push_back({int32_t(c + lane), b.scores[at + lane], b.spreads[at + lane], number / 2});
+                const T number = k.number[c + lane] - (around ? b.around.seen(c + lane) : 0);
+                listed_[some_] = {int32_t(c + lane), b.scores[at + lane], b.spreads[at + lane], number / 2};
+                some_ += number > 0;
             }
         }
     }
 
     // a better floor, by the entries: whatever Newton's steps from the left reach is below their threshold, and that below the row's
-    T raised(const Row &own, T floor) const {
-        if (own.entries.empty()) return floor;
-        T peak = -std::numeric_limits<T>::infinity(), threshold = floor;
-        for (const Entry &e : own.entries) peak = std::max(peak, e.middle + e.spread);
-        for (int step = 0; step < 3; ++step) {
-            T sum = 0, slope = 0;
-            for (const Entry &e : own.entries)
-                for (const T x : {e.middle + e.spread - threshold, e.middle - e.spread - threshold})
-                    if (x > 0) sum += e.half * power(x, alpha_), slope += e.half * one_less(x, alpha_);
-            threshold += std::max((sum - std::pow(sum, T(2 - alpha_))) / std::max(slope, T(1e-30)), T(0));
-        }
+    T raised(T floor) {
+        if (!some_) return floor;
+        put_halves(listed_.data(), some_, floor);
+        const T reached = solve(floor, 4);
         // what it is made of was rounded
-        return std::max(floor, threshold - T(1e-5) - 8 * std::numeric_limits<T>::epsilon() * std::abs(peak));
+        floor = std::max(floor, reached - T(1e-5) - 8 * std::numeric_limits<T>::epsilon() * (std::abs(reached) + 2));
+        size_t kept = 0;
+        for (size_t n = 0; n < some_; ++n) {
+            listed_[kept] = listed_[n];
+            kept += listed_[kept].middle + listed_[kept].spread > floor;
+        }
+        some_ = kept;
+        return floor;
     }
 
     // the keys of cluster c, for some of the queries that take it
@@ -169,17 +184,19 @@ template <class T> class Support {
     // as softmax does, by what entmax makes of all entries: the weight of a key times the spread of the scores
     void by_level(const Clusters<T> &k, int64_t r, double level, uint64_t *bits) {
         std::fill(bits, bits + b.words(), 0);
-        below_.clear(), copies_.clear();
-        for (int64_t c = 0; c < k.count; ++c)
-            if (k.keys_of(c))
-                for (const T sign : {T(1), T(-1)}) put(b.scores[b.at(r, c)] + sign * b.spreads[b.at(r, c)], k.number[c] / 2);
-        if (below_.empty()) return;
-        const T threshold = solve(), share = T(level / k.keys_in_all);
-        for (int64_t c = 0; c < k.count; ++c) {
-            const T middle = b.scores[b.at(r, c)] - threshold, spread = b.spreads[b.at(r, c)];
-            if (!k.keys_of(c) || !(middle + spread > 0)) continue;
-            const T of_a_key = (power(middle + spread, alpha_) + (middle > spread ? power(middle - spread, alpha_) : T(0))) / 2;
-            if (of_a_key * spread / T(alpha_ - 1) > share) bits[c / 64] |= uint64_t(1) << c % 64;
+        std::fill(flat_.begin(), flat_.end(), 0);
+        bool undefined;
+        const T floor = bound(k, r, undefined);
+        list(k, r, bits, floor, false);
+        if (!some_ || undefined) return;
+        put_halves(listed_.data(), some_, floor);
+        const T threshold = solve(floor), share = T(level / k.keys_in_all);
+        for (size_t n = 0; n < some_; ++n) {
+            const Entry &e = listed_[n];
+            const T middle = e.middle - threshold;
+            if (!(middle + e.spread > 0)) continue;
+            const T of_a_key = (power(middle + e.spread, alpha_) + (middle > e.spread ? power(middle - e.spread, alpha_) : T(0))) / 2;
+            if (of_a_key * e.spread / T(alpha_ - 1) > share) bits[e.cluster / 64] |= uint64_t(1) << e.cluster % 64;
         }
     }
 };
