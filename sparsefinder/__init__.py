@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsefinder.models.entmax_configuration import MODELS, follow_transformers
 from sparsefinder.sparse_model import __all__ as _OFFERED
-from sparsefinder.sparse_model.checkpoints import teach
+from sparsefinder.sparse_model.checkpoints import teach, teach_sentence_transformers
 
 if TYPE_CHECKING:
     from sparsefinder.sparse_model import Index, attach, detach, explain, fit, load
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["Index", "attach", "detach", "explain", "fit", "load"]
 
-follow_transformers({MODELS: teach})
+follow_transformers({MODELS: teach, "sentence_transformers": teach_sentence_transformers})
 
 
 def __getattr__(name: str) -> Any:

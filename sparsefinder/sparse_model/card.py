@@ -27,6 +27,14 @@ def write(attachment: Attachment, folder: Path, measured: str = "") -> None:
     path.write_text(f"{_SECTION.sub('', text).rstrip()}\n\n{_section(attachment, measured)}", encoding="utf-8")
 
 
+def forget(folder: Path) -> None:
+    """Take the section out of the card of a folder, where it has one: of a model that nothing is attached to any more."""
+    path = folder / CARD
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    if _SECTION.search(text):
+        path.write_text(_SECTION.sub("", text), encoding="utf-8")
+
+
 def push(attachment: Attachment, repository: str, where: dict[str, Any]) -> None:
     """Add the section to the card that a repository of the hub has; ``where``: token, revision, create_pr."""
     from huggingface_hub import HfApi, hf_hub_download
@@ -53,15 +61,15 @@ def _section(attachment: Attachment, measured: str) -> str:
         f"{facts['texts']:,} texts, {facts['tokens']:,} tokens" if "texts" in facts else facts.get("source", "unknown")
     )
     softmax = "softmax" if index.base.alpha == 1.0 else f"{index.base.alpha:g}-entmax"
+    label = setting.dialled(index.configuration).label
+    where = "dense attention below the length at which that pays" if setting.auto else "at every length"
     lines = [
         "<!-- sparsefinder -->",
         "## Sparse attention",
         "",
-        f"This model attends on a graph that is predicted before any score is computed: `{index.configuration.label}` of "
-        f"[sparsefinder](https://pypi.org/project/sparsefinder), learned from {learned} for "
-        f"`{index.base.name or 'an unnamed model'}` ({index.base.layers} layers of {index.base.heads} heads, {softmax}), at "
-        f"{setting.target or 'the setting of its pattern'}"
-        + (", with dense attention below the length at which that pays." if setting.auto else ", at every length."),
+        f"This model attends on a graph that is predicted before any score is computed: `{label}` of "
+        f"[sparsefinder](https://pypi.org/project/sparsefinder), {where}; learned from {learned} for `{_named(index.base.name)}` "
+        f"({index.base.layers} layers of {index.base.heads} heads, {softmax}).",
         "",
         "```python",
         "import sparsefinder  # pip install sparsefinder",
@@ -85,10 +93,18 @@ def _section(attachment: Attachment, measured: str) -> str:
     return "\n".join(lines + ([measured, ""] if measured else []) + ["<!-- end of sparsefinder -->", ""])
 
 
+def _is_of_the_hub(name: str) -> bool:
+    """The hub knows names such as `roberta-base` or `owner/name`; a path on this machine means nothing there."""
+    return bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)) and not os.path.exists(name)
+
+
+def _named(name: str) -> str:
+    return name if _is_of_the_hub(name) else os.path.basename(os.path.normpath(name)) if name else "an unnamed model"
+
+
 def _new_card(attachment: Attachment) -> str:
     base = attachment.index.base.name
-    # the hub knows names such as `roberta-base` or `owner/name`; a path on this machine means nothing there
-    named = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) and not os.path.exists(base)
+    named = _is_of_the_hub(base)
     metadata = [*([f"base_model: {base}"] if named else []), "library_name: transformers", "tags:\n- sparsefinder"]
     title = base if named else "A model"
     return "---\n" + "\n".join(metadata) + f"\n---\n\n# {title}, with predicted sparse attention\n"

@@ -80,6 +80,34 @@ def teach(module: ModuleType) -> None:
     base.from_pretrained = classmethod(from_pretrained)
 
 
+def teach_sentence_transformers(module: ModuleType) -> None:
+    """Let the card that sentence-transformers writes over that of the model inside say what is attached; may be called again."""
+    for name in ("SentenceTransformer", "CrossEncoder"):
+        owner = next(each for each in getattr(module, name).__mro__ if "save" in vars(each))
+        if not hasattr(owner.save, "_says_what_is_attached"):
+            owner.save = _with_card(owner.save)
+
+
+def _with_card(save: Any) -> Any:
+    @functools.wraps(save)
+    def save_and_say(self: Any, path: Any, *args: Any, **kwargs: Any) -> Any:
+        saved = save(self, path, *args, **kwargs)
+        from sparsefinder.models.replacement.until_detached import owner_of
+        from sparsefinder.sparse_model import card
+        from sparsefinder.sparse_model.attaching import Attachment
+
+        if path is not None and (Path(path) / card.CARD).exists():
+            owner = owner_of(self)
+            if isinstance(owner, Attachment):
+                card.write(owner, Path(path))
+            else:
+                card.forget(Path(path))
+        return saved
+
+    save_and_say._says_what_is_attached = True  # type: ignore[attr-defined]
+    return save_and_say
+
+
 def _where(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: kwargs[name] for name in _WHERE if kwargs.get(name) is not None}
 

@@ -74,11 +74,19 @@ def fit(
     """
     start = time.perf_counter()
     encoder = encoder_of(model)
+    if not callable(tokenizer):
+        raise UserError(
+            f"tokenizer is a {type(tokenizer).__name__}: give the model's, AutoTokenizer.from_pretrained(...)"
+        )
+    if not isinstance(tokens, int) or tokens < 1:
+        raise UserError(
+            f"tokens={tokens!r}: give a whole number, 1 or more; some ten thousand are enough to learn from"
+        )
     shape, normalizer = describe(encoder), get_normalizer(encoder)
     length = min(shape.max_length, _LENGTH) if length is None else length
-    if not 3 < length <= shape.max_length:
+    if not isinstance(length, int) or not 3 < length <= shape.max_length:
         raise UserError(
-            f"length={length}: this model reads up to {shape.max_length} tokens; give fewer, and more than 3"
+            f"length={length!r}: this model reads up to {shape.max_length} tokens; give fewer, and more than 3"
         )
     named = _named(pattern, normalizer, seed)
     configuration = Configuration(named.name, named.pattern, window, global_tokens, last_token)

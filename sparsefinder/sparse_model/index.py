@@ -66,6 +66,12 @@ class Attached:
     auto: bool = True
     executor: str = AUTO
 
+    def dialled(self, configuration: Configuration) -> Configuration:
+        """A configuration with these values."""
+        if self.values is None:
+            return configuration
+        return replace(configuration, dials=Dials(self.target or "given", self.values))
+
 
 @dataclass(frozen=True)
 class Index:
@@ -84,13 +90,22 @@ class Index:
     """
 
     base: BaseModel
-    configuration: Configuration
-    learned: Learned
-    curves: Curves | None = None
-    quality: tuple[Mapping[str, float], ...] = ()
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    configuration: Configuration = field(repr=False)
+    learned: Learned = field(repr=False)
+    curves: Curves | None = field(default=None, repr=False)
+    quality: tuple[Mapping[str, float], ...] = field(default=(), repr=False)
+    facts: Mapping[str, Any] = field(default_factory=dict, repr=False)
     attached: Attached | None = None
     saved_with: str = ""
+
+    def __str__(self) -> str:
+        base = self.base
+        shape = f"{base.layers} layers × {base.heads} heads × {base.head_size}"
+        lines = [f"{self.configuration.label}, learned for {base.name or 'an unnamed model'} ({base.family}, {shape})"]
+        if self.quality:
+            lines += ["density  recall  difference to the dense model"]
+            lines += [f"{r['measured_density']:7.3f}  {r['recall']:6.3f}  {r['difference']:.2g}" for r in self.quality]
+        return "\n".join(lines)
 
     @property
     def normalizer(self) -> Normalizer:
@@ -133,9 +148,7 @@ class Index:
 
         With `auto` only where the pattern has a bucketed form: compared with every key it never pays.
         """
-        configuration = self.configuration
-        if setting.values is not None:
-            configuration = replace(configuration, dials=Dials(setting.target or "given", setting.values))
+        configuration = setting.dialled(self.configuration)
         pattern = configuration.build(self.learned)
         if configuration.bucketed(self.learned, self.base.head_size):
             if setting.auto:

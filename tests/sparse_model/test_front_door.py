@@ -279,6 +279,9 @@ def test_explain(fitted: Fitted, attached) -> None:
 
 
 WRONG = {
+    "tokenizer is a NoneType": lambda m, t: sparsefinder.fit(m, None, sentences()),
+    "tokens=0: give a whole number": lambda m, t: sparsefinder.fit(m, t, sentences(), tokens=0),
+    "length='30': this model reads": lambda m, t: sparsefinder.fit(m, t, sentences(), length="30"),
     "texts is a int": lambda m, t: sparsefinder.fit(m, t, 3),
     "0 of 0 texts": lambda m, t: sparsefinder.fit(m, t, []),
     "0 of 2 texts have 4 tokens": lambda m, t: sparsefinder.fit(m, t, ["", "  "]),

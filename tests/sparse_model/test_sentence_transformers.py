@@ -41,8 +41,14 @@ def check_attached(model, run: Callable[[Any], np.ndarray], index: Index, folder
     model.save(str(folder))
     again = type(model)(str(folder), device="cpu")
     np.testing.assert_allclose(run(again), sparse, atol=1e-6)
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\ntags:\n- sentence-transformers")  # theirs
+    assert card.count("## Sparse attention") == 1
+    assert "refined at density=0.3 + tail" in card
     sparsefinder.detach(model)
     np.testing.assert_array_equal(run(model), dense)
+    model.save(str(folder))
+    assert "Sparse attention" not in (folder / "README.md").read_text(encoding="utf-8")
     return again
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,9 @@ def test_a_folder_and_its_certificate(given: list[str], tmp_path: Path, capsys) 
     card = (tmp_path / "sparse" / "README.md").read_text()
     assert "## Sparse attention" in card
     assert "## Conversion certificate" in card
+    assert re.search(
+        r"\| 38 \| [\d.e-]+ \| 1\.000 \| 1\.000 \|", card
+    )  # difference, seconds, seconds of the dense model
     model = sparsefinder.load(tmp_path / "sparse")
     with torch.inference_mode():
         assert model(torch.ones(1, 5, dtype=torch.int64))[0].isfinite().all()
