@@ -49,7 +49,10 @@ NOT_RUN = {
         "docs/how-to/cluster.md",
         "needs a Slurm cluster; tests/scripts/test_sweeps.py runs the same with a stand-in for sbatch",
     ),
-    ("docs/reference/families.md", "trains for minutes; tests/test_causal.py runs the experiment in short"),
+    (
+        "docs/reference/families.md",
+        "trains for minutes; tests/test_causal.py and tests/test_seq2seq.py run the experiments in short",
+    ),
     ("docs/how-to/every_length.md", "trains for an hour; tests/test_compare.py runs the stage in short"),
     ("docs/how-to/every_length.md", "trains for minutes; tests/test_finetune.py trains under another attention"),
     ("docs/reference/lsg.md", "needs the Hugging Face hub"),
