@@ -27,7 +27,7 @@ test-faults: setup
 test-sanitized: setup
 	SPARSEFINDER_SANITIZE=address,undefined OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	    $(BIN)/python -m pytest tests/executors/test_native.py tests/executors/test_dense.py tests/executors/test_support_lists.py tests/executors/test_native_boundary.py tests/executors/test_tailed.py --timeout 3600 $(ARGS)
+	    $(BIN)/python -m pytest tests/executors/test_native.py tests/executors/test_dense.py tests/executors/test_support_lists.py tests/executors/test_native_boundary.py tests/executors/test_tailed.py tests/predictors/test_tree.py --timeout 3600 $(ARGS)
 
 check: setup
 	$(BIN)/ruff check .
