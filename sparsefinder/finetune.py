@@ -145,7 +145,8 @@ class NewModel:
         if self.family == "t5":
             settings |= {"d_kv": self.hidden_size // self.heads}
         if TRAITS[self.family].kind == "encoder_decoder":
-            settings |= {"forced_eos_token_id": None}  # what BART generates ends so, at the longest length
+            # what BART generates ends so, at the longest length; words as long as the sines of Pegasus' and Marian's positions
+            settings |= {"forced_eos_token_id": None, "scale_embedding": CONVENTIONS[self.family] == "sinusoidal"}
         if self.family == "modernbert":
             kinds = [
                 "sliding_attention" if depth % self.global_every else "full_attention" for depth in range(self.layers)
