@@ -40,6 +40,8 @@ NOT_RUN = {
     ),
     ("docs/explanation/measured.md", "trains at every budget, which takes minutes"),
     ("docs/explanation/predictors.md", "needs an encoder and text of yours"),
+    ("docs/explanation/equal_cost.md", "needs an encoder and text of yours, and half an hour"),
+    ("docs/explanation/equal_cost.md", "needs an encoder and text of yours, and minutes"),
     (
         "CONTRIBUTING.md",
         "sets up environments and runs the suite that this test is part of; `make -n` is what it can do",
