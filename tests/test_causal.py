@@ -196,7 +196,14 @@ def test_queries_of_a_group_are_one() -> None:
 
 def test_one_prediction_for_heads_that_share_their_keys(runs: Nursery, tmp_path: Path) -> None:
     grouped().save(tmp_path / "qk.pt")
-    few = ("route.n_clusters=8", "n_clusters=4", "project.epochs=1", "bilinear.steps=2", "bilinear.n_clusters=8")
+    few = (
+        "route.n_clusters=8",
+        "n_clusters=4",
+        "project.epochs=1",
+        "bilinear.steps=2",
+        "bilinear.indexer_steps=2",
+        "bilinear.n_clusters=8",
+    )
     given = (f"qk={tmp_path / 'qk.pt'}", "which=dec", "causal=true", f"run_dir={tmp_path / 'run'}", *few)
     stages = "stage=[project,cluster,cluster_online,route,bilinear,score]"
     patterns = "patterns=[oracle,lowrank,routed,kmeans,distance,bilinear,routing_trained]"

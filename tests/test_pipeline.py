@@ -27,7 +27,14 @@ from tests.tiny_models import WORDS, save_tiny, tiny_model
 LITTLE = (
     *("experiment=smoke", "patterns=[kmeans,distance,window]", "attention=masked", "nsamples=3"),
     *("extract.nsamples_validation=2", "finetune.batch_size=4", "finetune.eval_blocks=4", "finetune.eval_steps=2"),
-    *("project.epochs=1", "bilinear.steps=2", "bilinear.n_clusters=4", "route.n_clusters=4", "route.rank=4"),
+    *(
+        "project.epochs=1",
+        "bilinear.steps=2",
+        "bilinear.indexer_steps=2",
+        "bilinear.n_clusters=4",
+        "route.n_clusters=4",
+        "route.rank=4",
+    ),
     *("evaluate.samples=4", "evaluate.measured=1", "report.dpi=20"),
 )
 # left out without a target, and without arms

@@ -85,7 +85,7 @@ SMALL = {
     "evaluate.head.steps": "2",
     "report.dpi": "30",
 }
-BUT_IN = {"frontier": {"model": "smoke", "score.seeds": "2", "bilinear.steps": "10"}}
+BUT_IN = {"frontier": {"model": "smoke", "score.seeds": "2", "bilinear.steps": "10", "bilinear.indexer_steps": "2"}}
 BUT_WITH_A_MODEL = {"experiment": "tiny", "finetune.eval_blocks": "4"}  # smoke describes a model of its own
 
 # runs a list of tasks in one process, so that libraries are imported once

@@ -14,8 +14,10 @@ from torch import Tensor
 from sparsefinder.errors import UserError
 from sparsefinder.graphs import QK
 from sparsefinder.metrics import Gold, count
+from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.patterns.indexer import LightningIndexer
 from sparsefinder.predictors.indexer import Indexer, IndexerSettings, fit_indexer, load_indexer
+from sparsefinder.sparse_model.learning import learn
 from sparsefinder.storage.samples import Samples
 from sparsefinder.testing import random_qk
 from tests.small_runs import samples
@@ -98,6 +100,11 @@ def test_bad_files(content: Any, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "indexer.pickle")
     with pytest.raises(UserError, match="stage=bilinear"):
         load_indexer(tmp_path / "indexer.pickle")
+
+
+def test_the_index_of_a_model_does_not_keep_them() -> None:
+    with pytest.raises(UserError, match="choose another pattern"):
+        learn(("indexer",), None, [], Normalizer(1.0), 0)
 
 
 def test_what_does_not_fit() -> None:
