@@ -136,7 +136,8 @@ def check_fit(index: Index, encoder: PreTrainedModel, another_base_model: bool) 
         if wanted not in ("", there):
             raise UserError(
                 f"this index was learned for a model with {wanted} {what} ({base.name or 'unnamed'}), this one has {there}: "
-                "give the index of this model, or learn one with sparsefinder.fit"
+                + ("say alpha= to from_published, " if what.startswith("as the alpha") and not base.content else "")
+                + "give the index of this model, or learn one with sparsefinder.fit"
             )
     if not base.content or another_base_model:
         return

@@ -200,12 +200,19 @@ class Index:
         """
         learned = Learned({"projections": load_projections(projections), "centroids": load_centroids(centroids)})
         pattern = replace(named_pattern("kmeans", alpha, 0).pattern, top_clusters=top_clusters)
-        layers = learned.artefacts["projections"].layers
+        found, clusters = learned.artefacts["projections"], learned.artefacts["centroids"]
+        layers = found.layers
         weight = next(iter(layers[0].q.parameters()), None)
         if weight is None:
-            heads, _, _, size = learned.artefacts["centroids"].layers[0].shape
+            heads, _, _, size = clusters.layers[0].shape
         else:
             heads, size = weight.shape[0], layers[0].q.in_size
+        ours, theirs = (len(layers), heads, found.size or size), (len(clusters.layers), *clusters.layers[0].shape[::3])
+        if ours != theirs:
+            raise UserError(
+                f"{projections} has {ours[0]} layers of {ours[1]} heads with {ours[2]} numbers, {centroids} has {theirs[0]} of "
+                f"{theirs[1]} with {theirs[2]}: give two files of one model"
+            )
         base = BaseModel(base_model, family, "", len(layers), heads, size, alpha)
         return cls(base, Configuration("kmeans", pattern, window=window), learned, facts={"source": "published files"})
 

@@ -253,6 +253,14 @@ def test_published_files(fitted: Fitted, tmp_path) -> None:
         sparsefinder.attach(model, index, density=0.1)
 
 
+def test_published_files_of_two_models_are_refused(fitted: Fitted, tmp_path) -> None:
+    other = Index.from_published(GRAPH / "golden_projections.pickle", GRAPH / "golden_centroids.pickle").learned
+    cut = [layer[:, :, :, :-1] for layer in other.artefacts["centroids"].content()]
+    torch.save(cut, tmp_path / "centroids.pickle")
+    with pytest.raises(UserError, match="give two files of one model"):
+        Index.from_published(GRAPH / "golden_projections.pickle", tmp_path / "centroids.pickle")
+
+
 def test_parts_of_another_model_are_not_forgotten_silently(fitted: Fitted, tmp_path, caplog) -> None:
     encoder = fitted.model()
     sparsefinder.attach(encoder, fitted.index)
