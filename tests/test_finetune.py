@@ -489,13 +489,12 @@ def test_a_start_from_statistics_where_positions_turn_vectors(corpus, tmp_path):
             seen[layer] = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)
             return v
 
-    ids = torch.tensor([tokenizer(SENTENCE)["input_ids"][:24]])
+    ids = torch.full((1, 24), 100)  # one word everywhere: what words say of each other is noise in so small a model
     with torch.no_grad(), plugged(model, Look()):
         model(input_ids=ids)
     tokens = torch.arange(4, ids.shape[1] - 4)
     for head, offset in enumerate((-1, 1)):
-        beside = seen[0][0, head, tokens, tokens + offset]
-        assert beside.median() > 0.3, f"head {head} looks elsewhere"  # of 24 tokens
+        assert seen[0][0, head, tokens, tokens + offset].min() > 0.9, f"head {head} looks elsewhere"
 
 
 def test_layers_with_a_window_are_for_relative_positions():
