@@ -121,10 +121,16 @@ def _fit_levels(points: np.ndarray, sizes: Sequence[int], settings: Clustering) 
     coarsest = _fit_layer(points, settings)[:, 0]
     rest = (sizes, settings.max_iterations, settings.seed)
     heads = Parallel(n_jobs=settings.jobs, prefer="threads")(
-        delayed(nested_centroids)(torch.from_numpy(head), top, *rest)
-        for head, top in zip(points, coarsest, strict=True)
+        delayed(_fit_nested)(torch.from_numpy(head), top, *rest) for head, top in zip(points, coarsest, strict=True)
     )
     return [torch.stack(level)[:, None] for level in zip(*heads, strict=True)]
+
+
+def _fit_nested(points: Tensor, coarsest: Tensor, sizes: Sequence[int], iterations: int, seed: int) -> list[Tensor]:
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(limits=1):  # as in `_fit_head`: heads run side by side, and twice as many threads would wait
+        return nested_centroids(points, coarsest, sizes, iterations, seed)
 
 
 @torch.no_grad()
