@@ -20,14 +20,14 @@ os.environ["SPARSEFINDER_CROSSOVERS"] = str(Path(tempfile.gettempdir(), f"crosso
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # before any import of triton, which newer versions of torch import themselves: its kernels run interpreted, on the CPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from sparsefinder.testing import random_qk, single_sentence
 from tests.nursery import Nursery, nursery
 
 __all__ = ["GRAPH", "ROOT", "graph_files", "random_qk", "single_sentence"]
-
-if not torch.cuda.is_available():
-    # before any import of triton, where that is installed: its kernels run interpreted, on the CPU
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 GRAPH = Path(__file__).resolve().parent / "data" / "graph"

