@@ -54,6 +54,12 @@ def test_detached_is_the_model_from_before(fitted: Fitted, attached) -> None:
         sparsefinder.detach(model)
 
 
+def test_weights_cannot_be_asked_for_while_attached(fitted: Fitted, attached) -> None:
+    model, _ = attached
+    with pytest.raises(UserError, match=r"gives no weights: leave out output_attentions, or call sparsefinder\.detach"):
+        model(**fitted.batch, output_attentions=True)
+
+
 def test_the_last_one_attached_counts(fitted: Fitted, attached) -> None:
     model, states = attached
     sparsefinder.attach(model, fitted.index, density=0.05, auto=False)

@@ -61,6 +61,11 @@ def attend(
         query = query * (scaling / natural)
     plug: Plugged | None = module.__dict__.get(PLUG)
     if plug is not None:
+        if others.get("output_attentions") or weights_are_collected():
+            raise UserError(
+                "another attention is in the place of this model's own, and gives no weights: leave out output_attentions, or "
+                "call sparsefinder.detach(model) first; sparsefinder.explain says what is attended to"
+            )
         output = plug(module, query, key, value, attention_mask)
         return output.transpose(1, 2).contiguous(), None
     dense = Dense(normalizer_of(module.config, module), dropout=dropout if module.training else 0.0)
