@@ -167,6 +167,8 @@ class Index:
         """Read what `save` wrote, alone or beside a model. Raises `UserError` for a folder without, cut or altered files."""
         from sparsefinder.sparse_model.index_files import read
 
+        if not isinstance(folder, (str, Path)) or not Path(folder).is_dir():
+            raise UserError(f"Index.load needs the folder that Index.save or save_pretrained wrote, {folder!r} is none")
         return read(Path(folder))
 
     @classmethod

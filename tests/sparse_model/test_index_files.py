@@ -40,6 +40,14 @@ def saved(fitted: Fitted, tmp_path: Path):
     return tmp_path / "sparse", fitted.states(model)
 
 
+@pytest.mark.parametrize("given", [3, None, "nowhere", __file__])
+def test_an_index_is_loaded_from_a_folder(given: object) -> None:
+    with pytest.raises(
+        UserError, match=r"Index\.load needs the folder that Index\.save or save_pretrained wrote, .* is none"
+    ):
+        Index.load(given)  # type: ignore[arg-type]
+
+
 def test_an_index_alone(fitted: Fitted, tmp_path: Path) -> None:
     fitted.index.save(tmp_path)
     again = Index.load(tmp_path)
