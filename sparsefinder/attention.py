@@ -24,7 +24,7 @@ from sparsefinder.errors import UserError
 from sparsefinder.executors.blocks.dense_tiles import TilesExecutor
 from sparsefinder.executors.blocks.executor import BlocksExecutor
 from sparsefinder.executors.blocks.tail import entries
-from sparsefinder.executors.choose import AUTO, Executor, check, choose, explain
+from sparsefinder.executors.choose_executor import AUTO, Executor, check, choose, explain
 from sparsefinder.executors.native.bucketed import NativeExecutor
 from sparsefinder.executors.native.dense import NativeDenseExecutor
 from sparsefinder.executors.native.tailed import TailedExecutor

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from sparsefinder.attention import Bucketed, Dense
 from sparsefinder.errors import UserError
-from sparsefinder.executors import crossover as crossovers
-from sparsefinder.executors.choose import AUTO
+from sparsefinder.executors import fastest_by_length
+from sparsefinder.executors.choose_executor import AUTO
 from sparsefinder.graphs import QK, Pattern
 from sparsefinder.numerics.normalizers import Normalizer
 
@@ -25,8 +25,8 @@ class Auto:
 
     From which length on that is depends on the machine, the shape, the pattern and its layer. It is raced on the first text
     that is long enough to tell, on its own queries, keys and values, and kept in a file
-    (`sparsefinder.executors.crossover`, which says where); that first call takes some ten times as long as the others. The real
-    tokens of an example decide, not what its batch is padded to. Softmax below that length is torch's SDPA.
+    (`sparsefinder.executors.fastest_by_length`, which says where); that first call takes ten times as long as the others. The
+    real tokens of an example decide, not what its batch is padded to. Softmax below that length is torch's SDPA.
     """
 
     pattern: Pattern  # who may attend to whom in a long text; must have a layout
@@ -74,7 +74,7 @@ class Auto:
         if self.normalizer.alpha != 1.0 or self.causal:
             return False
         tokens = k.shape[2]
-        if self.crossover is not None or tokens < crossovers.LENGTHS[0]:
+        if self.crossover is not None or tokens < fastest_by_length.LENGTHS[0]:
             return tokens < self._fewest
         known = self._brackets.get(_kind(q, k, False, layer))
         return known is not None and known.pays(tokens) is False
@@ -97,8 +97,8 @@ class Auto:
         if self.crossover is not None:
             why, pays = f"from {self.crossover:,} tokens on, as crossover= says", tokens >= self.crossover
         else:
-            known = crossovers.known(self._key(q, k, False, layer))
-            why, pays = f"{known}, as measured on this machine, {crossovers.file()}", known.pays(tokens)
+            known = fastest_by_length.known(self._key(q, k, False, layer))
+            why, pays = f"{known}, as measured on this machine, {fastest_by_length.file()}", known.pays(tokens)
         if pays is None:
             return f"{tokens:,} tokens: measured when it is attended with; the prediction pays {why}"
         chosen = self._sparse if pays else self._dense
@@ -121,7 +121,7 @@ class Auto:
         return [bool(self._brackets[at].pays(length)) for length in lengths]
 
     @torch.no_grad()
-    def _settled(self, qk: QK, v: Tensor, row: int, layer: int) -> crossovers.Bracket:
+    def _settled(self, qk: QK, v: Tensor, row: int, layer: int) -> fastest_by_length.Bracket:
         """What is known once one text is settled."""
         queries, keys = qk.queries_valid[row], qk.valid[row]
         q, k, v = qk.q.detach()[row, :, queries], qk.k.detach()[row, :, keys], v.detach()[row, :, keys]
@@ -136,9 +136,11 @@ class Auto:
                     return F.scaled_dot_product_attention(q_cut, k_cut, v_cut, enable_gqa=q.shape[0] != k.shape[0])
                 return self._dense(q_cut, k_cut, v_cut, valid, layer, given)
 
-            return crossovers.timed(q.device, dense, lambda: self._sparse(q_cut, k_cut, v_cut, valid, layer, given))
+            return fastest_by_length.timed(
+                q.device, dense, lambda: self._sparse(q_cut, k_cut, v_cut, valid, layer, given)
+            )
 
-        return crossovers.settled(self._key(qk.q, qk.k, qk.crosses, layer), k.shape[1], race)
+        return fastest_by_length.settled(self._key(qk.q, qk.k, qk.crosses, layer), k.shape[1], race)
 
     def _key(self, q: Tensor, k: Tensor, crosses: bool, layer: int) -> str:
         """What an answer of the race depends on, besides the machine."""
@@ -150,15 +152,15 @@ class Auto:
     @property
     def _fewest(self) -> int:
         """Tokens below which nothing is asked."""
-        return crossovers.LENGTHS[0] if self.crossover is None else self.crossover
+        return fastest_by_length.LENGTHS[0] if self.crossover is None else self.crossover
 
     @cached_property
-    def _brackets(self) -> dict[tuple[object, ...], crossovers.Bracket]:
+    def _brackets(self) -> dict[tuple[object, ...], fastest_by_length.Bracket]:
         return {}
 
     @cached_property
     def _fingerprint(self) -> str:
-        return crossovers.fingerprint((self.pattern, self.normalizer, self.causal))
+        return fastest_by_length.fingerprint((self.pattern, self.normalizer, self.causal))
 
     @cached_property
     def _sparse(self) -> Bucketed:

@@ -32,7 +32,7 @@ from sparsefinder.evaluation.adapt import AdaptSettings, adapt, attending
 from sparsefinder.evaluation.cost import Stopwatch, peak_memory
 from sparsefinder.evaluation.observer import Observer, measure_graphs, on
 from sparsefinder.evaluation.variants import AttentionChoice, Conversion, Variant, check_some, crossed
-from sparsefinder.executors.crossover import now
+from sparsefinder.executors.fastest_by_length import now
 from sparsefinder.experiment.calibration import calibrated
 from sparsefinder.experiment.configuration import Configuration, Learned, between_texts, buildable, fitted, needed
 from sparsefinder.graphs import Attention, reads_ahead

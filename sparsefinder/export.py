@@ -17,7 +17,7 @@ from typing import Any
 
 from sparsefinder import models
 from sparsefinder.errors import UserError
-from sparsefinder.executors.choose import AUTO
+from sparsefinder.executors.choose_executor import AUTO
 from sparsefinder.experiment.configuration import Configuration, Learned
 from sparsefinder.sparse_model.attaching import put
 from sparsefinder.sparse_model.index import Attached, BaseModel, Index, hash_of_weights

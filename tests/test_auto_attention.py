@@ -16,8 +16,8 @@ from sparsefinder.attention import Bucketed, Dense
 from sparsefinder.auto_attention import Auto
 from sparsefinder.errors import UserError
 from sparsefinder.evaluation.cost import Stopwatch
-from sparsefinder.executors import crossover
-from sparsefinder.executors.crossover import Bracket
+from sparsefinder.executors import fastest_by_length
+from sparsefinder.executors.fastest_by_length import Bracket
 from sparsefinder.graphs import QK
 from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.patterns.kmeans import KMeans
@@ -36,7 +36,7 @@ def vectors(batch: int, tokens: int, lengths: list[int] | None = None) -> tuple[
 
 @pytest.fixture
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(crossover.FILE, str(tmp_path / "kept" / "crossovers.json"))
+    monkeypatch.setenv(fastest_by_length.FILE, str(tmp_path / "kept" / "crossovers.json"))
     return tmp_path / "kept" / "crossovers.json"
 
 
@@ -50,7 +50,7 @@ def races(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         assert dense().shape == sparse().shape
         return float(raced[-1]), 0.5 * raced[-1] + 160.0
 
-    monkeypatch.setattr(crossover, "timed", timed)
+    monkeypatch.setattr(fastest_by_length, "timed", timed)
     return raced
 
 
@@ -122,7 +122,7 @@ def test_a_length_is_raced_once_and_kept(file: Path, races: list[int]) -> None:
     assert races == [1024, 256]
     assert not dense_at(400)
     assert races == [1024, 256, 384]
-    crossover._known.clear()  # another process
+    fastest_by_length._known.clear()  # another process
     assert dense_at(383)
     assert not dense_at(384)
     assert races == [1024, 256, 384]
@@ -186,7 +186,7 @@ def test_without_a_place_to_keep_them_answers_live_as_long_as_the_process(
     races: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "a file").write_text("")
-    monkeypatch.setenv(crossover.FILE, str(tmp_path / "a file" / "crossovers.json"))
+    monkeypatch.setenv(fastest_by_length.FILE, str(tmp_path / "a file" / "crossovers.json"))
     q, k, v, valid = vectors(1, 256)
     for _ in range(2):
         Auto(Window(5))(q, k, v, valid, 0)
@@ -228,7 +228,11 @@ def test_no_noise_decides() -> None:
 
 def test_a_fingerprint_is_of_the_content() -> None:
     first, same, other = (Centroids([torch.full((1, 1, 2, 2), value)]) for value in (1.0, 1.0, 2.0))
-    assert crossover.fingerprint(first) == crossover.fingerprint(same) != crossover.fingerprint(other)
+    assert (
+        fastest_by_length.fingerprint(first)
+        == fastest_by_length.fingerprint(same)
+        != fastest_by_length.fingerprint(other)
+    )
 
 
 def test_a_wrong_crossover_is_said_before_any_work() -> None:

@@ -29,6 +29,7 @@ from sparsefinder.models import (
     statistical_init,
     trainer,
 )
+from sparsefinder.models.alpha_schedule import annealed
 from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.patterns.quantize import Quantize
 from sparsefinder.patterns.window import Window
@@ -356,13 +357,13 @@ def test_examples_follow_from_seed_and_index():
 
 
 def test_alpha_is_annealed_over_the_first_half():
-    values = [trainer.annealed(1.5, step, 100) for step in range(101)]
+    values = [annealed(1.5, step, 100) for step in range(101)]
     assert values[0] == 1.01
     assert values == sorted(values)
     assert values[50] == values[100] == 1.5
     assert max(values[:45]) < 1.5
     assert len(set(values)) <= 52
-    assert trainer.annealed(1.0, 3, 100) == 1.0
+    assert annealed(1.0, 3, 100) == 1.0
 
 
 # ---- what is measured ----

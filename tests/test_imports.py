@@ -26,14 +26,21 @@ FLOORS: dict[str, tuple[str, ...]] = {
     "numerics": ("errors",),
     "storage": ("errors", "graphs", "numerics"),
     "executors/workload": (),
-    "executors/choose": ("executors/workload", "errors"),
-    "executors/crossover": ("storage",),
+    "executors/choose_executor": ("executors/workload", "errors"),
+    "executors/fastest_by_length": ("storage",),
     "executors/blocks": ("executors/workload", "graphs", "numerics", "errors"),
     "executors/native": ("executors/workload", "storage", "graphs", "numerics", "errors"),
     "executors/local_sparse_global": ("graphs", "numerics", "errors"),
     "executors/triton": ("executors/workload", "executors/blocks", "graphs", "numerics", "errors"),
     "executors/support_lists": (
-        *("executors/choose", "executors/workload", "executors/blocks", "executors/native", "graphs", "numerics"),
+        *(
+            "executors/choose_executor",
+            "executors/workload",
+            "executors/blocks",
+            "executors/native",
+            "graphs",
+            "numerics",
+        ),
     ),
     "metrics": ("executors/support_lists", "graphs", "numerics", "errors"),
     "attention": ("executors", "numerics", "graphs", "errors"),
@@ -58,7 +65,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
             "auto_attention",
             "attention",
         ),
-        *("corpora", "metrics", "executors/crossover", "storage", "numerics", "graphs", "errors"),
+        *("corpora", "metrics", "executors/fastest_by_length", "storage", "numerics", "graphs", "errors"),
     ),
     "sparse_model": (
         *(

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from sparsefinder.executors.crossover import now
+from sparsefinder.executors.fastest_by_length import now
 from sparsefinder.graphs import QK, Layout
 
 _STATM = Path("/proc/self/statm")  # Linux only; elsewhere peak memory on the CPU is not measured
@@ -70,7 +70,7 @@ class Stopwatch:
     pattern: Any
     seconds: float = 0.0
 
-    transparent: ClassVar[bool] = True  # to `sparsefinder.executors.crossover.fingerprint`
+    transparent: ClassVar[bool] = True  # to `sparsefinder.executors.fastest_by_length.fingerprint`
 
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """As the pattern."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsefinder.evaluation.cost import peak_memory
-from sparsefinder.executors.crossover import now
+from sparsefinder.executors.fastest_by_length import now
 from sparsefinder.models.masked_lm import masked_logits
 
 Batch = dict[str, Tensor]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsefinder.executors.blocks.dense_tiles import TilesExecutor
-from sparsefinder.executors.choose import AUTO, Executor, choose
+from sparsefinder.executors.choose_executor import AUTO, Executor, choose
 from sparsefinder.executors.native.dense import NativeDenseExecutor
 from sparsefinder.executors.workload import Pairs, Work
 from sparsefinder.graphs import QK

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         load_with_head,
     )
     from sparsefinder.models.replacement.attention_calls import ModelShape, describe
-    from sparsefinder.models.replacement.within_block import plugged
+    from sparsefinder.models.replacement.context_manager import plugged
 
 __all__ = [
     "DECODERS",
@@ -48,7 +48,7 @@ __all__ = [
 _LOADING = ("load_causal_lm", "load_encoder", "load_language_model", "load_masked_lm", "load_with_head")
 _HOMES = {
     "REGISTERED": "entmax_configuration",
-    "plugged": "replacement.within_block",
+    "plugged": "replacement.context_manager",
     **dict.fromkeys(("SOFTMAX", "get_normalizer", "set_normalizer", "softmax"), "dense_normalizer"),
     **dict.fromkeys(("ModelShape", "describe"), "replacement.attention_calls"),
     **dict.fromkeys(("has_head", *_LOADING), "loading"),

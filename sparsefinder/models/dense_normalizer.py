@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from sparsefinder.models.entmax_configuration import PUBLISHED, REGISTERED
 from sparsefinder.models.replacement.attention_calls import attention_calls, check_model
-from sparsefinder.models.replacement.called_by_transformers import normalizer_of
+from sparsefinder.models.replacement.registered_function import normalizer_of
 from sparsefinder.models.transformers_internals import attention_name
 from sparsefinder.numerics.normalizers import Normalizer
 

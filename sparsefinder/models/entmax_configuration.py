@@ -151,7 +151,7 @@ def _teach_configurations(module: ModuleType) -> None:
 
 
 def _teach_models(module: ModuleType) -> None:
-    from sparsefinder.models.replacement.called_by_transformers import attend
+    from sparsefinder.models.replacement.registered_function import attend
 
     masks = import_module("transformers.masking_utils")
     module.AttentionInterface.register(REGISTERED, attend)

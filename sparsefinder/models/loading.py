@@ -20,8 +20,8 @@ from sparsefinder.errors import UserError
 from sparsefinder.models.checkpoints import check_that_it_runs, load_config, load_model, load_tokenizer, open_checkpoint
 from sparsefinder.models.dense_normalizer import set_normalizer
 from sparsefinder.models.families import TRAITS, Kind, check_family
-from sparsefinder.models.replacement import until_detached
-from sparsefinder.models.replacement.called_by_transformers import normalizer_of
+from sparsefinder.models.replacement import attach_and_detach
+from sparsefinder.models.replacement.registered_function import normalizer_of
 from sparsefinder.models.transformers_internals import forget_attention
 
 log = logging.getLogger(__name__)
@@ -123,8 +123,8 @@ def load_with_head(
     forget_attention(config)  # whatever it was saved as; the normalizer is set below
     # transformers would keep half precision, in which small updates are lost
     model, _ = load_model(checkpoint, auto_class, config=config, new_head=bool(options), dtype=torch.float32)
-    if until_detached.owner_of(model) is not None:
-        until_detached.detach(model)
+    if attach_and_detach.owner_of(model) is not None:
+        attach_and_detach.detach(model)
         log.info("%s: the index beside its weights is left out, the model attends densely", label)
     tokenizer = load_tokenizer(checkpoint, model.config.vocab_size)
     if tokenizer.pad_token_id is None and "decoder" in kinds:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from transformers import (
 
 from sparsefinder import models
 from sparsefinder.corpora import Batch, TokenBlocks
+from sparsefinder.models.alpha_schedule import Annealing
 from sparsefinder.models.masked_lm import masked_logits
 from sparsefinder.models.objectives import Objective, collated, objective_of
 from sparsefinder.numerics.normalizers import Normalizer
@@ -40,8 +40,6 @@ from sparsefinder.storage.files import remove
 
 log = logging.getLogger(__name__)
 
-_START_ALPHA = 1.01  # of `alpha_schedule`: next to softmax
-_ALPHA_STEP = 0.01  # α moves in steps, because setting it looks the attention layers up
 _POOL = 8  # batches whose blocks are sorted by length together, so that little is padded
 
 
@@ -142,7 +140,7 @@ def train(
         eval_dataset=_HeldOut(held_out),
         data_collator=lambda examples: collated(objective, examples, tokenizer.pad_token_id),
         processing_class=tokenizer,
-        callbacks=[Reporting("finetune"), *([_Annealing(settings.alpha)] if settings.alpha_schedule else [])],
+        callbacks=[Reporting("finetune"), *([Annealing(settings.alpha)] if settings.alpha_schedule else [])],
     )
     trainer.model_accepts_loss_kwargs = True  # `compute_loss` divides by the tokens of the whole accumulated batch
     trainer.remove_callback(PrinterCallback)
@@ -236,26 +234,6 @@ class MaskedLMTrainer(Trainer):
         processes_ = self.accelerator.num_processes  # the tokens are those of all, and the gradient is their mean
         loss = total / (len(labels) if num_items_in_batch is None else num_items_in_batch / processes_)
         return (loss, {"logits": logits}) if return_outputs else loss
-
-
-class _Annealing(TrainerCallback):
-    """α from next to softmax to its end value over the first half of the steps; a function of the step alone."""
-
-    def __init__(self, alpha: float):
-        self.alpha = alpha
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        models.set_normalizer(kwargs["model"], Normalizer(annealed(self.alpha, state.global_step, state.max_steps)))
-
-
-def annealed(alpha: float, step: int, steps: int) -> float:
-    """α at ``step`` of ``steps``: a ramp from 1.01 that ends at half of the steps, in multiples of 0.01."""
-    reached = _START_ALPHA + (alpha - _START_ALPHA) * min(1.0, 2.0 * step / steps)
-    if reached >= alpha:
-        return alpha
-    return max(_START_ALPHA, min(alpha, math.floor(reached / _ALPHA_STEP) * _ALPHA_STEP))
 
 
 class Reporting(TrainerCallback):

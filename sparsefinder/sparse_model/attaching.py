@@ -10,10 +10,10 @@ import torch
 from transformers import PreTrainedModel
 
 from sparsefinder.errors import UserError
-from sparsefinder.executors.choose import AUTO
+from sparsefinder.executors.choose_executor import AUTO
 from sparsefinder.models import describe, get_normalizer
 from sparsefinder.models.families import check_family
-from sparsefinder.models.replacement import until_detached
+from sparsefinder.models.replacement import attach_and_detach
 from sparsefinder.sparse_model.curves import Target
 from sparsefinder.sparse_model.index import Attached, Index, hash_of_weights
 
@@ -73,7 +73,7 @@ def attach(
 def put(encoder: PreTrainedModel, index: Index, setting: Attached) -> None:
     """Attach with a setting that is known."""
     attention = index.attention(setting)
-    until_detached.attach(encoder, attention, Attachment(index, setting))
+    attach_and_detach.attach(encoder, attention, Attachment(index, setting))
 
 
 def detach(model: Any) -> None:
@@ -85,12 +85,12 @@ def detach(model: Any) -> None:
     Raises:
         UserError: Where nothing is attached.
     """
-    until_detached.detach(encoder_of(model))
+    attach_and_detach.detach(encoder_of(model))
 
 
 def attachment(model: Any) -> Attachment:
     """What is attached to a model; a `UserError` where nothing is."""
-    owner = until_detached.owner_of(model)
+    owner = attach_and_detach.owner_of(model)
     if not isinstance(owner, Attachment):
         raise UserError(f"nothing is attached to this {type(model).__name__}: call sparsefinder.attach first")
     return owner

@@ -92,7 +92,7 @@ def _with_card(save: Any) -> Any:
     @functools.wraps(save)
     def save_and_say(self: Any, path: Any, *args: Any, **kwargs: Any) -> Any:
         saved = save(self, path, *args, **kwargs)
-        from sparsefinder.models.replacement.until_detached import owner_of
+        from sparsefinder.models.replacement.attach_and_detach import owner_of
         from sparsefinder.sparse_model import card
         from sparsefinder.sparse_model.attaching import Attachment
 
@@ -114,9 +114,9 @@ def _where(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 def _attachment(model: Any) -> Any:
     """What is attached to the model as a whole; None where nothing is."""
-    if "sparsefinder.models.replacement.until_detached" not in sys.modules:
+    if "sparsefinder.models.replacement.attach_and_detach" not in sys.modules:
         return None
-    from sparsefinder.models.replacement.until_detached import is_whole, owner_of
+    from sparsefinder.models.replacement.attach_and_detach import is_whole, owner_of
     from sparsefinder.sparse_model.attaching import Attachment
 
     owner = owner_of(model)

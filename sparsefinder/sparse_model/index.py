@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sparsefinder.attention import Bucketed, Masked
 from sparsefinder.auto_attention import Auto
 from sparsefinder.errors import UserError
-from sparsefinder.executors.choose import AUTO
+from sparsefinder.executors.choose_executor import AUTO
 from sparsefinder.experiment.configuration import Configuration, Dials, Learned
 from sparsefinder.graphs import Attention
 from sparsefinder.numerics.normalizers import Normalizer

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from sparsefinder.errors import UserError
 from sparsefinder.models.checkpoints import load_model, open_checkpoint
-from sparsefinder.models.replacement import until_detached
+from sparsefinder.models.replacement import attach_and_detach
 from sparsefinder.models.transformers_internals import cached_file
 from sparsefinder.sparse_model.attaching import Attachment, check_fit, encoder_of, put
 from sparsefinder.sparse_model.index import Attached, Index, hash_of_weights
@@ -46,7 +46,7 @@ def load(name_or_path: str | Path, auto_class: Any = None, **options: Any) -> An
                 f"{checkpoint.label}: its architecture {named} is no class of transformers: give auto_class="
             )
     model, _ = load_model(checkpoint, auto_class, **options)
-    if until_detached.owner_of(model) is None:
+    if attach_and_detach.owner_of(model) is None:
         raise UserError(
             f"{checkpoint.label} holds a model without an index: save it with save_pretrained while one is attached, or attach "
             "one with sparsefinder.attach"

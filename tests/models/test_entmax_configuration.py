@@ -168,7 +168,7 @@ def test_a_class_that_never_asks_is_refused() -> None:
 
 @pytest.mark.parametrize("unknown", ["softcap", "s_aux"])
 def test_what_entmax_attention_does_not_know_is_refused(unknown) -> None:
-    from sparsefinder.models.replacement.called_by_transformers import attend
+    from sparsefinder.models.replacement.registered_function import attend
 
     module = torch.nn.Module()
     with pytest.raises(UserError, match=f"attends with {unknown}"):

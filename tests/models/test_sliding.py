@@ -9,7 +9,7 @@ from tiny_models import tiny_model
 from sparsefinder.attention import Bucketed, Dense, Masked
 from sparsefinder.graphs import QK, Pattern, band
 from sparsefinder.models import plugged, set_normalizer
-from sparsefinder.models.replacement import called_by_transformers
+from sparsefinder.models.replacement import registered_function
 from sparsefinder.models.sliding import window_of
 from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.patterns.combine import Union
@@ -34,7 +34,7 @@ def test_modernbert_is_what_its_mask_says(alpha: float, side: str, monkeypatch: 
         return bands[-1]
 
     def run(window: object) -> list[torch.Tensor]:
-        monkeypatch.setattr(called_by_transformers, "window_of", window)
+        monkeypatch.setattr(registered_function, "window_of", window)
         with plugged(model, Dense(Normalizer(1.5))):
             logits = model(input_ids=ids, attention_mask=valid).logits[valid > 0]
         weights = [parameter for name, parameter in model.named_parameters() if "Wqkv" in name]

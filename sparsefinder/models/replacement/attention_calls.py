@@ -25,7 +25,7 @@ from sparsefinder.errors import UserError
 from sparsefinder.models.entmax_configuration import REGISTERED, follow_transformers
 from sparsefinder.models.families import TRAITS, Which, check_family, kind_of
 from sparsefinder.models.position_tables import longest_input
-from sparsefinder.models.replacement.called_by_transformers import PLUG, Plugged
+from sparsefinder.models.replacement.registered_function import PLUG, Plugged
 from sparsefinder.models.transformers_internals import attention_name
 
 

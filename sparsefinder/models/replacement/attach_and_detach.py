@@ -17,9 +17,9 @@ from sparsefinder.errors import UserError
 from sparsefinder.graphs import Attention
 from sparsefinder.models.dense_normalizer import SOFTMAX
 from sparsefinder.models.entmax_configuration import REGISTERED
-from sparsefinder.models.replacement.called_by_transformers import PLUG
 from sparsefinder.models.replacement.carried_by_module import Plug, Socket
-from sparsefinder.models.replacement.within_block import check_length, plugs_of
+from sparsefinder.models.replacement.context_manager import check_length, plugs_of
+from sparsefinder.models.replacement.registered_function import PLUG
 from sparsefinder.models.transformers_internals import attention_name
 
 

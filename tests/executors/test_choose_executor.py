@@ -11,7 +11,7 @@ import torch
 
 from sparsefinder.attention import Bucketed, Dense
 from sparsefinder.errors import UserError
-from sparsefinder.executors.choose import check, choose, explain
+from sparsefinder.executors.choose_executor import check, choose, explain
 from sparsefinder.executors.workload import Work
 from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.patterns.window import Window
