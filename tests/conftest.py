@@ -3,6 +3,7 @@ offline mode for everything."""
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -31,6 +32,17 @@ __all__ = ["GRAPH", "ROOT", "graph_files", "random_qk", "single_sentence"]
 
 ROOT = Path(__file__).resolve().parent.parent
 GRAPH = Path(__file__).resolve().parent / "data" / "graph"
+
+
+@pytest.fixture(autouse=True)
+def log_as_before() -> Iterator[None]:
+    """What Hydra or a command sets up for its log goes with the test: it writes to a stream that is closed after it."""
+    handlers, level = logging.root.handlers[:], logging.root.level
+    yield
+    logging.root.setLevel(level)
+    for handler in logging.root.handlers[:]:
+        if handler not in handlers:
+            logging.root.removeHandler(handler)
 
 
 @pytest.fixture(scope="session")

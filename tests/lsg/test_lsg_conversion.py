@@ -258,7 +258,7 @@ def test_carried_code_is_the_package_s_own(converted):
         assert "sparsefinder" not in "".join(
             line for line in file.open() if line.lstrip().startswith(("from ", "import "))
         )
-    ours = (ROOT / "sparsefinder" / "executors" / "lsg" / "sparse_keys.py").read_text()
+    ours = (ROOT / "sparsefinder" / "executors" / "local_sparse_global" / "sparse_keys.py").read_text()
     carried = (out / "lsg_sparse_keys.py").read_text()
     assert carried == re.sub(r"from sparsefinder\.[a-z.]*?(\w+) import", r"from .lsg_\1 import", ours)
 
