@@ -47,7 +47,7 @@ from sparsefinder.storage.samples import Samples
 SOME = 64  # queries of each head on which recall and error are measured
 BASELINE, BOUND = "SDPA softmax", "no attention"
 HEADS, SIZE, HIDDEN, INNER = 12, 64, 768, 3072  # of RoBERTa-base
-TOLERANCE = 0.005  # of recall, in the table of growth
+FEWEST = 1e-3  # share of the keys from which on the table of growth looks for a recall
 
 
 @dataclass(frozen=True)
@@ -219,22 +219,20 @@ def compare_layers(vectors: Vectors, learned: Learned, normalizer: Normalizer, r
 
 
 def at_recall(wanted: float, vectors: Vectors, layer: int, learned: Learned, normalizer: Normalizer) -> Bucketed:
-    """Routed attention with the fewest keys that recall so much, within `TOLERANCE`."""
-    low, high = 0.0, 1.0
-    for _ in range(12):
-        share = 0.5 * (low + high)
-        attention = Bucketed(routed(learned, rule="budget", level=share), normalizer)
-        recall = quality(attention, vectors, layer, normalizer).recall or 0.0
-        if abs(recall - wanted) <= TOLERANCE:
-            break
-        low, high = (share, high) if recall < wanted else (low, share)
-    return attention
+    """Routed attention with the fewest keys that recall so much: bisection of the logarithm of their share."""
+    low, high = math.log(FEWEST), 0.0
+    for _ in range(9):
+        middle = 0.5 * (low + high)
+        attention = Bucketed(routed(learned, rule="budget", level=math.exp(middle)), normalizer)
+        enough = (quality(attention, vectors, layer, normalizer).recall or 0.0) >= wanted
+        low, high = (low, middle) if enough else (middle, high)
+    return Bucketed(routed(learned, rule="budget", level=math.exp(high)), normalizer)
 
 
 def growth(found: dict[int, Vectors], layer: int, learned: Learned, normalizer: Normalizer, rounds: int) -> None:
-    """Times of routed attention at the recall that 5 % of the keys have at the first length."""
+    """Times of routed attention at the recall that 2 % of the keys have at the first length; more would recall all there is."""
     first, last = min(found), max(found)
-    start = Bucketed(routed(learned, rule="budget", level=0.05), normalizer)
+    start = Bucketed(routed(learned, rule="budget", level=0.02), normalizer)
     wanted = quality(start, found[first], layer, normalizer).recall or 0.0
     print(f"\n### Growth at a recall of {wanted:.3f}\n")
     print("| tokens | keys a query | recall | output error | median ms |")
