@@ -177,10 +177,14 @@ def _teach_models(module: ModuleType) -> None:
 def _explicit(masks: ModuleType) -> Callable[..., Any]:
     """The boolean mask of transformers' own `sdpa` attention, but never left out where it is causal, and one row for all
     queries ``(B, 1, 1, N)`` where each of them sees the same keys: a matrix ``N × N`` would be the largest tensor of a long
-    text."""
+    text. A window that no layer has is not made: ModernBERT asks for one all the same, and nobody reads it."""
 
     @functools.wraps(masks.sdpa_mask)
     def explicit(*args: Any, **kwargs: Any) -> Any:
+        kinds = getattr(kwargs.get("config"), "layer_types", None)
+        if kinds and set(kinds) == {"full_attention"} and kwargs.get("local_size") is not None:
+            torch = import_module("torch")
+            return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=kwargs.get("device"))
         if kwargs.get("mask_function") is masks.bidirectional_mask_function and "q_length" in kwargs:
             kwargs["q_length"] = 1
         return masks.sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tiny_models import tiny_model
+from transformers import masking_utils
 
 from sparsefinder.attention import Bucketed, Dense, Masked
 from sparsefinder.graphs import QK, Pattern, band
@@ -16,6 +19,27 @@ from sparsefinder.patterns.combine import Union
 from sparsefinder.patterns.longformer import Longformer
 from sparsefinder.patterns.sinks import Sinks
 from sparsefinder.patterns.window import GlobalTokens, Window
+
+
+def test_no_matrix_is_made_of_a_window_that_no_layer_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("modernbert", layer_types=["full_attention"] * 2, num_hidden_layers=2)
+    ids, valid = torch.randint(5, 12, (2, 30)), torch.ones(2, 30, dtype=torch.long)
+    valid[1, 20:] = 0
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=valid).logits[valid > 0]
+    made: list[tuple[int, ...]] = []
+    sdpa_mask = masking_utils.sdpa_mask
+
+    def recorded(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+        mask: torch.Tensor | None = sdpa_mask(*args, **kwargs)
+        made.append(() if mask is None else tuple(mask.shape))
+        return mask
+
+    monkeypatch.setattr(masking_utils, "sdpa_mask", recorded)
+    with torch.no_grad(), plugged(model, Dense(Normalizer(1.0))):
+        found = model(input_ids=ids, attention_mask=valid).logits[valid > 0]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert [shape for shape in made if shape] == [(2, 1, 1, 30)]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
