@@ -260,7 +260,7 @@ def test_carried_code_is_the_package_s_own(converted):
         )
     ours = (ROOT / "sparsefinder" / "executors" / "local_sparse_global" / "sparse_keys.py").read_text()
     carried = (out / "lsg_sparse_keys.py").read_text()
-    assert carried == re.sub(r"from sparsefinder\.[a-z.]*?(\w+) import", r"from .lsg_\1 import", ours)
+    assert carried == re.sub(r"from sparsefinder\.[a-z_.]*?(\w+) import", r"from .lsg_\1 import", ours)
 
 
 def test_trial_of_every_auto_class(converted):
