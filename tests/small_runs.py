@@ -50,6 +50,15 @@ def samples(count: int = 12, layers: int = 2, heads: int = 2, size: int = 8, see
     return Samples(q, k)
 
 
+def text_files(folder: Path) -> tuple[str, ...]:
+    """Writes a file of short lines for each split, and gives the settings that name them."""
+    names = ("train", "validation", "test")
+    for name in names:
+        lines = [f"{name} {number} is a line of words. And line {number - 1} came before it." for number in range(400)]
+        (folder / f"{name}.txt").write_text("\n".join(lines))
+    return ("corpus=text", *(f"corpus.{name}={folder / name}.txt" for name in names))
+
+
 TRAINING, HELD_OUT = samples(16).part(0, 11), samples(16).part(11, 16)
 
 

@@ -32,6 +32,7 @@ from sparsefinder.storage.samples import Samples, load_samples
 from sparsefinder.storage.store import Store
 from tests.models.test_decoders import tiny
 from tests.nursery import Nursery
+from tests.small_runs import text_files
 
 
 def test_every_position_is_asked_for_the_token_after_it() -> None:
@@ -145,10 +146,7 @@ def test_a_new_decoder_is_checked() -> None:
 
 
 def test_the_experiment_in_short(runs: Nursery, tmp_path: Path) -> None:
-    for name in ("train", "validation", "test"):
-        lines = [f"{name} {number} is a line of words, and line {number - 1} came before it." for number in range(400)]
-        (tmp_path / f"{name}.txt").write_text("\n".join(lines))
-    text = ("corpus=text", *(f"corpus.{name}={tmp_path / name}.txt" for name in ("train", "validation", "test")))
+    text = text_files(tmp_path)
     small = ("model.vocabulary_size=300", "model.max_length=64", "model.layers=1", "finetune.batch_size=2")
     short = ("finetune.length=32", "finetune.steps=3", "finetune.longer_steps=1", "finetune.longer_length=64")
     few = (

@@ -40,6 +40,7 @@ from sparsefinder.storage.samples import Samples, join, load_samples
 from sparsefinder.storage.store import Store
 from tests.models.test_decoders import tiny
 from tests.nursery import Nursery
+from tests.small_runs import text_files
 
 TOKENIZER = tiny_tokenizer()
 CORPUS: Any = None  # nobody reads it
@@ -210,10 +211,7 @@ def test_a_new_model_of_every_family(monkeypatch: pytest.MonkeyPatch, family: st
 
 
 def test_the_experiment_in_short(runs: Nursery, tmp_path: Path) -> None:
-    for name in ("train", "validation", "test"):
-        lines = [f"{name} {number} is a line of words. And line {number - 1} came before it." for number in range(400)]
-        (tmp_path / f"{name}.txt").write_text("\n".join(lines))
-    text = ("corpus=text", *(f"corpus.{name}={tmp_path / name}.txt" for name in ("train", "validation", "test")))
+    text = text_files(tmp_path)
     small = ("model.vocabulary_size=300", "model.max_length=64", "model.layers=1", "finetune.batch_size=2")
     few = ("finetune.steps=3", "finetune.eval_blocks=2", "nsamples=2", "extract.nsamples_validation=1")
     less = (
