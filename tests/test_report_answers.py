@@ -64,6 +64,13 @@ def test_the_three_questions_are_answered_first() -> None:
     assert "at 8,192 tokens routed level=0.2 by 3.00 ×" in faster, "what is faster but loses half a nat does not count"
 
 
+def test_one_graph_that_is_run_twice_costs_what_it_costs_once() -> None:
+    again = VARIANTS.iloc[[0, 1, 1]].assign(loss_minus_entmax=[0.0, 0.1, 0.09999])
+    _, cost, _ = answers(frontiers.points(METRICS), again.reset_index(drop=True), COMPARED)
+    assert cost.count("nats") == 1
+    assert ", and " not in cost
+
+
 def test_what_was_not_measured_is_said() -> None:
     which, faster = answers(frontiers.points(METRICS), None, None)
     assert "0.700" in which
