@@ -333,9 +333,13 @@ def has_tail(pattern: Pattern) -> bool:
 
 
 def reads_ahead(pattern: object) -> str:
-    """What a pattern reads of later tokens in causal attention: its attribute ``reads_ahead``; empty where there is none."""
-    what: str = getattr(pattern, "reads_ahead", "")
-    return what
+    """What a pattern reads of later tokens in causal attention: its attribute ``reads_ahead``; empty where there is none.
+
+    What is put around one ``pattern``, and has no such attribute, reads what that one does.
+    """
+    own: str | None = getattr(pattern, "reads_ahead", None)
+    wrapped = getattr(pattern, "pattern", None)
+    return own or "" if own is not None or wrapped is None else reads_ahead(wrapped)
 
 
 def band(tokens: int, window: int, device: torch.device | None = None) -> Tensor:

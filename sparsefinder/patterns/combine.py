@@ -65,11 +65,6 @@ class Projected:
         """Whether the pattern has a tail, which is of the keys that are projected."""
         return has_tail(self.pattern)
 
-    @property
-    def reads_ahead(self) -> str:
-        """What the pattern reads of later tokens in causal attention."""
-        return reads_ahead(self.pattern)
-
     def layout(self, qk: QK, layer: int) -> Layout:
         """That of the pattern in the projected space."""
         return layout_of(self.pattern, self.projections(qk, layer), layer)
@@ -163,11 +158,6 @@ class Causal:
         """Whether the pattern has a tail."""
         return has_tail(self.pattern)
 
-    @property
-    def reads_ahead(self) -> str:
-        """What the pattern reads of later tokens in causal attention."""
-        return reads_ahead(self.pattern)
-
     def layout(self, qk: QK, layer: int) -> Layout:
         """The pattern's layout; a `UserError` in bidirectional attention, since a layout cannot say which side to see."""
         qk.one_text(type(self).__name__)
@@ -205,11 +195,6 @@ class ShareInGroup:
     def tail(self) -> bool:
         """Whether the pattern has a tail, which is of each head's own keys and values."""
         return has_tail(self.pattern)
-
-    @property
-    def reads_ahead(self) -> str:
-        """What the pattern reads of later tokens in causal attention."""
-        return reads_ahead(self.pattern)
 
     def cost(self, tokens: int, size: int) -> float:
         """That of the pattern, shared by the heads of a group."""

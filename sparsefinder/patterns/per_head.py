@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsefinder.errors import UserError
-from sparsefinder.graphs import QK, Buckets, Layout, Pattern, has_tail, reads_ahead
+from sparsefinder.graphs import QK, Buckets, Layout, Pattern, has_tail
 from sparsefinder.patterns.combine import layout_of
 from sparsefinder.patterns.support.cost import cost_of
 
@@ -50,11 +50,6 @@ class PerHead:
     def tail(self) -> bool:
         """Whether the pattern has a tail."""
         return has_tail(self.pattern)
-
-    @property
-    def reads_ahead(self) -> str:
-        """What the pattern reads of later tokens in causal attention."""
-        return reads_ahead(self.pattern)
 
     def layout(self, qk: QK, layer: int) -> Layout:
         """The buckets of every head at its own value, -1 where another head has more slots.
