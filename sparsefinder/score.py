@@ -144,7 +144,7 @@ def run(settings: ScoreSettings, store: Store) -> None:
     )
     if not distributed.first():
         return
-    metrics = table.grown(metrics_table(scores, settings, learned, samples.shape[2]), "metrics")
+    metrics = table.grown(metrics_table(scores, settings, learned, samples.shape[2], samples.crosses), "metrics")
     points = frontiers.points(metrics)
     with store.writing("score") as folder:
         folder.mkdir()
@@ -306,8 +306,13 @@ def _score(
     )
 
 
-def metrics_table(scores: Scores, settings: ScoreSettings, learned: Learned, size: int) -> pd.DataFrame:
-    """One row per configuration × layer × head; metrics are means over samples (see `sparsefinder.metrics`)."""
+def metrics_table(
+    scores: Scores, settings: ScoreSettings, learned: Learned, size: int, crosses: bool = False
+) -> pd.DataFrame:
+    """One row per configuration × layer × head; metrics are means over samples (see `sparsefinder.metrics`).
+
+    ``size`` is that of the heads; ``crosses`` where keys are of another text than queries.
+    """
     rows = []
     built = [configuration.build(learned) for configuration in settings.configurations]
     for (index, layer), counts in scores.counts.items():
@@ -315,7 +320,7 @@ def metrics_table(scores: Scores, settings: ScoreSettings, learned: Learned, siz
         means = counts.macro() | {
             name: values.nanmean(0) for name, values in scores.balance.get((index, layer), {}).items()
         }
-        means |= costs(built[index], counts, size)
+        means |= costs(built[index], counts, size, crosses)
         own = configuration.columns
         if "alpha" in own:  # not the one of the gold graph
             own["pattern_alpha"] = own.pop("alpha")

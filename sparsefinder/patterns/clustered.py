@@ -67,6 +67,10 @@ class Clustered:
         hashed, numbers = (size * self.bits, self.bits) if self.bits else (0, size)
         return float(hashed + (self.iterations + 1) * self.n_clusters * numbers + self.n_clusters * size)
 
+    def cost_of_keys(self, tokens: int, size: int) -> float:
+        """``C · D``: each key with each mean query."""
+        return float(self.n_clusters * size)
+
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool."""
         return self.layout(qk, layer).graph(qk)

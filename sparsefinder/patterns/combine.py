@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparsefinder.errors import UserError
 from sparsefinder.graphs import QK, Buckets, HasLayout, Layout, Pattern, has_tail, reads_ahead
-from sparsefinder.patterns.support.cost import cost_of
+from sparsefinder.patterns.support.cost import cost_of, cost_of_keys
 from sparsefinder.predictors.projections import Projections
 
 
@@ -43,6 +43,10 @@ class Union:
         """That of all patterns together."""
         return sum(cost_of(pattern, tokens, size) for pattern in self.patterns)
 
+    def cost_of_keys(self, tokens: int, size: int) -> float:
+        """That of all patterns together."""
+        return sum(cost_of_keys(pattern, tokens, size) for pattern in self.patterns)
+
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool."""
         return reduce(Tensor.logical_or, (pattern(qk, layer) for pattern in self.patterns))
@@ -72,6 +76,10 @@ class Projected:
     def cost(self, tokens: int, size: int) -> float:
         """Projecting the query and a key, and what the pattern costs there."""
         return self.projections.cost + cost_of(self.pattern, tokens, self.projections.size or size)
+
+    def cost_of_keys(self, tokens: int, size: int) -> float:
+        """Projecting a key, and what the pattern costs each of them there."""
+        return self.projections.cost_of_keys + cost_of_keys(self.pattern, tokens, self.projections.size or size)
 
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool from vectors ``(B, H, N, D)``."""
@@ -121,6 +129,10 @@ class Blocked:
     def cost(self, tokens: int, size: int) -> float:
         """That of chunks, shared by the queries of a chunk."""
         return cost_of(self.pattern, -(-tokens // self.size), self.size * size) / self.size
+
+    def cost_of_keys(self, tokens: int, size: int) -> float:
+        """That of chunks, shared by the keys of a chunk."""
+        return cost_of_keys(self.pattern, -(-tokens // self.size), self.size * size) / self.size
 
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool."""
@@ -199,6 +211,10 @@ class ShareInGroup:
     def cost(self, tokens: int, size: int) -> float:
         """That of the pattern, shared by the heads of a group."""
         return cost_of(self.pattern, tokens, size) / self.group
+
+    def cost_of_keys(self, tokens: int, size: int) -> float:
+        """That of the pattern, shared by the heads of a group."""
+        return cost_of_keys(self.pattern, tokens, size) / self.group
 
     def layout(self, qk: QK, layer: int) -> Layout:
         """Bucket ids of a group for each of its heads; a `UserError` where the pattern has no layout."""

@@ -44,6 +44,10 @@ class LightningIndexer:
         heads, width, numbers = self._attached.sizes
         return float((heads * numbers + numbers + heads) * size + tokens * heads * numbers * size / width)
 
+    def cost_of_keys(self, tokens: int, size: int) -> float:
+        """``R · D``: all index heads compare with the same numbers of a key."""
+        return float(self._attached.sizes[2] * size)
+
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool."""
         scores = self._attached.scores(qk, layer)

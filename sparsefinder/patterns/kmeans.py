@@ -60,6 +60,10 @@ class KMeans:
             raise missing("kmeans", "centroids")
         return 2.0 * self.centroids.count * size
 
+    def cost_of_keys(self, tokens: int, size: int) -> float:
+        """Half of it: each key with each centroid."""
+        return self.cost(tokens, size) / 2
+
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool from vectors ``(B, H, N, R)``."""
         return self.layout(qk, layer).graph(qk)

@@ -52,6 +52,10 @@ class MagicPIG:
         """``2 · D`` for each bit of all tables: queries and keys are hashed. Comparing codes multiplies nothing."""
         return 2.0 * size * self.n_tables * self.bits
 
+    def cost_of_keys(self, tokens: int, size: int) -> float:
+        """Half of it: each key is hashed as a query is."""
+        return self.cost(tokens, size) / 2
+
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool."""
         q, k = vectors(qk)

@@ -65,6 +65,10 @@ class Multipole:
         """``C · D`` in every round of k-means and once more for keys, and once for the query."""
         return float((self.iterations + 2) * self.n_clusters * size)
 
+    def cost_of_keys(self, tokens: int, size: int) -> float:
+        """All but the products of the query: ``C · D`` in every round and once more."""
+        return float((self.iterations + 1) * self.n_clusters * size)
+
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool."""
         return self.layout(qk, layer).graph(qk)

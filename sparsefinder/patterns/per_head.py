@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from sparsefinder.errors import UserError
 from sparsefinder.graphs import QK, Buckets, Layout, Pattern, has_tail
 from sparsefinder.patterns.combine import layout_of
-from sparsefinder.patterns.support.cost import cost_of
+from sparsefinder.patterns.support.cost import cost_of, cost_of_keys
 
 NO_BUCKET = -1
 
@@ -73,8 +74,11 @@ class PerHead:
 
     def cost(self, tokens: int, size: int) -> float:
         """The mean over layers and heads, each at its own value."""
-        kinds = [replace(self.pattern, **{self.pattern.sparsity_parameter: v}) for row in self.values for v in row]
-        return sum(cost_of(kind, tokens, size) for kind in kinds) / len(kinds)
+        return fmean(cost_of(kind, tokens, size) for kind in self._all_kinds())
+
+    def cost_of_keys(self, tokens: int, size: int) -> float:
+        """The mean over layers and heads, each at its own value."""
+        return fmean(cost_of_keys(kind, tokens, size) for kind in self._all_kinds())
 
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool."""
@@ -82,6 +86,10 @@ class PerHead:
             return self.layout(qk, layer).graph(qk)
         kinds, taken = self._kinds(qk, layer)
         return _select([kind(qk, layer) for kind in kinds], taken)
+
+    def _all_kinds(self) -> list[Any]:
+        """The pattern at the value of each layer and head."""
+        return [replace(self.pattern, **{self.pattern.sparsity_parameter: v}) for row in self.values for v in row]
 
     def _kinds(self, qk: QK, layer: int) -> tuple[list[Pattern], list[int]]:
         """The pattern at each distinct value of the layer, and which of them each head takes."""

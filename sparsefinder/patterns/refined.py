@@ -79,9 +79,11 @@ class Refined:
         if self.lowrank is None or self.key_centroids is None:
             raise missing(type(self).__name__, "lowrank" if self.lowrank is None else "key_centroids")
         level = self.key_centroids.level(tokens / self.keys_per_cluster)
-        entrance, width = level.entrance, self.lowrank.size or size
-        compared = level.count if entrance is None else entrance.clusters + level.clusters / entrance.clusters
-        return self.lowrank.cost / 2 + compared * width
+        return self.lowrank.cost_of_keys + level.compared * (self.lowrank.size or size)
+
+    def cost_of_keys(self, tokens: int, size: int) -> float:
+        """All of it."""
+        return self.cost(tokens, size)
 
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool, the pairs that are seen key by key."""

@@ -59,6 +59,10 @@ class Reformer:
         """``D`` for each bucket of all rounds: queries and keys are projected to half as many directions."""
         return float(size * self.n_rounds * self.n_buckets)
 
+    def cost_of_keys(self, tokens: int, size: int) -> float:
+        """Half of it: each key is hashed as a query is."""
+        return self.cost(tokens, size) / 2
+
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool."""
         return self.layout(qk, layer).graph(qk)

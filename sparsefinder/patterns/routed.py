@@ -160,10 +160,12 @@ class ToClusters:
         descends with those of the entrance and the children of four in ten, as many as it opened on recorded vectors.
         """
         level = self._level(tokens)
-        entrance = level.entrance
-        of_a_key = level.count if entrance is None else entrance.clusters + level.clusters / entrance.clusters
         of_a_query = level.count if level.families is None else level.families + 0.4 * level.clusters
-        return (of_a_key + 2.0 * of_a_query) * size
+        return (level.compared + 2.0 * of_a_query) * size
+
+    def cost_of_keys(self, tokens: int, size: int) -> float:
+        """``C · R``, or in a tree what is said there: each key with centroids."""
+        return self._level(tokens).compared * size
 
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool from vectors ``(B, H, N, R)``."""

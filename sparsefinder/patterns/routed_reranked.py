@@ -78,10 +78,15 @@ class RoutedReranked:
 
         Of a tree a key is compared with the ``C'`` clusters of the entrance, if there is one, and the children of one.
         """
-        level = self.centroids.level(tokens / self.keys_per_cluster)
-        entrance = level.entrance
-        of_a_key = level.count if entrance is None else entrance.clusters + level.clusters / entrance.clusters
-        return (of_a_key + level.count + self.share * tokens) * size
+        level = self._level(tokens)
+        return (level.compared + level.count + self.share * tokens) * size
+
+    def cost_of_keys(self, tokens: int, size: int) -> float:
+        """``C · R``, or in a tree what is said there: each key with centroids."""
+        return self._level(tokens).compared * size
+
+    def _level(self, tokens: int) -> Centroids:
+        return self.centroids.level(tokens / self.keys_per_cluster)
 
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool from vectors ``(B, H, N, R)``."""

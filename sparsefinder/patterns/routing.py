@@ -69,6 +69,10 @@ class Routing:
         """``2 · C · D`` in every round of k-means and once more, for queries and keys."""
         return 2.0 * (self.iterations + 1) * self.n_clusters * size
 
+    def cost_of_keys(self, tokens: int, size: int) -> float:
+        """Half of it: each key with each centre."""
+        return self.cost(tokens, size) / 2
+
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool."""
         return self.layout(qk, layer).graph(qk)
@@ -109,6 +113,10 @@ class LearnedRouting:
         if self.centroids is None:
             raise missing("routing_learned, routing_nearest", "centroids")
         return 2.0 * self.centroids.count * size
+
+    def cost_of_keys(self, tokens: int, size: int) -> float:
+        """Half of it: each key with each centroid."""
+        return self.cost(tokens, size) / 2
 
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool from vectors ``(B, H, N, R)``."""

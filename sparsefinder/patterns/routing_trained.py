@@ -46,6 +46,10 @@ class TrainedRouting:
             raise missing("routing_trained", "online_centroids")
         return 2.0 * self.online_centroids.count * size
 
+    def cost_of_keys(self, tokens: int, size: int) -> float:
+        """Half of it: each key with each centroid."""
+        return self.cost(tokens, size) / 2
+
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool from vectors ``(B, H, N, R)``."""
         return self.layout(qk, layer).graph(qk)

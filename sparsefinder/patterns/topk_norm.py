@@ -46,6 +46,10 @@ class TopKNorm:
         """``D``: the norm of each key."""
         return float(size)
 
+    def cost_of_keys(self, tokens: int, size: int) -> float:
+        """All of it."""
+        return self.cost(tokens, size)
+
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool."""
         return self.layout(qk, layer).graph(qk)

@@ -92,6 +92,12 @@ class Centroids:
         return min(able, key=lambda level: abs(math.log(self.clusters / level.clusters / _CHILDREN)), default=None)
 
     @property
+    def compared(self) -> float:
+        """Centroids that a key is compared with: all, or those of the entrance and the children of one."""
+        entrance = self.entrance
+        return self.count if entrance is None else entrance.clusters + self.clusters / entrance.clusters
+
+    @property
     def families(self) -> int | None:
         """Clusters of the entrance for queries, where looking into some of them saves work: whole panels of children."""
         entrance = self.entrance

@@ -185,7 +185,12 @@ class Projections:
     @property
     def cost(self) -> float:
         """Multiplications for projecting a query and a key."""
-        return _multiplications(self.layers[0].q) + _multiplications(self.layers[0].k)
+        return _multiplications(self.layers[0].q) + self.cost_of_keys
+
+    @property
+    def cost_of_keys(self) -> float:
+        """Those for a key alone."""
+        return _multiplications(self.layers[0].k)
 
     def content(self) -> list[dict[str, dict[str, Tensor]]]:
         """The published form: for each layer the state of both sides."""

@@ -15,11 +15,12 @@ from sparsefinder.executors.native import nearest_centroids
 from sparsefinder.executors.native import predictors as native
 from sparsefinder.experiment.configuration import Configuration, Learned
 from sparsefinder.experiment.costs import costs
+from sparsefinder.graphs import QK
 from sparsefinder.metrics import Gold, count
 from sparsefinder.numerics.counter_rng import normal
 from sparsefinder.patterns.block_pool import BlockPool
 from sparsefinder.patterns.clustered import Clustered
-from sparsefinder.patterns.combine import Blocked, Union
+from sparsefinder.patterns.combine import Blocked, ShareInGroup, Union
 from sparsefinder.patterns.distance import Distance
 from sparsefinder.patterns.dotproduct_entmax import DotProductEntmax
 from sparsefinder.patterns.full import Full
@@ -48,6 +49,7 @@ from sparsefinder.predictors.centroids import Centroids
 from sparsefinder.predictors.indexer import Indexer
 from sparsefinder.predictors.projections import Hidden, LayerProjections, Linear, Projections
 from sparsefinder.testing import random_qk
+from sparsefinder.testing.vectors import random_cross
 from tests.conftest import ROOT
 
 TOKENS, HEADS, SIZE, ROUNDS = 96, 2, 32, 16
@@ -125,16 +127,16 @@ WITH_MEANS = [
 ]
 
 
-def counted(pattern: Any, monkeypatch: pytest.MonkeyPatch, size: int = SIZE) -> float:
+def counted(pattern: Any, monkeypatch: pytest.MonkeyPatch, size: int = SIZE, qk: QK | None = None) -> float:
     for library in (native, nearest_centroids):
         monkeypatch.setattr(library, "works_on", lambda *_: False)  # what is done in C++ is not seen
-    qk = random_qk([TOKENS], HEADS, size)
+    qk = random_qk([TOKENS], HEADS, size) if qk is None else qk
     drawn = Multiplications()  # by random numbers that depend on nothing but a seed: once for a model
     with drawn, pytest.MonkeyPatch.context() as patched:
         for module in ("reformer", "magicpig", "clustered", "routing"):
             patched.setattr(f"sparsefinder.patterns.{module}.normal", _unseen)
         pattern(qk, 0)
-    return drawn.count / (HEADS * TOKENS)
+    return drawn.count / (HEADS * qk.q.shape[2])
 
 
 def _unseen(*args: Any) -> torch.Tensor:
@@ -157,6 +159,27 @@ def test_a_formula_without_means(pattern: Any, monkeypatch: pytest.MonkeyPatch) 
     assert seen <= 2.2 * said + 8 * SIZE, "at most one more product for each"
 
 
+BETWEEN_TEXTS = [each for each in (*PATTERNS, *WITH_MEANS) if not isinstance(each, Window)]
+
+
+@pytest.mark.parametrize("queries", [TOKENS // 4, TOKENS * 3])
+@pytest.mark.parametrize("pattern", BETWEEN_TEXTS, ids=lambda pattern: type(pattern).__name__)
+def test_between_texts_what_is_done_with_a_key_is_divided_between_the_queries(
+    pattern: Any, queries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    qk = random_cross([queries], [TOKENS], HEADS, SIZE)
+    seen, said = counted(pattern, monkeypatch, qk=qk), cost_of(pattern, TOKENS, SIZE, queries)
+    keys = max(TOKENS / queries, 1.0)
+    means = any(pattern is each for each in WITH_MEANS)  # there are as many products more, as within a text
+    assert said <= 1.02 * seen + 2 * SIZE * keys, (said, seen)
+    assert seen <= (2.2 if means else 1.02) * said + 8 * SIZE * keys, (said, seen)
+    qk = random_cross([queries, queries // 2], [TOKENS, 12], HEADS, SIZE)
+    counts = count(pattern(qk, 0), Gold.of(qk, 1.5), qk)
+    mean = (cost_of(pattern, TOKENS, SIZE, queries) + cost_of(pattern, 12, SIZE, queries // 2)) / 2
+    found = costs(pattern, counts, SIZE, crosses=True)
+    assert found["prediction_cost"].tolist() == pytest.approx([mean] * HEADS)
+
+
 def test_a_pattern_in_a_projected_space_pays_for_the_projection(monkeypatch: pytest.MonkeyPatch) -> None:
     for q, k in (
         (Linear(HEADS, SIZE, ROUNDS), Linear(HEADS, SIZE, ROUNDS)),
@@ -167,6 +190,10 @@ def test_a_pattern_in_a_projected_space_pays_for_the_projection(monkeypatch: pyt
         seen, said = counted(whole, monkeypatch), cost_of(whole, TOKENS, SIZE)
         assert said > 2 * SIZE * ROUNDS
         assert said == pytest.approx(seen, rel=0.02)
+        between = Configuration("lowrank", LowRank()).build(learned)
+        qk = random_cross([TOKENS // 4], [TOKENS], HEADS, SIZE)
+        seen, said = counted(between, monkeypatch, qk=qk), cost_of(between, TOKENS, SIZE, TOKENS // 4)
+        assert said == pytest.approx(seen, rel=0.02)
 
 
 def test_combinations() -> None:
@@ -176,6 +203,12 @@ def test_combinations() -> None:
     assert cost_of(chunks, 10, 4) == 3 * 16 / 4
     heads = PerHead(MagicPIG(), ((1, 2), (3, 6)))
     assert cost_of(heads, 10, 4) == 2 * 4 * 8 * 3
+    hashing = MagicPIG(
+        n_tables=2, bits=8
+    )  # a query and a key cost the same: with twice as many keys half as much again
+    for whole in (hashing, Union((hashing, Window(3))), ShareInGroup(hashing, 2), Blocked(hashing, 2)):
+        assert cost_of(whole, 10, 4, 5) == 1.5 * cost_of(whole, 10, 4)
+    assert cost_of(heads, 10, 4, 5) == 1.5 * cost_of(heads, 10, 4)
     assert math.isnan(cost_of(lambda qk, layer: qk.allowed, 8, 4)), "somebody's pattern that does not say"
 
 

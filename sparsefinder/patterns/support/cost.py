@@ -27,6 +27,14 @@ class HasCost(Protocol):
         """
 
 
+@runtime_checkable
+class HasCostOfKeys(Protocol):
+    """A pattern part of whose cost is of keys, however many queries there are."""
+
+    def cost_of_keys(self, tokens: int, size: int) -> float:
+        """The multiplications in ``cost(tokens, size)`` that are made for each key; `HasCost` has the arguments."""
+
+
 class Free:
     """A pattern that looks at no vector, or only compares numbers."""
 
@@ -43,6 +51,21 @@ class EveryPair:
         return float(tokens * size)
 
 
-def cost_of(pattern: Any, tokens: int, size: int) -> float:
-    """Multiplications for each query that a pattern's prediction takes; NaN where it does not say so."""
-    return pattern.cost(tokens, size) if isinstance(pattern, HasCost) else math.nan
+def cost_of(pattern: Any, tokens: int, size: int, queries: int | None = None) -> float:
+    """Multiplications for each query that a pattern's prediction takes; NaN where it does not say so.
+
+    Args:
+        pattern: Any pattern.
+        tokens: Keys.
+        size: Numbers in each query and key.
+        queries: Those between which the cost of the keys is divided; None: as many as keys.
+    """
+    if not isinstance(pattern, HasCost):
+        return math.nan
+    more = 0.0 if queries is None else tokens / queries - 1.0
+    return pattern.cost(tokens, size) + (more * cost_of_keys(pattern, tokens, size) if more else 0.0)
+
+
+def cost_of_keys(pattern: Any, tokens: int, size: int) -> float:
+    """The part of `cost_of` that is of each key; 0 where a pattern says none."""
+    return pattern.cost_of_keys(tokens, size) if isinstance(pattern, HasCostOfKeys) else 0.0
