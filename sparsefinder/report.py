@@ -137,7 +137,7 @@ def summary(store: Store, settings: ReportSettings | None = None, asked: Mapping
         scores += ["text found by its title"]
         loss = [] if text_tables.of_states(results.variants) else ["loss, nats", "Δ dense entmax"]
         wanted = ["variant", *loss, *scores, "sparsity", "recall", "latency, ms"]
-        lines = text_tables.variant_lines(results.variants)
+        lines = text_tables.variant_lines(results.variants, results.true_scores)
         lines = lines[[name for name in wanted if name in lines]]
         parts.append(f"In the model, on the same {text_tables.asked(results.variants)}\n" + text_table(lines))
     if results.exported is not None and asked is None:

@@ -16,7 +16,8 @@ from sparsefinder.analysis import frontiers, seeds
 from sparsefinder.errors import UserError
 from sparsefinder.report import ReportSettings
 from sparsefinder.reporting import html, interactive, style
-from sparsefinder.reporting.answer import answers
+from sparsefinder.reporting.answer import COST, FASTER, WHICH, answers
+from sparsefinder.reporting.text_tables import variant_lines
 from sparsefinder.storage.store import Store
 
 
@@ -54,10 +55,10 @@ COMPARED = pd.DataFrame(
 
 
 def test_the_three_questions_are_answered_first() -> None:
-    which, cost, faster = answers(frontiers.points(METRICS), VARIANTS, COMPARED)
-    assert which.startswith(
-        "With 10 % of the pairs, routed is the best that does not compare every pair: it finds 0.700"
-    )
+    said = answers(frontiers.points(METRICS), VARIANTS, COMPARED)
+    assert list(said) == [WHICH, COST, FASTER]
+    which, cost, faster = said.values()
+    assert which.startswith("routed finds 0.700 of the gold edges")
     assert "+0.1000 nats on 15.0% of the pairs" in cost
     assert "+0.0040 on 30.0% of them, united with window 3" in cost
     assert faster.startswith("From 2,048 tokens on")
@@ -66,20 +67,37 @@ def test_the_three_questions_are_answered_first() -> None:
 
 def test_one_graph_that_is_run_twice_costs_what_it_costs_once() -> None:
     again = VARIANTS.iloc[[0, 1, 1]].assign(loss_minus_entmax=[0.0, 0.1, 0.09999])
-    _, cost, _ = answers(frontiers.points(METRICS), again.reset_index(drop=True), COMPARED)
+    cost = answers(frontiers.points(METRICS), again.reset_index(drop=True), COMPARED)[COST]
     assert cost.count("nats") == 1
     assert ", and " not in cost
 
 
 def test_what_was_not_measured_is_said() -> None:
-    which, faster = answers(frontiers.points(METRICS), None, None)
+    which, cost, faster = answers(frontiers.points(METRICS), None, None).values()
     assert "0.700" in which
-    assert "not measured in this run" in faster
+    assert "stage=[evaluate,report]" in cost
+    assert faster.startswith("Not measured in this run. `python scripts/run.py experiment=long`")
     slow = COMPARED.assign(speed=0.5)
-    assert answers(None, None, slow) == [
-        "Up to 8,192 tokens nothing that loses at most 0.01 nats is faster than torch's softmax attention."
-    ]
-    assert answers(None, None, None) == []
+    assert answers(None, None, slow) == {
+        FASTER: "Up to 8,192 tokens nothing that loses at most 0.01 nats is faster than torch's softmax attention."
+    }
+    assert answers(None, None, None) == {}
+    oracles = frontiers.points(METRICS[METRICS["pattern"] == "oracle"])
+    assert "pattern=all" in answers(oracles, None, None)[WHICH]
+
+
+def test_the_true_scores_are_faster_than_nothing() -> None:
+    """Who knows them has computed them; and what holds at one length alone is said once."""
+    known = COMPARED.replace({"arm": {"routed level=0.2": "oracle_topk share=0.05"}})
+    assert "nothing" in answers(None, None, known)[FASTER]
+    last = answers(None, None, COMPARED[COMPARED["length"] == 2048])[FASTER]
+    assert last.count("1.40 ×") == 1
+
+
+def test_the_true_scores_under_another_name_are_not_marked_the_best() -> None:
+    lines = variant_lines(VARIANTS, {"routed"})
+    assert lines["variant"].tolist()[1] == "bucketed routed (the true scores)"
+    assert "best" not in html.table(lines, ["variant"], {"Δ dense entmax": "min"})
 
 
 def test_the_frontier_as_data() -> None:

@@ -46,9 +46,9 @@ def note(text: str) -> Markup:
     return _part("note", text)
 
 
-def answer(text: str) -> Markup:
-    """What a reader came for, in one paragraph."""
-    return _part("answer", text)
+def answer(said: Mapping[str, str]) -> Markup:
+    """What a reader came for: questions, a sentence for each, commands in it between backticks."""
+    return _part("answer", said.items())
 
 
 def frontier(data: Mapping[str, Any], svg: str, caption: str) -> Markup:

@@ -13,6 +13,7 @@ from sparsefinder.analysis.frontiers import setting_columns
 from sparsefinder.analysis.method_families import BOUNDS, FAMILIES, family_of
 from sparsefinder.reporting.frontier_figures import highlighted
 from sparsefinder.reporting.style import look_of, panels_of
+from sparsefinder.reporting.text_tables import loss_unit
 
 USABLE, QUADRATIC, ORACLE = "usable", "quadratic", "oracle"
 """What a pattern can be used for: skips work; compares every pair; a bound, or the true scores under another name."""
@@ -28,8 +29,9 @@ def frontier_data(points: pd.DataFrame, variants: pd.DataFrame | None = None) ->
 
     Returns:
         ``patterns`` (name, family, kind, colour, marker, and whether it is shown at first), ``panels`` (what they are united
-        with), ``gold`` (the mean density of the gold graph, or None) and ``points``: the number of the pattern and of the panel,
-        density, recall, total cost, label, loss above dense attention, deviation of the recall over seeds; None where unknown.
+        with), ``gold`` (the mean density of the gold graph, or None), ``unit`` (of the loss) and ``points``: the number of the
+        pattern and of the panel, density, recall, total cost, label, loss above dense attention, deviation of the recall over
+        seeds; None where unknown.
     """
     names = [str(name) for name in points["pattern"].unique()]
     shown = highlighted(points)
@@ -60,6 +62,7 @@ def frontier_data(points: pd.DataFrame, variants: pd.DataFrame | None = None) ->
         "families": [*FAMILIES, BOUNDS],
         "panels": panels,
         "points": [point for point in listed if point[2] and point[3] is not None],
+        "unit": "" if variants is None else loss_unit(variants),
         "gold": None if gold.empty else _number(1 - float(gold.mean())),
     }
 

@@ -41,10 +41,10 @@ def page(
     sections = []
     if answer := _answer(results, levels, cost_levels):
         sections.append(("The answer", answer))
-    if results.facts:
-        sections.append(("The run", html.facts(results.facts)))
     if results.warnings:
         sections.append(("Look twice", html.warning(results.warnings)))
+    if results.facts:
+        sections.append(("The run", html.facts(results.facts)))
     parts = _tables(results, levels, cost_levels)
     for illustration in drawn:
         content = html.figure(vectors[illustration.name], illustration.caption)
@@ -69,17 +69,16 @@ def page(
 
 def _answer(results: Results, levels: Sequence[float], cost_levels: Sequence[float]) -> html.Markup | None:
     """The three answers, and the small tables that they are read from; None where nothing can be said."""
-    parts = (
-        [html.answer(" ".join(said))] if (said := answers(results.points, results.variants, results.compared)) else []
-    )
+    said = answers(results.points, results.variants, results.compared)
+    parts = [html.answer(said)] if said else []
     if results.points is not None:
         best = text_tables.advantage_lines(results.points, results.replicas, levels, ALL_OTHERS)
         if len(best):
-            parts += [html.note(f"{words_of.ADVANTAGE_OVER_ALL}:"), html.table(best, [str(name) for name in best])]
+            parts += [html.note(f"{words_of.ADVANTAGE_OVER_ALL}:"), html.table(best, _NAMES)]
     if results.by_cost is not None:
         best = text_tables.advantage_lines(*results.by_cost, cost_levels, ALL_OTHERS, "cost")
         if len(best):
-            parts += [html.note(f"{words_of.ADVANTAGE_BY_COST}:"), html.table(best, [str(name) for name in best])]
+            parts += [html.note(f"{words_of.ADVANTAGE_BY_COST}:"), html.table(best, _NAMES)]
     return html.Markup("\n").join(parts) if parts else None
 
 
@@ -87,6 +86,7 @@ _BUDGET = (
     "Change of recall at equal density from one step to the next, with its 95 % interval, paired over documents. True "
     "scores: the best oracle of those that were scored. –: one of the two does not reach that density."
 )
+_NAMES = ["ours", "best other", "best published"]  # columns of words beside numbers
 _DIALS = ["pattern", "united with", "target", "dial"]
 _UNDRAWN = {
     "recall_sparsity": "Recall at equal density",
@@ -106,21 +106,17 @@ def _tables(results: Results, levels: Sequence[float], cost_levels: Sequence[flo
             "of the gold edges outside the window and the global tokens. ±: half the width of the 95 % interval over documents "
             "drawn again (and over seeds, where there are several). * compares every pair. Marked: the best that does not."
         )
-        parts["recall_sparsity"] = html.table(lines, ["pattern", "united with"], _most(lines)) + html.note(words)
+        parts["recall_sparsity"] = _recalls(lines) + html.note(words)
         advantage = text_tables.advantage_lines(results.points, results.replicas, levels)
         if len(advantage):
-            parts["recall_sparsity"] += html.note(f"{words_of.ADVANTAGE}:") + html.table(
-                advantage, [str(name) for name in advantage]
-            )
+            parts["recall_sparsity"] += html.note(f"{words_of.ADVANTAGE}:") + html.table(advantage, _NAMES)
     if results.by_cost is not None:
         by_cost = text_tables.recall_lines(results.by_cost[0], cost_levels, results.by_cost[1], far=False)
-        parts["recall_sparsity"] += html.note(f"{words_of.RECALL_BY_COST}:") + html.table(
-            by_cost, ["pattern", "united with"], _most(by_cost)
-        )
+        parts["recall_sparsity"] += html.note(f"{words_of.RECALL_BY_COST}:") + _recalls(by_cost)
         advantage = text_tables.advantage_lines(*results.by_cost, cost_levels, ALL_OTHERS, "cost")
         if len(advantage):
             parts["recall_sparsity"] += html.note(f"{words_of.ADVANTAGE_BY_COST}:")
-            parts["recall_sparsity"] += html.table(advantage, [str(name) for name in advantage])
+            parts["recall_sparsity"] += html.table(advantage, _NAMES)
     if results.variants is not None:
         words = (
             "Graph metrics are those of the executed graph; not defined: the attention has no token graph. Computed pairs: "
@@ -128,7 +124,7 @@ def _tables(results: Results, levels: Sequence[float], cost_levels: Sequence[flo
             "distance of the layers' outputs to dense attention. Latency: median of a batch, with the share that the predictor "
             "takes. Marked: the best, bounds apart."
         )
-        lines = text_tables.variant_lines(results.variants)
+        lines = text_tables.variant_lines(results.variants, results.true_scores)
         parts["loss_sparsity"] = html.table(lines, ["variant"], _BEST_VARIANT) + html.note(words)
     if results.compared is not None:
         words = f"{length_tables.COLUMNS} {length_tables.EQUAL}:"
@@ -145,8 +141,11 @@ _BEST_VARIANT = {
 }
 
 
-def _most(lines: pd.DataFrame) -> dict[str, str]:
-    return {str(name): "max" for name in lines if str(name).startswith("recall at")}
+def _recalls(lines: pd.DataFrame) -> html.Markup:
+    """A table of recalls, the number of configurations behind them, where a narrow screen does not show it first."""
+    most = {str(name): "max" for name in lines if str(name).startswith("recall at")}
+    order = [name for name in lines if name != "configurations"]
+    return html.table(lines[[*order, "configurations"]], ["pattern", "united with"], most)
 
 
 def _provenance(manifests: Mapping[str, Manifest]) -> html.Markup:

@@ -114,6 +114,11 @@ class Results:
         return text_tables.warnings(self.points, self.variants, self.manifests) + compared
 
     @property
+    def true_scores(self) -> set[str]:
+        """Patterns whose prediction is the true scores under another name, such as ``lowrank`` at the rank of the head size."""
+        return set() if self.points is None else set(self.points.loc[self.points["true_scores"], "pattern"])
+
+    @property
     def by_cost(self) -> tuple[pd.DataFrame, Replicas | None] | None:
         """The points and their replicas with the total cost in the place of the density; None where no cost is known."""
         if self.points is None or self.points["total_cost"].isna().all():

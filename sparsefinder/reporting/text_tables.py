@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -18,6 +18,7 @@ from sparsefinder.storage.store import ARTEFACTS
 
 _NAMED = 4  # of many that have the same to say, so many are named
 SLOW = ("dense", "masked")  # attentions that compute every pair and say nothing about time
+TRUE_SCORES = " (the true scores)"  # behind the name of a prediction that is just those
 SAME = 1e-3  # nats; attention over every pair that differs by more from dense attention is not the same attention
 
 _FACTS: dict[tuple[str, str], tuple[str, Callable[[Any], str]]] = {
@@ -178,7 +179,7 @@ def calibration_lines(dials: pd.DataFrame) -> pd.DataFrame:
 
 
 def _named(row: Mapping[Any, Any]) -> str:
-    what = " (the true scores)" if row["true_scores"] else ""
+    what = TRUE_SCORES if row["true_scores"] else ""
     return f"{row['pattern']}{what}{' *' if row['quadratic'] else ''}"
 
 
@@ -188,8 +189,8 @@ def gold_density(table: pd.DataFrame) -> list[float]:
     return [1 - float(known.mean())] if len(known) else []
 
 
-def variant_lines(results: pd.DataFrame) -> pd.DataFrame:
-    """``evaluate/results`` as text; what has no token graph says so."""
+def variant_lines(results: pd.DataFrame, true_scores: Collection[str] = ()) -> pd.DataFrame:
+    """``evaluate/results`` as text; what has no token graph says so, and so do ``true_scores``, patterns that are those."""
     columns: dict[str, tuple[str, Callable[[float], str], str]] = {
         "loss": (loss_title(results), "{:.4f}".format, "–"),
         "pooled_cosine": ("pooled cosine", "{:.4f}".format, "–"),
@@ -218,7 +219,8 @@ def variant_lines(results: pd.DataFrame) -> pd.DataFrame:
         "predictor_share": ("predictor's share", "{:.0%}".format, "–"),
         "peak_memory_mb": ("peak memory, MB", "{:.0f}".format, "not measured"),
     }
-    lines = pd.DataFrame({"variant": results["variant"]})
+    names = results["variant"].where(~results["pattern"].isin(true_scores), results["variant"] + TRUE_SCORES)
+    lines = pd.DataFrame({"variant": names})
     if "adapt_steps" in results and (results["adapt_steps"] > 0).any():
         lines["trained on"] = [f"{row.adapt_steps} steps of {row.finetune_part}" for row in results.itertuples()]
     for name, (title, form, missing) in columns.items():
@@ -234,6 +236,11 @@ def variant_lines(results: pd.DataFrame) -> pd.DataFrame:
 def loss_title(results: pd.DataFrame) -> str:
     """What the column ``loss`` holds, with its unit."""
     return "1 − token cosine" if of_states(results) else "loss, nats"
+
+
+def loss_unit(results: pd.DataFrame) -> str:
+    """What differences of the column ``loss`` are counted in."""
+    return "of 1 − token cosine" if of_states(results) else "nats"
 
 
 def of_states(results: pd.DataFrame) -> bool:

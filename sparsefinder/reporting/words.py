@@ -16,7 +16,7 @@ ADVANTAGE_OVER_ALL = (
 TO_HOVER = (
     "Every configuration is a point: hover or tap one for its numbers. A line joins the configurations of a pattern "
     "that no other one of it beats, paler points are beaten; up and to the right is better. A click on a name shows "
-    "or hides a pattern. Open markers and dashed lines: predicting compares every pair (or knows the true scores), so "
+    "or hides a pattern. Dashed lines: predicting compares every pair (open markers) or knows the true scores (filled), so "
     "it saves no work by itself. The dotted vertical is the mean density of the gold graph, the star that graph "
     "itself, random what chance recalls. A window and global tokens count as predicted."
 )
