@@ -57,19 +57,39 @@ def join(given: object) -> None:
     from sparsefinder.reporting import submitted
 
     asked = vars(given)
+    if asked["add"] is not None and asked["check"]:
+        raise UserError("--check writes nothing, and --add makes a folder: leave out one of the two")
+    if asked["add"] is None and not asked["results"].is_dir():
+        raise UserError(f"there is no folder {asked['results']}: give the one that the results are in")
+    before, after = ("", "") if asked["check"] else _around(asked["page"])
     if asked["add"] is not None:
         words = {name: asked[name] for name in ("title", "command", "machine")}
         if missing := [f"--{name}" for name in ("name", *words) if not asked[name]]:
             raise UserError(f"--add needs {', '.join(missing)}")
+        if Path(asked["name"]).name != asked["name"]:
+            raise UserError(f"--name {asked['name']}: its name must be small letters, digits and dashes")
         submitted.taken_from(asked["add"], asked["results"] / asked["name"], **words, note=asked["note"])
-    folders = sorted(path for path in asked["results"].iterdir() if path.is_dir()) if asked["results"].is_dir() else []
-    if wrong := [fault for folder in folders for fault in submitted.faults(folder)]:
+    folders = sorted(path for path in asked["results"].iterdir() if path.is_dir())
+    if wrong := [fault for folder in folders for fault in submitted.faults(folder)] or submitted.copies(folders):
         raise UserError("; ".join(wrong))
     print(f"{len(folders)} results, nothing wrong with them")
     if not asked["check"]:
-        before, _, rest = asked["page"].read_text(encoding="utf-8").partition(BEGIN)
-        after = rest.partition(END)[2]
         asked["page"].write_text(f"{before}{BEGIN}\n{submitted.page(folders)}\n{END}{after}", encoding="utf-8")
+
+
+def _around(page: Path) -> tuple[str, str]:
+    """What stands before and after the results on their page."""
+    try:
+        text = page.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{page} cannot be read ({' '.join(str(error).split())}): give the page of the results"
+        ) from error
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise UserError(f"{page} has no place for the results: it needs the lines {BEGIN.strip()} and {END.strip()}")
+    return before, after
 
 
 if __name__ == "__main__":

@@ -22,9 +22,11 @@ from sparsefinder.storage.store import Store
 NEEDED = ("title", "command", "machine", "date", "versions", "content")
 """Keys of ``environment.json``; ``note`` may stand beside them, ``content`` is the hash of the table of each stage."""
 OF_RECALL = ("pattern", "surroundings", "quadratic", "density", "recall", "recall_low", "recall_high")
+_ONE_EACH = ("pattern", "surroundings", "density")  # columns of recall.csv that name a row
 OF_MODEL = ("variant", "loss", "loss_minus_entmax", "sparsity", "recall")
 _STAGES = ("model", "qk", "projections", "centroids", "key_centroids", "score", "evaluate")
 _LISTS = ("configurations", "attentions", "conversions")
+_SHARE = "a share between 0 and 1"
 _LEVELS = (0.05, 0.1, 0.2)
 
 
@@ -40,8 +42,10 @@ def taken_from(run: Path, folder: Path, title: str, command: str, machine: str, 
         note: What a reader must know, such as other work on that machine.
 
     Raises:
-        UserError: ``folder`` is there already, or the run has no report.
+        UserError: ``folder`` is there already or has no name for a result, or the run has no report, or a damaged one.
     """
+    if fault := _fault_of_name(folder):
+        raise UserError(f"{folder.name or folder}: {fault}")
     store = Store(run)
     recall = run / "report" / "recall.csv"
     score = store.manifest("score")
@@ -62,14 +66,18 @@ def taken_from(run: Path, folder: Path, title: str, command: str, machine: str, 
         "versions": score.versions,
         "content": {name: manifests[name].content for name in ("score", "evaluate") if name in manifests},
     } | ({"note": note} if note else {})
+    if damaged := list(_faults_of_table(recall, OF_RECALL)):
+        raise UserError(f"{run}: {damaged[0]}; run stage=report there again")
+    tables = {"recall": _rounded(pd.read_csv(recall)[list(OF_RECALL)])}
+    if "evaluate" in manifests:
+        variants = pd.read_parquet(store.path("evaluate") / "results.parquet")
+        tables["model"] = _rounded(variants[[name for name in OF_MODEL if name in variants]])
     folder.mkdir(parents=True)
     for name, content in (("configuration", settings), ("environment", environment)):
         text = json.dumps(content, indent=1, ensure_ascii=False, sort_keys=name == "configuration")
         (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
-    _rounded(pd.read_csv(recall)[list(OF_RECALL)]).to_csv(folder / "recall.csv", index=False)
-    if "evaluate" in manifests:
-        variants = pd.read_parquet(store.path("evaluate") / "results.parquet")
-        variants[[name for name in OF_MODEL if name in variants]].round(5).to_csv(folder / "model.csv", index=False)
+    for name, table in tables.items():
+        table.to_csv(folder / f"{name}.csv", index=False)
 
 
 def faults(folder: Path) -> list[str]:
@@ -77,9 +85,27 @@ def faults(folder: Path) -> list[str]:
     return [f"{folder.name}: {fault}" for fault in _faults(folder)]
 
 
+def copies(folders: Sequence[Path]) -> list[str]:
+    """Results of which another folder has the same tables, a line each."""
+    first: dict[str, str] = {}
+    lines = []
+    for folder in folders:
+        environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+        measured = json.dumps(environment["content"], sort_keys=True)
+        if measured in first:
+            lines.append(f"{folder.name}: is {first[measured]} once more, of the same tables; leave out one of the two")
+        first.setdefault(measured, folder.name)
+    return lines
+
+
+def _fault_of_name(folder: Path) -> str:
+    known = re.fullmatch(r"[a-z0-9][a-z0-9-]*", folder.name)
+    return "" if known else "its name must be small letters, digits and dashes"
+
+
 def _faults(folder: Path) -> Iterator[str]:
-    if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", folder.name):
-        yield "its name must be small letters, digits and dashes"
+    if fault := _fault_of_name(folder):
+        yield fault
     missing = [
         name for name in ("configuration.json", "environment.json", "recall.csv") if not (folder / name).is_file()
     ]
@@ -90,14 +116,31 @@ def _faults(folder: Path) -> Iterator[str]:
         try:
             content = json.loads((folder / name).read_text(encoding="utf-8"))
         except ValueError as error:
-            yield f"{name} cannot be read ({error})"
+            yield f"{name} cannot be read ({' '.join(str(error).split())})"
+            continue
+        if not isinstance(content, dict):
+            yield f"{name} must be names with values, as scripts/join_results.py --add RUN writes it"
             continue
         yield from (f"{name} names a path of your machine: {path}" for path in _paths(content))
         if name == "environment.json":
-            yield from (f"{name} lacks {key}" for key in NEEDED if not content.get(key))
+            yield from _faults_of_environment(content)
     yield from _faults_of_table(folder / "recall.csv", OF_RECALL)
     if (folder / "model.csv").is_file():
         yield from _faults_of_table(folder / "model.csv", ("variant", "loss"))
+
+
+def _faults_of_environment(content: dict[str, Any]) -> Iterator[str]:
+    yield from (f"environment.json lacks {key}" for key in NEEDED if not content.get(key))
+    versions, measured, date = (content.get(name) for name in ("versions", "content", "date"))
+    if versions and not (isinstance(versions, dict) and {"sparsefinder", "torch"} <= {*versions}):
+        yield "environment.json: versions must name sparsefinder and torch, each with its version"
+    elif isinstance(versions, dict):
+        unknown = [f"{name} {version}" for name, version in versions.items() if not re.match(r"\d", str(version))]
+        yield from (f"environment.json: {version} is no version, which begins with a number" for version in unknown)
+    if measured and not (isinstance(measured, dict) and "score" in measured):
+        yield "environment.json: content must name the table of score, with its hash"
+    if date and not re.fullmatch(r"\d{4}-\d\d-\d\d", str(date)):
+        yield f"environment.json: date must be written as 2026-11-29, got {date}"
 
 
 def _faults_of_table(path: Path, columns: Sequence[str]) -> Iterator[str]:
@@ -109,20 +152,26 @@ def _faults_of_table(path: Path, columns: Sequence[str]) -> Iterator[str]:
     if lacking := [name for name in columns if name not in table]:
         yield f"{path.name} lacks the columns {', '.join(lacking)}"
         return
-    shares = [name for name in ("density", "recall", "sparsity") if name in table]
+    if table.empty:
+        yield f"{path.name} has no rows"
+        return
+    if unnamed := [name for name in ("pattern", "variant", "density") if name in table and table[name].isna().any()]:
+        yield f"{path.name}: {unnamed[0]} is missing in a row"
+        return
+    if "quadratic" in table and table["quadratic"].dtype != bool:
+        yield f"{path.name}: quadratic must be True or False"
+    shares = ("density", "recall", "sparsity", "recall_low", "recall_high")
+    numbers = {name: pd.to_numeric(table[name], errors="coerce") for name in (*shares, "loss") if name in table}
+    wrong = [name for name, values in numbers.items() if (table[name].notna() & values.isna()).any()]
+    yield from (f"{path.name}: {name} must be {'a number' if name == 'loss' else _SHARE}" for name in wrong)
     for name in shares:
-        values = pd.to_numeric(table[name], errors="coerce").dropna()
-        if (
-            not values.between(0, 1).all()
-            or (table[name].notna() & pd.to_numeric(table[name], errors="coerce").isna()).any()
-        ):
-            yield f"{path.name}: {name} must be a share between 0 and 1"
-    if "recall_low" in table and not any(
-        table[name].dtype == object for name in ("recall_low", "recall", "recall_high")
-    ):
-        known = table.dropna(subset=["recall_low", "recall", "recall_high"])
-        if (known["recall_low"] > known["recall_high"] + 1e-6).any():
-            yield f"{path.name}: recall_low is above recall_high"
+        if name in numbers and name not in wrong and not numbers[name].dropna().between(0, 1).all():
+            yield f"{path.name}: {name} must be {_SHARE}"
+    if "recall_low" in numbers and (numbers["recall_low"] > numbers["recall_high"] + 1e-6).any():
+        yield f"{path.name}: recall_low is above recall_high"
+    if set(_ONE_EACH) <= set(columns) and table.duplicated(list(_ONE_EACH)).any():
+        twice = table.loc[table.duplicated(list(_ONE_EACH)), "pattern"].iloc[0]
+        yield f"{path.name}: {twice} has two rows of one density"
 
 
 def page(folders: Sequence[Path]) -> str:

@@ -48,6 +48,43 @@ def test_a_result_is_added_and_shown(run: Path, tmp_path: Path, capsys: pytest.C
     assert "is there already" in capsys.readouterr().err
     assert join_results.main([*where, "--add", str(run), "--name", "other"]) == 2
     assert "--add needs --title, --command, --machine" in capsys.readouterr().err
+    assert join_results.main([*where, "--add", str(run), "--name", "mine-2", *GIVEN]) == 2
+    assert "error: mine-2: is mine-1 once more, of the same tables" in capsys.readouterr().err
+    assert page.read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--add", "RUN", "--name", "My Result", *GIVEN], "small letters, digits and dashes"),
+        (["--add", "RUN", "--name", "../mine", *GIVEN], "small letters, digits and dashes"),
+        (["--add", "nowhere", "--name", "mine", *GIVEN], "nowhere has no score or no report"),
+        (["--add", "RUN", "--name", "mine", "--check", *GIVEN], "leave out one of the two"),
+        (["--results", "nowhere"], "there is no folder nowhere"),
+        (["--page", "nowhere.md"], "nowhere.md cannot be read"),
+        (["--page", "page.md"], "page.md has no place for the results"),
+    ],
+)
+def test_wrong_input_is_one_line_and_makes_nothing(
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    said: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "page.md").write_text("# Page\n")
+    page = tmp_path / "good.md"
+    page.write_text(f"{join_results.BEGIN}{join_results.END}")
+    common = [] if "--results" in arguments else ["--results", "results"]
+    common += [] if "--page" in arguments else ["--page", str(page)]
+    (tmp_path / "results").mkdir()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert join_results.main([*common, *(str(run) if word == "RUN" else word for word in arguments)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize(
@@ -58,6 +95,14 @@ def test_a_result_is_added_and_shown(run: Path, tmp_path: Path, capsys: pytest.C
         ("environment.json", "{", "", "environment.json cannot be read"),
         ("recall.csv", "recall_low", "lowest", "recall.csv lacks the columns recall_low"),
         ("recall.csv", ",1.0,", ",1.5,", "must be a share between 0 and 1"),
+        ("recall.csv", ",1.0,", ",all,", "must be a share between 0 and 1"),
+        ("recall.csv", "False", "perhaps", "quadratic must be True or False"),
+        ("recall.csv", "\nwindow,", "\n,", "pattern is missing in a row"),
+        ("model.csv", "\ndense full,4.0", "\ndense full,low", "loss must be a number"),
+        ("environment.json", '"torch": "', '"torch": "version ', "is no version, which begins with a number"),
+        ("environment.json", '"torch"', '"tensors"', "versions must name sparsefinder and torch"),
+        ("environment.json", '"date": "2', '"date": "the 2', "date must be written as 2026-11-29"),
+        ("environment.json", '"score"', '"scores"', "content must name the table of score"),
     ],
 )
 def test_what_cannot_be_shown(run: Path, tmp_path: Path, file: str, old: str, new: str, said: str) -> None:
@@ -70,6 +115,31 @@ def test_what_cannot_be_shown(run: Path, tmp_path: Path, file: str, old: str, ne
     (fault,) = submitted.faults(folder)
     assert fault.startswith("mine: ")
     assert said in fault
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("environment.json", b"[1]", "must be names with values"),
+        ("environment.json", b"\xff\xfe", "environment.json cannot be read"),
+        ("recall.csv", b"", "recall.csv cannot be read"),
+        ("recall.csv", b"\xff\xfe", "recall.csv cannot be read"),
+        ("recall.csv", ",".join(submitted.OF_RECALL).encode(), "recall.csv has no rows"),
+    ],
+)
+def test_files_that_are_none(run: Path, tmp_path: Path, file: str, content: bytes, said: str) -> None:
+    submitted.taken_from(run, tmp_path / "mine", "A", "make run", "two cores")
+    (tmp_path / "mine" / file).write_bytes(content)
+    (fault,) = submitted.faults(tmp_path / "mine")
+    assert said in fault
+
+
+def test_a_row_twice(run: Path, tmp_path: Path) -> None:
+    submitted.taken_from(run, tmp_path / "mine", "A", "make run", "two cores")
+    rows = (tmp_path / "mine" / "recall.csv").read_text().splitlines()
+    (tmp_path / "mine" / "recall.csv").write_text("\n".join([*rows, rows[1]]))
+    (fault,) = submitted.faults(tmp_path / "mine")
+    assert "has two rows of one density" in fault
 
 
 def test_a_folder_that_is_none(tmp_path: Path) -> None:
