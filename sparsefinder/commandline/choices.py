@@ -109,13 +109,14 @@ def patterns(cfg: DictConfig) -> Iterable[ChosenPattern]:
     unions = [{name: plain(cfg[name]) for name in UNITED_WITH}]
     if cfg.pattern.get("every"):
         unions += [unions[0] | more for more in plain(cfg.pattern.also_with) if unions[0] | more not in unions]
-        nodes = list(files(cfg, "pattern"))
+        every = named.names("pattern")
         if cfg.patterns is not None:
             if not isinstance(cfg.patterns, ListConfig):
                 raise UserError(f"patterns is a list such as [kmeans,window], or null for all, got {cfg.patterns}")
-            if unknown := [name for name in cfg.patterns if name not in dict(nodes)]:
-                raise UserError(f"patterns={unknown} are unknown; {one_of(dict(nodes), unknown[0], 'choose some of')}")
-            nodes = [(name, node) for name, node in nodes if name in cfg.patterns]
+            if unknown := [name for name in cfg.patterns if name not in every]:
+                raise UserError(f"patterns={unknown} are unknown; {one_of(every, unknown[0], 'choose some of')}")
+            every = [name for name in every if name in cfg.patterns]
+        nodes = list(files(cfg, "pattern", every))
     else:
         nodes = [(chosen("pattern"), cfg.pattern)]
     for name, node in nodes:
@@ -130,7 +131,7 @@ def attentions(cfg: DictConfig) -> Iterable[AttentionChoice]:
     if not cfg.attention.get("every"):
         yield _choice(chosen("attention"), cfg.attention)
         return
-    for name, node in files(cfg, "attention"):
+    for name, node in files(cfg, "attention", named.names("attention")):
         if not node.get("only_by_name"):
             yield _choice(name, node)
 
@@ -139,7 +140,8 @@ def conversions(cfg: DictConfig) -> Iterable[Conversion]:
     """The chosen conversion, none of them, or every one with ``conversion=all``."""
     if cfg.conversion.get("none"):
         return
-    nodes = files(cfg, "conversion") if cfg.conversion.get("every") else [(chosen("conversion"), cfg.conversion)]
+    every = named.names("conversion")
+    nodes = files(cfg, "conversion", every) if cfg.conversion.get("every") else [(chosen("conversion"), cfg.conversion)]
     for name, node in nodes:
         yield Conversion(name, build(node))
 
@@ -199,10 +201,10 @@ def _file(cfg: DictConfig, group: str, name: str, setting: str) -> DictConfig:
     return _resolved(without(cfg, group), group, node)
 
 
-def files(cfg: DictConfig, group: str) -> Iterable[tuple[str, DictConfig]]:
-    """Every file of a folder of conf and all that other packages bring to it, resolved against the rest of the configuration."""
+def files(cfg: DictConfig, group: str, names: Iterable[str]) -> Iterable[tuple[str, DictConfig]]:
+    """Files of a folder of conf, or what other packages bring to it, by name, resolved against the rest of the configuration."""
     rest = without(cfg, group)
-    for name in named.names(group):
+    for name in names:
         yield name, _resolved(rest, group, named.settings_of(group, name))
 
 

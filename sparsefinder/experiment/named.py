@@ -29,6 +29,8 @@ GROUPS = {
     "corpus": "sparsefinder.corpora",
 }
 """Folder of ``conf`` → group of entry points that adds to it."""
+GIVEN = {"attention": ("pattern", "normalizer")}
+"""What the stages give to a class of that kind when they make it, so that it is no setting."""
 SHARED = ("alpha", "causal", "seed")
 """Settings of the experiment that an installed class takes where it has a field of that name."""
 
@@ -74,13 +76,16 @@ def settings_of_installed(group: str, name: str) -> dict[str, Any]:
         raise UserError(
             f"{group}={name} of {owners[0]} cannot be imported from {entry.value} ({reason}): mend that package, or uninstall it"
         ) from error
-    if group == "pattern" and not _is_pattern(kind):
+    is_one, needed = _KINDS[group]
+    if not is_one(kind):
         raise UserError(
-            f"pattern={name} of {owners[0]}: {entry.value} is no pattern; needed is a frozen dataclass with (QK, layer) → "
-            "graph, `sparsity_parameter` and `needs`, see docs/how-to/adding_a_pattern.md"
+            f"{group}={name} of {owners[0]}: {entry.value} is no {group}; needed is {needed}, see "
+            f"docs/how-to/{'adding_a_pattern' if group == 'pattern' else 'other_packages'}.md"
         )
     settings: dict[str, Any] = {"_target_": entry.value.replace(":", ".")}
     for parameter in parameters.values():
+        if parameter.name in GIVEN.get(group, ()):
+            continue
         if parameter.name in SHARED:
             settings[parameter.name] = f"${{{parameter.name}}}"
         elif parameter.name not in getattr(kind, "needs", ()) and _is_plain(parameter.default):
@@ -94,8 +99,32 @@ def _owner(entry: EntryPoint) -> str:
 
 
 def _is_pattern(kind: Any) -> bool:
-    called = any("__call__" in vars(base) for base in getattr(kind, "__mro__", ()))
-    return dataclasses.is_dataclass(kind) and called and hasattr(kind, "sparsity_parameter") and hasattr(kind, "needs")
+    has = hasattr(kind, "sparsity_parameter") and hasattr(kind, "needs")
+    return dataclasses.is_dataclass(kind) and _is_called(kind) and has
+
+
+def _is_attention(kind: Any) -> bool:
+    given = "normalizer" in inspect.signature(kind).parameters
+    return given and _is_called(kind) and hasattr(kind, "graph") and hasattr(kind, "computed_pairs")
+
+
+def _is_corpus(kind: Any) -> bool:
+    return isinstance(kind, type) and hasattr(kind, "documents") and hasattr(kind, "fingerprint")
+
+
+def _is_called(kind: Any) -> bool:
+    """Whether objects of the class are called, as functions are."""
+    return any("__call__" in vars(base) for base in getattr(kind, "__mro__", ()))
+
+
+_KINDS = {  # of each group, whether a class is one, and what it takes to be
+    "pattern": (_is_pattern, "a frozen dataclass with (QK, layer) → graph, `sparsity_parameter` and `needs`"),
+    "attention": (
+        _is_attention,
+        "a class made with a `normalizer`, with (q, k, v, valid, layer) → output, `graph` and `computed_pairs`",
+    ),
+    "corpus": (_is_corpus, "a class with `documents(split, cache)` and `fingerprint()`"),
+}
 
 
 def _is_plain(value: Any) -> bool:

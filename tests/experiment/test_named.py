@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from sparsefinder.testing import CHECKS, random_qk
 from sparsefinder.testing import __main__ as conformance
 from sparsefinder.testing.by_name import learned
 from tests.conftest import GRAPH
+from tests.tiny_models import save_tiny
 
 CODE = """
 from dataclasses import dataclass
@@ -49,9 +51,35 @@ class Leaky(Near):
     def __call__(self, qk, layer):
         return torch.ones_like(super().__call__(qk, layer))  # padding and the future, too
 
-class Corpus:
-    def __init__(self, path: str = "x", seed: int = 0): ...
+@dataclass(frozen=True)
+class Letters:
+    words: int = 9
+    seed: int = 0
+
+    def documents(self, split, cache=None):
+        for start in range(40):
+            yield " ".join(("the model attends to keys that its query needs".split() * 9)[start % 9 :][: self.words])
+
+    def fingerprint(self):
+        return f"letters {self.words} {self.seed}"
+
+@dataclass(frozen=True)
+class Mean:  # of all values: an attention with a graph of its own
+    normalizer: object
+    share: float = 1.0
+    causal: bool = False
+
+    def __call__(self, q, k, v, valid, layer, query_valid=None):
+        weights = valid[:, None, :, None] * self.share
+        return ((v * weights).sum(2, keepdim=True) / weights.sum(2, keepdim=True)).expand_as(q)
+
+    def graph(self, qk, layer):
+        return qk.allowed.expand(qk.graph_shape)
+
+    def computed_pairs(self, qk, layer):
+        return torch.zeros(qk.q.shape[:2], dtype=torch.int64)
 """
+OTHERS = "[sparsefinder.corpora]\nletters = beside_{n}:Letters\n[sparsefinder.attentions]\nmean = beside_{n}:Mean\n"
 PATTERNS = "[sparsefinder.patterns]\nnear = beside_{n}:Near\nleaky = beside_{n}:Leaky\n"
 
 Install = Callable[..., str]
@@ -77,8 +105,8 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
     yield package
     for name in made:
         sys.modules.pop(name, None)
-    for name in ("near", "leaky"):
-        ConfigStore.instance().repo.get("pattern", {}).pop(f"{name}.yaml", None)
+    for group, name in (("pattern", "near"), ("pattern", "leaky"), ("corpus", "letters"), ("attention", "mean")):
+        ConfigStore.instance().repo.get(group, {}).pop(f"{name}.yaml", None)
 
 
 def test_it_is_chosen_by_all_and_by_name(install: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,9 +145,44 @@ def test_it_is_learned_for_and_restored_by_name(install: Install) -> None:
 
 
 def test_corpora_and_attentions_have_groups_too(install: Install) -> None:
-    install("[sparsefinder.corpora]\nmine = beside_{n}:Corpus\n")
-    assert "mine" in conf_folder.groups()["corpus"]
-    assert named.settings_of("corpus", "mine") == {"_target_": "beside_0.Corpus", "path": "x", "seed": "${seed}"}
+    install(OTHERS)
+    assert "letters" in conf_folder.groups()["corpus"]
+    assert named.settings_of("corpus", "letters") == {"_target_": "beside_0.Letters", "words": 9, "seed": "${seed}"}
+    settings = {"_target_": "beside_0.Mean", "share": 1.0, "causal": "${causal}"}
+    assert named.settings_of("attention", "mean") == settings, "its normalizer is given to it"
+
+
+def test_an_attention_and_a_corpus_are_run_by_name(
+    install: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One row of evaluate beside our own, on texts that the other package gives."""
+    install(OTHERS)
+    save_tiny(tmp_path / "model")
+    monkeypatch.setattr(sys, "argv", ["run.py"])
+    common = ["stage=evaluate", f"model={tmp_path / 'model'}", f"run_dir={tmp_path / 'run'}", "patterns=[window]"]
+    few = ["evaluate.samples=4", "evaluate.batch_size=2", "evaluate.measured=1"]
+    assert run.main([*common, *few, "corpus=letters", "corpus.words=7", "attention=mean", "attention.share=0.5"]) == 0
+    table = pd.read_csv(tmp_path / "run" / "evaluate" / "results.csv")
+    mean = table.iloc[-1]
+    assert mean["variant"] == "mean (softmax)", "as the model attends"
+    assert (mean["sparsity"], mean["share"], mean["computed_density"]) == (0, 0.5, 0)
+    manifest = json.loads((tmp_path / "run" / "evaluate.json").read_text())
+    assert manifest["parents"]["corpus"] == "letters 7 0"
+
+
+def test_what_is_left_out_may_be_broken(
+    install: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A package that cannot be imported stops pattern=all, by name; who names others goes on."""
+    install(code="import nothing_of_that_name")
+    monkeypatch.setattr(sys, "argv", ["run.py"])
+    common = [f"qk={GRAPH / 'golden_enc-attn.pt'}", "stage=score", f"run_dir={tmp_path / 'run'}"]
+    assert run.main(common) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1
+    assert "pattern=leaky of the package beside_0 cannot be imported" in said[0]
+    assert not (tmp_path / "run" / "score").exists()
+    assert run.main([*common, "patterns=[window]"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -136,9 +199,25 @@ def test_corpora_and_attentions_have_groups_too(install: Install) -> None:
             "pattern=near of the package beside_0 cannot be imported from beside_0:Near (AttributeError",
         ),
         (
-            "[sparsefinder.patterns]\nnear = beside_{n}:Corpus\n",
+            "[sparsefinder.patterns]\nnear = beside_{n}:Letters\n",
             CODE,
-            "beside_0:Corpus is no pattern; needed is a frozen",
+            "beside_0:Letters is no pattern; needed is a frozen",
+        ),
+        (
+            "[sparsefinder.corpora]\nletters = beside_{n}:Near\n",
+            CODE,
+            "beside_0:Near is no corpus; needed is a class with `documents(split, cache)`",
+        ),
+        ("[sparsefinder.corpora]\nletters = beside_{n}:Letters\n", "1 +", "cannot be imported from beside_0:Letters ("),
+        (
+            "[sparsefinder.attentions]\nmean = beside_{n}:Near\n",
+            CODE,
+            "beside_0:Near is no attention; needed is a class made with a `normalizer`",
+        ),
+        (
+            "[sparsefinder.attentions]\nmean = beside_{n}:Mean\n",
+            "raise OSError('no\\nlibrary')",
+            "attention=mean of the package beside_0 cannot be imported from beside_0:Mean (OSError: no library)",
         ),
     ],
 )
@@ -152,7 +231,9 @@ def test_what_cannot_be_used_is_one_line(
 ) -> None:
     install(entries, code)
     monkeypatch.setattr(sys, "argv", ["run.py"])
-    assert run.main(["stage=score", "pattern=near"]) == 2
+    group = next(group for group, whose in named.GROUPS.items() if whose in entries)
+    name = {"pattern": "near", "corpus": "letters", "attention": "mean"}[group]
+    assert run.main([f"stage={'score' if group == 'pattern' else 'evaluate'}", f"{group}={name}"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert said in line
