@@ -45,6 +45,7 @@ from sparsefinder.errors import UserError, check_counts, one_of
 from sparsefinder.evaluation.arms import Arm, plugged
 from sparsefinder.experiment.configuration import Learned
 from sparsefinder.models.families import TRAITS, Kind
+from sparsefinder.models.learned_heads import get_heads, learned_heads
 from sparsefinder.models.masked_lm import gold_sparsity, unigram_entropy, validation_loss
 from sparsefinder.models.objectives import asked_batches
 from sparsefinder.models.position_tables import CONVENTIONS, longest_input, reserved_rows
@@ -227,6 +228,14 @@ class FinetuneSettings(TrainingSettings):
                 raise UserError(f"finetune.{name} must be positive, got {getattr(self, name)}")
         if not 1.0 <= self.alpha <= 2.0:
             raise UserError(f"finetune.alpha must lie between 1 (softmax) and 2 (sparsemax), got {self.alpha}")
+        low, high = self.per_head.alpha_bounds
+        if self.per_head.alpha and not low <= self.alpha <= high:
+            raise UserError(f"finetune.alpha={self.alpha} must lie within finetune.per_head.alpha_bounds={[low, high]}")
+        if self.per_head.alpha and (self.alpha_schedule or self.attention is not None):
+            other = "finetune.alpha_schedule" if self.alpha_schedule else "finetune.attention"
+            raise UserError(
+                f"finetune.per_head.alpha learns an α for each head, and {other} needs one for all: leave one out"
+            )
         if not 0.0 < self.mask_fraction < 1.0:
             raise UserError(f"finetune.mask_fraction must lie between 0 and 1, got {self.mask_fraction}")
         if self.schedule not in SCHEDULES:
@@ -286,7 +295,8 @@ def run(settings: FinetuneSettings, store: Store) -> None:
         lambda: token_blocks(settings.corpus, tokenizer, "validation", length, settings.eval_blocks, cache)
     )
     held_out = asked_batches(model, validation, tokenizer, seed=settings.seed, batch_size=settings.batch_size)
-    models.set_normalizer(model, Normalizer(settings.alpha))
+    if not (settings.per_head.alpha and get_heads(model).alpha is not None):  # those of its heads are learned on
+        models.set_normalizer(model, Normalizer(settings.alpha))
     steps = 0
     if settings.steps != 0:
         training = distributed.first_then_all(
@@ -295,7 +305,7 @@ def run(settings: FinetuneSettings, store: Store) -> None:
         steps = steps_over(settings, len(training))
         longer = _longer_blocks(settings, model, tokenizer, cache)
         checkpoints = distributed.once(lambda: _checkpoints(settings, store))
-        with _attending(settings, model):
+        with learned_heads(model, settings.per_head), _attending(settings, model):
             model = train(settings, steps, model, tokenizer, training, held_out, checkpoints, longer)
     if not distributed.first():
         return

@@ -11,13 +11,14 @@ import torch
 from tiny_models import save_tiny, tiny_batch, tiny_model
 from torch import nn
 
-from sparsefinder import finetune, pipeline
+from sparsefinder import extract, finetune, pipeline
 from sparsefinder.attention import Bucketed
 from sparsefinder.corpora import Masking, TextFiles, TokenBlocks, token_blocks
 from sparsefinder.errors import UserError
 from sparsefinder.evaluation.arms import Arm, Reading
 from sparsefinder.evaluation.variants import AttentionChoice
 from sparsefinder.experiment.configuration import Configuration
+from sparsefinder.experiment.instantiate import construct
 from sparsefinder.finetune import FinetuneSettings, NewModel, Pretrained
 from sparsefinder.models import (
     FAMILIES,
@@ -30,6 +31,7 @@ from sparsefinder.models import (
     trainer,
 )
 from sparsefinder.models.alpha_schedule import annealed
+from sparsefinder.models.learned_heads import PerHeadSettings, get_heads, learned_heads
 from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.patterns.quantize import Quantize
 from sparsefinder.patterns.window import Window
@@ -40,6 +42,8 @@ SENTENCE = "The model attends to the keys that its query needs, and to few other
 TINY = NewModel(
     vocabulary_size=300, max_length=24, layers=2, heads=2, hidden_size=16, intermediate_size=24, dropout=0.1
 )
+
+PER_HEAD = PerHeadSettings(alpha=True, temperature=True, alpha_bounds=(1.48, 1.6), beta_bounds=(0.0, 0.03))
 
 
 @pytest.fixture
@@ -97,9 +101,11 @@ def test_the_same_settings_give_the_same_model(corpus, tmp_path):
 
 
 @pytest.mark.parametrize("kill_at", [3, 5])
-def test_a_killed_run_ends_with_the_same_weights(corpus, tmp_path, monkeypatch, kill_at):
+@pytest.mark.parametrize(
+    "changes", [{"accumulation": 2, "alpha_schedule": True}, {"per_head": PER_HEAD}], ids=["", "heads"]
+)
+def test_a_killed_run_ends_with_the_same_weights(corpus, tmp_path, monkeypatch, kill_at, changes):
     """Killed in the step after a checkpoint, and once more while the next checkpoint is half written."""
-    changes = {"accumulation": 2, "alpha_schedule": True}
     expected = weights(run(settings_for(corpus, **changes), tmp_path / "whole"))
 
     class Killed(BaseException):
@@ -130,6 +136,73 @@ def test_a_killed_run_ends_with_the_same_weights(corpus, tmp_path, monkeypatch, 
         assert file.read_bytes() == (killed / file.name).read_bytes(), file.name
     saved = json.loads((whole / "tokenizer.json").read_text())
     assert saved["truncation"] is saved["padding"] is None
+
+
+def test_each_head_learns_within_its_bounds_and_later_on(corpus, tmp_path):
+    settings = settings_for(corpus, learning_rate=0.02, per_head=PER_HEAD)
+    first = load_masked_lm(run(settings, tmp_path / "first").run_dir / "model")[0]
+    learned = get_heads(first)
+    for name, (low, high), begin in (("alpha", PER_HEAD.alpha_bounds, 1.5), ("beta", PER_HEAD.beta_bounds, 0.0)):
+        values = getattr(learned, name)
+        assert values.shape == (2, 2)
+        assert bool(((values >= low - 1e-6) & (values <= high + 1e-6)).all()), name
+        assert bool((values != begin).any()), name
+    assert not [name for name, _ in first.named_parameters() if "entmax_heads" in name]
+    again = settings_for(corpus, steps=0, per_head=PER_HEAD, model=Pretrained(str(tmp_path / "first" / "model")))
+    kept = get_heads(load_masked_lm(run(again, tmp_path / "again").run_dir / "model")[0])
+    assert all(torch.equal(getattr(kept, name), getattr(learned, name)) for name in ("alpha", "beta", "gamma"))
+    one = dataclasses.replace(again, per_head=PerHeadSettings())  # one α for all again; the temperature is the model's
+    model = load_masked_lm(run(one, tmp_path / "one").run_dir / "model")[0]
+    assert get_normalizer(model) == Normalizer(1.5)
+    assert torch.equal(get_heads(model).beta, learned.beta)
+
+
+def test_weight_decay_leaves_the_heads_alone():
+    model = tiny_model()
+    set_normalizer(model, Normalizer(1.5))
+    with learned_heads(model, PER_HEAD):
+        own = trainer.MaskedLMTrainer.__new__(trainer.MaskedLMTrainer)
+        names = own.get_decay_parameter_names(model)
+    assert names
+    assert not [name for name in names if "entmax_heads" in name]
+
+
+def test_recorded_files_hold_a_temperature_and_no_alpha_of_a_head(corpus, tmp_path):
+    """The recorded queries and keys of the first layer are those of the plain weights, and the formula between them."""
+    temperature = PerHeadSettings(temperature=True, beta=0.5, gamma=0.5)
+
+    def recorded(name: str, **changes):
+        model = run(settings_for(corpus, **changes), tmp_path / name).run_dir / "model"
+        store = Store(tmp_path / f"{name}_qk", given={"model": model})
+        extract.run(extract.ExtractSettings(corpus, nsamples=3, nsamples_validation=1), store)
+        return torch.load(store.run_dir / "qk_enc-attn.pt", weights_only=True)
+
+    plain = recorded("plain", steps=0)
+    files = recorded("hot", steps=1, learning_rate=1e-9, per_head=temperature)
+    for q, expected, k, same in zip(files["q"], plain["q"], files["k"], plain["k"], strict=True):
+        factor = 1.0 + 0.5 * math.log(1 + q.shape[2]) ** 0.5
+        torch.testing.assert_close(q[0], factor * expected[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(k[0], same[0], rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match="attention_alpha in this model's configuration differs from head to head"):
+        recorded("apart", steps=1, per_head=PerHeadSettings(alpha=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"alpha": 2.0}, r"finetune.alpha=2.0 must lie within finetune.per_head.alpha_bounds=\[1.48, 1.6\]"),
+        ({"alpha_schedule": True}, "finetune.alpha_schedule needs one for all"),
+        ({"attention": Arm("window", Configuration("window", Window(3)))}, "finetune.attention needs one for all"),
+    ],
+)
+def test_what_does_not_go_with_an_alpha_for_each_head(corpus, changes, message):
+    with pytest.raises(UserError, match=message):
+        settings_for(corpus, per_head=PER_HEAD, **changes)
+
+
+def test_an_unknown_setting_of_the_heads_is_said():
+    with pytest.raises(UserError, match=r"PerHeadSettings has no setting temprature; .*did you mean temperature"):
+        construct(PerHeadSettings, {"temprature": True}, "finetune.per_head")
 
 
 @pytest.mark.parametrize("devices", [1, 2])

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from sparsefinder.conversions.positions import check_target_length
 from sparsefinder.errors import UserError
 from sparsefinder.models import get_normalizer
+from sparsefinder.models.learned_heads import refuse_heads
 from sparsefinder.models.position_tables import reserved_rows
 
 logger = logging.getLogger(__name__)
@@ -110,6 +111,7 @@ def read_roberta(model: Any, tokenizer: Any, heads: Mapping[str, Any], target: s
         )
     if model.config.is_decoder and "ForCausalLM" not in heads:
         raise UserError(f"the source is a decoder (is_decoder=True) and {target} has none; convert an encoder")
+    refuse_heads(model.config.__dict__, target)
     alpha = get_normalizer(model).alpha
     if alpha != 1.0:
         logger.warning(

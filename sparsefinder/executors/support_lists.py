@@ -13,7 +13,7 @@ from sparsefinder.executors.choose_executor import AUTO, Executor, choose
 from sparsefinder.executors.native.dense import NativeDenseExecutor
 from sparsefinder.executors.workload import Pairs, Work
 from sparsefinder.graphs import QK
-from sparsefinder.numerics.normalizers import Normalizer
+from sparsefinder.numerics.normalizers import Normalizer, PerHead
 from sparsefinder.numerics.padding import at_least_float32
 
 
@@ -37,7 +37,9 @@ class Support:
 class SupportExecutor(Executor, Protocol):
     """What lists the support."""
 
-    def support(self, q: Tensor, k: Tensor, pairs: Pairs, normalizer: Normalizer) -> tuple[Tensor, Tensor, Tensor]:
+    def support(
+        self, q: Tensor, k: Tensor, pairs: Pairs, normalizer: Normalizer | PerHead
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """What `Support` is made of."""
 
 
@@ -46,9 +48,12 @@ _SOFTMAX: tuple[SupportExecutor, ...] = (TilesExecutor(),)
 
 
 @torch.no_grad()
-def support(qk: QK, alpha: float) -> Support:
-    """The pairs ``p_ij > 0`` under α-entmax of ``q·k / √D``; under softmax, all that are allowed."""
-    normalizer = Normalizer(alpha)
+def support(qk: QK, alpha: float | Tensor) -> Support:
+    """The pairs ``p_ij > 0`` under α-entmax of ``q·k / √D``; under softmax, all that are allowed.
+
+    ``alpha``: a number, or ``(H,)`` with one for each head, each 1 < α ≤ 2.
+    """
+    normalizer = PerHead(alpha) if isinstance(alpha, Tensor) else Normalizer(alpha)
     q, k = at_least_float32(qk.q), at_least_float32(qk.k)
     executor = choose(_SPARSE if normalizer.sparse else _SOFTMAX, AUTO, Work.of(q, k))
     return Support(

@@ -27,6 +27,7 @@ from sparsefinder.lsg.loading import IGNORED, check_config, is_lsg, load
 from sparsefinder.lsg.modeling import model_class
 from sparsefinder.models import set_normalizer
 from sparsefinder.models.checkpoints import Checkpoint, check_that_it_runs, load_config, load_tokenizer, open_checkpoint
+from sparsefinder.models.learned_heads import refuse_heads
 from sparsefinder.models.transformers_internals import forget_attention
 from sparsefinder.numerics.normalizers import Normalizer
 
@@ -170,6 +171,7 @@ def _source(checkpoint: Checkpoint, family: Family, plain: str, config: Any) -> 
 
 def _normalizer(raw: dict[str, Any]) -> Normalizer:
     """What a plain checkpoint attends with."""
+    refuse_heads(raw, "an LSG model")
     try:
         return Normalizer(raw.get("attention_alpha", 1.0))
     except (TypeError, ValueError) as error:

@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sparsefinder.models.dense_normalizer import SOFTMAX, get_normalizer, set_normalizer, softmax
+    from sparsefinder.models.dense_normalizer import SOFTMAX, get_normalizer, normalizers, set_normalizer, softmax
     from sparsefinder.models.entmax_configuration import REGISTERED
     from sparsefinder.models.families import DECODERS, ENCODER_DECODERS, FAMILIES, kind_of
     from sparsefinder.models.loading import (
@@ -40,6 +40,7 @@ __all__ = [
     "load_language_model",
     "load_masked_lm",
     "load_with_head",
+    "normalizers",
     "plugged",
     "set_normalizer",
     "softmax",
@@ -49,7 +50,7 @@ _LOADING = ("load_causal_lm", "load_encoder", "load_language_model", "load_maske
 _HOMES = {
     "REGISTERED": "entmax_configuration",
     "plugged": "replacement.context_manager",
-    **dict.fromkeys(("SOFTMAX", "get_normalizer", "set_normalizer", "softmax"), "dense_normalizer"),
+    **dict.fromkeys(("SOFTMAX", "get_normalizer", "normalizers", "set_normalizer", "softmax"), "dense_normalizer"),
     **dict.fromkeys(("ModelShape", "describe"), "replacement.attention_calls"),
     **dict.fromkeys(("has_head", *_LOADING), "loading"),
     **dict.fromkeys(("DECODERS", "ENCODER_DECODERS", "FAMILIES", "kind_of"), "families"),

@@ -35,6 +35,12 @@ SAVED_AS = "sparsefinder (entmax attention of the Python package sparsefinder: i
 """`attn_implementation` in config.json: the part of transformers' error that a reader without the package sees."""
 
 
+ALPHA = "attention_alpha"
+"""The α of all heads, a number, or a matrix ``L × H`` with one for each: see `sparsefinder.models.learned_heads`."""
+
+TEMPERATURE = "attention_temperature"
+"""What scores are multiplied with, ``{"delta": δ, "beta": L × H, "gamma": L × H}``: `sparsefinder.numerics.temperature`."""
+
 PUBLISHED = "initial_alpha"
 """The α of SparseModernBERT's configurations, a number or one for each layer: of the global ones, sliding ones have softmax.
 It counts where there is no ``attention_alpha``."""
@@ -47,16 +53,18 @@ INDEXED_AS = "sparsefinder (sparse attention of the Python package sparsefinder:
 
 
 def remembers_entmax(settings: dict[str, Any]) -> bool:
-    """Whether these settings of a configuration are those of a model with α-entmax attention; α = 1 is softmax."""
-    alpha = settings.get("attention_alpha", settings.get(PUBLISHED, 1.0))
+    """Whether these settings are those of a model with α-entmax attention, or a temperature; α = 1 is softmax."""
+    if TEMPERATURE in settings:
+        return True
+    alpha = settings.get(ALPHA, settings.get(PUBLISHED, 1.0))
     if isinstance(alpha, (list, tuple)):
         return any(each != 1.0 for each in alpha)
     return isinstance(alpha, bool) or alpha != 1.0
 
 
 def _said(settings: dict[str, Any]) -> str:
-    name = "attention_alpha" if "attention_alpha" in settings else PUBLISHED
-    return f"{name}={settings[name]}"
+    name = next(name for name in (ALPHA, PUBLISHED, TEMPERATURE) if name in settings)
+    return f"{name}={settings[name]}" if isinstance(settings[name], (int, float)) else f"{name} in its configuration"
 
 
 def follow_transformers(also: Mapping[str, Callable[[ModuleType], None]] | None = None) -> None:

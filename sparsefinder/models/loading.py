@@ -19,7 +19,9 @@ from transformers import (
 from sparsefinder.errors import UserError
 from sparsefinder.models.checkpoints import check_that_it_runs, load_config, load_model, load_tokenizer, open_checkpoint
 from sparsefinder.models.dense_normalizer import set_normalizer
+from sparsefinder.models.entmax_configuration import ALPHA
 from sparsefinder.models.families import TRAITS, Kind, check_family
+from sparsefinder.models.learned_heads import check_heads, get_heads, set_heads
 from sparsefinder.models.replacement import attach_and_detach
 from sparsefinder.models.replacement.registered_function import normalizer_of
 from sparsefinder.models.transformers_internals import forget_attention
@@ -117,7 +119,7 @@ def load_with_head(
         raise UserError(f"{label} is configured as a decoder; a masked language model needs is_decoder=false")
     config = load_config(checkpoint, **options)
     try:
-        normalizer = normalizer_of(config)
+        normalizer = None if isinstance(getattr(config, ALPHA, None), (list, tuple)) else normalizer_of(config)
     except (TypeError, ValueError) as error:
         raise UserError(f"{label}: attention_alpha in its config.json is wrong: {error}") from error
     forget_attention(config)  # whatever it was saved as; the normalizer is set below
@@ -131,6 +133,10 @@ def load_with_head(
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:
         raise UserError(f"{label}: its tokenizer has no padding token, which batches need; add one and save it again")
+    check_heads(model, label)
     check_that_it_runs(model, label)
-    set_normalizer(model, normalizer)
+    if normalizer is None:  # an α for each head, which the configuration has
+        set_heads(model, get_heads(model))
+    else:
+        set_normalizer(model, normalizer)
     return model, tokenizer

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from sparsefinder import models
-from sparsefinder.attention import Dense
 from sparsefinder.corpora import Batch
 from sparsefinder.corpora.masking import IGNORED
 from sparsefinder.executors.support_lists import support
 from sparsefinder.graphs import QK
 from sparsefinder.models.families import TRAITS
 from sparsefinder.models.objectives import is_causal, whole_text
-from sparsefinder.models.observed_attention import Watched
+from sparsefinder.models.observed_attention import Look, OwnDense, Watched
 
 
 def masked_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -70,18 +69,20 @@ def gold_sparsity(model: Any, batches: Sequence[Batch]) -> float:
     """Share of allowed pairs to which the model's own dense attention gives probability zero; the mean over examples,
     layers and heads of every attention that can be looked at, on inputs without masks."""
     model.eval()
-    normalizer = models.get_normalizer(model)
     sparsities: list[Tensor] = []
 
-    def look(layer: int, qk: QK, v: Tensor, output: Tensor) -> None:
-        gold = support(qk.with_vectors(qk.q.float(), qk.k.float()), normalizer.alpha).counts.sum(-1)
-        queries, keys = qk.queries_valid.sum(-1)[:, None], qk.lengths[:, None]
-        sparsities.append(1.0 - gold / (keys * (keys + 1) // 2 if qk.causal else queries * keys))
+    def looking(own: OwnDense) -> Look:
+        def look(layer: int, qk: QK, v: Tensor, output: Tensor) -> None:
+            gold = support(qk.with_vectors(qk.q.float(), qk.k.float()), own.normalizers[layer].alpha).counts.sum(-1)
+            queries, keys = qk.queries_valid.sum(-1)[:, None], qk.lengths[:, None]
+            sparsities.append(1.0 - gold / (keys * (keys + 1) // 2 if qk.causal else queries * keys))
+
+        return look
 
     with contextlib.ExitStack() as stack:
         for which in TRAITS[model.config.model_type].replaceable:
-            watched = Watched(Dense(normalizer, is_causal(model, which)), look)
-            stack.enter_context(models.plugged(model, watched, which))
+            own = OwnDense(models.normalizers(model, which), is_causal(model, which))
+            stack.enter_context(models.plugged(model, Watched(own, looking(own)), which))
         for batch in batches:
             model.base_model(**whole_text(model, _on(batch, model.device)))
     return torch.cat([sparsity.flatten() for sparsity in sparsities]).mean().item()

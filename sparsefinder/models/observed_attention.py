@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from sparsefinder.attention import Dense
 from sparsefinder.graphs import QK, Attention
+from sparsefinder.numerics.normalizers import Normalizer, PerHead
 
 Look = Callable[[int, QK, Tensor, Tensor], None]
 """``(layer, queries and keys, values (B, H_k, N_k, D), output (B, H, N_q, D))``."""
+
+
+@dataclass(frozen=True)
+class OwnDense:
+    """A model's own dense attention as one that can be plugged in: each layer with its normalizer (`models.normalizers`)."""
+
+    normalizers: Sequence[Normalizer | PerHead]
+    causal: bool = False
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, layer: int, query_valid: Tensor | None = None
+    ) -> Tensor:
+        """As `Dense`."""
+        return Dense(self.normalizers[layer], self.causal)(q, k, v, valid, layer, query_valid)
 
 
 @dataclass(frozen=True)

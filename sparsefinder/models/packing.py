@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparsefinder.errors import UserError
-from sparsefinder.models.replacement.registered_function import split_mask
+from sparsefinder.models.masks import split_mask
 
 
 @dataclass(frozen=True)

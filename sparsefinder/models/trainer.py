@@ -10,7 +10,7 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,8 +32,10 @@ from transformers import (
 from sparsefinder import models
 from sparsefinder.corpora import Batch, TokenBlocks
 from sparsefinder.models.alpha_schedule import Annealing
+from sparsefinder.models.learned_heads import Bounded, PerHeadSettings
 from sparsefinder.models.masked_lm import masked_logits
 from sparsefinder.models.objectives import Objective, collated, objective_of
+from sparsefinder.models.replacement.each_head import LEARNED
 from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.storage import distributed
 from sparsefinder.storage.files import remove
@@ -49,6 +51,7 @@ class TrainingSettings:
 
     alpha: float = 1.5  # of the entmax that the model ends with; 1 is softmax, 2 sparsemax
     alpha_schedule: bool = False  # anneal α from 1.01 to `alpha` over the first half of the steps
+    per_head: PerHeadSettings = field(default_factory=PerHeadSettings)
     batch_size: int = 64  # blocks at once, on each device
     accumulation: int = 1  # batches that make one update
     learning_rate: float = 3e-5
@@ -140,7 +143,11 @@ def train(
         eval_dataset=_HeldOut(held_out),
         data_collator=lambda examples: collated(objective, examples, tokenizer.pad_token_id),
         processing_class=tokenizer,
-        callbacks=[Reporting("finetune"), *([Annealing(settings.alpha)] if settings.alpha_schedule else [])],
+        callbacks=[
+            Reporting("finetune"),
+            *([Annealing(settings.alpha)] if settings.alpha_schedule else []),
+            *([Bounded(settings.per_head)] if settings.per_head.any else []),
+        ],
     )
     trainer.model_accepts_loss_kwargs = True  # `compute_loss` divides by the tokens of the whole accumulated batch
     trainer.remove_callback(PrinterCallback)
@@ -150,7 +157,8 @@ def train(
     if checkpoint is not None:
         log.info("finetune: going on from %s", checkpoint.name)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    models.set_normalizer(model, Normalizer(settings.alpha))
+    if not settings.per_head.alpha:
+        models.set_normalizer(model, Normalizer(settings.alpha))
     return model
 
 
@@ -223,7 +231,12 @@ class _HeldOut(Dataset[tuple[Tensor, Tensor]]):
 
 
 class MaskedLMTrainer(Trainer):
-    """The Trainer, with the head on the tokens asked for only."""
+    """The Trainer, with the head on the tokens asked for only, and without weight decay of what heads learn besides weights."""
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Names of the parameters that weight decay pulls to zero."""
+        names: list[str] = super().get_decay_parameter_names(model)
+        return [name for name in names if LEARNED not in name.split(".")]
 
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None

@@ -37,7 +37,9 @@ class TilesExecutor:
         out = attend(*exactly(q, k, v), pairs.allowed, normalizer, dropout)
         return out.masked_fill(~pairs.query_valid[:, None, :, None], 0.0)
 
-    def support(self, q: Tensor, k: Tensor, pairs: Pairs, normalizer: Normalizer) -> tuple[Tensor, Tensor, Tensor]:
+    def support(
+        self, q: Tensor, k: Tensor, pairs: Pairs, normalizer: Normalizer | PerHead
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Counts, keys and probabilities of the pairs of positive probability; see `support`."""
         real = pairs.query_valid[:, None, :, None]
         return support(q, k, lambda start, end: pairs.allowed(start, end) & real[:, :, start:end], normalizer)

@@ -60,14 +60,19 @@ class NativeDenseExecutor:
         self, q: Tensor, k: Tensor, v: Tensor, pairs: Pairs, normalizer: Normalizer | PerHead, dropout: float
     ) -> Tensor:
         """``q (B, H, N_q, D)``, ``k``, ``v (B, H_k, N_k, D)``, of any precision → ``(B, H, N_q, D)``, float32 at least."""
-        alpha = normalizer.alpha
-        alpha = alpha if isinstance(alpha, Tensor) else torch.full((q.shape[1],), alpha, dtype=torch.float64)
         seed = int(torch.randint(1 << 62, ())) if dropout else 0
-        return attend(*exactly(q, k, v), pairs, alpha, dropout, seed)
+        return attend(*exactly(q, k, v), pairs, _of_heads(normalizer, q.shape[1]), dropout, seed)
 
-    def support(self, q: Tensor, k: Tensor, pairs: Pairs, normalizer: Normalizer) -> tuple[Tensor, Tensor, Tensor]:
+    def support(
+        self, q: Tensor, k: Tensor, pairs: Pairs, normalizer: Normalizer | PerHead
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Counts, keys and probabilities of the pairs of positive probability; see `support`."""
-        return support(q, k, pairs, torch.full((q.shape[1],), normalizer.alpha, dtype=torch.float64))
+        return support(q, k, pairs, _of_heads(normalizer, q.shape[1]))
+
+
+def _of_heads(normalizer: Normalizer | PerHead, heads: int) -> Tensor:
+    alpha = normalizer.alpha
+    return alpha if isinstance(alpha, Tensor) else torch.full((heads,), alpha, dtype=torch.float64)
 
 
 def attend(

@@ -4,7 +4,7 @@
 same name, a boolean mask into that of mask functions: without the second, transformers hands over no mask and padding is
 attended, silently. What `attend` does is decided by the module that it is called from:
 
-- dense attention with the normalizer that the model's configuration remembers;
+- dense attention with the normalizer that the model's configuration remembers, for each head where it has one for each;
 - whatever is plugged into the module (`sparsefinder.models.plugged`).
 """
 
@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from sparsefinder.attention import Dense
 from sparsefinder.errors import UserError
-from sparsefinder.models.entmax_configuration import PUBLISHED
-from sparsefinder.models.sliding import causal_of, window_of
+from sparsefinder.models.entmax_configuration import ALPHA, PUBLISHED
+from sparsefinder.models.masks import causal_of, keys_seen, split_mask, window_of
+from sparsefinder.models.replacement.each_head import alphas_of, temperature_of
 from sparsefinder.models.transformers_internals import weights_are_collected
-from sparsefinder.numerics.normalizers import Normalizer, is_recorded
+from sparsefinder.numerics.normalizers import Normalizer, PerHead, is_recorded
 
 PLUG = "_sparsefinder_plug"  # attribute of an attention module while something is plugged in
 
-_ABSENT = -1e4  # at or below it a number in an additive mask says "never": BERT's old convention, and those after it
 _UNKNOWN = ("softcap", "s_aux")  # what some models do to scores, and this attention does not
 
 
@@ -59,6 +59,8 @@ def attend(
     natural = 1.0 / math.sqrt(query.shape[-1])
     if scaling is not None and not math.isclose(scaling, natural):
         query = query * (scaling / natural)
+    if (temperature := temperature_of(module.config, module)) is not None:
+        query = temperature(query, keys_seen(attention_mask, query, key))
     plug: Plugged | None = module.__dict__.get(PLUG)
     if plug is not None:
         if others.get("output_attentions") or weights_are_collected():
@@ -68,7 +70,7 @@ def attend(
             )
         output = plug(module, query, key, value, attention_mask)
         return output.transpose(1, 2).contiguous(), None
-    dense = Dense(normalizer_of(module.config, module), dropout=dropout if module.training else 0.0)
+    dense = Dense(normalizer_at(module.config, module), dropout=dropout if module.training else 0.0)
     if others.get("output_attentions") or weights_are_collected() or is_recorded() or _adds(attention_mask):
         return _with_probabilities(query, key, value, attention_mask, dense)
     # float32 also under autocast: the support and the sum of a row do not survive half precision
@@ -112,41 +114,41 @@ def _adds(mask: Tensor | None) -> bool:
     return mask is not None and mask.dtype != torch.bool
 
 
-def normalizer_of(config: Any, module: Any = None) -> Normalizer:
-    """The normalizer that a configuration remembers; α = 1 where it remembers none.
+def normalizer_at(config: Any, module: Any) -> Normalizer | PerHead:
+    """The normalizer that a configuration remembers for one attention module of its model; α = 1 where it remembers none."""
+    of_heads = alphas_of(config, module)
+    if of_heads is not None:
+        return of_heads
+    if getattr(config, ALPHA, None) is None:
+        if getattr(module, "sliding_window", None) is not None:
+            return Normalizer(1.0)
+        published = getattr(config, PUBLISHED, 1.0)
+        if isinstance(published, (list, tuple)):
+            return Normalizer(published[module.layer_idx])
+    return normalizer_of(config)
 
-    Args:
-        config: Of the model.
-        module: Its attention module that is asked about; None for the (global) layers as a whole.
+
+def normalizer_of(config: Any) -> Normalizer:
+    """The one normalizer of the (global) layers as a whole that a configuration remembers; α = 1 where it remembers none.
 
     Raises:
-        UserError: The layers as a whole have more than one α.
+        UserError: The layers, or their heads, have more than one α.
     """
-    own: float | None = getattr(config, "attention_alpha", None)
+    own: Any = getattr(config, ALPHA, None)
     alpha: Any = getattr(config, PUBLISHED, 1.0) if own is None else own
-    if own is None and getattr(module, "sliding_window", None) is not None:
-        return Normalizer(1.0)
+    if own is not None and isinstance(own, (list, tuple)):
+        raise UserError(
+            f"{ALPHA} in this model's configuration differs from head to head, and one α for all was needed here: recorded "
+            "files, patterns and conversions know no other. The model itself attends, trains and is saved with its own "
+            "(finetune.per_head.alpha=false finetunes it with one)"
+        )
     if isinstance(alpha, (list, tuple)):
-        if module is not None:
-            return Normalizer(alpha[module.layer_idx])
         kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(alpha)
         distinct = {each for each, kind in zip(alpha, kinds, strict=True) if kind != "sliding_attention"}
         if len(distinct) > 1:
             raise UserError(f"{PUBLISHED}={list(alpha)} differs from layer to layer, and one α for all was needed here")
         alpha = distinct.pop() if distinct else 1.0
     return Normalizer(alpha)
-
-
-def split_mask(mask: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Where a query may attend, bool, and what is added to the scores there; None for a boolean mask."""
-    if mask.dtype == torch.bool:
-        return mask, None
-    if not mask.is_floating_point():
-        raise UserError(
-            f"this attention got a mask of {mask.dtype}; give a boolean one, True where a query may attend "
-            "(mask.bool()), or numbers that are added to the scores"
-        )
-    return mask > _ABSENT, mask
 
 
 def _with_probabilities(

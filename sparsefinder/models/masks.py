@@ -1,9 +1,18 @@
-"""What a mask is, read from its numbers: the window of a sliding layer, or the past. Whoever knows multiplies no more."""
+"""What a mask is, read from its numbers: the window of a sliding layer, or the past; and how many keys it leaves a query."""
 
 from __future__ import annotations
 
+import threading
+import weakref
+
 import numpy as np
+import torch
 from torch import Tensor
+
+from sparsefinder.errors import UserError
+from sparsefinder.numerics.normalizers import is_recorded
+
+_ABSENT = -1e4  # at or below it a number in an additive mask says "never": BERT's old convention, and those after it
 
 
 def window_of(mask: Tensor | None, reach: int) -> tuple[Tensor, bool] | None:
@@ -41,3 +50,46 @@ def causal_of(mask: Tensor | None) -> Tensor | None:
         return None
     valid = mask[:, 0, -1]  # the last query sees all that is real
     return valid if mask[:, 0].equal(valid[:, None].expand(mask[:, 0].shape).tril()) else None
+
+
+def split_mask(mask: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Where a query may attend, bool, and what is added to the scores there; None for a boolean mask."""
+    if mask.dtype == torch.bool:
+        return mask, None
+    if not mask.is_floating_point():
+        raise UserError(
+            f"this attention got a mask of {mask.dtype}; give a boolean one, True where a query may attend "
+            "(mask.bool()), or numbers that are added to the scores"
+        )
+    return mask > _ABSENT, mask
+
+
+def keys_seen(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor:
+    """How many keys each query may attend to, ``(B or 1, N_q or 1)`` int64.
+
+    All layers get the same mask, so it is counted once.
+
+    Args:
+        mask: None, or ``(B, 1, N_q or 1, N_k)``, bool or numbers that are added to the scores.
+        q: queries ``(B, H, N_q, D)``.
+        k: keys ``(B, H_k, N_k, D)``.
+    """
+    if mask is None:
+        return torch.full((1, 1), k.shape[2], device=q.device)
+    if is_recorded():
+        return _counted(mask)
+    if _LAST.mask is None or _LAST.mask() is not mask:
+        _LAST.mask, _LAST.count = weakref.ref(mask), _counted(mask)
+    return _LAST.count
+
+
+def _counted(mask: Tensor) -> Tensor:
+    return split_mask(mask)[0][:, 0].sum(-1)
+
+
+class _Last(threading.local):
+    mask: weakref.ref[Tensor] | None = None
+    count: Tensor
+
+
+_LAST = _Last()

@@ -12,8 +12,8 @@ from transformers import masking_utils
 from sparsefinder.attention import Bucketed, Dense, Masked
 from sparsefinder.graphs import QK, Pattern, band
 from sparsefinder.models import plugged, set_normalizer
+from sparsefinder.models.masks import window_of
 from sparsefinder.models.replacement import registered_function
-from sparsefinder.models.sliding import window_of
 from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.patterns.combine import Union
 from sparsefinder.patterns.longformer import Longformer
