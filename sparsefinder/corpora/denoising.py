@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sparsefinder.corpora.blocks import TokenBlocks
-from sparsefinder.corpora.masking import Batch, collate
+from sparsefinder.corpora.masking import Batch, collate, ordinary_tokens
 from sparsefinder.errors import UserError
 from sparsefinder.numerics.counter_rng import uniform
 
@@ -65,18 +65,12 @@ class Denoising:
         return cls(start_token_id, tokenizer.mask_token_id, ends, special, fraction)
 
     def __call__(self, ids: Tensor, seed: int, example: int) -> tuple[Tensor, Tensor]:
-        """Damage one block; the same for the same seed and example.
-
-        Args:
-            ids: ``(n,)`` int64.
-            seed: Of all draws.
-            example: Number of the block, or of the example in training.
+        """Damage one block; the arguments are those of `Masking`.
 
         Returns:
             What the encoder reads, ``(m,)`` int64, and the labels of the decoder, which are ``ids``.
         """
-        ordinary = ~torch.isin(ids, torch.tensor(self.special))
-        inside = ordinary.nonzero().flatten()
+        inside = ordinary_tokens(ids, self.special).nonzero().flatten()
         if not len(inside):
             return ids, ids
         first, last = int(inside[0]), int(inside[-1]) + 1

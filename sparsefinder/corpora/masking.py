@@ -80,7 +80,7 @@ class Masking:
         Returns:
             Inputs and labels, ``(n,)`` int64 each; labels are `IGNORED` where nothing is asked.
         """
-        ordinary = ~torch.isin(ids, torch.tensor(self.special))
+        ordinary = ordinary_tokens(ids, self.special)
         chance, kind, token = (
             uniform(seed, stream, torch.tensor(example), torch.arange(len(ids))) for stream in range(3)
         )
@@ -91,6 +91,11 @@ class Masking:
         swapped = chosen & (kind >= self.masked) & (kind < self.masked + self.random)
         inputs = torch.where(swapped, (token * self.vocabulary).long(), inputs)
         return inputs, torch.where(chosen, ids, IGNORED)
+
+
+def ordinary_tokens(ids: Tensor, special: Sequence[int]) -> Tensor:
+    """``(n,)`` bool: the tokens that carry text, which may be asked for."""
+    return ~torch.isin(ids, torch.tensor(special))
 
 
 def masked_batches(

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from sparsefinder.errors import UserError
 from sparsefinder.graphs import QK, Buckets, Layout
-from sparsefinder.predictors.centroids import Centroids, nearest
+from sparsefinder.predictors.centroids import Centroids
+from sparsefinder.predictors.nearest_clusters import nearest
 from sparsefinder.storage.store import missing
 
 

@@ -16,7 +16,8 @@ from sparsefinder.graphs import QK, Buckets, ChosenBuckets, Layout
 from sparsefinder.numerics.tail_normalizer import with_clusters
 from sparsefinder.patterns.routed import on_levels
 from sparsefinder.patterns.support.ranking import as_ids, vectors
-from sparsefinder.predictors.centroids import Centroids, clusters_of_unprojected_keys
+from sparsefinder.predictors.centroids import Centroids
+from sparsefinder.predictors.nearest_clusters import clusters_of_unprojected_keys
 from sparsefinder.predictors.projections import Projections
 from sparsefinder.storage.store import missing
 

@@ -18,7 +18,8 @@ from sparsefinder.numerics.cluster_moments import merged, moments
 from sparsefinder.numerics.padding import without_padding
 from sparsefinder.numerics.selection import check_rule, select, thresholds
 from sparsefinder.patterns.support.ranking import as_ids
-from sparsefinder.predictors.centroids import Centroids, clusters_of_keys
+from sparsefinder.predictors.centroids import Centroids
+from sparsefinder.predictors.nearest_clusters import clusters_of_keys
 from sparsefinder.storage.store import missing
 
 # vectors, the cluster of each, and how many clusters there are → their numbers, means and variances

@@ -17,7 +17,8 @@ from sparsefinder.numerics.padding import without_padding
 from sparsefinder.numerics.selection import check_rule, select
 from sparsefinder.patterns.routed import on_levels, up_to_each_query
 from sparsefinder.patterns.support.ranking import as_ids, check_share
-from sparsefinder.predictors.centroids import Centroids, clusters_of_keys
+from sparsefinder.predictors.centroids import Centroids
+from sparsefinder.predictors.nearest_clusters import clusters_of_keys
 from sparsefinder.storage.store import missing
 
 

@@ -23,9 +23,9 @@ from sparsefinder.graphs import QK, Buckets, Layout
 from sparsefinder.numerics.selection import select
 from sparsefinder.patterns.routed import moments
 from sparsefinder.patterns.window import Window
-from sparsefinder.predictors.centroids import nearest_by_products
 from sparsefinder.predictors.contrastive import _contrastive_loss, contrastive_loss
 from sparsefinder.predictors.gold_pairs import GoldPairs
+from sparsefinder.predictors.nearest_clusters import nearest_by_products
 from sparsefinder.quantization import ProjectSettings
 
 DTYPES = st.sampled_from([torch.float32, torch.float64])

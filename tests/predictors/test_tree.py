@@ -17,16 +17,15 @@ from sparsefinder.executors.native import predictors as native
 from sparsefinder.graphs import QK
 from sparsefinder.numerics.selection import select, thresholds
 from sparsefinder.patterns.routed import Routed
-from sparsefinder.predictors.centroids import (
-    Centroids,
+from sparsefinder.predictors.centroids import Centroids, load_centroids
+from sparsefinder.predictors.fit_centroid_tree import nested_centroids
+from sparsefinder.predictors.fit_centroids import KeyClusterSettings, fit_tree
+from sparsefinder.predictors.nearest_clusters import (
     clusters_of_keys,
     clusters_of_unprojected_keys,
-    load_centroids,
     nearest_by_products,
     nearest_child_by_products,
 )
-from sparsefinder.predictors.fit_centroid_tree import nested_centroids
-from sparsefinder.predictors.fit_centroids import KeyClusterSettings, fit_tree
 from sparsefinder.predictors.projections import Hidden, Identity, LayerProjections, Linear, Projections
 from sparsefinder.storage.samples import Samples
 from sparsefinder.testing import CHECKS, Check, Subject, random_qk, single_sentence

@@ -1,7 +1,7 @@
 """The nearest centroid of every vector in C++ on a CPU: among all of them, or level by level.
 
-The slow references are `sparsefinder.predictors.centroids.nearest_by_products` and ``nearest_child_by_products``: results are
-the same but where two centroids are equally near to the last bit.
+The slow references are ``nearest_by_products`` and ``nearest_child_by_products`` of `sparsefinder.predictors.nearest_clusters`:
+results are the same but where two centroids are equally near to the last bit.
 """
 
 from __future__ import annotations

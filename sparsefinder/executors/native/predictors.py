@@ -1,8 +1,8 @@
 """Nearest centroids and chosen clusters of every token, in C++ on a CPU.
 
-The slow references are `sparsefinder.predictors.centroids.nearest_by_products` and what `sparsefinder.patterns.routed` does on
-other devices: results are the same but for the last bit of a score, where two centroids are equally near or a cluster lies on
-the threshold.
+The slow references are ``nearest_by_products`` of `sparsefinder.predictors.nearest_clusters` and what
+`sparsefinder.patterns.routed` does on other devices: results are the same but for the last bit of a score, where two centroids
+are equally near or a cluster lies on the threshold.
 """
 
 from __future__ import annotations
