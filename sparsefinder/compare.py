@@ -1,10 +1,11 @@
 """The stage ``compare``: what every attention costs and loses at every length, in one model, on the same words.
 
-Long texts are masked once and read whole or in pieces (`sparsefinder.evaluation.long_texts`), so that the same words are asked
-for at 512 tokens and at 8,192. For every arm and length: the loss, its difference to the model's own dense attention with a
-paired interval over texts, the graph that was executed, and the time and memory of whole passes in one process, in turn
-(`sparsefinder.evaluation.speed`). What is measured is kept in the scratch folder at once, so that a killed run goes on where it
-was, and times can be taken again on a quiet machine without asking for a word twice.
+Long texts are masked once, or of a decoder asked for every next word, and read whole or in pieces
+(`sparsefinder.evaluation.long_texts`), so that the same words are asked for at 512 tokens and at 8,192. For every arm and
+length: the loss, its difference to the model's own dense attention with a paired interval over texts, the graph that was
+executed, and the time and memory of whole passes in one process, in turn (`sparsefinder.evaluation.speed`). What is measured is
+kept in the scratch folder at once, so that a killed run goes on where it was, and times can be taken again on a quiet machine
+without asking for a word twice.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,15 +25,19 @@ from torch import Tensor, nn
 from sparsefinder import models
 from sparsefinder.analysis.bootstrap import ratio_difference
 from sparsefinder.analysis.iso_quality import alarms, at_equal_quality
-from sparsefinder.corpora import Corpus, Masking, block_length, token_blocks
+from sparsefinder.corpora import Corpus, Masking, NextWords, block_length, token_blocks
 from sparsefinder.corpora.blocks import draw
 from sparsefinder.errors import UserError, check_counts
 from sparsefinder.evaluation.arms import DENSE, NONE, SOFTMAX, Arm, plugged
 from sparsefinder.evaluation.long_texts import LongText, check_lengths, long_texts
 from sparsefinder.evaluation.observer import Observer, measure_graphs
 from sparsefinder.evaluation.speed import Contestant, give_back_memory, race
+from sparsefinder.evaluation.tasks.language import JUDGES
 from sparsefinder.experiment.configuration import Learned
+from sparsefinder.graphs import reads_ahead
+from sparsefinder.models.families import kind_of
 from sparsefinder.models.masked_lm import masked_logits
+from sparsefinder.models.objectives import is_causal
 from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.storage import tables
 from sparsefinder.storage.files import write_text
@@ -59,7 +64,8 @@ class CompareSettings:
     )  # tokens; each divides the next, and the longest is a block
     split: str = "test"  # train, validation or test
     samples: int = 16  # texts of the longest length, which is all that can be drawn again for intervals
-    mask_probability: float = 0.15
+    mask_probability: float = 0.15  # of a masked language model
+    causal: bool = False  # of the other stages: true for a decoder
     measured: int = 1  # texts of each length on which graphs and output errors are measured
     quadratic_up_to: int = 2048  # tokens; arms that compare every pair in a matrix are left out beyond
     rounds: int = 5  # times that each forward pass is timed; 0: losses alone
@@ -151,7 +157,7 @@ def run(settings: CompareSettings, store: Store) -> None:
     made = _prepared(settings, store)
     own = made.own
     always = [Arm(DENSE), *([Arm(SOFTMAX)] if own.sparse else []), Arm(NONE)]
-    arms = [*always, *settings.arms]
+    arms = [*always, *_without_future(settings, made.learned)]
     parents = {name: store.content(name) for name in settings.needs}
     parts: list[tuple[Arm, int, dict[str, Any], pd.DataFrame]] = []
     wanted = [(length, arm) for length in settings.lengths for arm in arms if _possible(arm, length, settings)]
@@ -168,7 +174,7 @@ def run(settings: CompareSettings, store: Store) -> None:
     speeds = {
         length: _speeds(made, [arm for arm, at, *_ in parts if at == length], length) for length in settings.lengths
     }
-    results = _table(parts, speeds)
+    results = _table(parts, speeds, JUDGES[kind_of(made.model.config)].asked)
     for line in alarms(results):
         log.warning("%s", line)
     with store.writing("compare") as folder:
@@ -181,7 +187,8 @@ def run(settings: CompareSettings, store: Store) -> None:
 
 
 def _prepared(settings: CompareSettings, store: Store) -> _Run:
-    model, tokenizer = models.load_masked_lm(store.path("model"))
+    model, tokenizer = models.load_language_model(store.path("model"))
+    _check_kind(settings, model)
     shape = models.describe(model)
     longest = block_length(max(settings.lengths), shape.max_length, "compare.lengths")
     cache = store.scratch("corpus")
@@ -196,13 +203,38 @@ def _prepared(settings: CompareSettings, store: Store) -> _Run:
     drawn = draw(
         len(full), min(settings.samples, len(full)), settings.seed, f"the {settings.split} split of the corpus"
     )
-    masking = Masking.of(tokenizer, settings.mask_probability)
-    texts = long_texts([blocks[full[index]] for index in drawn], settings.lengths, masking, settings.seed)
+    asking = NextWords() if settings.causal else Masking.of(tokenizer, settings.mask_probability)
+    texts = long_texts([blocks[full[index]] for index in drawn], settings.lengths, asking, settings.seed)
     training = token_blocks(settings.corpus, tokenizer, "train", longest, cache=cache)
     counts = training.ids.long().bincount(minlength=len(tokenizer)).double() + 0.5
-    learned = Learned.load(store, tuple(need for need in settings.needs if need != "model"))
+    configurations = tuple(arm.configuration for arm in settings.arms if arm.configuration is not None)
+    learned = Learned.of(store, configurations, shape.group)
     learned.check(shape.layers, shape.heads, shape.head_size)
     return _Run(settings, store, model, texts, -(counts / counts.sum()).log(), learned, models.get_normalizer(model))
+
+
+def _check_kind(settings: CompareSettings, model: Any) -> None:
+    family = model.config.model_type
+    kind = kind_of(model.config)
+    if kind == "encoder_decoder":
+        raise UserError(f"stage=compare reads one text, and a {family} reads two: give stage=evaluate")
+    if not models.has_head(model):
+        raise UserError("stage=compare asks for words, and this model has no head to guess them with")
+    if settings.causal != is_causal(model):
+        raise UserError(
+            f"stage=compare with causal={str(settings.causal).lower()} is not for a {family}: give "
+            f"causal={str(is_causal(model)).lower()}"
+        )
+
+
+def _without_future(settings: CompareSettings, learned: Learned) -> Iterator[Arm]:
+    """The arms, in causal attention without those that read ahead."""
+    for arm in settings.arms:
+        ahead = "" if arm.configuration is None else reads_ahead(arm.configuration.build(learned))
+        if settings.causal and ahead:
+            log.info("%s is left out of a causal model: it reads ahead (%s)", arm.name, ahead)
+        else:
+            yield arm
 
 
 def _possible(arm: Arm, length: int, settings: CompareSettings) -> bool:
@@ -242,9 +274,11 @@ def _speeds(made: _Run, arms: Sequence[Arm], length: int) -> dict[str, dict[str,
 
 
 def _table(
-    parts: Sequence[tuple[Arm, int, dict[str, Any], pd.DataFrame]], speeds: dict[int, dict[str, dict[str, Any]]]
+    parts: Sequence[tuple[Arm, int, dict[str, Any], pd.DataFrame]],
+    speeds: dict[int, dict[str, dict[str, Any]]],
+    asked: str,
 ) -> pd.DataFrame:
-    """A row for each arm and length, beside dense attention and torch's softmax of the same length."""
+    """A row for each arm and length, beside dense attention and torch's softmax; ``asked``: the column that counts words."""
     dense = {length: blocks for arm, length, _, blocks in parts if arm.name == DENSE}
     rows = []
     for arm, length, graph, blocks in parts:
@@ -258,7 +292,7 @@ def _table(
         row |= {
             "loss": blocks["loss"].sum() / masked.sum(),
             "accuracy": blocks["right"].sum() / masked.sum(),
-            "masked_tokens": int(masked.sum()),
+            asked: int(masked.sum()),
             "loss_minus_dense": (blocks["loss"].sum() - beside["loss"].sum()) / masked.sum(),
             "loss_minus_dense_low": low,
             "loss_minus_dense_high": high,

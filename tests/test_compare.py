@@ -16,7 +16,7 @@ from sparsefinder import compare, models, report
 from sparsefinder.analysis.iso_quality import alarms, at_equal_quality
 from sparsefinder.attention import Bucketed, Masked
 from sparsefinder.compare import CompareSettings
-from sparsefinder.corpora import Masking, TextFiles
+from sparsefinder.corpora import Masking, NextWords, TextFiles
 from sparsefinder.corpora.masking import IGNORED
 from sparsefinder.errors import UserError
 from sparsefinder.evaluation import speed
@@ -25,7 +25,9 @@ from sparsefinder.evaluation.long_texts import long_texts
 from sparsefinder.evaluation.variants import AttentionChoice
 from sparsefinder.executors.local_sparse_global.attention import LSGAttention
 from sparsefinder.experiment.configuration import Configuration
+from sparsefinder.finetune import NewModel
 from sparsefinder.numerics.normalizers import Normalizer
+from sparsefinder.patterns.clustered import Clustered
 from sparsefinder.patterns.full import Full
 from sparsefinder.patterns.oracle import Oracle
 from sparsefinder.patterns.window import Window
@@ -96,6 +98,19 @@ def test_the_same_words_are_asked_for_at_every_length() -> None:
     assert int((kept["labels"] != IGNORED).sum()) + len(cut) == int((asked[8] != IGNORED).sum())
 
 
+def test_the_next_words_are_asked_for_at_every_length_too() -> None:
+    ids = torch.cat([torch.tensor([0]), torch.arange(10, 40), torch.tensor([2])])
+    (text,) = long_texts([ids], (8, 16, 32), NextWords(), seed=1)
+    for length in (8, 16, 32):
+        batch = text.pieces(length)
+        assert (batch["input_ids"][:, 0] == 0).all()
+        labels, inside = batch["labels"].flatten(), torch.arange(32) % 8 < 7
+        assert (labels[~inside] == IGNORED).all()
+        assert torch.equal(labels[inside], ids.roll(-1)[inside])
+        real = (torch.arange(32) % length > 0) & (torch.arange(32) % length < length - 1)
+        assert torch.equal(batch["input_ids"].flatten()[real], ids[real])
+
+
 def test_every_arm_is_measured_at_every_length(results: pd.DataFrame) -> None:
     names = ["dense", "softmax", "no attention", "window", "oracle", "full", "lsg", "chunks of 8", "truncated of 8"]
     assert set(results.index.get_level_values("arm")) == set(names)
@@ -116,6 +131,61 @@ def test_every_arm_is_measured_at_every_length(results: pd.DataFrame) -> None:
     assert (results.loc["dense", "loss_minus_dense_high"] == 0).all()
     assert (results.loc["softmax", "speed"] == 1).all()
     assert results.loc["no attention", "recall"].isna().all()
+
+
+@pytest.fixture(scope="module")
+def decoder(settings: CompareSettings, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """A run with a small Llama of random weights whose heads share their keys, and a tokenizer of its own."""
+    store = Store(tmp_path_factory.mktemp("decoder"), which="dec")
+    new = NewModel("llama", 300, max_length=32, layers=2, key_heads=2, hidden_size=32, intermediate_size=48)
+    torch.manual_seed(0)
+    model, tokenizer = new.make(settings.corpus, store.scratch("corpus"))
+    models.set_normalizer(model, Normalizer(1.5))
+    with store.writing("model") as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    store.finish("model", "finetune", {}, {}, 0)
+    return store
+
+
+def test_a_decoder_is_asked_for_the_next_words(
+    decoder: Store, settings: CompareSettings, caplog: pytest.LogCaptureFixture
+) -> None:
+    causal = {"causal": True}
+    bucketed, masked = AttentionChoice("bucketed", Bucketed, causal), AttentionChoice("masked", Masked, causal)
+    arms = (
+        Arm("window", bucketed, Configuration("window", Window(5))),
+        Arm("all", bucketed, Configuration("window", Window(99))),
+        Arm("full", masked, Configuration("full", Full())),
+        Arm("clustered", bucketed, Configuration("clustered", Clustered())),
+        Arm("chunks of 8", reading=Reading("chunks", 8)),
+    )
+    settings = dataclasses.replace(settings, arms=arms, causal=True)
+    with caplog.at_level("INFO"):
+        compare.run(settings, decoder)
+    assert "clustered is left out of a causal model: it reads ahead" in caplog.text
+    decoder.finish("compare", "compare", {}, {"model": decoder.content("model")}, 0)
+    results = pd.read_parquet(decoder.run_dir / "compare" / "results.parquet").set_index(["arm", "length"])
+    texts = compare._prepared(settings, decoder).texts
+    assert (results["next_tokens"] == sum(28 for _ in texts)).all()
+    assert "masked_tokens" not in results
+    for name in ("all", "full"):
+        for length in (8, 16):
+            assert abs(results.loc[(name, length), "loss_minus_dense"]) < 1e-5
+    assert results.loc[("chunks of 8", 32), "loss"] == pytest.approx(results.loc[("dense", 8), "loss"], abs=1e-6)
+    assert results.loc[("window", 32), "sparsity"] > 0.5
+    assert results["latency_ms"].gt(0).all()
+    report.run(ReportSettings(dpi=30), decoder)
+    assert "Loss against time, at every length" in (decoder.run_dir / "report" / "index.html").read_text()
+
+
+def test_the_attention_and_the_model_must_both_be_causal(
+    store: Store, decoder: Store, settings: CompareSettings
+) -> None:
+    with pytest.raises(UserError, match="causal=true is not for a modernbert: give causal=false"):
+        compare.run(dataclasses.replace(settings, causal=True), store)
+    with pytest.raises(UserError, match="causal=false is not for a llama: give causal=true"):
+        compare.run(settings, decoder)
 
 
 def test_what_the_report_says(store: Store, results: pd.DataFrame) -> None:

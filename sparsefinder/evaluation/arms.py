@@ -63,9 +63,15 @@ class Arm:
         return self.attention.build(pattern, normalizer)
 
 
-def left_out(q: Tensor, k: Tensor, v: Tensor, valid: Tensor, layer: int) -> Tensor:
+@dataclass(frozen=True)
+class LeftOut:
     """No attention: every token passes on its own value. What is left of a model's time is what no attention can save."""
-    return v
+
+    causal: bool = True  # a token sees itself alone
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, layer: int) -> Tensor:
+        """Values ``(B, H_k, N, D)`` as an output ``(B, H, N, D)``."""
+        return v if v.shape[1] == q.shape[1] else v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
 
 
 def plugged(model: Any, arm: Arm, attention: Any) -> AbstractContextManager[None]:
@@ -73,5 +79,5 @@ def plugged(model: Any, arm: Arm, attention: Any) -> AbstractContextManager[None
     if arm.name == SOFTMAX:
         return models.softmax(model)
     if arm.name == NONE:
-        return models.plugged(model, left_out)
+        return models.plugged(model, LeftOut())
     return contextlib.nullcontext() if attention is None else attending(model, attention)

@@ -1,4 +1,4 @@
-"""The same words asked for at every length: long texts are masked once, and read whole or in pieces.
+"""The same words asked for at every length: long texts ask for them once, and are read whole or in pieces.
 
 What differs between two lengths is then how much of the text a token can see, and nothing else.
 """
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparsefinder.corpora.masking import IGNORED, Masking
+from sparsefinder.corpora.next_words import NextWords
 from sparsefinder.errors import UserError
 
 Batch = dict[str, Tensor]
@@ -20,11 +21,12 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class LongText:
-    """One masked text of ``L`` tokens.
+    """One text of ``L`` tokens that asks for words.
 
     Args:
-        inputs: ``(L,)`` int64, words masked.
-        labels: ``(L,)`` int64, `IGNORED` where nothing is asked, and at the ends of every shortest piece.
+        inputs: ``(L,)`` int64, of a masked language model with masks.
+        labels: ``(L,)`` int64, `IGNORED` where nothing is asked, as at the ends of every shortest piece; of next words at its
+            last token alone.
         first: Id of the token that a piece begins with.
         last: Id of the token that it ends with.
     """
@@ -50,13 +52,16 @@ class LongText:
         return kept, cut[cut != IGNORED]
 
 
-def long_texts(blocks: Sequence[Tensor], lengths: Sequence[int], masking: Masking, seed: int) -> list[LongText]:
-    """Mask blocks for reading at several lengths.
+def long_texts(
+    blocks: Sequence[Tensor], lengths: Sequence[int], asking: Masking | NextWords, seed: int
+) -> list[LongText]:
+    """Blocks with questions, for reading at several lengths.
 
     Args:
         blocks: Ids ``(L,)`` int64 each, with special tokens at both ends; ``L`` is the longest of ``lengths``.
         lengths: Tokens of a piece, special ones included, each dividing the longest.
-        masking: Which words are asked for; never those that stand at the end of a piece of the shortest length.
+        asking: Which words are asked for. Of masked ones never those that stand at the ends of a piece of the shortest length, of
+            next ones never those behind its end.
         seed: Of the masks.
 
     Raises:
@@ -70,7 +75,12 @@ def long_texts(blocks: Sequence[Tensor], lengths: Sequence[int], masking: Maskin
     texts = []
     for index, ids in enumerate(blocks):
         first, last = int(ids[0]), int(ids[-1])
-        masked, labels = masking(torch.where(ends, first, ids), seed, index)
+        if isinstance(asking, NextWords):
+            _, labels = asking(ids, seed, index)
+            labels.view(-1, shortest)[:, -1] = IGNORED  # a piece ends before the next word
+            texts.append(LongText(ids, labels, first, last))
+            continue
+        masked, labels = asking(torch.where(ends, first, ids), seed, index)
         texts.append(LongText(torch.where(ends, ids, masked), labels, first, last))
     return texts
 

@@ -116,8 +116,9 @@ def of_compare(results: pd.DataFrame) -> Illustration:
     Args:
         results: ``compare/results``.
     """
+    words = results[next(name for name in ("masked_tokens", "next_tokens") if name in results)]
     caption = (
-        f"Loss above dense attention's on the same {int(results['masked_tokens'].iloc[0]):,} words, with its 95 % interval over "
+        f"Loss above dense attention's on the same {int(words.iloc[0]):,} words, with its 95 % interval over "
         "texts drawn again, against the median time of a whole forward pass over one text of that length, all arms in turn. "
         f"Dotted: {NATS:g} nats, up to which an attention counts as being as good as dense. Settings of one pattern are joined; "
         "open markers lose more than the panel shows. Left of the grey line, the model with attention left out, nothing can be."
