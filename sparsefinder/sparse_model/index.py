@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from sparsefinder.errors import UserError
 from sparsefinder.executors.choose_executor import AUTO
 from sparsefinder.experiment.configuration import Configuration, Dials, Learned
 from sparsefinder.graphs import Attention
+from sparsefinder.models.entmax_configuration import TEMPERATURE
 from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.predictors.centroids import load_centroids
 from sparsefinder.predictors.projections import load_projections
@@ -222,7 +224,8 @@ class Index:
 def hash_of_weights(model: nn.Module) -> str:
     """SHA-256 of the weights that decide about queries and keys, as bfloat16: the same in float32 and in bfloat16.
 
-    Without the pooler, which not every head has, and without the table of positions, which may be lengthened.
+    Without the pooler, which not every head has, and without the table of positions, which may be lengthened. With the
+    temperature of the heads, where they have learned one: it multiplies queries.
 
     Args:
         model: Without its head.
@@ -232,6 +235,8 @@ def hash_of_weights(model: nn.Module) -> str:
         if not name.startswith("pooler.") and "position_embeddings" not in name:
             digest.update(name.encode())
             digest.update(_bytes(weight))
+    if temperature := getattr(getattr(model, "config", None), TEMPERATURE, None):
+        digest.update(json.dumps(temperature, sort_keys=True).encode())
     return digest.hexdigest()
 
 

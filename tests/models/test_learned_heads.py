@@ -40,6 +40,7 @@ from sparsefinder.numerics.normalizers import Normalizer, PerHead
 from sparsefinder.numerics.temperature import scales
 from sparsefinder.patterns.full import Full
 from sparsefinder.patterns.window import Window
+from sparsefinder.sparse_model.index import hash_of_weights
 
 BOTH = PerHeadSettings(alpha=True, temperature=True)
 ALPHA = torch.tensor([[1.2, 1.9], [1.5, 1.35]])
@@ -342,3 +343,10 @@ def test_an_alpha_outside_of_its_bounds_is_said() -> None:
         learned_heads(model, PerHeadSettings(alpha=True, alpha_bounds=(1.6, 2.0))),
     ):
         pass
+
+
+def test_an_index_belongs_to_the_temperature_that_its_queries_had() -> None:
+    plain, hot = tiny("roberta"), tiny("roberta")
+    set_heads(hot, TEMPERATURE)
+    assert hash_of_weights(plain.base_model) == hash_of_weights(tiny("roberta").base_model)
+    assert hash_of_weights(hot.base_model) != hash_of_weights(plain.base_model)
