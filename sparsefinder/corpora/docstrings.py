@@ -8,7 +8,10 @@ included) or a whole ``distribution``, their modules in the order of their paths
 
 Documentation repeats itself (transformers says most things once per model), so a paragraph is kept only where it is new:
 if most of its five-word sequences were met before, in any split, it is left out. The training part is read first; what
-it holds is never in the others. So the same words do not decide both the training and the validation loss.
+it holds is never in the others. So the same words do not decide both the training and the validation loss. With
+``new_in=document`` a paragraph need only be new to its document's *other* texts, and a document says again what it was written
+to say again, hundreds or thousands of words later: a third of its words can then be read off another place of it, most of them
+beyond a window of 128, and that is a text that a model needs its length for.
 """
 
 from __future__ import annotations
@@ -23,9 +26,10 @@ import logging
 import os
 import platform
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from sparsefinder.corpora import prose
 from sparsefinder.corpora.files import check_limits
@@ -37,6 +41,7 @@ log = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
 UNITS = ("module", "package", "distribution")
+NEW_IN = ("corpus", "document")
 PYTHON = "python"  # in a list of packages: the language reference that comes with the interpreter (`pydoc_data.topics`)
 
 _UNREAD = {"tests", "test", "testing", "_vendor", "vendored"}  # folders whose documentation is about something else
@@ -53,6 +58,7 @@ class Docstrings:
     validation: Sequence[str]
     test: Sequence[str]
     document: str = "module"  # what a document is: module, package (a top folder) or distribution
+    new_in: str = "corpus"  # where a paragraph may stand once only; document: there it may stand again, but in no other
     max_characters: int | None = None  # of the training part, an eighth of it for each other part; None for all
     pack: bool = False  # several documents in a block, see `token_blocks`
 
@@ -62,6 +68,8 @@ class Docstrings:
         check_limits(None, self.max_characters)
         if self.document not in UNITS:
             raise UserError(f"corpus.document={self.document} is unknown; {one_of(UNITS, self.document)}")
+        if self.new_in not in NEW_IN:
+            raise UserError(f"corpus.new_in={self.new_in} is unknown; {one_of(NEW_IN, self.new_in)}")
         named = [*self.train, *self.validation, *self.test]
         twice = sorted({name for name in named if named.count(name) > 1})
         if twice:
@@ -103,7 +111,7 @@ class Docstrings:
         """Changes with the packages, their versions, the limit, and the way of cleaning."""
         versions = {split: {name: _version(name) for name in getattr(self, split)} for split in SPLITS}
         code = inspect.getsource(prose) + Path(__file__).read_text(encoding="utf-8")
-        settings = [versions, self.max_characters, self.document, code]
+        settings = [versions, self.max_characters, self.document, self.new_in, code]
         return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
 
@@ -115,27 +123,32 @@ def _collect(corpus: Docstrings) -> dict[str, list[tuple[str, str]]]:
         limit = corpus.max_characters
         if limit is not None and split != "train":
             limit = max(limit // _HELD_OUT_SHARE, _TOO_LITTLE)
-        modules = _read(getattr(corpus, split), split, limit, repetitions)
-        documents[split] = list(_joined(modules, corpus.document))
+        documents[split] = list(_joined(_read(corpus, split, limit, repetitions)))
     return documents
 
 
-def _joined(modules: Sequence[tuple[str, str, str]], unit: str) -> Iterator[tuple[str, str]]:
-    """Distribution and document, from distribution, path and text of every module; a document where its first module was."""
-    texts: dict[tuple[str, ...], list[str]] = {}
-    for package, path, text in modules:
-        top = tuple(path.split("/")[:-1][:2])  # such as ("scipy", "optimize"); () for a module beside all folders
-        key = {"module": (package, path), "package": (package, *top), "distribution": (package,)}[unit]
-        texts.setdefault(key, []).append(text)
-    for key, parts in texts.items():
-        yield key[0], "\n".join(parts)
+def _joined(modules: Iterable[tuple[tuple[str, ...], str]]) -> Iterator[tuple[str, str]]:
+    """Distribution and text of every document, from document and text of every module; each where its first module was."""
+    documents: dict[tuple[str, ...], list[str]] = {}
+    for document, text in modules:
+        documents.setdefault(document, []).append(text)
+    yield from ((name[0], "\n".join(texts)) for name, texts in documents.items())
+
+
+def _document_of(package: str, path: str, unit: str) -> tuple[str, ...]:
+    """What tells the document that a module belongs to from the others."""
+    if unit == "distribution":
+        return (package,)
+    if unit == "module":
+        return (package, path)
+    return (package, *path.split("/")[:-1][:2])  # such as ("scipy", "scipy", "optimize"), whatever lies below it
 
 
 def _read(
-    packages: Sequence[str], split: str, limit: int | None, repetitions: _Repetitions
-) -> list[tuple[str, str, str]]:
-    """Distribution, path and prose of every module that says something new."""
-    documents: list[tuple[str, str, str]] = []
+    corpus: Docstrings, split: str, limit: int | None, repetitions: _Repetitions
+) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Document and prose of every module that says something new."""
+    packages: Sequence[str] = getattr(corpus, split)
     raw = kept = 0
     for package in progress(packages, f"reading documentation ({split})"):
         if _version(package) is None:
@@ -144,22 +157,23 @@ def _read(
         for path, source in _sources(package):
             texts = list(_parse(source))
             raw += sum(map(len, texts))
-            document = "\n".join(p for text in texts for p in _new_paragraphs(text, repetitions))
-            if document:
-                documents.append((package, path, document))
-                kept += len(document)
+            name = _document_of(package, path, corpus.document)
+            again = name if corpus.new_in == "document" else None
+            module = "\n".join(p for text in texts for p in _new_paragraphs(text, repetitions, again))
+            if module:
+                kept += len(module)
+                yield name, module
             if limit is not None and kept >= limit:
                 break
         if limit is not None and kept >= limit:
             break
     log.info("corpus: %s: %s characters of documentation, %s of new prose kept", split, f"{raw:,}", f"{kept:,}")
-    return documents
 
 
-def _new_paragraphs(text: str, repetitions: _Repetitions) -> Iterator[str]:
-    if text not in repetitions.texts:  # many docstrings are copies: no need to clean them again
-        repetitions.texts.add(text)
-        yield from (paragraph for paragraph in prose.paragraphs(text) if repetitions.new(paragraph))
+def _new_paragraphs(text: str, repetitions: _Repetitions, again: tuple[str, ...] | None) -> Iterator[str]:
+    if not repetitions.elsewhere(repetitions.texts, text, again):  # many are copies: no need to clean them again
+        repetitions.texts.setdefault(text, again)
+        yield from (paragraph for paragraph in prose.paragraphs(text) if repetitions.new(paragraph, again))
 
 
 def _parse(source: str) -> Iterator[str]:
@@ -212,20 +226,27 @@ def _version(package: str) -> str | None:
 
 @dataclass
 class _Repetitions:
-    """Remembers every five-word sequence it has seen, to tell paragraphs that say something new."""
+    """Remembers every five-word sequence it has seen, and in which document, to tell paragraphs that say something new."""
 
-    texts: set[str] = field(default_factory=set)
+    texts: dict[str, tuple[str, ...] | None] = field(default_factory=dict)
     words: dict[str, int] = field(default_factory=dict)
-    met: set[int] = field(default_factory=set)
+    met: dict[int, tuple[str, ...] | None] = field(default_factory=dict)
 
-    def new(self, paragraph: str) -> bool:
+    def new(self, paragraph: str, again: tuple[str, ...] | None = None) -> bool:
+        """Whether most of a paragraph was not said before, save in ``again``, the document that may repeat itself."""
         # tuples of small integers hash the same in every process, strings do not
         ids = [self.words.setdefault(word, len(self.words)) for word in paragraph.lower().split()]
         ids = [-1, -2, *ids, -3, -4]  # so that short paragraphs have sequences too
         sequences = {hash(five) for five in zip(ids, ids[1:], ids[2:], ids[3:], ids[4:], strict=False)}
-        known = len(sequences & self.met)
-        self.met |= sequences
+        known = sum(self.elsewhere(self.met, sequence, again) for sequence in sequences)
+        for sequence in sequences:
+            self.met.setdefault(sequence, again)
         return known < _REPEATED * len(sequences)
+
+    @staticmethod
+    def elsewhere(seen: Mapping[Any, tuple[str, ...] | None], one: str | int, again: tuple[str, ...] | None) -> bool:
+        """Whether ``one`` was seen first where it may not be said again."""
+        return one in seen and (again is None or seen[one] != again)
 
 
 def _write(folder: Path, splits: dict[str, list[tuple[str, str]]]) -> None:

@@ -165,7 +165,14 @@ def test_documents_of_whole_packages_hold_their_modules_in_order():
         ("one", "one/__init__.py", "a"), ("one", "one/inner/__init__.py", "b"), ("one", "one/inner/deep/x.py", "c"),
         ("one", "one/module.py", "d"), ("one", "beside.py", "e"), ("two", "two/__init__.py", "f"),
     ]  # fmt: skip
-    found = {unit: list(docstrings_module._joined(modules, unit)) for unit in docstrings_module.UNITS}
+    found = {
+        unit: list(
+            docstrings_module._joined(
+                (docstrings_module._document_of(name, path, unit), text) for name, path, text in modules
+            )
+        )
+        for unit in docstrings_module.UNITS
+    }
     assert found["module"] == [(name, text) for name, _, text in modules]
     assert found["package"] == [("one", "a\nd"), ("one", "b\nc"), ("one", "e"), ("two", "f")]
     assert found["distribution"] == [("one", "a\nb\nc\nd\ne"), ("two", "f")]
@@ -194,6 +201,36 @@ def test_repeated_paragraphs_are_kept_once():
     assert not repetitions.new(base)
     assert not repetitions.new(base.replace("the caller", "you"))
     assert repetitions.new("A sentence about something else, which nobody has written down before this test.")
+
+
+def test_a_document_may_say_again_what_it_said_itself():
+    """``again`` names the document: there a paragraph may return, in no other."""
+    repetitions = docstrings_module._Repetitions()
+    base = "If set, the model returns the hidden states of all its layers as one tuple of tensors for the caller."
+    assert repetitions.new(base, ("first",))
+    assert repetitions.new(base, ("first",))
+    assert not repetitions.new(base, ("second",))
+    assert not repetitions.new(base)
+
+
+def test_long_documents_with_what_they_repeat(cache):
+    """More text in every split, and still nothing of the training part in the others."""
+    once = Docstrings(SMALL.train, SMALL.validation, SMALL.test, document="distribution", max_characters=60_000)
+    again = dataclasses.replace(once, new_in="document")
+    found = {corpus.new_in: docstrings_module._collect(corpus) for corpus in (once, again)}
+    paragraphs = {
+        name: {split: "\n".join(text for _, text in documents).split("\n") for split, documents in splits.items()}
+        for name, splits in found.items()
+    }
+    assert len(set(paragraphs["corpus"]["train"])) == len(paragraphs["corpus"]["train"])
+    assert len(set(paragraphs["document"]["train"])) < len(paragraphs["document"]["train"])
+    assert not set(paragraphs["document"]["train"]) & set(paragraphs["document"]["test"])
+    assert once.fingerprint() != again.fingerprint()
+
+
+def test_an_unknown_place_of_novelty_is_an_error():
+    with pytest.raises(UserError, match=r"corpus.new_in=corpsu is unknown; .*corpus"):
+        Docstrings(SMALL.train, SMALL.validation, SMALL.test, new_in="corpsu")
 
 
 def test_a_limit_makes_reading_short():
