@@ -183,21 +183,45 @@ def _teach_models(module: ModuleType) -> None:
 
 
 def _explicit(masks: ModuleType) -> Callable[..., Any]:
-    """The boolean mask of transformers' own `sdpa` attention, but never left out where it is causal, and one row for all
-    queries ``(B, 1, 1, N)`` where each of them sees the same keys: a matrix ``N × N`` would be the largest tensor of a long
-    text. A window that no layer has is not made: ModernBERT asks for one all the same, and nobody reads it."""
+    """The boolean mask of transformers' own `sdpa` attention, but never left out where it is causal, and no matrix ``N × N``,
+    which would be the largest tensor of a long text, where it is one row for all queries ``(B, 1, 1, N)`` or the window of an
+    encoder (`sparsefinder.models.masks.band`). A window that no layer has is not made: ModernBERT asks for one all the same,
+    and nobody reads it."""
 
     @functools.wraps(masks.sdpa_mask)
     def explicit(*args: Any, **kwargs: Any) -> Any:
+        torch = import_module("torch")
         kinds = getattr(kwargs.get("config"), "layer_types", None)
         if kinds and set(kinds) == {"full_attention"} and kwargs.get("local_size") is not None:
-            torch = import_module("torch")
             return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=kwargs.get("device"))
+        reach = _reach_of(masks, kwargs.get("mask_function"))
+        tokens = kwargs.get("kv_length", 0)
+        if reach is not None and kwargs.get("q_length") == tokens > 2 * reach + 1:
+            valid = masks.prepare_padding_mask(kwargs.get("attention_mask"), tokens, kwargs.get("kv_offset", 0))
+            if valid is None:
+                valid = torch.ones(kwargs["batch_size"], tokens, dtype=torch.bool, device=kwargs.get("device"))
+            return import_module("sparsefinder.models.masks").band(valid.bool(), reach)
         if kwargs.get("mask_function") is masks.bidirectional_mask_function and "q_length" in kwargs:
             kwargs["q_length"] = 1
         return masks.sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
 
     return explicit
+
+
+def _reach_of(masks: ModuleType, function: Any) -> int | None:
+    """How far a query sees by a mask function of transformers that is an encoder's window and nothing besides; else None.
+
+    It is one exactly where it has the code of such a window and what the code closes over is one too.
+    """
+    try:
+        parts = function.__closure__[0].cell_contents
+        window, rest = parts
+        alike = masks.sliding_window_bidirectional_mask_function(1)
+        (reach,) = (cell.cell_contents for cell in window.__closure__)
+        same = window.__code__ is alike.__closure__[0].cell_contents[0].__code__ and function.__code__ is alike.__code__
+    except (AttributeError, TypeError, ValueError, IndexError):
+        return None
+    return reach if same and rest is masks.bidirectional_mask_function and isinstance(reach, int) else None
 
 
 def _with_subclasses(made: Any) -> Iterator[Any]:

@@ -1,4 +1,7 @@
-"""What a mask is, read from its numbers: the window of a sliding layer, or the past; and how many keys it leaves a query."""
+"""What a mask is, read from its numbers: the window of a sliding layer, or the past; and how many keys it leaves a query.
+
+The window of an encoder's sliding layer need not be a matrix at all: `band` writes it as its diagonals, which are all alike.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,34 @@ from sparsefinder.numerics.normalizers import is_recorded
 _ABSENT = -1e4  # at or below it a number in an additive mask says "never": BERT's old convention, and those after it
 
 
+def band(valid: Tensor, reach: int) -> Tensor:
+    """A window and padding as ``(B, 1, 2·reach + 1, N)`` bool: whether a key may be seen by the query ``r - reach`` before it.
+
+    A view of ``valid (B, N)``, where a mask of pairs would be the largest tensor of a long text. Only for ``N > 2·reach + 1``,
+    so that nobody takes it for one.
+    """
+    return valid[:, None, None].expand(-1, 1, 2 * reach + 1, -1)
+
+
+def pairs_of(mask: Tensor) -> Tensor:
+    """The mask ``(B, 1, N, N)`` of a `band`; any other mask as it is."""
+    rows, tokens = mask.shape[2:]
+    if rows == tokens or rows == 1:
+        return mask
+    token = torch.arange(tokens, device=mask.device)
+    return mask[:, :, :1] & ((token - token[:, None]).abs() <= rows // 2)
+
+
 def window_of(mask: Tensor | None, reach: int) -> tuple[Tensor, bool] | None:
     """``valid (B, N)`` and whether it is causal, where a mask is nothing but a window and padding; else None.
 
     Args:
-        mask: ``(B, 1, N, N)`` bool, True where a query may attend.
+        mask: ``(B, 1, N, N)`` bool, True where a query may attend, or a `band`.
         reach: Keys that a query sees on a side. Transformers leaves it to every model what ``sliding_window`` counts, so the
             mask decides: it is compared with the band, diagonal by diagonal, and nothing may lie outside.
     """
+    if mask is not None and mask.shape[1] == 1 and mask.shape[2] == 2 * reach + 1 < mask.shape[3]:
+        return mask[:, 0, 0], False
     if mask is None or mask.device.type != "cpu" or mask.shape[1] != 1 or mask.shape[2] != mask.shape[3]:
         return None
     pairs, tokens = mask[:, 0], mask.shape[3]
@@ -70,7 +93,7 @@ def keys_seen(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor:
     All layers get the same mask, so it is counted once.
 
     Args:
-        mask: None, or ``(B, 1, N_q or 1, N_k)``, bool or numbers that are added to the scores.
+        mask: None, ``(B, 1, N_q or 1, N_k)``, bool or numbers that are added to the scores, or a `band`.
         q: queries ``(B, H, N_q, D)``.
         k: keys ``(B, H_k, N_k, D)``.
     """
@@ -84,7 +107,7 @@ def keys_seen(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor:
 
 
 def _counted(mask: Tensor) -> Tensor:
-    return split_mask(mask)[0][:, 0].sum(-1)
+    return pairs_of(split_mask(mask)[0])[:, 0].sum(-1)
 
 
 class _Last(threading.local):

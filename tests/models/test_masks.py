@@ -12,7 +12,7 @@ from transformers import masking_utils
 from sparsefinder.attention import Bucketed, Dense, Masked
 from sparsefinder.graphs import QK, Pattern, band
 from sparsefinder.models import plugged, set_normalizer
-from sparsefinder.models.masks import window_of
+from sparsefinder.models.masks import keys_seen, pairs_of, window_of
 from sparsefinder.models.replacement import registered_function
 from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.patterns.combine import Union
@@ -40,6 +40,74 @@ def test_no_matrix_is_made_of_a_window_that_no_layer_has(monkeypatch: pytest.Mon
         found = model(input_ids=ids, attention_mask=valid).logits[valid > 0]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert [shape for shape in made if shape] == [(2, 1, 1, 30)]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_window_of_an_encoder_is_no_matrix_either(padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks grow with the length of a text, not with its square; what is asked of them is the same."""
+    model = tiny_model("modernbert")
+    ids, valid = torch.randint(5, 12, (2, 60)), torch.ones(2, 60, dtype=torch.long)
+    if padded:
+        valid[0, 50:], valid[1, :9] = 0, 0
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=valid).logits[valid > 0]
+    masks: list[torch.Tensor] = []
+    attend = registered_function._attend
+
+    def recorded(module: Any, q: Any, k: Any, v: Any, mask: Any, dense: Dense) -> torch.Tensor:
+        masks.append(mask)
+        return attend(module, q, k, v, mask, dense)
+
+    monkeypatch.setattr(registered_function, "_attend", recorded)
+    with torch.no_grad(), plugged(model, Dense(Normalizer(1.0))):
+        found = model(input_ids=ids, attention_mask=valid).logits[valid > 0]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    reach = model.config.sliding_window
+    assert masks
+    assert {mask.shape for mask in masks} == {(2, 1, 2 * reach + 1, 60)}
+    assert all(mask.stride(2) == 0 for mask in masks)  # a view: nothing is written for each diagonal
+    between = (torch.arange(60) - torch.arange(60)[:, None]).abs() <= reach
+    pairs = between & (valid > 0)[:, None]
+    assert pairs_of(masks[0]).equal(pairs[:, None])
+    nothing = torch.empty(2, 1, 60, 1)
+    assert keys_seen(masks[0], nothing, nothing).equal(pairs.sum(-1))
+
+
+def test_the_weights_of_a_window_can_be_asked_for() -> None:
+    """Where a matrix is wanted, the band becomes one."""
+    model = tiny_model("modernbert")
+    ids, valid = torch.randint(5, 12, (1, 40)), torch.ones(1, 40, dtype=torch.long)
+    set_normalizer(model, Normalizer(1.5))
+    with torch.no_grad():
+        weights = model(input_ids=ids, attention_mask=valid, output_attentions=True).attentions
+    reach = model.config.sliding_window
+    outside = (torch.arange(40) - torch.arange(40)[:, None]).abs() > reach
+    sliding = [
+        each for each, kind in zip(weights, model.config.layer_types, strict=True) if kind == "sliding_attention"
+    ]
+    assert sliding
+    for each in sliding:
+        assert not each[..., outside].any()
+        torch.testing.assert_close(each.sum(-1), torch.ones(1, each.shape[1], 40))
+
+
+def test_a_window_that_something_is_added_to_is_a_matrix() -> None:
+    """Only transformers' own window and nothing besides is known by its rule; all else by its numbers."""
+    explicit = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS["sparsefinder"]
+    window = masking_utils.sliding_window_bidirectional_mask_function(3)
+    settings: dict[str, Any] = {"batch_size": 1, "q_length": 20, "kv_length": 20, "q_offset": 0, "kv_offset": 0}
+    settings |= {"attention_mask": None, "allow_is_bidirectional_skip": False, "device": torch.device("cpu")}
+    assert explicit(**settings, mask_function=window).shape == (1, 1, 7, 20)
+    others = [
+        masking_utils.and_masks(window, masking_utils.causal_mask_function),
+        masking_utils.or_masks(window, masking_utils.causal_mask_function),
+        masking_utils.sliding_window_causal_mask_function(3),
+        masking_utils.and_masks(masking_utils.sliding_window_overlay(3), masking_utils.bidirectional_mask_function),
+    ]
+    for function in others:
+        token = torch.arange(20)
+        expected = function(0, 0, token[:, None], token[None])
+        assert explicit(**settings, mask_function=function)[0, 0].equal(expected)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sparsefinder.attention import Dense
 from sparsefinder.errors import UserError
 from sparsefinder.models.entmax_configuration import ALPHA, PUBLISHED
-from sparsefinder.models.masks import causal_of, keys_seen, split_mask, window_of
+from sparsefinder.models.masks import causal_of, keys_seen, pairs_of, split_mask, window_of
 from sparsefinder.models.replacement.each_head import alphas_of, temperature_of
 from sparsefinder.models.transformers_internals import weights_are_collected
 from sparsefinder.numerics.normalizers import Normalizer, PerHead, is_recorded
@@ -49,8 +49,9 @@ def attend(
     """What transformers calls: ``(B, H, N, D)`` → ``(B, N, H, D)``, and the probabilities where there are any.
 
     Keys and values may have fewer heads, which are shared, or be those of another text. ``attention_mask``: None, or
-    ``(B, 1, N, N)``, ``(B, 1, 1, N)`` where all queries see the same keys, bool with True where a query may attend, or numbers
-    that are added to the scores. Probabilities are a matrix ``N × N``, and made only where they are asked for.
+    ``(B, 1, N, N)``, ``(B, 1, 1, N)`` where all queries see the same keys, or `sparsefinder.models.masks.band`; bool with True
+    where a query may attend, or numbers that are added to the scores. Probabilities are a matrix ``N × N``, and made only where
+    they are asked for.
     """
     if unknown := [name for name in _UNKNOWN if others.get(name) is not None]:
         raise UserError(f"{type(module).__name__} attends with {unknown[0]}, which entmax attention does not know")
@@ -86,6 +87,7 @@ def _attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, d
     )  # as transformers' own layers count: the token itself is one of `sliding_window`
     band = window_of(mask, reach) if reach > 0 else None
     if band is None:
+        mask = None if mask is None else pairs_of(mask)
         real = causal_of(mask)
         return (
             dense.attend(q, k, v, mask)
@@ -158,7 +160,7 @@ def _with_probabilities(
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
         scores = query.float() @ key.float().transpose(-1, -2) / math.sqrt(query.shape[-1])
         if mask is not None:
-            present, bias = split_mask(mask)
+            present, bias = split_mask(pairs_of(mask))
             if bias is not None:
                 scores = scores + bias.float()
             scores = scores.masked_fill(~present, -math.inf)
