@@ -147,7 +147,7 @@ def test_a_new_decoder_is_checked() -> None:
 
 def test_the_experiment_in_short(runs: Nursery, tmp_path: Path) -> None:
     text = text_files(tmp_path)
-    small = ("model.vocabulary_size=300", "model.max_length=64", "model.layers=1", "finetune.batch_size=2")
+    small = ("model.vocabulary_size=300", "length=64", "model.layers=1", "finetune.batch_size=2")
     short = ("finetune.length=32", "finetune.steps=3", "finetune.longer_steps=1", "finetune.longer_length=64")
     few = (
         "finetune.eval_blocks=2",

@@ -200,8 +200,8 @@ def test_gradients_reach_every_weight() -> None:
 @torch.no_grad()
 def test_each_attention_of_an_encoder_decoder_apart_and_together(family: str) -> None:
     model = tiny(family)
-    for left in (False, True):
-        inputs = {**batch((17, 9, 12), left), **batch((8, 13, 5), prefix="decoder_")}
+    for left, left_written in ((False, False), (True, False), (False, True), (True, True)):
+        inputs = {**batch((17, 9, 12), left), **batch((8, 13, 5), left_written, prefix="decoder_")}
         inputs.pop("position_ids", None)
         real = inputs["decoder_attention_mask"].bool()
         own = model(**inputs, use_cache=False).logits[real]
@@ -227,6 +227,27 @@ def test_each_attention_of_an_encoder_decoder_apart_and_together(family: str) ->
                 ):
                     out = model(**inputs, use_cache=False)
         torch.testing.assert_close(out.logits[real], own, rtol=0, atol=1e-5)
+
+
+@seq2seq
+@torch.no_grad()
+def test_recorded_queries_and_keys_give_the_probabilities_of_each_attention(family: str) -> None:
+    model = tiny(family, attn_implementation="eager")
+    inputs = {**batch((11, 6)), **batch((5, 9), prefix="decoder_")}
+    inputs.pop("position_ids", None)
+    own = model(**inputs, output_attentions=True, use_cache=False)
+    names = {"enc": "encoder_attentions", "dec": "decoder_attentions", "cross": "cross_attentions"}
+    for which in TRAITS[family].replaceable:
+        recorder = Recorder()
+        with models.plugged(model, Watched(Masked(Full(), SOFTMAX, causal=which == "dec"), recorder), which):
+            model(**inputs, use_cache=False)
+        expected = own[names[which]]
+        assert len(recorder.layers) == len(expected) == models.describe(model, which).layers
+        for layer, probabilities in enumerate(expected):
+            qk = recorder.layers[layer]
+            assert qk.causal == (which == "dec")
+            real = qk.queries_valid[:, None, :, None]
+            torch.testing.assert_close(SOFTMAX(qk.scores()) * real, probabilities * real, rtol=0, atol=1e-5)
 
 
 @seq2seq
