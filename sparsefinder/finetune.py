@@ -44,9 +44,9 @@ from sparsefinder.corpora import Corpus, TokenBlocks, block_length, token_blocks
 from sparsefinder.errors import UserError, check_counts, one_of
 from sparsefinder.evaluation.arms import Arm, plugged
 from sparsefinder.experiment.configuration import Learned
-from sparsefinder.models.families import TRAITS, Kind
+from sparsefinder.models.families import TRAITS, Kind, kind_of
 from sparsefinder.models.learned_heads import get_heads, learned_heads
-from sparsefinder.models.masked_lm import gold_sparsity, unigram_entropy, validation_loss
+from sparsefinder.models.masked_lm import gold_sparsity, loss_without_source, unigram_entropy, validation_loss
 from sparsefinder.models.objectives import asked_batches
 from sparsefinder.models.position_tables import CONVENTIONS, longest_input, reserved_rows
 from sparsefinder.models.setting_names import SHARE_KEYS, in_words_of
@@ -311,6 +311,8 @@ def run(settings: FinetuneSettings, store: Store) -> None:
         return
     loss, entropy = validation_loss(model, held_out), unigram_entropy(held_out)
     sparsity = gold_sparsity(model, held_out[:_SPARSITY_BATCHES])
+    reads = kind_of(model.config) == "encoder_decoder"
+    without = {"loss_without_source": loss_without_source(model, held_out)} if reads else {}
     with store.writing("model") as folder:
         model.save_pretrained(folder)
         _save(tokenizer, folder)
@@ -321,6 +323,7 @@ def run(settings: FinetuneSettings, store: Store) -> None:
         validation_loss=loss,
         unigram_entropy=entropy,
         gold_sparsity=sparsity,
+        **without,
         steps=steps,
         parameters=model.num_parameters(),
         seconds=round(seconds, 1),
@@ -329,6 +332,10 @@ def run(settings: FinetuneSettings, store: Store) -> None:
         "finetune: %d steps, %.0f s; validation loss %.3f, unigram entropy %.3f: %.3f nats below; mean gold sparsity %.3f",
         *(steps, seconds, loss, entropy, entropy - loss, sparsity),
     )
+    for blind in without.values():
+        log.info(
+            "finetune: without a look at the text that it repairs it loses %.3f: %.3f nats more", blind, blind - loss
+        )
 
 
 def _attending(settings: FinetuneSettings, model: Any) -> AbstractContextManager[None]:

@@ -541,6 +541,45 @@ def test_a_start_from_statistics_writes_all_it_promises(corpus, tmp_path):
             dataclasses.replace(new, family=family).make(corpus, tmp_path)
 
 
+def test_a_start_from_statistics_between_two_texts(corpus, tmp_path):
+    new = dataclasses.replace(TINY, family="bart", start="statistics", dropout=0.0, hidden_size=64)
+    torch.manual_seed(0)
+    model, tokenizer = new.make(corpus, tmp_path)
+    for half in (model.model.encoder, model.model.decoder):
+        table = half.embed_positions.weight
+        assert len(table) == 24 + 2
+        assert (table[2:-3] * table[3:-2]).sum(1).std() < 1e-6
+        for attention in [
+            each for layer in half.layers for each in (layer.self_attn, getattr(layer, "encoder_attn", None))
+        ]:
+            if attention is None:
+                continue
+            assert torch.equal(attention.out_proj.weight, attention.v_proj.weight.T)
+            beside = attention is half.layers[0].self_attn
+            assert torch.equal(attention.q_proj.weight, attention.k_proj.weight) != beside
+    counts = token_blocks(corpus, tokenizer, "train", 24).ids.long().bincount(minlength=300)
+    offset = model.final_logits_bias[0] - (counts + 0.5).log()
+    torch.testing.assert_close(offset, offset[:1].expand(300), rtol=0, atol=1e-5)
+
+    seen = {}
+
+    class Look:
+        causal = True
+
+        def __call__(self, q, k, v, valid, layer):
+            scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~torch.ones(24, 24).tril().bool(), -math.inf)
+            seen[layer] = scores.softmax(-1)
+            return v
+
+    ids = torch.full((1, 24), 100)
+    with torch.no_grad(), plugged(model, Look(), "dec"):
+        model(input_ids=ids, decoder_input_ids=ids)
+    tokens = torch.arange(4, 20)
+    for head, offset in enumerate((-1, -2)):
+        missed = seen[0][0, head, tokens].argmax(-1) - (tokens + offset)
+        assert missed.abs().max() <= 1, f"head {head} looks elsewhere"  # what is alike, the word itself, pulls a little
+
+
 def test_a_start_from_statistics_where_positions_turn_vectors(corpus, tmp_path):
     new = dataclasses.replace(
         TINY, family="modernbert", start="statistics", dropout=0.0, hidden_size=64, global_every=2

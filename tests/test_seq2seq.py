@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,7 @@ from sparsefinder.evaluation.loss_difference import masked_loss
 from sparsefinder.experiment.configuration import Configuration, Learned, between_texts
 from sparsefinder.extract import ExtractSettings, Reading
 from sparsefinder.finetune import NewModel
-from sparsefinder.models.masked_lm import gold_sparsity, validation_loss
+from sparsefinder.models.masked_lm import gold_sparsity, loss_without_source, validation_loss
 from sparsefinder.models.objectives import asked_batches
 from sparsefinder.models.observed_attention import Recorder, Watched
 from sparsefinder.numerics.normalizers import Normalizer
@@ -210,10 +211,25 @@ def test_a_new_model_of_every_family(monkeypatch: pytest.MonkeyPatch, family: st
     assert model(**batch).loss.isfinite()
 
 
+@torch.no_grad()
+def test_without_a_look_at_the_source_it_does_not_matter() -> None:
+    model = tiny("bart")
+    [batch] = asked_batches(model, blocks(15, 9), TOKENIZER)
+    blind = loss_without_source(model, [batch])
+    other = {**batch, "input_ids": batch["input_ids"].flip(-1)}
+    assert validation_loss(model, [other]) != validation_loss(model, [batch])
+    assert loss_without_source(model, [other]) == blind
+    for layer in model.model.decoder.layers:
+        layer.encoder_attn.v_proj.weight.zero_()
+        layer.encoder_attn.v_proj.bias.zero_()
+    assert math.isclose(validation_loss(model, [batch]), blind, rel_tol=1e-6)
+
+
 def test_the_experiment_in_short(runs: Nursery, tmp_path: Path) -> None:
     text = text_files(tmp_path)
     small = ("model.vocabulary_size=300", "model.max_length=64", "model.layers=1", "finetune.batch_size=2")
-    few = ("finetune.steps=3", "finetune.eval_blocks=2", "nsamples=2", "extract.nsamples_validation=1")
+    short = ("finetune.length=32", "finetune.steps=3", "finetune.longer_steps=1", "finetune.longer_length=64")
+    few = (*short, "finetune.eval_blocks=2", "nsamples=2", "extract.nsamples_validation=1")
     less = (
         "evaluate.samples=2",
         "route.n_clusters=8",
@@ -225,6 +241,7 @@ def test_the_experiment_in_short(runs: Nursery, tmp_path: Path) -> None:
     done = runs.run("experiment=seq2seq", *text, *small, *few, *less, stages, f"run_dir={run}")
     assert done.status == 0, done.output
     assert "window width=11 is left out: Window compares positions within one text" in done.output
+    assert re.search(r"without a look at the text that it repairs it loses \d\.\d+: -?\d\.\d+ nats more", done.output)
     recorded = load_samples(run / "qk_cross-attn.pt")
     assert (recorded.shape, recorded.crosses, len(recorded)) == ((1, 4, 32), True, 2)
     results = pd.read_csv(run / "evaluate" / "results.csv").set_index("variant")

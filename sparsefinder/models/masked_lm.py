@@ -55,6 +55,19 @@ def validation_loss(model: Any, batches: Sequence[Batch]) -> float:
     return total / count
 
 
+def loss_without_source(model: Any, batches: Sequence[Batch]) -> float:
+    """The validation loss of an encoder-decoder that writes without a look at what it read: cross-attention gives zeros.
+
+    What lies between the two is what cross-attention is good for.
+    """
+
+    def nothing(q: Tensor, *_: Any, **__: Any) -> Tensor:
+        return torch.zeros_like(q)
+
+    with models.plugged(model, nothing, "cross"):
+        return validation_loss(model, batches)
+
+
 def unigram_entropy(batches: Sequence[Batch]) -> float:
     """Entropy, in nats, of the distribution of the tokens asked for: the loss of the best guess that ignores context.
 

@@ -24,6 +24,10 @@ SAME = 1e-3  # nats; attention over every pair that differs by more from dense a
 _FACTS: dict[tuple[str, str], tuple[str, Callable[[Any], str]]] = {
     ("model", "validation_loss"): ("validation loss", lambda value: f"{value:.3f} nats"),
     ("model", "unigram_entropy"): ("unigram entropy of the validation tokens", lambda value: f"{value:.3f} nats"),
+    ("model", "loss_without_source"): (
+        "validation loss without a look at the text that is read",
+        lambda value: f"{value:.3f} nats",
+    ),
     ("model", "gold_sparsity"): ("gold sparsity after finetuning", lambda value: f"{value:.3f}"),
     ("calibration", "samples"): ("training samples calibrated on", str),
     ("calibration", "samples_validation"): ("held-out samples that the calibration was checked on", str),
