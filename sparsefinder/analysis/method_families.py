@@ -17,7 +17,7 @@ ALL_OTHERS = (PUBLISHED, FIXED, DEPENDENT)
 
 _BEGINNINGS = {  # of the names of their files; whatever is not here depends on the data
     BOUNDS: (UPPER_BOUND, CHANCE, EVERYTHING),
-    OURS: ("routed", "lowrank", "bilinear"),
+    OURS: ("routed", "refined", "lowrank", "bilinear"),
     PUBLISHED: ("kmeans", "quantize", "distance", "dotproduct_entmax"),
     FIXED: (
         *("window", "longformer", "bigbird", "openai", "dilated", "block_local", "sinks"),

@@ -195,6 +195,7 @@ class TestManyPatterns:
     def test_families(self) -> None:
         of = {
             "routed_budget": OURS,
+            "refined": OURS,
             "kmeans": PUBLISHED,
             "longformer": FIXED,
             "routing": DEPENDENT,
