@@ -7,7 +7,9 @@
 A table at equal density forgets what the prediction multiplies, and one at the published budget (4 numbers, 16 clusters)
 makes any method look good that was given more. Here each learned method is trained at every budget, scored over its sparsity
 parameter, and stands in the table with the best of them all; the others are scored as they are. Costs: `cost` of each pattern.
-Of an encoder 16 texts are learned from and ``--samples`` (4) measured, ``--heads`` of every second layer.
+Of an encoder 16 texts are learned from and ``--samples`` (4) measured, ``--heads`` of every second layer; ``--skip`` leaves out
+the first texts, those that something was chosen on. Five samples and more have intervals. ``--within 0.15`` saves half of the
+time where only small costs matter: what predicts for more of dense attention than that is not scored.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from sparsefinder import bilinear, kmeans_centroids, lowrank, quantization, scor
 from sparsefinder.analysis import frontiers
 from sparsefinder.analysis.bootstrap import Replicas
 from sparsefinder.analysis.method_families import ALL_OTHERS
-from sparsefinder.experiment.configuration import Configuration
+from sparsefinder.experiment.configuration import Configuration, Learned
 from sparsefinder.experiment.instantiate import construct
 from sparsefinder.patterns.bilinear import Bilinear
 from sparsefinder.patterns.block_pool import BlockPool
@@ -44,11 +46,12 @@ from sparsefinder.patterns.quest import Quest
 from sparsefinder.patterns.routed import Routed
 from sparsefinder.patterns.routed_bilinear import RoutedBilinear
 from sparsefinder.patterns.routed_reranked import RoutedReranked
+from sparsefinder.patterns.support.cost import cost_of
 from sparsefinder.patterns.xattention import XAttention
 from sparsefinder.report import text_table
 from sparsefinder.reporting import text_tables
 from sparsefinder.storage.manifests import plain
-from sparsefinder.storage.samples import Samples
+from sparsefinder.storage.samples import Samples, load_samples
 from sparsefinder.storage.store import Store
 
 PATTERNS = Path(__file__).resolve().parent.parent / "conf" / "pattern"
@@ -132,11 +135,15 @@ def of_file(name: str) -> Iterator[Configuration]:
 class Budgets:
     """Runs below one folder: a budget is trained, scored and put beside the others."""
 
-    def __init__(self, folder: Path, qk: dict[str, Path], samples: int | None, only: Sequence[str] | None):
+    def __init__(
+        self, folder: Path, qk: dict[str, Path], samples: int | None, only: Sequence[str] | None, within: float | None
+    ):
         self.folder = folder
         self.only = only
         self.qk = qk
-        self.samples = samples
+        self.within = within
+        held_out = load_samples(qk["qk_validation"])
+        self.held_out = held_out.part(0, samples or len(held_out))
         self.tables: list[tuple[pd.DataFrame, pd.DataFrame]] = []
 
     def store(self, name: str, **given: Path) -> Store:
@@ -147,16 +154,19 @@ class Budgets:
     def score(self, store: Store, configurations: list[Configuration]) -> None:
         """Score those that are wanted and keep the tables, configurations numbered on."""
         configurations = [each for each in configurations if self.only is None or each.name in self.only]
+        learned = Learned.of(store, tuple(configurations), self.held_out.group)
+        size, tokens = self.held_out.shape[-1], max(self.held_out.lengths)
+        if self.within is not None:
+            dearest = self.within * 2 * size * tokens
+            configurations = [x for x in configurations if cost_of(x.build(learned), tokens, size) <= dearest]
         if not configurations:
             return
-        settings = score.ScoreSettings(tuple(configurations), samples=self.samples)
-        score.run(settings, store)
-        store.finish("score", "score", plain(settings), {}, 0)
-        metrics, counts = (pd.read_parquet(store.path("score") / f"{name}.parquet") for name in ("metrics", "counts"))
+        settings = score.ScoreSettings(tuple(configurations))
+        scores = score.score(self.held_out, settings, learned)
         first = sum(table["configuration"].nunique() for table, _ in self.tables)
-        self.tables.append(
-            tuple(table.assign(configuration=table["configuration"] + first) for table in (metrics, counts))
-        )
+        metrics = score.metrics_table(scores, settings, learned, size)
+        counts = pd.concat(score.counts_tables(scores, first), ignore_index=True)
+        self.tables.append((metrics.assign(configuration=metrics["configuration"] + first), counts))
 
     @property
     def points(self) -> tuple[pd.DataFrame, Replicas | None]:
@@ -182,14 +192,16 @@ def encoder_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--heads", type=int, default=None, help="of each layer of the encoder; by default all")
     parser.add_argument("--samples", type=int, default=None, help="held-out samples; of an encoder 4 by default")
+    parser.add_argument("--skip", type=int, default=0, help="texts of --test to leave out in front")
 
 
 def of_encoder(given: argparse.Namespace, folder: Path) -> dict[str, Path]:
     """Queries and keys of some heads of an encoder, recorded to two files below a folder."""
     model, tokenizer = recorded.lengthened(given.model, given.tokens)
     files = {}
-    for name, text, count in (("qk", given.train, TEXTS), ("qk_validation", given.test, given.samples or 4)):
-        whole = recorded.samples(model, recorded.texts(text, tokenizer, given.tokens, count))
+    sides = (("qk", given.train, 0, TEXTS), ("qk_validation", given.test, given.skip, given.samples or 4))
+    for name, text, skipped, count in sides:
+        whole = recorded.samples(model, recorded.texts(text, tokenizer, given.tokens, skipped + count)[skipped:])
         q, k = ([torch.stack([x[at] for at in range(1, len(x), 2)]) for x in side] for side in (whole.q, whole.k))
         files[name] = folder / f"{name}.pt"
         Samples(*([x[:, : given.heads].contiguous() for x in side] for side in (q, k))).save(files[name])
@@ -201,6 +213,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/tiny"))
     encoder_arguments(parser)
     parser.add_argument("--only", nargs="+", default=None, help="methods to score; by default all")
+    parser.add_argument("--within", type=float, default=None, help="the largest cost of a prediction; by default any")
     parser.add_argument("--rounds", type=int, nargs="+", default=[4, 8, 16])
     parser.add_argument("--clusters", type=int, nargs="+", default=[16, 32, 64])
     parser.add_argument("--epochs", type=int, default=None, help="of the projections; by default those of the stage")
@@ -208,9 +221,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         run = Store(given.run)
         qk = of_encoder(given, Path(folder)) if given.model else {x: run.path(x) for x in ("qk", "qk_validation")}
-        budgets = Budgets(Path(folder), qk, given.samples, given.only)
+        budgets = Budgets(Path(folder), qk, given.samples, given.only, given.within)
         budgets.score(budgets.store("unlearned"), [*(c for name in UNLEARNED for c in of_file(name)), *of_sizes()])
-        project = quantization.ProjectSettings()
+        project = quantization.ProjectSettings(eval_every=0)
         if given.epochs is not None:
             project = replace(project, epochs=given.epochs)
         for rounds in given.rounds:
@@ -248,20 +261,24 @@ def report(budgets: Budgets, given: argparse.Namespace) -> str:
     points, replicas = budgets.points
     by_cost = frontiers.by_cost(points)
     at_cost = None if replicas is None else replicas.by_cost(points["prediction_share"].to_numpy(float))
-    samples = points["samples"].iloc[0]
+    tables = {
+        "Recall at equal density, each method at its best budget": text_tables.recall_lines(
+            points, LEVELS, replicas, far=False
+        ),
+        "Recall at equal total cost (prediction and attention, as a share of dense attention's multiplications)": (
+            text_tables.recall_lines(by_cost, COSTS, at_cost, far=False)
+        ),
+        "The best of ours minus the best of all others at equal density": text_tables.advantage_lines(
+            points, replicas, LEVELS, ALL_OTHERS
+        ),
+        "The best of ours minus the best of all others at equal total cost": text_tables.advantage_lines(
+            by_cost, at_cost, COSTS, ALL_OTHERS, "cost"
+        ),
+    }
     of = f"{given.model.name}, {given.tokens} tokens" if given.model else given.run
-    parts = [
-        f"{machine()}. {of}: {samples} held-out samples, R in {given.rounds}, C in {given.clusters}.",
-        "Recall at equal density, each method at its best budget",
-        text_table(text_tables.recall_lines(points, LEVELS, replicas, far=False)),
-        "Recall at equal total cost (prediction and attention, as a share of dense attention's multiplications)",
-        text_table(text_tables.recall_lines(by_cost, COSTS, at_cost, far=False)),
-        "The best of ours minus the best of all others at equal density",
-        text_table(text_tables.advantage_lines(points, replicas, LEVELS, ALL_OTHERS)),
-        "The best of ours minus the best of all others at equal total cost",
-        text_table(text_tables.advantage_lines(by_cost, at_cost, COSTS, ALL_OTHERS, "cost")),
-    ]
-    return "\n".join(parts)
+    trained = f"R in {given.rounds}, C in {given.clusters}, {points['samples'].iloc[0]} held-out samples"
+    bodies = "\n\n".join(f"{title}\n{text_table(lines)}" for title, lines in tables.items())
+    return f"{machine()}\n\n### Equal cost: {of}, {trained}\n\n```\n{bodies}\n```"
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ it is measured alone, with more rounds, since there it must not be slower than S
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -153,7 +152,7 @@ def main() -> None:
     with ExitStack() as stack:
         others = {BASELINE: model}
         for name, attention in attentions.items():
-            others[name] = copy.deepcopy(model)
+            others[name] = recorded.twin(model)
             stack.enter_context(models.plugged(others[name], attention))
         for tokens in given.short:
             documents = recorded.texts(given.test, tokenizer, tokens, given.documents)

@@ -109,9 +109,8 @@ def main() -> None:
         training, samples = (load_samples(path) for path in of_encoder(given, Path(folder)).values())
         golds = [Gold.of(qk, ALPHA) for each in samples for qk in each]
         density = float(torch.stack([(gold.sums() / gold.shape[-1] ** 2).mean() for gold in golds]).mean())
-        print(
-            f"{machine()}. {given.model.name}, {given.tokens} tokens, {len(samples)} texts, gold density {density:.4f}"
-        )
+        print(f"{machine()}\n\n### Gold density: {given.model.name}, {given.tokens} tokens, {given.rounds} numbers\n")
+        print(f"{len(samples)} texts, gold density {density:.4f}, {given.clusters} clusters.\n")
         print("| predicted by | density | recall |\n|---|---|---|")
         for name, method in methods(training, given.rounds, given.clusters).items():
             print("| {} | {:.4f} | {:.3f} |".format(name, *at_density(method, density, samples, golds)), flush=True)

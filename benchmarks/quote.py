@@ -2,9 +2,10 @@
 
     python benchmarks/quote.py
 
-Reads ``benchmarks/results.md`` (`make bench`), ``benchmarks/real.md`` (`make bench-real`) and what `front_door.py` printed, and
-replaces what stands between ``<!-- quoted: NAME -->`` and ``<!-- end -->`` in the pages of `PAGES`. Of what was not measured
-the text says so.
+Reads ``benchmarks/results.md`` (`make bench`), ``benchmarks/real.md`` (`make bench-real`), what `front_door.py` printed, and in
+``benchmarks/kept_aside.md`` what `budgets.py`, `gold_density.py` and `equal_time.py` printed one after the other. Replaced is
+what stands between ``<!-- quoted: NAME -->`` and ``<!-- end -->`` in the pages of `PAGES`. Of what was not measured the text says
+so.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import dropwhile, takewhile
 from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
-_NAMES = ("explanation/measured", "explanation/performance", "how-to/long_documents")
+_NAMES = ("explanation/equal_cost", "explanation/measured", "explanation/performance", "how-to/long_documents")
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in _NAMES))
 QUOTED = re.compile(r"(<!-- quoted: (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
 BASELINE = "SDPA softmax"
@@ -121,6 +123,25 @@ def front_door(results: str) -> str:
     before = results.partition("### Front door")[0]
     machines = re.findall(r".*threads, torch.*", before)
     return f"{machines[-1]}; {'; '.join(learned)}.\n\n{lines_of(['tokens', *times], body)}"
+
+
+def below(title: str, results: str) -> str:
+    """Whatever stands below the headings that begin with a title, what they say beside it in front."""
+    ends = r"(?=\n### |\n[^\n]*threads, torch|\Z)"
+    parts = re.findall(rf"^### {re.escape(title)}([^\n]*)\n\n(.*?){ends}", results, re.DOTALL | re.MULTILINE)
+    if not parts:
+        raise NotMeasuredError(title)
+    return "\n\n".join(f"{heading.strip(', ')}:\n\n{text.strip()}" for heading, text in parts)
+
+
+def equal_time(results: str) -> str:
+    """What nothing beats, all of ours and the bounds; what beats ours is said below."""
+    lines = below("Equal time: e5small", results).splitlines()
+    told = ("**nothing** |", "| ours |", "| bounds |")
+    head = ("| attention", "|---")
+    return "\n".join(
+        line for line in lines if line[:1] != "|" or line.startswith(head) or any(each in line for each in told)
+    )
 
 
 def headline(results: str) -> str:
@@ -230,6 +251,10 @@ WRITERS: dict[str, Callable[[str], str]] = {
     "dense": dense,
     "normalizer": normalizer,
     "learning": learning,
+    "cost_kept_aside": partial(below, "Equal cost: e5small"),
+    "cost_minilm": partial(below, "Equal cost: minilm"),
+    "gold_kept_aside": partial(below, "Gold density: e5small"),
+    "time_kept_aside": equal_time,
 }
 
 
@@ -243,7 +268,7 @@ def quoted(name: str, results: str, before: str) -> str:
 
 
 def main() -> None:
-    files = (HERE / name for name in ("results.md", "real.md", "front_door.md"))
+    files = (HERE / name for name in ("results.md", "real.md", "front_door.md", "kept_aside.md"))
     results = "\n".join(path.read_text(encoding="utf-8") for path in files if path.exists())
     for page in PAGES:
         text = page.read_text(encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,11 @@ def lengthened(folder: Path, length: int) -> tuple[Any, Any]:
         model.config.max_position_embeddings = len(rows)
     tokenizer.model_max_length = length
     return model.base_model.eval(), tokenizer
+
+
+def twin(model: Any) -> Any:
+    """A copy of a model that may attend in another way, with the same weights in memory."""
+    return copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
 
 
 def texts(file: Path, tokenizer: Any, length: int, count: int) -> list[Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import groupby
 from pathlib import Path
@@ -349,16 +349,21 @@ def write_counts(scores: Scores, path: Path, grown: Table) -> None:
             for group in range(old.num_row_groups):
                 part = old.read_row_group(group)
                 writer.write_table(part.filter(pc.is_in(part["configuration"], pa.array(grown.rows, pa.int64()))))
-        for (index, layer), counts in scores.counts.items():
-            samples, heads = counts.gold.shape
-            grid = np.indices((samples, heads)).reshape(2, -1)
-            columns = {f.name: getattr(counts, f.name).flatten().numpy() for f in fields(Counts)}
-            frame = pd.DataFrame(
-                {"configuration": grown.first + index, "layer": layer, "head": grid[1], "sample": grid[0], **columns}
-            )
+        for frame in counts_tables(scores, grown.first):
             table = pa.Table.from_pandas(frame, preserve_index=False)
             writer = writer or stack.enter_context(pq.ParquetWriter(path, table.schema))
             writer.write_table(table)
+
+
+def counts_tables(scores: Scores, first: int = 0) -> Iterator[pd.DataFrame]:
+    """The raw counts of each configuration, numbered from ``first``, and layer: one row per sample × head."""
+    for (index, layer), counts in scores.counts.items():
+        samples, heads = counts.gold.shape
+        grid = np.indices((samples, heads)).reshape(2, -1)
+        columns = {f.name: getattr(counts, f.name).flatten().numpy() for f in fields(Counts)}
+        yield pd.DataFrame(
+            {"configuration": first + index, "layer": layer, "head": grid[1], "sample": grid[0], **columns}
+        )
 
 
 def save_maps(

@@ -55,6 +55,24 @@ the block of the README: 41 seconds
 |---|---|---|
 | 128 | 10.0 | 1.00 |
 | 2,048 | 100.0 | 0.50 |
+
+A third processor, 1 threads, torch 9
+
+### Equal cost: e5small, 512 tokens
+
+```
+cost
+```
+A third processor, 1 threads, torch 9
+
+### Equal time: e5small, 2,048 tokens, 6 documents
+
+| attention | whose | time ÷ SDPA | error | pooled cosine | token cosine | beaten by |
+|---|---|---|---|---|---|---|
+| Refined (level 2.5) | ours | 0.500 | 0.1000 | 0.9950 | 0.9900 | **nothing** |
+| Window (65) | others | 0.600 | 0.5000 | 0.8000 | 0.7000 | Refined (level 2.5) |
+
+- Of 1 arms of ours, beaten by others: none.
 """
 
 
@@ -78,6 +96,12 @@ def test_what_is_quoted(quote: ModuleType) -> None:
     assert door.startswith("Another processor, 2 threads, torch 9; fit: 30 seconds")
     assert "| speed with `auto` | 1.00 | 2.00 |" in door
     assert door.endswith("|  | 0.9955 |")
+    assert quote.below("Equal cost: e5small", REAL) == "512 tokens:\n\n```\ncost\n```"
+    timed = quote.equal_time(REAL)
+    assert timed.startswith("2,048 tokens, 6 documents:\n\n| attention |")
+    assert "| Refined (level 2.5) | ours |" in timed
+    assert "Window" not in timed
+    assert timed.endswith("beaten by others: none.")
     assert quote.growth(REAL) == "From 4,096 to 32,768 tokens, at a recall of 0.950: exponent 1.15."
 
 
