@@ -152,7 +152,12 @@ def arms(cfg: DictConfig) -> Iterable[Arm]:
     A pattern is run by its buckets where it has them, else as a mask; ``attention`` names another file of conf/attention.
     """
     names: set[str] = set()
-    for entry in plain(cfg.arms) or []:
+    given = plain(cfg.arms) or []
+    if not isinstance(given, list):
+        raise UserError(
+            f"arms={given}: give a list in quotation marks, such as 'arms=[{{pattern: window, width: 65}}]'"
+        )
+    for entry in given:
         arm = _entry(cfg, entry, "arms")
         if arm.name in names:
             raise UserError(f"arms: {arm.name} is there twice; give one of them a name")

@@ -32,8 +32,8 @@ def wrong_weights(folder: Path) -> str | None:
         others = sorted(
             path.name for path in folder.glob("*") if path.suffix in (".bin", ".safetensors", ".h5", ".dat")
         )
-        seen = f" but {', '.join(others[:3])}" if others else ""
-        return f"it has no weights, {WEIGHTS[0]} or {WEIGHTS[2]},{seen}: save the model with save_pretrained"
+        seen = f", but {', '.join(others[:3])}" if others else ""
+        return f"it has no weights, {WEIGHTS[0]} or {WEIGHTS[2]}{seen}: save the model with save_pretrained"
     if weights.name.endswith(".index.json"):
         return wrong_file(weights) or _wrong_shards(weights)
     return wrong_file(weights)

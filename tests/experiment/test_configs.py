@@ -76,6 +76,7 @@ WRONG = {  # settings of the command line → what the one line about them says
     "stage=finetune model.vocabulary_size=1e4": "model.vocabulary_size must be int, got 10000.0",
     "adapt_steps=1e2": "adapt_steps must be int, got 100.0",
     "finetune.attention=5": "finetune.attention: 5 is no arm; give a pattern, an attention or a reading, with its settings",
+    "stage=compare arms=window": "arms=window: give a list in quotation marks, such as 'arms=[{pattern: window, ",
     "finetune.attention={pattern:kmeens}": "finetune.attention: pattern=kmeens is unknown; ",
     "finetune.attention={pattern:kmeans,top:2}": "KMeans has no setting top; its settings are top_clusters, ",
     "finetune.attention={pattern:kmeans}": "finetune.attention=kmeans works with projections and centroids: finetune.learned=",
