@@ -37,6 +37,7 @@ from sparsefinder.numerics.padding import at_least_float32, exactly, right_padde
 from sparsefinder.numerics.tail_normalizer import with_clusters
 
 _ENTMAX15 = Normalizer(1.5)  # the normalizer of the gold graphs
+_KEYS_OF_A_PANEL = 8  # in a bucket on average, from which on panels of keys are faster than a query at a time
 
 
 def _prepared(
@@ -134,15 +135,15 @@ class Bucketed:
 
     - ``native``, C++ on a CPU (`sparsefinder.executors.native.bucketed`): a query at a time, the pairs of the graph and no
       others;
-    - ``tailed``, C++ on a CPU (`sparsefinder.executors.native.tailed`), of a layout with a tail: clusters of keys as panels, some
-      queries at a time; not causal;
+    - ``tailed``, C++ on a CPU (`sparsefinder.executors.native.tailed`), of a layout with a tail, or with softmax and buckets that
+      share no key: clusters of keys as panels, some queries at a time; not causal;
     - ``blocks``, torch's products on any device (`sparsefinder.executors.blocks.decompose`): buckets are filled up to a few
       sizes, so that those of like size are one product (never up to the fullest one), and ``computed_pairs`` counts the
       filling;
     - ``triton``, kernels on a GPU (`sparsefinder.executors.triton`), float32 or half precision: only where it is asked for.
 
-    ``auto`` is ``native`` or ``tailed`` wherever they work, which on a CPU need a C++ compiler the first time; ``explain`` says
-    what it took.
+    ``auto`` is ``native`` or ``tailed`` wherever they work, which on a CPU need a C++ compiler the first time, and of the two
+    ``tailed`` where buckets hold 8 keys or more on average; ``explain`` says what it took, before there are buckets.
     """
 
     pattern: Pattern  # who may attend to whom; must have a layout
@@ -169,7 +170,7 @@ class Bucketed:
         """
         qk, v = _prepared(q, k, v, valid, self.causal, query_valid)
         layout = self._layout(qk, layer)
-        executor = choose(self._executors(), self.executor, self._work(qk, layout, v))
+        executor = choose(self._executors(layout), self.executor, self._work(qk, layout, v))
         return executor.attend(qk, v, layout, self.normalizer)
 
     @torch.no_grad()
@@ -180,7 +181,7 @@ class Bucketed:
     def computed_pairs(self, qk: QK, layer: int) -> Tensor:
         """Pairs that are multiplied, ``(B, H)`` int64: those of the graph, and but for ``native`` the filling too."""
         layout = self._layout(qk, layer)
-        executor = choose(self._executors(), self.executor, self._work(qk, layout))
+        executor = choose(self._executors(layout), self.executor, self._work(qk, layout))
         return executor.computed_pairs(qk, layout)
 
     def explain(self, q: Tensor, *others: Tensor) -> str:
@@ -189,13 +190,19 @@ class Bucketed:
 
     def _work(self, qk: QK, layout: Layout, *others: Tensor) -> Work:
         surrounded = bool(layout.window) or layout.is_global is not None
-        return replace(self._kind(Work.of(qk.q, qk.k, *others)), crosses=qk.crosses, surrounded=surrounded)
+        disjoint = layout.buckets is not None and layout.buckets.k_ids.shape[-1] == 1
+        kind = self._kind(Work.of(qk.q, qk.k, *others))
+        return replace(kind, crosses=qk.crosses, surrounded=surrounded, disjoint=disjoint)
 
     def _kind(self, work: Work) -> Work:
         return replace(work, tail=has_tail(self.pattern), causal=self.causal, alpha=self.normalizer.alpha)
 
-    def _executors(self) -> tuple[LayoutExecutor, ...]:
-        return NativeExecutor(), TailedExecutor(), BlocksExecutor(self.queries_at_once), TritonExecutor(self.block)
+    def _executors(self, layout: Layout | None = None) -> tuple[LayoutExecutor, ...]:
+        """In the order of preference, which depends on the buckets of a layout."""
+        buckets = None if layout is None else layout.buckets
+        full = buckets is not None and buckets.k_ids.shape[2] >= _KEYS_OF_A_PANEL * buckets.count
+        on_cpu = (TailedExecutor(), NativeExecutor()) if full else (NativeExecutor(), TailedExecutor())
+        return *on_cpu, BlocksExecutor(self.queries_at_once), TritonExecutor(self.block)
 
     @torch.no_grad()
     def _layout(self, qk: QK, layer: int) -> Layout:

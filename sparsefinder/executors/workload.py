@@ -18,6 +18,7 @@ class Work:
     dropout: bool = False  # whether some probabilities are set to zero
     learns_alpha: bool = False  # whether the normalizer's α gets a gradient
     tail: bool = False  # whether buckets are handed to the normalizer as entries beside the keys
+    disjoint: bool = False  # whether a layout is known to have buckets, each key in one of them at most
     surrounded: bool = False  # whether a layout has a window or global tokens besides buckets
     causal: bool = False  # whether a query sees no later key
     alpha: float = 1.5  # of the normalizer

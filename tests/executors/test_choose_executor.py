@@ -79,7 +79,7 @@ def test_what_the_machine_lacks_is_said_before_any_work() -> None:
 
 def test_attentions_say_who_multiplies() -> None:
     x, elsewhere = torch.zeros(1, 1, 4, 2), torch.zeros(1, 1, 4, 2, device="meta")
-    no_tail = "tailed: multiplies layouts with a tail, and this one has none"
+    no_tail = "tailed: multiplies layouts with a tail, and of softmax others whose buckets share no key"
     assert Bucketed(Window(3)).explain(x).splitlines()[:3] == [
         "native: chosen",
         no_tail,

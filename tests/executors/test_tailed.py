@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsefinder.attention import Bucketed, Dense
+from sparsefinder.executors.choose_executor import choose
 from sparsefinder.executors.native import library, tailed
 from sparsefinder.graphs import QK, Buckets, Layout
 from sparsefinder.numerics.normalizers import Normalizer
@@ -39,16 +40,18 @@ def attention(pattern: Tailed, executor: str, alpha: float = 1.0) -> Bucketed:
 
 def surrounded(pattern: Tailed, tokens: int) -> Tailed:
     """The same with a window and two global tokens."""
-    return Tailed(pattern.buckets, 5, torch.arange(tokens)[None] % max(tokens // 2, 1) == 1)
+    return Tailed(pattern.buckets, 5, torch.arange(tokens)[None] % max(tokens // 2, 1) == 1, pattern.tail)
 
 
-@pytest.mark.parametrize("alpha", [1.0, 1.5])
+@pytest.mark.parametrize(("alpha", "tail"), [(1.0, True), (1.5, True), (1.0, False)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
     ("tokens", "size", "count", "slots"),
     [(9, 5, 3, 1), (47, 16, 19, 4), (61, 32, 70, 12), (33, 40, 8, 8), (40, 72, 33, 3), (530, 8, 5, 2), (1, 32, 1, 1)],
 )
-def test_all_sizes(tokens: int, size: int, count: int, slots: int, dtype: torch.dtype, alpha: float) -> None:
+def test_all_sizes(
+    tokens: int, size: int, count: int, slots: int, dtype: torch.dtype, alpha: float, tail: bool
+) -> None:
     """Output and gradients; more than a block of queries, fewer than a vector, and neither in whole numbers of them.
 
     What a cluster of one key weighs has no derivative in its spread, which torch's products take to be 1e-4: near a threshold a
@@ -56,7 +59,7 @@ def test_all_sizes(tokens: int, size: int, count: int, slots: int, dtype: torch.
     """
     tolerance = {torch.float64: 1e-7, torch.float32: 2e-4}[dtype] if alpha == 1.0 else 5e-5
     valid = torch.rand(1, tokens, generator=torch.Generator().manual_seed(1)) < 0.9
-    pattern = Tailed(buckets(2, tokens, tokens, count, slots))
+    pattern = Tailed(buckets(2, tokens, tokens, count, slots), tail=tail)
     for each in (pattern, surrounded(pattern, tokens)):
         ours = with_gradients(attention(each, "tailed", alpha), vectors(1, 2, tokens, size, dtype=dtype), valid)
         inputs = vectors(1, 2, tokens, size, dtype=torch.float64)
@@ -81,8 +84,8 @@ def test_it_is_chosen_and_says_what_it_cannot() -> None:
     for other, reason in [
         (Bucketed(pattern, SOFTMAX, causal=True), "its clusters are those of the whole sentence"),
         (
-            Bucketed(Tailed(pattern.buckets, tail=False), SOFTMAX),
-            "multiplies layouts with a tail, and this one has none",
+            Bucketed(Tailed(pattern.buckets, tail=False), Normalizer(1.5)),
+            "multiplies layouts with a tail, and of softmax others whose buckets share no key",
         ),
     ]:
         assert f"tailed: {reason}" in other.explain(q, k, v)
@@ -115,10 +118,10 @@ def test_nothing_to_see_gives_zeros_and_what_padding_contains_is_never_read() ->
 
 
 @pytest.mark.parametrize("around", [False, True])
-@pytest.mark.parametrize("alpha", [1.0, 1.5])
-def test_scores_far_from_what_entries_let_expect(alpha: float, around: bool) -> None:
+@pytest.mark.parametrize(("alpha", "tail"), [(1.0, True), (1.5, True), (1.0, False)])
+def test_scores_far_from_what_entries_let_expect(alpha: float, tail: bool, around: bool) -> None:
     """A key whose exponential is infinite beside the entries of its row, an entry far above all keys, and both backwards."""
-    pattern = Tailed(buckets(2, 60, 60, 9, 3))
+    pattern = Tailed(buckets(2, 60, 60, 9, 3), tail=tail)
     pattern = surrounded(pattern, 60) if around else pattern
     valid = torch.ones(1, 60, dtype=torch.bool)
     for scale in (1e-3, 30.0, 300.0):
@@ -177,6 +180,27 @@ def test_shared_heads_of_keys_and_two_texts(alpha: float) -> None:
         results.append([out, *torch.autograd.grad((out * torch.cos(out.detach())).sum(), own)])
     for mine, theirs in zip(*results, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_full_buckets_without_a_tail_are_panels() -> None:
+    """Those of softmax and 8 keys or more; smaller ones, shared ones, entmax and causal attention go a query at a time."""
+    full, small = buckets(2, 80, 80, 9, 3), buckets(2, 80, 80, 11, 3)
+    shared = Buckets(full.q_ids, full.k_ids.repeat(1, 1, 1, 2), 9)
+    valid, tokens = torch.ones(1, 80, dtype=torch.bool), vectors(1, 2, 80, 8)
+    for each, alpha, causal, expected in [
+        (full, 1.0, False, "tailed"),
+        (small, 1.0, False, "native"),
+        (shared, 1.0, False, "native"),
+        (full, 1.5, False, "native"),
+        (full, 1.0, True, "native"),
+    ]:
+        run = Bucketed(Tailed(each, tail=False), Normalizer(alpha), causal=causal)
+        named = Bucketed(Tailed(each, tail=False), Normalizer(alpha), causal=causal, executor=expected)
+        assert torch.equal(run(*tokens, valid, 0), named(*tokens, valid, 0))
+        qk = QK(*tokens[:2], valid, causal)
+        executors, layout = run._executors(run._layout(qk, 0)), run._layout(qk, 0)
+        assert choose(executors, "auto", run._work(qk, layout)).name == expected
+        assert torch.equal(run.computed_pairs(qk, 0), run.graph(qk, 0).sum((-2, -1)))
 
 
 def test_entries_are_counted() -> None:

@@ -61,6 +61,7 @@ template <class T> struct Clusters {
     }
 
     int64_t keys_of(int64_t c) const { return first[c + 1] - first[c]; }
+    const T *mean_of(int64_t c) const { return &sums_[c * width]; }
 
     void take(const T *k, int64_t k_row, const T *v, int64_t v_row, const int64_t *ids, const uint8_t *valid, int64_t in_all) {
         const auto inside = [&](int64_t j) { return valid[j] && ids[j] >= 0 && ids[j] < count; };
@@ -84,7 +85,8 @@ template <class T> struct Clusters {
 
    private:
     static constexpr int64_t AHEAD = 8;  // keys that are asked for before they are read
-    Numbers<T> origins_, sums_, squares_;  // a key of each cluster, and sums of the others' differences from it and of their squares
+    // a key of each cluster, and sums of the others' differences from it, in the end the mean, and of their squares
+    Numbers<T> origins_, sums_, squares_;
     std::vector<int32_t> next_;
 
     void add(int64_t c, int64_t j, const T *key, const T *value) {

@@ -11,6 +11,7 @@ struct Problem {
     int64_t batch, heads, group, queries, keys, size;  // B, H, heads that share one of keys, N_q, N_k, D
     int64_t slots, clusters, threads;                  // P, C
     int64_t reach;                              // keys on each side of a query that it sees one by one, itself too; -1: none
+    int64_t tail;                               // whether a cluster that a query does not take is an entry; else it is left out
     const int64_t *q_ids, *k_ids;               // (B, H, N_q, P), (B, H, N_k); -1 for none
     const uint8_t *query_valid, *key_valid;     // (B, N_q), (B, N_k)
     const uint8_t *is_global;                   // (B, N): see all and are seen by all; null: nobody

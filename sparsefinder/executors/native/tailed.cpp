@@ -23,7 +23,10 @@ template <class T> class Forward {
 
     void operator()(const Clusters<T> &k, const Head<T> &t, int64_t begin, int64_t end, T *to, int64_t to_row, T *peaks) {
         b.take(t, begin, end);
-        in_rows<T>(b.count(), [&](int64_t row, auto R) { tail<decltype(R)::value>(k, t, row); });
+        if (b.p.tail)
+            in_rows<T>(b.count(), [&](int64_t row, auto R) { tail<decltype(R)::value>(k, t, row); });
+        else
+            nothing(k, t);
         for (int64_t c = 0; c < k.count; ++c)
             in_rows<T>(b.some_takers[c], [&](int64_t n, auto R) { exact<decltype(R)::value>(k, c, &b.takers[c * Block<T>::SIZE + n]); });
         for (int64_t i = begin; i < end; ++i)
@@ -51,6 +54,12 @@ template <class T> class Forward {
             for (int r = 0; r < R; ++r)
                 for (int v = 0; v < V; ++v) store(&out[(row + r) * b.width + (column + v) * L], sums[r][v]);
         });
+    }
+
+    // without a tail a sum begins with the first key
+    void nothing(const Clusters<T> &k, const Head<T> &t) {
+        std::fill_n(out.data(), b.count() * b.width, T(0)), std::fill_n(totals.data(), b.count() * L, T(0));
+        for (int64_t r = 0; r < b.count(); ++r) b.only_taken(k, t, r);
     }
 
     // the keys of cluster c, for some of the queries that take it
@@ -107,7 +116,7 @@ template <class T> class Forward {
         const auto each = [&](const auto &work) {  // score in log2 and values of every entry and key
             for (int64_t c = 0; c < k.count; ++c) {
                 const double seen = b.around.any() ? b.around.seen(c) : 0;
-                if (!b.takes(r, c) && k.keys_of(c) > seen) {
+                if (b.p.tail && !b.takes(r, c) && k.keys_of(c) > seen) {
                     const double middle = std::log2((k.keys_of(c) - seen) / 2) + product(b.queries, k.means, c), spread = std::sqrt(product(b.squares, k.variances, c));
                     for (const double each : {middle + spread, middle - spread}) work(each, &k.mean_values[c * b.width]);
                 }
@@ -221,5 +230,5 @@ void backward(const Problem &p, Rows<const T> q, Rows<const T> k, Rows<const T> 
 extern "C" {
 FUNCTIONS(float, float32)
 FUNCTIONS(double, float64)
-int64_t layout(int64_t n) { return layout_of<Problem, Rows<float>>(2, n); }
+int64_t layout(int64_t n) { return layout_of<Problem, Rows<float>>(3, n); }
 }

@@ -106,6 +106,28 @@ template <class T> class Block {
         for (int r = 0; r < R; ++r) choose(k, t, row, r, totals + r * L);
     }
 
+    // Of softmax without a tail: the clusters that a row takes, and a reference that is not above its largest score: the mean of a
+    // cluster, the first of those that it was given, or whatever is the largest beside them.
+    void only_taken(const Clusters<T> &k, const Head<T> &t, int64_t row) {
+        const int64_t i = rows[row];
+        uint64_t *bits = &taken[row_word(row)];
+        const bool all = around.hears_all(i);
+        all ? by_all(k, bits) : by_ids(k, t.ids + i * p.slots, bits);
+        T most = around.any() ? look_around(t, row) : std::numeric_limits<T>::lowest();
+        for (int64_t n = 0; n < (all ? k.count : p.slots); ++n) {
+            const int64_t c = all ? n : t.ids[i * p.slots + n];
+            if (c < 0 || c >= k.count || !k.keys_of(c)) continue;
+            T mean = 0;
+            each_chunk([&](int64_t chunk, int64_t some) {
+                mean += dot<T>(&queries[(chunk * SIZE + row) * APART], k.mean_of(c) + chunk * APART, some);
+            });
+            most = std::max(most, mean);
+            if (!all) break;
+        }
+        reference[row] = most;
+        join(row);
+    }
+
     // What a row takes is known: the row joins the takers of these clusters.
     void join(int64_t row) {
         for (int64_t word = 0; word < words(); ++word)
@@ -184,7 +206,8 @@ template <class T> class Block {
         for (int64_t word = 0; word < words(); ++word) any |= bits[word];
         T most_beside = std::numeric_limits<T>::lowest();
         if (around.any()) {
-            most_beside = look_around(k, t, row + r, r);
+            most_beside = look_around(t, row + r);
+            for (const int32_t c : around.clusters) scores[at(r, c)] += std::log2((k.number[c] - around.seen(c)) / k.number[c]);
             any = 1, peak = std::max(peak, most_beside), exponentials(k, r, peak);
         }
         if (any) {
@@ -205,16 +228,14 @@ template <class T> class Block {
         store(totals, total);
     }
 
-
-    // Keys beside the clusters that row r of these, `row` of all, takes: they are taken off its entries. The largest of their scores.
-    T look_around(const Clusters<T> &k, const Head<T> &t, int64_t row, int64_t r) {
+    // Keys beside the clusters that a row takes, and how many of each are in an entry. The largest of their scores.
+    T look_around(const Head<T> &t, int64_t row) {
         T most = std::numeric_limits<T>::lowest();
         beside[row].clear(), beside_scores[row].clear();
         each_beside(t, row, [&](int32_t j, T score) {
             beside[row].push_back(j), beside_scores[row].push_back(score), most = std::max(most, score);
         });
         beside_scores[row].resize(whole<T>(beside[row].size()), -std::numeric_limits<T>::infinity());
-        for (const int32_t c : around.clusters) scores[at(r, c)] += std::log2((k.number[c] - around.seen(c)) / k.number[c]);
         return most;
     }
 

@@ -9,6 +9,9 @@ by lane, and the number that they are compared with is known from the entries be
 With entmax a row keeps what may lie above its threshold, which the entries bound from below, and nothing else. Keys of a window
 and global ones are multiplied besides, and taken off the entries that they lie in.
 
+Of softmax a layout without a tail is multiplied in the same panels, without the clusters: a row begins with the mean of one that
+it takes instead of its entries. Where buckets fill their panels that is several times as fast as a query at a time.
+
 Which clusters a query takes is given, or it is decided here from the entries themselves (`sparsefinder.patterns.refined`),
 which are known by then: so routing costs a comparison an entry.
 
@@ -37,20 +40,18 @@ class _Problem(ctypes.Structure):
     """``Problem`` of surroundings.hpp: the same fields in the same order."""
 
     _fields_ = [
-        *(
-            (name, LONG)
-            for name in ("batch", "heads", "group", "queries", "keys", "size", "slots", "clusters", "threads", "reach")
-        ),
+        *((name, LONG) for name in ("batch", "heads", "group", "queries", "keys", "size")),
+        *((name, LONG) for name in ("slots", "clusters", "threads", "reach", "tail")),
         *((name, POINTER) for name in ("q_ids", "k_ids", "query_valid", "key_valid", "is_global", "levels")),
         ("alpha", ctypes.c_double),
     ]
 
 
-_LIBRARY = Library("tailed", 2, (_Problem, Rows), wide=True)
+_LIBRARY = Library("tailed", 3, (_Problem, Rows), wide=True)
 
 
 class TailedExecutor:
-    """A layout with a tail on a CPU."""
+    """A layout with a tail on a CPU, and of softmax one without whose buckets share no key."""
 
     name = "tailed"
     never_automatic = ""
@@ -58,8 +59,8 @@ class TailedExecutor:
     def why_not(self, work: Work | None) -> str:
         """Why this work cannot be done here; empty where it can. None: whatever the work."""
         if work is not None:
-            if not work.tail:
-                return "multiplies layouts with a tail, and this one has none"
+            if not work.tail and (work.alpha != 1.0 or not work.disjoint):
+                return "multiplies layouts with a tail, and of softmax others whose buckets share no key"
             if work.causal:
                 return "its clusters are those of the whole sentence, which causal attention must not see"
         return _LIBRARY.why_not(work)
@@ -74,14 +75,14 @@ class TailedExecutor:
 
 
 def attend(qk: QK, v: Tensor, layout: Layout, alpha: float = 1.0) -> Tensor:
-    """Attention on a layout with a tail, differentiable once in queries, keys and values.
+    """Attention on clusters of keys, differentiable once in queries, keys and values.
 
     Padding and queries without a key get zeros.
 
     Args:
         qk: queries ``(B, H, N_q, D)`` and keys ``(B, H_k, N_k, D)`` of any floating point, on a CPU, zeros on padding.
         v: of the shape of the keys, the same.
-        layout: with a tail.
+        layout: every key in one bucket at most; with a tail, or of softmax without.
         alpha: of the normalizer, from 1, softmax, to 2.
 
     Returns:
@@ -98,7 +99,8 @@ class _Run:
 
     def __init__(self, layout: Layout, qk: QK, alpha: float):
         assert layout.buckets is not None
-        assert layout.tail
+        assert layout.tail or alpha == 1.0
+        self.tail = layout.tail
         if layout.window or layout.is_global is not None:
             qk.one_text("a window or global tokens")
         buckets, self.alpha = layout.buckets, alpha
@@ -107,7 +109,9 @@ class _Run:
         self.is_global = None if layout.is_global is None else layout.is_global.expand_as(qk.valid).contiguous()
         batch, heads, queries, keys = self.shape
         self.levels, q_ids = None, torch.empty(batch, heads, 1, 0, dtype=torch.int64)
-        if isinstance(buckets, ChosenBuckets) and buckets.alpha == alpha:  # here, by what the entries weigh anyway
+        if (
+            layout.tail and isinstance(buckets, ChosenBuckets) and buckets.alpha == alpha
+        ):  # here, by what the entries weigh anyway
             self.levels = buckets.levels.to(torch.float64).expand(heads).contiguous()
         else:
             q_ids = buckets.q_ids
@@ -122,7 +126,7 @@ class _Run:
         batch, heads, queries, keys = self.shape
         problem = _Problem(
             *(batch, heads, self.group, queries, keys, tensors[0].shape[-1]),
-            *(self.q_ids.shape[-1], self.count, torch.get_num_threads(), self.reach),
+            *(self.q_ids.shape[-1], self.count, torch.get_num_threads(), self.reach, self.tail),
             *(x.data_ptr() for x in (self.q_ids, self.k_ids, *self.masks)),
             *(None if x is None else x.data_ptr() for x in (self.is_global, self.levels)),
             self.alpha,

@@ -40,10 +40,7 @@ template <class T> class Backward {
         for (int64_t begin = 0; begin < b.p.queries; begin += SOME) {
             b.take(t, begin, std::min(begin + SOME, b.p.queries));
             pull(g);
-            in_rows<T>(b.count(), [&](int64_t row, auto R) { of_clusters<decltype(R)::value>(k, t, row); });
-            sum_up(weights, across, b.count(), k.count, pulls, SIZE, &d_mean_values[0]);
-            sum_up(slopes, across, b.count(), k.count, b.queries, SIZE, &d_means[0]);
-            sum_up(bends, across, b.count(), k.count, b.squares, SIZE, &d_variances[0]);
+            b.p.tail ? tail(k, t) : nothing(k, t);
             for (int64_t c = 0; c < k.count; ++c)
                 if (b.some_takers[c]) of_keys(k, c, &b.takers[c * SIZE], b.some_takers[c]);
             const T root = T(1 / std::sqrt(double(b.size)));
@@ -74,6 +71,18 @@ template <class T> class Backward {
                 variance_rows[c * width + x] = k.variances.panel(c / L)[x * L + c % L];
             }
         }
+    }
+
+    void tail(const Clusters<T> &k, const Head<T> &t) {
+        in_rows<T>(b.count(), [&](int64_t row, auto R) { of_clusters<decltype(R)::value>(k, t, row); });
+        sum_up(weights, across, b.count(), k.count, pulls, SIZE, &d_mean_values[0]);
+        sum_up(slopes, across, b.count(), k.count, b.queries, SIZE, &d_means[0]);
+        sum_up(bends, across, b.count(), k.count, b.squares, SIZE, &d_variances[0]);
+    }
+
+    void nothing(const Clusters<T> &k, const Head<T> &t) {
+        std::fill_n(d_queries.data(), b.count() * width, T(0)), std::fill_n(d_squares.data(), b.count() * width, T(0));
+        for (int64_t r = 0; r < b.count(); ++r) b.only_taken(k, t, r);
     }
 
     void pull(const Gradients<T> &t) {
