@@ -88,6 +88,7 @@ bench: setup
 bench-real: setup
 	$(BIN)/python benchmarks/encoder.py --model $(MODEL) --train $(TRAIN) --test $(TEST) > benchmarks/real.new
 	$(BIN)/python benchmarks/bucketed.py --model $(MODEL) --train $(TRAIN) --test $(TEST) >> benchmarks/real.new
+	$(BIN)/python benchmarks/growth.py --model $(MODEL) --train $(TRAIN) --test $(TEST) >> benchmarks/real.new
 	mv benchmarks/real.new benchmarks/real.md
 	$(BIN)/python benchmarks/quote.py
 

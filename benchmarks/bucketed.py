@@ -1,7 +1,7 @@
 """Bucketed Sparsefinder attention against dense softmax (SDPA), on what a real model attends with.
 
     python benchmarks/bucketed.py --model FOLDER --train valid.txt --test test.txt      # some minutes on two cores
-    python benchmarks/bucketed.py --model FOLDER --train A --test B --tokens 4096 --shape --growth    # one table
+    python benchmarks/bucketed.py --model FOLDER --train A --test B --tokens 4096 --shape             # one table
 
 Queries, keys and values are those of one layer of the model, which reads as many tokens of ``--test`` as each table says (a
 position table that is too short is repeated). What patterns learn, they learn from 24 texts of 512 tokens of ``--train``; they
@@ -13,8 +13,7 @@ chance.
 
 ``--shape`` is a whole layer of RoBERTa-base (12 heads of 64, 768, 3,072; random weights around the attention, which cost what
 any others do). Of a model with heads of 32, such as MiniLM, those of two layers stand side by side: real vectors of the right
-size. The last column is the share of Amdahl's bound, the time of the layer with attention left out. ``--growth`` sets the share
-of keys at every length so that recall is that of the first length, and gives the exponent of the time.
+size. The last column is the share of Amdahl's bound, the time of the layer with attention left out.
 
 How it is measured is told in `measuring.py`. Dense entmax is exact (`dense.py` measures it alone).
 """
@@ -47,7 +46,6 @@ from sparsefinder.storage.samples import Samples
 SOME = 64  # queries of each head on which recall and error are measured
 BASELINE, BOUND = "SDPA softmax", "no attention"
 HEADS, SIZE, HIDDEN, INNER = 12, 64, 768, 3072  # of RoBERTa-base
-FEWEST = 1e-3  # share of the keys from which on the table of growth looks for a recall
 
 
 @dataclass(frozen=True)
@@ -72,6 +70,7 @@ def arms(learned: Learned, normalizer: Normalizer) -> dict[str, Bucketed]:
         "routed, 5% of the keys": routed(learned, rule="budget", level=0.05),
         "routed, 10% of the keys": routed(learned, rule="budget", level=0.1),
         "routed, 2.5% and the tail": routed(learned, rule="budget", level=0.025, tail=True, keys_per_cluster=16.0),
+        "refined, level 5.0": Refined(5.0, alpha=normalizer.alpha, **learned.artefacts),
         "refined, level 2.5": Refined(alpha=normalizer.alpha, **learned.artefacts),
         "refined, level 1.0": Refined(1.0, alpha=normalizer.alpha, **learned.artefacts),
     }
@@ -101,19 +100,33 @@ def rows_of(layout: Layout, qk: QK, some: Tensor) -> Tensor:
 
 def quality(attention: Attention, vectors: Vectors, layer: int, normalizer: Normalizer) -> Quality:
     """Recall of the exact part, and the error of the output."""
-    q, k, v = vectors
+    found = recall(attention, vectors, layer, normalizer) if isinstance(attention, Bucketed) else None
+    return Quality(found, error(attention, vectors, layer, normalizer))
+
+
+def some_scores(vectors: Vectors) -> tuple[Tensor, Tensor]:
+    """Which queries are looked at, and their scores ``(H, SOME, N)``."""
+    q, k, _ = vectors
     some = torch.linspace(0, q.shape[2] - 1, SOME).long()
-    valid = torch.ones(1, q.shape[2], dtype=torch.bool)
-    scores = q[0][:, some] @ k[0].mT / math.sqrt(q.shape[-1])
-    dense = normalizer(scores) @ v[0]
-    off = attention(q, k, v, valid, layer)[0][:, some] - dense
-    error = float((off.flatten(1).norm(dim=-1) / dense.flatten(1).norm(dim=-1)).mean())
-    if not isinstance(attention, Bucketed):
-        return Quality(None, error)
+    return some, q[0][:, some] @ k[0].mT / math.sqrt(q.shape[-1])
+
+
+def error(attention: Attention, vectors: Vectors, layer: int, normalizer: Normalizer) -> float:
+    """Of the output, to that of dense attention, in its lengths."""
+    some, scores = some_scores(vectors)
+    dense = normalizer(scores) @ vectors[2][0]
+    valid = torch.ones(1, scores.shape[-1], dtype=torch.bool)
+    off = attention(*vectors, valid, layer)[0][:, some] - dense
+    return float((off.flatten(1).norm(dim=-1) / dense.flatten(1).norm(dim=-1)).mean())
+
+
+def recall(attention: Bucketed, vectors: Vectors, layer: int, normalizer: Normalizer) -> float:
+    """Of the gold edges."""
+    some, scores = some_scores(vectors)
     gold = Normalizer(normalizer.alpha if normalizer.sparse else 1.5)(scores) > 0
-    qk = QK(q, k, valid)
+    qk = QK(*vectors[:2], torch.ones(1, scores.shape[-1], dtype=torch.bool))
     edges = rows_of(attention._layout(qk, layer), qk, some)
-    return Quality(float(((edges & gold).sum(-1) / gold.sum(-1)).mean()), error)
+    return float(((edges & gold).sum(-1) / gold.sum(-1)).mean())
 
 
 # ---- attention alone ----
@@ -215,58 +228,15 @@ def compare_layers(vectors: Vectors, learned: Learned, normalizer: Normalizer, r
         print(row(name, each, results[BASELINE], kind, share), flush=True)
 
 
-# ---- growth ----
-
-
-def at_recall(wanted: float, vectors: Vectors, layer: int, learned: Learned, normalizer: Normalizer) -> Bucketed:
-    """Routed attention with the fewest keys that recall so much: bisection of the logarithm of their share."""
-    low, high = math.log(FEWEST), 0.0
-    for _ in range(9):
-        middle = 0.5 * (low + high)
-        attention = Bucketed(routed(learned, rule="budget", level=math.exp(middle)), normalizer)
-        enough = (quality(attention, vectors, layer, normalizer).recall or 0.0) >= wanted
-        low, high = (low, middle) if enough else (middle, high)
-    return Bucketed(routed(learned, rule="budget", level=math.exp(high)), normalizer)
-
-
-def growth(found: dict[int, Vectors], layer: int, learned: Learned, normalizer: Normalizer, rounds: int) -> None:
-    """Times of routed attention at the recall that 2 % of the keys have at the first length; more would recall all there is."""
-    first, last = min(found), max(found)
-    start = Bucketed(routed(learned, rule="budget", level=0.02), normalizer)
-    wanted = quality(start, found[first], layer, normalizer).recall or 0.0
-    print(f"\n### Growth at a recall of {wanted:.3f}\n")
-    print("| tokens | keys a query | recall | output error | median ms |")
-    print("|---|---|---|---|---|")
-    times = {}
-    for tokens, (q, k, v) in sorted(found.items()):
-        attention = start if tokens == first else at_recall(wanted, (q, k, v), layer, learned, normalizer)
-        valid = torch.ones(1, tokens, dtype=torch.bool)
-        call = lambda: attention(q, k, v, valid, layer)  # noqa: B023, E731
-        times[tokens] = measure({"routed": call}, rounds)["routed"].median
-        kind = quality(attention, (q, k, v), layer, normalizer)
-        keys = attention.computed_pairs(QK(q, k, valid), layer).double().mean().item() / tokens
-        cells = (
-            f"{tokens:,}",
-            f"{keys:,.0f}",
-            f"{kind.recall:.3f}",
-            f"{kind.error:.3f}",
-            f"{1e3 * times[tokens]:,.1f}",
-        )
-        print(f"| {' | '.join(cells)} |", flush=True)
-    exponent = math.log(times[last] / times[first]) / math.log(last / first)
-    print(f"\n- growth at constant recall, {first:,} to {last:,} tokens: {exponent:.2f}")
-
-
 @torch.inference_mode()
 def main() -> None:
     parser = recorded.arguments(__doc__, "model of any family")
     parser.add_argument("--tokens", type=int, nargs="*", default=[512, 2048, 4096, 8192, 16384], help="attention alone")
     parser.add_argument("--shape", type=int, nargs="*", default=[4096, 16384], help="a whole layer of RoBERTa-base")
-    parser.add_argument("--growth", type=int, nargs="*", default=[4096, 8192, 16384, 32768], help="at constant recall")
     parser.add_argument("--layer", type=int, default=2, help="whose vectors are taken; and the one before, for --shape")
     parser.add_argument("--rounds", type=int, default=5, help="up to 4,096 tokens; 3 beyond")
     given = parser.parse_args()
-    lengths = sorted({*given.tokens, *given.shape, *given.growth})
+    lengths = sorted({*given.tokens, *given.shape})
     model, tokenizer = recorded.lengthened(given.model, lengths[-1])
     normalizer, layer = models.get_normalizer(model), given.layer
     training = recorded.texts(given.train, tokenizer, recorded.LEARNED, recorded.TRAINING)
@@ -291,8 +261,6 @@ def main() -> None:
     for tokens in given.shape:
         joined = tuple(side_by_side(pair) for pair in zip(*found[tokens], strict=True))
         compare_layers((joined[0], joined[1], joined[2]), of_shape, normalizer, rounds(tokens))
-    if given.growth:
-        growth({tokens: found[tokens][1] for tokens in given.growth}, layer, learned, normalizer, 3)
 
 
 if __name__ == "__main__":

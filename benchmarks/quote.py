@@ -183,10 +183,11 @@ def shape(results: str) -> str:
 
 
 def growth(results: str) -> str:
-    """The exponent of the time at constant recall."""
-    span = found(r"^- growth at constant recall, (.*) tokens: ", results)
-    exponent = found(r"^- growth at constant recall, .*: ([\d.]+)$", results)
-    return f"From {span} tokens, at a recall of {found(r'### Growth at a recall of ([0-9.]+)', results)}: exponent {exponent}."
+    """The exponents of the time at constant recall, or at a constant error of the output."""
+    lines = re.findall(r"^- growth, (.*) tokens, (.*): ([\d.]+)$", results, re.MULTILINE)
+    if not lines:
+        raise NotMeasuredError("- growth")
+    return f"Exponents from {lines[0][0]} tokens: {'; '.join(f'{what} {exponent}' for _, what, exponent in lines)}."
 
 
 def dense(results: str) -> str:
