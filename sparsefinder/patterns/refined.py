@@ -21,6 +21,8 @@ from sparsefinder.predictors.nearest_clusters import clusters_of_unprojected_key
 from sparsefinder.predictors.projections import Projections
 from sparsefinder.storage.store import missing
 
+_LONG = 4096  # tokens beyond which clusters grow
+
 
 @dataclass(frozen=True)
 class Refined:
@@ -35,13 +37,18 @@ class Refined:
     the weight of one of its keys times the spread of the scores, beside an equal share of the ``n`` keys. Nothing is predicted:
     the entries are multiplied anyway, and a cluster of one key, or of equal keys, is never taken.
 
+    How much an output errs depends on the level and on the number of clusters, hardly on the length: with as many keys in a
+    cluster a long text would err less than a short one, and pay for it. So beyond 4,096 tokens clusters grow with ``∛n``, and
+    their number with ``∛n²``.
+
     Source:
         Ours.
     """
 
     level: float = 2.5  # weight of a key times spread, in equal shares, from which on a cluster is taken
     alpha: float = 1.0  # of the normalizer by which the entries weigh; 1 is softmax
-    keys_per_cluster: float = 32.0  # of a tree the level that has as nearly so many keys in a cluster as there is
+    # of a tree the level that has as nearly so many keys in a cluster as there is; beyond 4,096 tokens their third root more
+    keys_per_cluster: float = 32.0
     lowrank: Projections | None = None  # attached by a `Configuration`
     key_centroids: Centroids | None = None  # attached by a `Configuration`
     tail: bool = field(default=True, kw_only=True)  # false: what a query does not take is left out
@@ -71,7 +78,7 @@ class Refined:
             raise missing(type(self).__name__, "lowrank" if self.lowrank is None else "key_centroids")
         levels = torch.tensor(values, dtype=torch.float64)
         members = partial(_memberships, lowrank=self.lowrank, layer=layer)
-        ids = on_levels(qk, self.key_centroids, self.keys_per_cluster, members)
+        ids = on_levels(qk, self.key_centroids, self._fitting, members)
         choose = partial(_taken, qk, ids, levels, self.alpha)
         return Layout(ChosenBuckets(choose, ids.k_ids, ids.count, levels, self.alpha), tail=self.tail)
 
@@ -79,12 +86,16 @@ class Refined:
         """Projecting a key, and comparing it with the centroids: what is chosen follows from the entries."""
         if self.lowrank is None or self.key_centroids is None:
             raise missing(type(self).__name__, "lowrank" if self.lowrank is None else "key_centroids")
-        level = self.key_centroids.level(tokens / self.keys_per_cluster)
+        level = self.key_centroids.level(self._fitting(tokens))
         return self.lowrank.cost_of_keys + level.compared * (self.lowrank.size or size)
 
     def cost_of_keys(self, tokens: int, size: int) -> float:
         """All of it."""
         return self.cost(tokens, size)
+
+    def _fitting(self, tokens: int) -> float:
+        """How many clusters fit so many keys."""
+        return tokens / (self.keys_per_cluster * max(tokens / _LONG, 1.0) ** (1 / 3))
 
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool, the pairs that are seen key by key."""

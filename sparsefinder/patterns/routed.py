@@ -96,7 +96,7 @@ class ToClusters:
         buckets = on_levels(
             qk,
             self.centroids,
-            self.keys_per_cluster,
+            lambda tokens: tokens / self.keys_per_cluster,
             lambda part, centroids: self._buckets(part, layer, level, centroids),
         )
         return Layout(buckets, tail=self.tail)
@@ -183,19 +183,19 @@ class Routed(ToClusters):
 
 
 def on_levels(
-    qk: QK, centroids: Centroids, keys_per_cluster: float, make: Callable[[QK, Centroids], Buckets]
+    qk: QK, centroids: Centroids, fitting: Callable[[int], float], make: Callable[[QK, Centroids], Buckets]
 ) -> Buckets:
     """Buckets of each sentence on the level of a tree that fits its own length.
 
     Args:
         qk: Queries and keys of all sentences.
         centroids: A tree, or one level for all lengths.
-        keys_per_cluster: Which level fits: as nearly so many keys in a cluster as there is.
+        fitting: Of the keys of a sentence, how many clusters fit them: it has the level with as nearly so many as there is.
         make: The buckets of some of the sentences, on one level.
     """
     levels = [centroids]
     if centroids.coarser:
-        levels = [centroids.level(length / keys_per_cluster) for length in qk.lengths.tolist()]
+        levels = [centroids.level(fitting(length)) for length in qk.lengths.tolist()]
     used = {each.clusters: each for each in levels}
     if len(used) == 1:
         return make(qk, levels[0])

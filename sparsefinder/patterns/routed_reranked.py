@@ -91,7 +91,9 @@ class RoutedReranked:
 
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool from vectors ``(B, H, N, R)``."""
-        clusters = on_levels(qk, self.centroids, self.keys_per_cluster, partial(self._clusters, layer=layer))
+        clusters = on_levels(
+            qk, self.centroids, lambda tokens: tokens / self.keys_per_cluster, partial(self._clusters, layer=layer)
+        )
         looked_at = clusters.graph(qk.allowed.expand(qk.graph_shape))
         scores = qk.scores().masked_fill(~looked_at, -math.inf)
         return select(scores, looked_at.to(scores.dtype), "margin", self.level, self.alpha)

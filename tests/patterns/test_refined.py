@@ -62,6 +62,13 @@ def test_cplusplus_chooses_as_torch_does() -> None:
                 torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
 
 
+def test_clusters_grow_with_long_texts() -> None:
+    """As many as their keys, 32 each, up to 4,096 tokens; beyond, eight times the tokens have four times the clusters."""
+    pattern, _ = made(1.5)
+    clusters = [pattern._fitting(tokens) for tokens in (1024, 4096, 8 * 4096)]
+    torch.testing.assert_close(clusters, [32.0, 128.0, 512.0])
+
+
 def test_the_levels_of_heads_and_who_asks_for_ids() -> None:
     pattern, (q, k, v) = made(1.5)
     qk = QK(q, k, VALID)

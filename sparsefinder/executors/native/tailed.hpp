@@ -36,7 +36,7 @@ template <class T> struct Gradients {
 template <class T> class Block {
    public:
     static constexpr int64_t L = LANES_OF<T>;
-    static constexpr int64_t SIZE = 512;  // queries: theirs and what is summed up for them stays in the second cache
+    static constexpr int64_t SIZE = 1024;  // queries: theirs and what is summed up for them stays in the second cache
 
     const Problem &p;
     const T scale;  // of products of queries and keys: to scores in log2, or times alpha - 1 as entmax has them
