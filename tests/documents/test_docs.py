@@ -41,6 +41,7 @@ NOT_RUN = {
     ("docs/explanation/measured.md", "trains at every budget, which takes minutes"),
     ("docs/explanation/predictors.md", "needs an encoder and text of yours"),
     ("docs/explanation/equal_cost.md", "needs an encoder and text of yours, and half an hour"),
+    ("docs/explanation/equal_cost.md", "needs an encoder and text of yours, and half an hour on a quiet machine"),
     ("docs/explanation/equal_cost.md", "needs an encoder and text of yours, and minutes"),
     (
         "CONTRIBUTING.md",
