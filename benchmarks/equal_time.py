@@ -1,6 +1,6 @@
 """What an attention errs at equal time: every method that has a fast form, swept, in a whole encoder.
 
-    python benchmarks/equal_time.py --model FOLDER --train valid.txt --test test.txt     # a quarter of an hour on two cores
+    python benchmarks/equal_time.py --model FOLDER --train valid.txt --test test.txt     # half an hour on two cores
     python benchmarks/equal_time.py --model FOLDER --train A --test B --tokens 2048 --documents 2 --methods window refined
 
 All layers are replaced, softmax throughout, batch 1, float32, prediction inside. Every document is read by the model's own SDPA
@@ -241,7 +241,7 @@ def report(title: str, points: list[Point], slow: list[str]) -> None:
 def main() -> None:
     parser = recorded.arguments(__doc__, "BERT or RoBERTa encoder")
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096])
-    parser.add_argument("--documents", type=int, default=6, help="counted, after one that warms up")
+    parser.add_argument("--documents", type=int, default=4, help="counted, after one that warms up")
     parser.add_argument("--methods", nargs="*", help="only these, by the names of their classes, in any case")
     parser.add_argument("--cpu-time", action="store_true", help="of the process, where the machine does other work too")
     parser.add_argument("--json", type=Path, help="write the points here too")
