@@ -29,8 +29,9 @@ from torch import Tensor
 
 from sparsefinder.attention import Bucketed, Dense
 from sparsefinder.executors.support_lists import support
-from sparsefinder.graphs import QK, band
+from sparsefinder.graphs import QK
 from sparsefinder.numerics.normalizers import Normalizer
+from sparsefinder.numerics.pairs import band
 from sparsefinder.patterns.window import Window
 from sparsefinder.storage.samples import Samples, load_samples
 

@@ -31,9 +31,10 @@ from sparsefinder.executors.native.tailed import TailedExecutor
 from sparsefinder.executors.triton.dense import TritonDenseExecutor
 from sparsefinder.executors.triton.executor import TritonExecutor
 from sparsefinder.executors.workload import Pairs, Work
-from sparsefinder.graphs import QK, HasLayout, Layout, Pattern, band, has_tail
+from sparsefinder.graphs import QK, HasLayout, Layout, Pattern, each_query_alone, has_tail
 from sparsefinder.numerics.normalizers import Normalizer, PerHead
 from sparsefinder.numerics.padding import at_least_float32, exactly, right_padded, without_padding
+from sparsefinder.numerics.pairs import band
 from sparsefinder.numerics.tail_normalizer import with_clusters
 
 _ENTMAX15 = Normalizer(1.5)  # the normalizer of the gold graphs
@@ -105,9 +106,9 @@ class Masked:
         return probabilities.to(v.dtype) @ v + tail.apply(weights).to(v.dtype)
 
     @torch.no_grad()
-    def graph(self, qk: QK, layer: int) -> Tensor:
-        """The graph that is executed, ``(B, H, N_q, N_k)`` bool."""
-        return self.pattern(qk.a_key_each, layer)
+    def graph(self, qk: QK, layer: int, rows: Tensor | None = None) -> Tensor:
+        """The graph that is executed, ``(B, H, N_q, N_k)`` bool, or of it the rows of some queries, by their positions."""
+        return _graph_of(self.pattern, qk.a_key_each, layer, rows)
 
     def computed_pairs(self, qk: QK, layer: int) -> Tensor:
         """Pairs that are multiplied, ``(B, H)`` int64: all of them, and the entries of a tail."""
@@ -174,9 +175,9 @@ class Bucketed:
         return executor.attend(qk, v, layout, self.normalizer)
 
     @torch.no_grad()
-    def graph(self, qk: QK, layer: int) -> Tensor:
-        """The graph that is executed, in its dense form: ``(B, H, N_q, N_k)`` bool."""
-        return self._layout(qk, layer).graph(qk)
+    def graph(self, qk: QK, layer: int, rows: Tensor | None = None) -> Tensor:
+        """The graph that is executed in its dense form, ``(B, H, N_q, N_k)`` bool, or the rows of some queries, by position."""
+        return self._layout(qk, layer).graph(qk, rows)
 
     def computed_pairs(self, qk: QK, layer: int) -> Tensor:
         """Pairs that are multiplied, ``(B, H)`` int64: those of the graph, and but for ``native`` the filling too."""
@@ -300,14 +301,16 @@ class Dense:
         return explain(_DENSE_EXECUTORS, self.executor, self._work(q, *others))
 
     @torch.no_grad()
-    def graph(self, qk: QK, layer: int) -> Tensor:
-        """Which pairs there are: ``(B, H, N, N)`` bool."""
-        pairs = qk.allowed.expand(qk.graph_shape)
-        return pairs & band(qk.q.shape[2], self.window, qk.q.device) if self.window else pairs
+    def graph(self, qk: QK, layer: int, rows: Tensor | None = None) -> Tensor:
+        """Which pairs there are: ``(B, H, N, N)`` bool, or the rows of some queries, by their positions."""
+        pairs = qk.allowed_of(rows).expand(-1, qk.q.shape[1], -1, -1)
+        return pairs & band(qk.k.shape[2], self.window, qk.q.device, rows) if self.window else pairs
 
     def computed_pairs(self, qk: QK, layer: int) -> Tensor:
         """Pairs whose products are taken, exactly or not, ``(B, H)`` int64: all of them."""
-        return self.graph(qk, layer).sum((-2, -1))
+        if self.window:
+            return self.graph(qk, layer).sum((-2, -1))
+        return qk.numbers_allowed[:, None].expand(qk.q.shape[:2])
 
     def _softmax_of_texts(self, q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
         """One text at a time, without a mask and without copies: what is cut off is never computed."""
@@ -346,3 +349,25 @@ class Dense:
     @property
     def _is_softmax(self) -> bool:
         return isinstance(self.normalizer, Normalizer) and self.normalizer.alpha == 1.0
+
+
+def _graph_of(pattern: Pattern, qk: QK, layer: int, rows: Tensor | None) -> Tensor:
+    """The rows of a pattern's graph that belong to some queries.
+
+    A pattern that looks at each query by itself (its attribute ``each_query_alone``) is asked about these alone, which costs
+    ``S · N``; any other, and every one in causal attention, makes its whole graph.
+
+    Args:
+        pattern: Any.
+        qk: Queries and keys.
+        layer: Index of the layer.
+        rows: ``(S,)`` int64, positions of the queries; None for all.
+
+    Returns:
+        ``(B, H, S or N_q, N_k)`` bool.
+    """
+    if rows is None:
+        return pattern(qk, layer)
+    if each_query_alone(pattern) and not qk.causal:
+        return pattern(qk.of_queries(rows), layer)
+    return pattern(qk, layer)[:, :, rows]

@@ -80,10 +80,10 @@ class Auto:
         return known is not None and known.pays(tokens) is False
 
     @torch.no_grad()
-    def graph(self, qk: QK, layer: int) -> Tensor:
-        """The graph that is executed, ``(B, H, N, N)`` bool: of a short text all its pairs."""
+    def graph(self, qk: QK, layer: int, rows: Tensor | None = None) -> Tensor:
+        """The graph that is executed, ``(B, H, N, N)`` bool, or the rows of some queries: of a short text all its pairs."""
         long = torch.tensor(self._long(qk, qk.k, layer), device=qk.q.device)[:, None, None, None]
-        return torch.where(long, self._sparse.graph(qk, layer), self._dense.graph(qk, layer))
+        return torch.where(long, self._sparse.graph(qk, layer, rows), self._dense.graph(qk, layer, rows))
 
     def computed_pairs(self, qk: QK, layer: int) -> Tensor:
         """Pairs that are multiplied, ``(B, H)`` int64."""

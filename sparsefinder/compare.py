@@ -3,9 +3,9 @@
 Long texts are masked once, or of a decoder asked for every next word, and read whole or in pieces
 (`sparsefinder.evaluation.long_texts`), so that the same words are asked for at 512 tokens and at 8,192. For every arm and
 length: the loss, its difference to the model's own dense attention with a paired interval over texts, the graph that was
-executed, and the time and memory of whole passes in one process, in turn (`sparsefinder.evaluation.speed`). What is measured is
-kept in the scratch folder at once, so that a killed run goes on where it was, and times can be taken again on a quiet machine
-without asking for a word twice.
+executed (looked at for some queries), and the time and memory of whole passes in one process, in turn
+(`sparsefinder.evaluation.speed`). What is measured is kept in the scratch folder at once, so that a killed run goes on where it
+was, and times can be taken again on a quiet machine without asking for a word twice.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ class CompareSettings:
     mask_probability: float = 0.15  # of a masked language model
     causal: bool = False  # of the other stages: true for a decoder
     measured: int = 1  # texts of each length on which graphs and output errors are measured
+    measured_queries: int = 256  # of each layer of such a text, drawn by the seed; what they show are estimates
     quadratic_up_to: int = 2048  # tokens; arms that compare every pair in a matrix are left out beyond
     rounds: int = 5  # times that each forward pass is timed; 0: losses alone
     step_rounds: int = 2  # times that each training step is timed; 0: none
@@ -74,7 +75,7 @@ class CompareSettings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "lengths", tuple(self.lengths))
-        check_counts("compare", self, "samples", "measured")
+        check_counts("compare", self, "samples", "measured", "measured_queries")
         if not self.lengths or min(self.lengths) < 8:
             raise UserError(f"compare.lengths={list(self.lengths)}: give lengths of 8 tokens or more")
         check_lengths(self.lengths)
@@ -133,11 +134,15 @@ class _Run:
         return text.beginnings(length, arm.reading.tokens)
 
     def graph(self, arm: Arm, length: int) -> dict[str, Any]:
-        """Metrics of the graph that an arm executes on the first pieces; none where it has no attention of its own."""
+        """Metrics of the graph that an arm executes on the first pieces; none where it has no attention of its own.
+
+        Estimates from the drawn queries, but for the pairs that are multiplied, which are counted.
+        """
         attention = arm.build(self.learned, self.own)
         if attention is None:
             return {}
-        observer = Observer(attention, arm.configuration, self.own)
+        asked = self.settings
+        observer = Observer(attention, arm.configuration, self.own, asked.measured_queries, asked.seed)
         batches = [{name: x[:1] for name, x in text.pieces(length).items()} for text in self.texts]
         measure_graphs(self.model, observer, batches, self.settings.measured)
         give_back_memory()
@@ -165,7 +170,8 @@ def run(settings: CompareSettings, store: Store) -> None:
         mine = {name: parents[name] for name in ("model", *arm.needs)}  # another arm changes nothing for this one
         key = [_identity(arm), length, mine, settings.inputs, versions().get("sparsefinder")]
         key += [
-            getattr(settings, name) for name in ("lengths", "split", "samples", "mask_probability", "seed", "measured")
+            getattr(settings, name)
+            for name in ("lengths", "split", "samples", "mask_probability", "seed", "measured", "measured_queries")
         ]
         found = _kept(store, key, lambda arm=arm, length=length: _quality(made, arm, length))  # type: ignore[misc]
         blocks = pd.DataFrame(found["blocks"])

@@ -10,7 +10,7 @@ a pair that is not allowed: both tokens are real, and the key does not lie after
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol, runtime_checkable
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsefinder.errors import UserError
+from sparsefinder.numerics.pairs import allowed_pairs, band, some
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,26 @@ class QK:
     @property
     def allowed(self) -> Tensor:
         """Pairs that may attend at all, ``(B, 1, N_q, N_k)`` bool."""
-        return allowed_pairs(self.valid, self.causal, self.query_valid)
+        return self.allowed_of(None)
+
+    def allowed_of(self, queries: Tensor | None) -> Tensor:
+        """The rows of `allowed` of some queries, by their positions ``(S,)`` int64: ``(B, 1, S, N_k)``; None for all."""
+        return allowed_pairs(self.valid, self.causal, self.query_valid, queries)
+
+    @property
+    def numbers_allowed(self) -> Tensor:
+        """How many pairs may attend in each example, ``(B,)`` int64, without a matrix of N × N."""
+        keys = self.valid.long().cumsum(-1) if self.causal else self.lengths[:, None]
+        return (self.queries_valid * keys).sum(-1)
+
+    def of_queries(self, queries: Tensor) -> QK:
+        """Some of the queries, by their positions ``(S,)`` int64, beside all keys: as if they were of another text.
+
+        For what looks at each query by itself. Not of causal attention, since a position among all tokens is lost.
+        """
+        if self.causal:
+            raise ValueError("some queries of causal attention cannot stand alone: a key lies after them or not")
+        return replace(self, q=self.q[:, :, queries], query_valid=self.queries_valid[:, queries])
 
     @property
     def graph_shape(self) -> torch.Size:
@@ -164,25 +184,6 @@ def _chunks(x: Tensor, valid: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return filled.unflatten(2, (-1, size)).flatten(3), F.pad(valid, (0, missing)).unflatten(1, (-1, size)).any(-1)
 
 
-def allowed_pairs(valid: Tensor, causal: bool = False, query_valid: Tensor | None = None) -> Tensor:
-    """Pairs of real tokens, without the future where attention is causal.
-
-    Args:
-        valid: ``(B, N_k)`` bool, True on real tokens.
-        causal: Whether a query sees no later key.
-        query_valid: ``(B, N_q)`` bool, the queries of cross-attention; None where they are the same tokens.
-
-    Returns:
-        ``(B, 1, N_q, N_k)`` bool, False on every pair with a padded token.
-    """
-    queries = valid if query_valid is None else query_valid
-    pairs = queries[:, None, :, None] & valid[:, None, None, :]
-    if causal:
-        tokens = valid.shape[-1]
-        pairs = pairs & torch.ones(tokens, tokens, dtype=torch.bool, device=valid.device).tril()
-    return pairs
-
-
 @runtime_checkable
 class Pattern(Protocol):
     """``(QK, layer) → graph``: a predictor and a fixed baseline are the same thing."""
@@ -218,18 +219,27 @@ class Buckets:
     k_ids: Tensor
     count: int
 
-    def graph(self, allowed: Tensor) -> Tensor:
-        """The dense form, ``(B, H, N_q, N_k)`` bool: a query sees the members of its buckets, a row of the table for each."""
+    def graph(self, allowed: Tensor, rows: Tensor | None = None) -> Tensor:
+        """The dense form: a query sees the members of its buckets, a row of the table for each.
+
+        Args:
+            allowed: Pairs that may attend, bool, of as many queries.
+            rows: ``(S,)`` int64, positions of the queries that are asked about; None for all.
+
+        Returns:
+            ``(B, H, S or N_q, N_k)`` bool.
+        """
         batch, heads, tokens, _ = self.k_ids.shape
-        queries = self.q_ids.shape[2]
+        q_ids = self.q_ids if rows is None else self.q_ids[:, :, rows]
+        queries = q_ids.shape[2]
         inside = torch.zeros(batch, heads, tokens, self.count + 1, dtype=torch.bool, device=allowed.device)
         inside.scatter_(-1, self._slots(self.k_ids), True)
         inside[..., self.count] = False  # where no bucket is
         members = inside.mT.reshape(-1, tokens)
         first = torch.arange(batch * heads, device=allowed.device).view(batch, heads, 1, 1) * (self.count + 1)
-        rows = batch * heads * queries
-        seen = torch.zeros(rows, tokens, dtype=torch.bool, device=allowed.device)
-        for bucket in (self._slots(self.q_ids) + first).reshape(rows, -1).unbind(-1):
+        lines = batch * heads * queries
+        seen = torch.zeros(lines, tokens, dtype=torch.bool, device=allowed.device)
+        for bucket in (self._slots(q_ids) + first).reshape(lines, -1).unbind(-1):
             seen |= members.index_select(0, bucket)
         return seen.view(batch, heads, queries, tokens) & allowed
 
@@ -303,18 +313,26 @@ class Layout:
         """Entries of a query besides its keys: as many as there are buckets where there is a tail."""
         return self.buckets.count if self.tail and self.buckets is not None else 0
 
-    def graph(self, qk: QK) -> Tensor:
-        """The dense form, ``(B, H, N_q, N_k)`` bool, on allowed pairs only; of a layout with a tail the part that is exact."""
+    def graph(self, qk: QK, rows: Tensor | None = None) -> Tensor:
+        """The dense form, on allowed pairs only; of a layout with a tail the part that is exact.
+
+        Args:
+            qk: Queries and keys.
+            rows: ``(S,)`` int64, positions of the queries that are asked about, which then cost ``S · N``; None for all.
+
+        Returns:
+            ``(B, H, S or N_q, N_k)`` bool.
+        """
         if self.window or self.is_global is not None:
             qk.one_text("a window or global tokens")
-        allowed = qk.allowed.expand(-1, qk.q.shape[1], -1, -1)
+        allowed = qk.allowed_of(rows).expand(-1, qk.q.shape[1], -1, -1)
         edges = torch.zeros_like(allowed)
         if self.buckets is not None:
-            edges = edges | self.buckets.graph(allowed)
+            edges = edges | self.buckets.graph(allowed, rows)
         if self.window:
-            edges = edges | (band(qk.q.shape[2], self.window, qk.q.device) & allowed)
+            edges = edges | (band(qk.q.shape[2], self.window, qk.q.device, rows) & allowed)
         if self.is_global is not None:
-            rows_or_columns = self.is_global[:, None, :, None] | self.is_global[:, None, None, :]
+            rows_or_columns = some(self.is_global, rows)[:, None, :, None] | self.is_global[:, None, None, :]
             edges = edges | (rows_or_columns & allowed)
         return edges
 
@@ -332,6 +350,11 @@ def has_tail(pattern: Pattern) -> bool:
     return bool(getattr(pattern, "tail", False))
 
 
+def each_query_alone(pattern: Pattern) -> bool:
+    """Whether what a pattern predicts for a query depends on no other query and on no position of it."""
+    return bool(getattr(pattern, "each_query_alone", False))
+
+
 def reads_ahead(pattern: object) -> str:
     """What a pattern reads of later tokens in causal attention: its attribute ``reads_ahead``; empty where there is none.
 
@@ -342,21 +365,6 @@ def reads_ahead(pattern: object) -> str:
     return own or "" if own is not None or wrapped is None else reads_ahead(wrapped)
 
 
-def band(tokens: int, window: int, device: torch.device | None = None) -> Tensor:
-    """Pairs of a local window.
-
-    Args:
-        tokens: ``N``.
-        window: Width in tokens.
-        device: Where the result lies.
-
-    Returns:
-        ``(N, N)`` bool: keys at most ``window // 2`` positions away.
-    """
-    positions = torch.arange(tokens, device=device)
-    return (positions[:, None] - positions[None, :]).abs() <= window // 2
-
-
 def _join_buckets(first: Buckets | None, second: Buckets | None) -> Buckets | None:
     if first is None or second is None:
         return first or second
@@ -364,27 +372,6 @@ def _join_buckets(first: Buckets | None, second: Buckets | None) -> Buckets | No
     return Buckets(
         torch.cat([first.q_ids, q_ids], dim=-1), torch.cat([first.k_ids, k_ids], dim=-1), first.count + second.count
     )
-
-
-def joined(parts: Sequence[tuple[Sequence[int], Buckets]], examples: int) -> Buckets:
-    """The buckets of all examples, from those of some each.
-
-    Args:
-        parts: Numbers of examples, and their buckets.
-        examples: ``B``, how many there are in all parts together.
-
-    Returns:
-        As many slots and buckets as the part that has most of them.
-    """
-    together = []
-    for side in ("q_ids", "k_ids"):
-        each: list[Tensor] = [getattr(buckets, side) for _, buckets in parts]
-        ids = each[0].new_full((examples, *each[0].shape[1:3], max(part.shape[-1] for part in each)), -1)
-        for (own, _), part in zip(parts, each, strict=True):
-            ids[torch.tensor(own, device=ids.device), ..., : part.shape[-1]] = part
-        together.append(ids)
-    q_ids, k_ids = together
-    return Buckets(q_ids, k_ids, max(buckets.count for _, buckets in parts))
 
 
 def shifted(ids: Tensor, by: int | Tensor) -> Tensor:

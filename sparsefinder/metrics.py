@@ -175,6 +175,38 @@ def count(predicted: Tensor, gold: Gold, qk: QK, near: Tensor | None = None) -> 
     )
 
 
+def count_rows(
+    predicted: Tensor, probabilities: Tensor, allowed: Tensor, real: Tensor, near: Tensor | None = None
+) -> Counts:
+    """`count` of the rows of some queries, from matrices: where these are few, and where most pairs are gold, as in softmax.
+
+    Args:
+        predicted: Their rows of the graph, ``(B, H, S, N)`` bool.
+        probabilities: Their dense attention, ``(B, H, S, N)``, zero outside allowed pairs.
+        allowed: ``(B, 1, S, N)`` bool.
+        real: ``(B, S)`` bool, which of them are no padding.
+        near: As in `count`, their rows.
+
+    Returns:
+        The counts of each example and head, of these queries alone.
+    """
+    gold, shape = probabilities > 0, predicted.shape
+    hit = gold & predicted
+    far = None if near is None else ~near.expand(shape)
+    missing = (gold & ~predicted).any(-1)
+    return Counts(
+        allowed=pairs(allowed).expand(shape[:2]),
+        predicted=pairs(predicted),
+        gold=pairs(gold),
+        hits=pairs(hit),
+        queries=real[:, None].expand(shape[:3]).sum(-1),
+        exact=(real[:, None] & ~missing).sum(-1),
+        far_gold=pairs(gold if far is None else gold & far),
+        far_hits=pairs(hit if far is None else hit & far),
+        mass=(probabilities * predicted).sum(-1).double().sum(-1),
+    )
+
+
 def balance(buckets: Buckets, valid: Tensor) -> dict[str, Tensor]:
     """How evenly the keys fill the buckets.
 

@@ -244,6 +244,36 @@ def test_a_killed_run_goes_on_and_times_are_taken_again(
         compare.run(dataclasses.replace(settings, seed=1), store)
 
 
+def test_a_run_killed_between_two_arms_measures_the_others_alone(
+    store: Store, settings: CompareSettings, results: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second run measures what the first one did not come to, and its table is that of a run in one go."""
+    mine = Store(tmp_path, {"model": store.path("model")})
+    asked = dataclasses.replace(settings, rounds=0)
+    measured: list[tuple[str, int]] = []
+    losses = compare._Run.losses
+
+    def until(most: int) -> Any:
+        def watched(self: Any, arm: Arm, length: int) -> Any:
+            if len(measured) == most:
+                raise KeyboardInterrupt
+            measured.append((arm.name, length))
+            return losses(self, arm, length)
+
+        return watched
+
+    monkeypatch.setattr(compare._Run, "losses", until(10))
+    with pytest.raises(KeyboardInterrupt):
+        compare.run(asked, mine)
+    assert not (tmp_path / "compare").exists()
+    monkeypatch.setattr(compare._Run, "losses", until(-1))
+    compare.run(asked, mine)
+    assert len(measured) == len({*measured}) == len(results)  # each once, in one run or the other
+    again = pd.read_parquet(tmp_path / "compare" / "results.parquet").set_index(["arm", "length"])
+    for column in ("loss", "recall", "output_error", "computed_density"):
+        pd.testing.assert_series_equal(again[column], results[column])
+
+
 def test_times_are_taken_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     monkeypatch.setattr(speed, "_forward", lambda model, it: order.append(it.batch) or float(len(order)))
@@ -286,6 +316,7 @@ def test_wrong_settings(settings: CompareSettings, store: Store, tmp_path: Path)
         ({"lengths": (512, 700)}, r"compare\.lengths=\[512, 700\]: .* so 512 must divide 700"),
         ({"lengths": ()}, "give lengths of 8 tokens or more"),
         ({"samples": 0}, r"compare\.samples must be 1 or more"),
+        ({"measured_queries": 0}, r"compare\.measured_queries must be 1 or more"),
         ({"rounds": -1}, r"compare\.rounds must not be negative"),
     ):
         with pytest.raises(UserError, match=words):

@@ -38,6 +38,19 @@ def test_a_layout_is_the_union_of_its_parts(causal: bool) -> None:
                     shares = bool({*q_ids[b, h, i].tolist()} & {*k_ids[b, h, j].tolist()} - {-1})
                     expected = (shares or abs(i - j) <= 1 or 0 in (i, j)) and bool(qk.allowed[b, 0, i, j])
                     assert graph[b, h, i, j] == expected
+    rows = torch.tensor([8, 0, 3])
+    assert torch.equal(layout.graph(qk, rows), graph[:, :, rows])
+    assert torch.equal(qk.numbers_allowed, qk.allowed[:, 0].sum((-2, -1)))
+
+
+def test_some_queries_beside_all_keys() -> None:
+    rows = torch.tensor([1, 4])
+    qk = random_qk([3, 5]).of_queries(rows)
+    assert qk.graph_shape == (2, 2, 2, 5)
+    assert torch.equal(qk.allowed, random_qk([3, 5]).allowed_of(rows))
+    assert torch.equal(qk.scores(), random_qk([3, 5]).scores()[:, :, rows])
+    with pytest.raises(ValueError, match="causal attention cannot stand alone"):
+        random_qk([3, 5], causal=True).of_queries(rows)
 
 
 def test_joined_buckets_keep_their_ids_apart() -> None:

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from sparsefinder.experiment.configuration import Configuration, Learned
-from sparsefinder.graphs import QK, Buckets, band
-from sparsefinder.metrics import Counts, Gold, balance, count
+from sparsefinder.graphs import QK, Buckets
+from sparsefinder.metrics import Counts, Gold, balance, count, count_rows
 from sparsefinder.numerics.normalizers import entmax15
+from sparsefinder.numerics.pairs import band
 from sparsefinder.patterns.clustered import Clustered
 from sparsefinder.patterns.oracle_topp import OracleTopP
 from sparsefinder.score import ScoreSettings, metrics_table, score
@@ -63,6 +64,11 @@ def test_counts_and_means_by_hand(causal: bool) -> None:
             values = torch.tensor([example[name] for example in each], dtype=torch.float64)
             torch.testing.assert_close(found[name][:, head].double(), values, equal_nan=True, atol=1e-6, rtol=0)
             torch.testing.assert_close(macro[name][head], values.nanmean(), atol=1e-6, rtol=0)
+    for around in (near, None):
+        listed = count(predicted, gold, qk, around)
+        of_matrices = count_rows(predicted, probabilities, qk.allowed, qk.valid, around)
+        for name, values in vars(listed).items():
+            torch.testing.assert_close(getattr(of_matrices, name), values, atol=1e-5, rtol=1e-6)
 
 
 def test_a_batch_counts_as_its_sentences_alone() -> None:

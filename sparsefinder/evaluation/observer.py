@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -15,8 +17,9 @@ from sparsefinder.attention import Dense
 from sparsefinder.evaluation import tasks
 from sparsefinder.experiment.configuration import Configuration
 from sparsefinder.graphs import QK
-from sparsefinder.metrics import Counts, Gold, count
+from sparsefinder.metrics import Counts, Gold, count, count_rows
 from sparsefinder.models.observed_attention import Watched
+from sparsefinder.numerics.counter_rng import uniform
 from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.storage import distributed
 
@@ -30,27 +33,59 @@ class Observer:
 
     The output is compared with that of dense attention with the model's own normalizer on the same queries, keys and values:
     ``‖o − o_dense‖ / ‖o_dense‖`` over the real tokens of each example and head.
+
+    With ``most``, graph and output are looked at for so many queries of each layer, the same ones for all heads, texts and
+    attentions: their rows of dense attention are computed against all keys, in ``S · N · D``, and all but ``computed_density``
+    is an estimate.
     """
 
     attention: Any
     configuration: Configuration | None
     own: Normalizer
+    most: int | None = None  # queries of a layer; None: all, and as many rows of the graph
+    seed: int = 0  # of their draw
     counts: dict[int, list[Counts]] = field(default_factory=dict)
     errors: dict[int, list[Tensor]] = field(default_factory=dict)
     pairs: dict[int, list[Tensor]] = field(default_factory=dict)  # computed and allowed, each ``(B, H)``
 
     def __call__(self, layer: int, qk: QK, v: Tensor, output: Tensor) -> None:
         """Measure a call of the attention: its queries and keys, values ``(B, H_k, N_k, D)`` and output ``(B, H, N_q, D)``."""
-        dense = Dense(self.own, causal=qk.causal)(qk.q, qk.k, v, qk.valid, layer, qk.query_valid)
+        exact = qk.with_vectors(qk.q.float(), qk.k.float())
+        computed = self.attention.computed_pairs(exact, layer)
+        allowed = qk.numbers_allowed[:, None].expand_as(computed)
+        self.pairs.setdefault(layer, []).append(torch.stack([computed, allowed]))
+        if self.most is not None:
+            drawn = uniform(self.seed, layer, torch.arange(qk.q.shape[2], device=qk.q.device)).argsort()[: self.most]
+            self._look_at_rows(layer, exact, v.float(), output, drawn.sort().values)
+            return
+        self._compare(layer, output, Dense(self.own, causal=qk.causal)(qk.q, qk.k, v, qk.valid, layer, qk.query_valid))
+        graph = self.attention.graph(exact, layer)
+        if graph is not None:  # pooled keys have no token graph
+            near = None if self.configuration is None else self.configuration.near(exact)
+            self.counts.setdefault(layer, []).append(count(graph, Gold.of(exact, self.own.alpha), exact, near))
+
+    def _look_at_rows(self, layer: int, qk: QK, v: Tensor, output: Tensor, rows: Tensor) -> None:
+        allowed = qk.allowed_of(rows)
+        scores = qk.q[:, :, rows] / math.sqrt(qk.q.shape[-1]) @ qk.a_key_each.k.mT
+        probabilities = self.own(scores.masked_fill(~allowed, -math.inf))
+        self._compare(layer, output[:, :, rows], probabilities @ v.repeat_interleave(qk.group, dim=1))
+        graph = self._rows(layer, qk, rows)
+        if graph is not None:
+            near = None if self.configuration is None else self.configuration.near(qk, rows)
+            counts = count_rows(graph, probabilities, allowed, qk.queries_valid[:, rows], near)
+            self.counts.setdefault(layer, []).append(counts)
+
+    def _compare(self, layer: int, output: Tensor, dense: Tensor) -> None:
         difference = (output.float() - dense.float()).flatten(2).norm(dim=-1)
         self.errors.setdefault(layer, []).append(difference / dense.float().flatten(2).norm(dim=-1).clamp_min(1e-30))
-        qk = qk.with_vectors(qk.q.float(), qk.k.float())
-        computed = self.attention.computed_pairs(qk, layer)
-        self.pairs.setdefault(layer, []).append(torch.stack([computed, qk.allowed.sum((-2, -1)).expand_as(computed)]))
-        graph = self.attention.graph(qk, layer)
-        if graph is not None:  # pooled keys have no token graph
-            near = None if self.configuration is None else self.configuration.near(qk)
-            self.counts.setdefault(layer, []).append(count(graph, Gold.of(qk, self.own.alpha), qk, near))
+
+    def _rows(self, layer: int, qk: QK, rows: Tensor) -> Tensor | None:
+        """Of the graph; an attention of somebody else may know it only as a whole."""
+        if "rows" in inspect.signature(self.attention.graph).parameters:
+            found: Tensor | None = self.attention.graph(qk, layer, rows=rows)
+            return found
+        whole = self.attention.graph(qk, layer)
+        return None if whole is None else whole[:, :, rows]
 
     def gather(self) -> None:
         """Take in what the observers of the other processes measured."""

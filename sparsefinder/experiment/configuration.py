@@ -138,9 +138,9 @@ class Configuration:
         """The local and global tokens by themselves: window, global tokens, last token."""
         return self.window, self.global_tokens, self.last_token
 
-    def near(self, qk: QK) -> Tensor | None:
-        """Pairs that the window and the global tokens name, ``(B, H, N, N)`` bool; None without them."""
-        return near_pairs(qk, local_and_global(self.window, self.global_tokens, self.last_token))
+    def near(self, qk: QK, rows: Tensor | None = None) -> Tensor | None:
+        """Pairs that the window and the global tokens name, ``(B, H, S or N, N)`` bool as `near_pairs` has it; None without."""
+        return near_pairs(qk, local_and_global(self.window, self.global_tokens, self.last_token), rows)
 
     def build(self, learned: Learned | None = None) -> Pattern:
         """The pattern as it is run: its artefacts attached, in its space, on its blocks, united with local and global tokens."""

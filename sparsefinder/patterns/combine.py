@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsefinder.errors import UserError
-from sparsefinder.graphs import QK, Buckets, HasLayout, Layout, Pattern, has_tail, reads_ahead
+from sparsefinder.graphs import QK, Buckets, HasLayout, Layout, Pattern, each_query_alone, has_tail, reads_ahead
 from sparsefinder.patterns.support.cost import cost_of, cost_of_keys
 from sparsefinder.predictors.projections import Projections
 
@@ -68,6 +68,11 @@ class Projected:
     def tail(self) -> bool:
         """Whether the pattern has a tail, which is of the keys that are projected."""
         return has_tail(self.pattern)
+
+    @property
+    def each_query_alone(self) -> bool:
+        """Whether the pattern looks at each query by itself, as projecting does."""
+        return each_query_alone(self.pattern)
 
     def layout(self, qk: QK, layer: int) -> Layout:
         """That of the pattern in the projected space."""

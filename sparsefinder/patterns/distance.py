@@ -51,6 +51,11 @@ class Distance:
         """Chance needs no projections."""
         return () if self.distance == "random" else ("projections",)
 
+    @property
+    def each_query_alone(self) -> bool:
+        """Whether no other query and no position matters: chance is drawn for positions."""
+        return self.distance != "random"
+
     def cost(self, tokens: int, size: int) -> float:
         """``n · R``, whichever distance; nothing for ``random``."""
         return 0.0 if self.distance == "random" else float(tokens * size)

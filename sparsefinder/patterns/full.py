@@ -17,6 +17,7 @@ class Full(Free):
 
     sparsity_parameter: ClassVar[str | None] = None
     needs: ClassVar[tuple[str, ...]] = ()
+    each_query_alone: ClassVar[bool] = True
 
     def __call__(self, qk: QK, layer: int) -> Tensor:
         """``(B, H, N, N)`` bool."""

@@ -38,6 +38,7 @@ class OracleHead(EveryPair):
 
     sparsity_parameter: ClassVar[str | None] = "share"
     needs: ClassVar[tuple[str, ...]] = ()
+    each_query_alone: ClassVar[bool] = False  # its pairs compete with those of other queries
     # in causal attention
     reads_ahead: ClassVar[str] = "one threshold is taken over all pairs of the sentence"
 

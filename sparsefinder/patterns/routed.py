@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparsefinder.errors import UserError
 from sparsefinder.executors.native import predictors as native
-from sparsefinder.graphs import QK, Buckets, Layout, joined
+from sparsefinder.graphs import QK, Buckets, Layout
 from sparsefinder.numerics.cluster_moments import merged, moments
 from sparsefinder.numerics.padding import without_padding
 from sparsefinder.numerics.selection import check_rule, select, thresholds
@@ -203,7 +203,28 @@ def on_levels(
     for clusters, level in used.items():
         own = [example for example, each in enumerate(levels) if each.clusters == clusters]
         parts.append((own, make(qk.part(torch.tensor(own, device=qk.q.device)), level)))
-    return joined(parts, len(levels))
+    return _joined(parts, len(levels))
+
+
+def _joined(parts: Sequence[tuple[Sequence[int], Buckets]], examples: int) -> Buckets:
+    """The buckets of all examples, from those of some each.
+
+    Args:
+        parts: Numbers of examples, and their buckets.
+        examples: ``B``, how many there are in all parts together.
+
+    Returns:
+        As many slots and buckets as the part that has most of them.
+    """
+    together = []
+    for side in ("q_ids", "k_ids"):
+        each: list[Tensor] = [getattr(buckets, side) for _, buckets in parts]
+        ids = each[0].new_full((examples, *each[0].shape[1:3], max(part.shape[-1] for part in each)), -1)
+        for (own, _), part in zip(parts, each, strict=True):
+            ids[torch.tensor(own, device=ids.device), ..., : part.shape[-1]] = part
+        together.append(ids)
+    q_ids, k_ids = together
+    return Buckets(q_ids, k_ids, max(buckets.count for _, buckets in parts))
 
 
 def _scores(q: Tensor, _numbers: Tensor, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:

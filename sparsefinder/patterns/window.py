@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from sparsefinder.errors import UserError
@@ -96,16 +96,17 @@ def local_and_global(window: int | None, global_tokens: int, last_token: bool) -
     return tuple(fixed)
 
 
-def near_pairs(qk: QK, fixed: tuple[Window | GlobalTokens, ...]) -> Tensor | None:
+def near_pairs(qk: QK, fixed: tuple[Window | GlobalTokens, ...], rows: Tensor | None = None) -> Tensor | None:
     """Pairs that the local window and the global tokens name.
 
     Args:
         qk: Queries and keys of any layer.
         fixed: What `local_and_global` gave.
+        rows: ``(S,)`` int64, positions of the queries that are asked about; None for all.
 
     Returns:
-        ``(B, H, N, N)`` bool on allowed pairs; None where there is no fixed pattern.
+        ``(B, H, S or N, N)`` bool on allowed pairs; None where there is no fixed pattern.
     """
     if not fixed:
         return None
-    return torch.stack([pattern(qk, 0) for pattern in fixed]).any(0)
+    return reduce(Layout.union, (pattern.layout(qk, 0) for pattern in fixed)).graph(qk, rows)

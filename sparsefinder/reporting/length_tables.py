@@ -11,8 +11,9 @@ from sparsefinder.analysis.iso_quality import NATS
 EQUAL = f"The fastest attention of each length that loses no more than {NATS:g} nats more than dense attention"
 COLUMNS = (
     "Recall and exact rows are those of the executed graph (of its exact part, where there is a tail) against the support of the "
-    "model's own attention; –: not defined, or not measured. Speed: of the whole model, in that of torch's softmax. Bound: the "
-    "time that the model takes with attention left out, in this one's."
+    "model's own attention, estimated on drawn queries; pairs are all that are multiplied. –: not defined, or not measured. "
+    "Speed: of the whole model, in that of torch's softmax. Bound: the time that the model takes with attention left out, in "
+    "this one's."
 )
 
 

@@ -13,8 +13,9 @@ from sparsefinder.attention import Dense, Masked
 from sparsefinder.errors import UserError
 from sparsefinder.executors.blocks import dense_tiles
 from sparsefinder.executors.workload import Pairs
-from sparsefinder.graphs import QK, band
+from sparsefinder.graphs import QK
 from sparsefinder.numerics.normalizers import Normalizer, PerHead, entmax15
+from sparsefinder.numerics.pairs import band
 from sparsefinder.patterns.full import Full
 from sparsefinder.patterns.window import Window
 

@@ -10,11 +10,12 @@ from tiny_models import tiny_model
 from transformers import masking_utils
 
 from sparsefinder.attention import Bucketed, Dense, Masked
-from sparsefinder.graphs import QK, Pattern, band
+from sparsefinder.graphs import QK, Pattern
 from sparsefinder.models import plugged, set_normalizer
 from sparsefinder.models.masks import keys_seen, pairs_of, window_of
 from sparsefinder.models.replacement import registered_function
 from sparsefinder.numerics.normalizers import Normalizer
+from sparsefinder.numerics.pairs import band
 from sparsefinder.patterns.combine import Union
 from sparsefinder.patterns.longformer import Longformer
 from sparsefinder.patterns.sinks import Sinks

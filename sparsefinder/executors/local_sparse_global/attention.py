@@ -26,6 +26,7 @@ from sparsefinder.executors.local_sparse_global.settings import LSGSettings
 from sparsefinder.executors.local_sparse_global.sparse_keys import choose, pick
 from sparsefinder.graphs import QK
 from sparsefinder.numerics.normalizers import Normalizer
+from sparsefinder.numerics.pairs import allowed_pairs
 from sparsefinder.numerics.tracing import known, recorded
 
 SOFTMAX = Normalizer(1.0)
@@ -73,21 +74,33 @@ class LSGAttention(LSGSettings):
         output = output.masked_fill(padding, 0.0)
         return packed.put_back(output, tokens)
 
-    def graph(self, qk: QK, layer: int = 0) -> Tensor | None:
+    def graph(self, qk: QK, layer: int = 0, rows: Tensor | None = None) -> Tensor | None:
         """Pairs of tokens that attend, `(B, H, N, N)` bool; None where keys are pooled: there is no such graph.
 
         `qk.causal` is not read: the attention knows whether it is causal.
+
+        Args:
+            qk: queries and keys.
+            layer: not read.
+            rows: `(S,)` int64, positions of the queries that are asked about; None for all. Where nothing is padding they cost
+                `S · N`.
         """
+        tokens = qk.k.shape[2]
+        if rows is not None and not bool(qk.valid.all()):  # positions are others among real tokens
+            whole = self.graph(qk, layer)
+            return None if whole is None else whole[:, :, rows]
         packed = pack(qk.valid)
         k = packed.bring(qk.a_key_each.k)
         if self._dense(k.shape[2]):
-            graph = self._allowed(packed.valid).expand(-1, k.shape[1], -1, -1)
+            graph = self._allowed(packed.valid, rows).expand(-1, k.shape[1], -1, -1)
         elif self.pooled:
             return None
         else:
-            graph = self._block_graph(k, packed.valid) & self._allowed(packed.valid)
-        rows = packed.put_back(graph, qk.k.shape[2])
-        return packed.put_back(rows.transpose(-1, -2), qk.k.shape[2]).transpose(-1, -2).contiguous()
+            graph = self._block_graph(k, packed.valid, rows) & self._allowed(packed.valid, rows)
+        if rows is not None:
+            return graph
+        each = packed.put_back(graph, tokens)
+        return packed.put_back(each.transpose(-1, -2), tokens).transpose(-1, -2).contiguous()
 
     def computed_pairs(self, qk: QK, layer: int = 0) -> Tensor:
         """Pairs whose score is computed, padding and block ends included, `(B, H)` int64."""
@@ -111,10 +124,10 @@ class LSGAttention(LSGSettings):
         hidden[:, self.num_global_tokens] = False
         return hidden
 
-    def _allowed(self, valid: Tensor) -> Tensor:
-        """Pairs of a dense attention, `(B, 1, N, N)` bool."""
-        pairs = valid[:, None, :, None] & self._visible_keys(valid)[:, None, None, :]
-        return pairs & pairs.new_ones(pairs.shape[-2:]).tril() if self.causal else pairs
+    def _allowed(self, valid: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Pairs of a dense attention, `(B, 1, N, N)` bool, or the rows of some queries."""
+        pairs = allowed_pairs(valid, self.causal, rows=rows)
+        return pairs & self._visible_keys(valid)[:, None, None, :] if self.mask_first_token else pairs
 
     def _on_packed(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, layer: int, dropout: float) -> Tensor:
         seen = self._visible_keys(valid)
@@ -182,14 +195,13 @@ class LSGAttention(LSGSettings):
         seen = F.pad(self._visible_keys(valid)[:, prefix:], (0, fill))
         return local | self._sparse_view(pick(F.pad(k[:, :, prefix:], (0, 0, 0, fill)), seen, self), text)
 
-    def _block_graph(self, k: Tensor, valid: Tensor) -> Tensor:
-        """Edges of global, local and sparse keys before padding and causality are taken out, `(B, H, N, N)` bool."""
-        batch, heads, tokens, _ = k.shape
-        prefix = self.num_global_tokens
-        edges = self.view(k, valid).repeat_interleave(self.block_size, dim=2)
-        graph = edges.new_ones(batch, heads, tokens, tokens)
-        graph[:, :, prefix:, prefix:] = edges[:, :, : tokens - prefix, : tokens - prefix]
-        return graph
+    def _block_graph(self, k: Tensor, valid: Tensor, rows: Tensor | None) -> Tensor:
+        """Edges of global, local and sparse keys before padding and causality are taken out, `(B, H, S or N, N)` bool."""
+        tokens, prefix = k.shape[2], self.num_global_tokens
+        queries = torch.arange(tokens, device=k.device) if rows is None else rows
+        block = (queries - prefix).clamp_min(0) // self.block_size
+        of_text = self.view(k, valid)[:, :, block, : tokens - prefix] | (queries < prefix)[:, None]
+        return F.pad(of_text, (prefix, 0), value=True)
 
     def _sparse_view(self, picked: Tensor, text: int) -> Tensor:
         """`picked (B, H, S)` positions → `(B, H, blocks, text)` bool: the sparse keys in each block's view."""

@@ -8,7 +8,7 @@ rule or a normalizer does with a finished score are not, and neither is what is 
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 
 @runtime_checkable
@@ -44,7 +44,9 @@ class Free:
 
 
 class EveryPair:
-    """A pattern that compares each query with each key, by as many numbers as they have."""
+    """A pattern that compares each query with each key, by as many numbers as they have, and queries with each other never."""
+
+    each_query_alone: ClassVar[bool] = True  # see `sparsefinder.attention.Masked`
 
     def cost(self, tokens: int, size: int) -> float:
         """``n · R``: a product of each coordinate of each pair."""
