@@ -108,7 +108,7 @@ class ToClusters:
         centres = centroids(qk, layer).flatten(1, 2)  # several runs are as many clusters more
         count = centres.shape[1]
         cluster = clusters_of_keys(qk, centroids, layer).masked_fill(~qk.valid[:, None], count)  # (B, H, N)
-        route = self._route if qk.causal or not native.works_on(qk.q) else self._route_natively
+        route = self._route_natively if native.works_on(qk.q) else self._route
         q_ids = route(qk, cluster, centres, level, centroids.families)
         return Buckets(q_ids, cluster.masked_fill(cluster == count, -1)[..., None], count)
 
@@ -116,6 +116,9 @@ class ToClusters:
         self, qk: QK, cluster: Tensor, centres: Tensor, level: float | Tensor, families: int | None
     ) -> Tensor:
         """The clusters of each query ``(B, H, N, P)`` int64, -1 in slots that it does not need."""
+        if qk.causal:
+            scaled = centres.to(qk.q.dtype) / math.sqrt(qk.q.shape[-1])
+            return native.routed_causally(qk.q, cluster, scaled, self.rule, level, self.alpha)
         of_clusters = _estimates(native.moments, qk, cluster, centres.shape[1])
         entrance = None if families is None else merged(*of_clusters, centres.shape[1] // families)
         return native.routed(qk.q, *of_clusters, self.rule, level, self.alpha, entrance)

@@ -118,7 +118,13 @@ CALLS = {
         };
         return until_it_works("nearest", [&] { return nearest_float32(1, 2, N, D, 1, 4, 2, THREADS, x, y, ids); }) ||
                until_it_works("budget", [&] { return routed(rule); }) ||
-               until_it_works("margin", [&] { return routed(other); });
+               until_it_works("margin", [&] { return routed(other); }) ||
+               until_it_works("causal", [&] {
+                   Kept *kept = nullptr;
+                   const int status = route_causal_float32(&rule, D, x, y, ids, few, &kept);
+                   release(kept);
+                   return status;
+               });
     }()""",
     "tailed": """[] {
         Problem p{1, 2, 1, N, N, D, 1, 4, THREADS, 1, ids, ids, valid, valid, nullptr, nullptr, 1.0};

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsefinder.errors import UserError
+from sparsefinder.executors.native import predictors as native
 from sparsefinder.graphs import QK
 from sparsefinder.lowrank import RouteSettings
 from sparsefinder.numerics.normalizers import Normalizer
@@ -19,6 +20,7 @@ from sparsefinder.patterns.routed import Routed
 from sparsefinder.predictors.centroids import Centroids
 from sparsefinder.predictors.closed_form import fit_lowrank
 from sparsefinder.storage.samples import Samples
+from sparsefinder.testing import random_qk as ragged
 from tests.conftest import random_qk
 
 
@@ -164,6 +166,24 @@ def test_routes_pair_by_pair(rule: str, level: float, causal: bool) -> None:
         for head in range(2):
             found = {(i, j) for i, j in graph[example, head].nonzero().tolist()}
             assert found == plain_routes(pattern, qk, example, head)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize(("rule", "values"), [("margin", (0.1, 2.0)), ("budget", (0.05, 0.4))])
+def test_causal_routing_in_cpp_is_that_of_torch(
+    rule: str, values: tuple[float, float], left: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(3)
+    pattern = Routed(rule, key_centroids=Centroids([torch.randn(2, 1, 40, 4, generator=generator)]))
+    qk = ragged([150, 1, 90], 2, 4, causal=True, left=left)
+    qk = qk.with_vectors(qk.q.to(dtype), qk.k.to(dtype))
+    assert native.works_on(qk.q)
+    found = pattern.layout_of_heads(qk, 0, values).graph(qk)
+    monkeypatch.setattr(native, "works_on", lambda _: False)
+    plain = pattern.layout_of_heads(qk, 0, values).graph(qk)
+    assert 0 < plain.sum() < qk.allowed.expand_as(plain).sum()
+    assert (found != plain).sum() <= (0 if dtype == torch.float64 else 1e-3 * plain.sum()), "but for ties"
 
 
 def test_a_causal_query_does_not_see_the_future() -> None:

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "boundary.hpp"
+#include "causal_routing.hpp"
 #include "panels.hpp"
 #include "routing.hpp"
 #include "vectors.hpp"
@@ -96,6 +97,10 @@ void moments(int64_t parts, int64_t tokens, int64_t size, int64_t count, int64_t
                      const T *doors, const T *door_mean, const T *door_variance, int32_t *counts, Kept **kept) {          \
         const Estimates<T> columns{numbers, mean, variance}, entrance{doors, door_mean, door_variance};                   \
         return status_of([&] { *kept = route(*rule, size, q, columns, entrance, counts).release(); });                    \
+    }                                                                                                                     \
+    int route_causal_##NAME(const Choice *rule, int64_t size, const T *q, const T *centres, const int64_t *ids,            \
+                            int32_t *counts, Kept **kept) {                                                               \
+        return status_of([&] { *kept = route_causal(*rule, size, q, centres, ids, counts).release(); });                  \
     }
 
 extern "C" {

@@ -97,15 +97,43 @@ def routed(
         entrance: number, mean and variance of fewer clusters, each of which holds equally many of these, side by side: a
             query looks into those alone that it opens (`sparsefinder.patterns.routed`). None: at every cluster.
     """
-    batch, heads, rows, size = q.shape
     doors = tuple(x.to(q.dtype).contiguous() for x in entrance or (numbers, mean, variance))
     read = tuple(x.to(q.dtype).contiguous() for x in (q, numbers, mean, variance)) + doors
+    branching = numbers.shape[-1] // doors[0].shape[-1] if entrance else 0
+    return _kept("route", q, read, numbers.shape[-1], branching, rule, level, alpha)
+
+
+def routed_causally(q: Tensor, ids: Tensor, centres: Tensor, rule: str, level: float | Tensor, alpha: float) -> Tensor:
+    """The clusters that each query of causal attention keeps, as `routed`: it counts the keys up to itself.
+
+    Args:
+        q: ``(B, H, N, R)``.
+        ids: ``(B, H, N)`` int64, the cluster of each key; who has an id outside ``[0, C)`` is no key.
+        centres: ``(H, C, R)``, which stand for the keys in them; the score of a cluster is ``q_i·μ_c``.
+        rule: ``budget`` or ``margin``.
+        level: of the rule; one for all heads, or ``(H,)``.
+        alpha: of entmax, for the margin.
+    """
+    read = (q.contiguous(), centres.to(q.dtype).contiguous(), ids.contiguous())
+    return _kept("route_causal", q, read, centres.shape[1], 0, rule, level, alpha)
+
+
+def _kept(
+    what: str,
+    q: Tensor,
+    read: tuple[Tensor, ...],
+    columns: int,
+    branching: int,
+    rule: str,
+    level: float | Tensor,
+    alpha: float,
+) -> Tensor:
+    batch, heads, rows, size = q.shape
     counts, kept = torch.zeros(batch, heads, rows, dtype=torch.int32), POINTER()
     levels = torch.as_tensor(level, dtype=torch.float64).expand(heads).contiguous()
-    shape = (heads, batch * heads, rows, numbers.shape[-1])
-    branching = numbers.shape[-1] // doors[0].shape[-1] if entrance else 0
+    shape = (heads, batch * heads, rows, columns)
     choice = _Choice(*shape, branching, rule == "budget", torch.get_num_threads(), *pointers(levels), alpha)
-    function = f"route_{DTYPES[q.dtype]}"
+    function = f"{what}_{DTYPES[q.dtype]}"
     _LIBRARY.call(function, ctypes.byref(choice), LONG(size), *pointers(*read, counts), ctypes.byref(kept))
     try:
         most = int(counts.max()) if counts.numel() else 0
