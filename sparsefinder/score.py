@@ -28,6 +28,7 @@ from sparsefinder.analysis import frontiers
 from sparsefinder.analysis.bootstrap import Replicas
 from sparsefinder.analysis.comparisons import error_budget
 from sparsefinder.errors import UserError
+from sparsefinder.evaluation.other_seeds import other_seeds, seedless
 from sparsefinder.evaluation.shared_buckets import distance_histogram, shared_buckets
 from sparsefinder.experiment.calibration import calibrated
 from sparsefinder.experiment.configuration import Configuration, Learned, between_texts, buildable, fitted, needed
@@ -134,7 +135,7 @@ def run(settings: ScoreSettings, store: Store) -> None:
     ]
     asked = [(each, wanted[item.key]) for each, item in zip(configurations, items, strict=True) if item.key in wanted]
     owners = {seedless(each): item for each, item in reversed(asked)}
-    seeded = other_seeds(tuple(each for each, _ in asked), samples, settings, learned)
+    seeded = other_seeds(tuple(each for each, _ in asked), samples, learned, settings.seeds, settings.causal)
     asked += [(each, owners[seedless(each)]) for each in seeded]
     if not asked:
         raise UserError(f"none of {len(configurations)} configurations is left to score: see what was said of each")
@@ -161,41 +162,6 @@ def run(settings: ScoreSettings, store: Store) -> None:
         save_maps(folder / "maps.safetensors", samples, settings, learned, points, table)
         table.write(folder, store, ((place, item) for place, (_, item) in enumerate(asked, table.first)))
     store.note("score", samples=len(samples), gold_sparsity=scores.gold_sparsity)
-
-
-@torch.no_grad()
-def other_seeds(
-    configurations: tuple[Configuration, ...], samples: Samples, settings: ScoreSettings, learned: Learned
-) -> tuple[Configuration, ...]:
-    """The configurations whose graph depends on a seed, with ``seeds − 1`` other seeds.
-
-    A field ``seed`` says little (a distance has one for the random distance alone), so the first sample is asked: is there a
-    layer in which another seed of any configuration of that pattern gives another graph?
-    """
-    added: list[Configuration] = []
-    random: dict[str, bool] = {}
-    layers = list(samples.layers(0, settings.causal))
-    for configuration in configurations if settings.seeds > 1 else ():
-        if not hasattr(configuration.pattern, "seed"):
-            continue
-        others = [
-            replace(configuration, pattern=replace(configuration.pattern, seed=configuration.pattern.seed + more))
-            for more in range(1, settings.seeds)
-        ]
-        if not random.get(configuration.name):
-            mine, other = configuration.build(learned), others[0].build(learned)
-            random[configuration.name] = any(
-                not torch.equal(mine(qk, at), other(qk, at)) for at, qk in enumerate(layers)
-            )
-        if random[configuration.name]:
-            added += others
-    return tuple(added)
-
-
-def seedless(configuration: Configuration) -> str:
-    """What configurations that differ in their seed alone have in common."""
-    pattern = configuration.pattern
-    return repr(replace(configuration, pattern=replace(pattern, seed=0)) if hasattr(pattern, "seed") else configuration)
 
 
 @dataclass(frozen=True)
@@ -326,7 +292,8 @@ def metrics_table(
             own["pattern_alpha"] = own.pop("alpha")
         sizes = {name: size for name, size in learned.sizes(configuration.needs).items() if own.get(name) is None}
         for head in range(counts.gold.shape[1]):
-            true_scores = isinstance(configuration.pattern, LowRank) and sizes.get("rounds", 0) >= size
+            its_own = isinstance(configuration.pattern, LowRank) and not configuration.shares
+            true_scores = its_own and sizes.get("rounds", 0) >= size
             rows.append(
                 {"configuration": index, **own, **sizes, "true_scores": true_scores}
                 | {"causal": settings.causal, "alpha": settings.alpha, "quadratic": configuration.quadratic}

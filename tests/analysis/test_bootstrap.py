@@ -14,6 +14,7 @@ from sparsefinder.analysis import bootstrap, comparisons, frontiers
 from sparsefinder.analysis.bootstrap import Replicas
 from sparsefinder.analysis.method_families import BOUNDS, DEPENDENT, FIXED, OURS, PUBLISHED, family_of
 from sparsefinder.errors import UserError
+from sparsefinder.evaluation.other_seeds import other_seeds
 from sparsefinder.experiment.configuration import Configuration, Learned
 from sparsefinder.patterns.distance import Distance
 from sparsefinder.patterns.oracle import Oracle
@@ -240,14 +241,14 @@ class TestSeeds:
         learned = Learned.load(store, ("projections",))
         held_out = load_samples(store.path("qk_validation"))
         settings = score.ScoreSettings(configurations, seeds=3)
-        added = score.other_seeds(configurations, held_out, settings, learned)
+        added = other_seeds(configurations, held_out, learned, settings.seeds, settings.causal)
         assert [(c.name, c.pattern.threshold, c.pattern.seed) for c in added] == [
             ("random", 0.2, 6),
             ("random", 0.2, 7),
             ("random", 0.5, 6),
             ("random", 0.5, 7),
         ]
-        assert score.other_seeds(configurations, held_out, score.ScoreSettings(configurations), learned) == ()
+        assert other_seeds(configurations, held_out, learned, 1, False) == ()
         given = Store(tmp_path, {name: store.path(name) for name in ("qk_validation", "projections")})
         score.run(settings, given)
         points = frontiers.points(pd.read_parquet(tmp_path / "score" / "metrics.parquet"))
