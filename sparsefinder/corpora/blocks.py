@@ -170,8 +170,9 @@ def token_blocks(
     unknown = 0
     with tempfile.TemporaryFile(dir=cache) as spool:
         documents = _shuffled(_Spooled(corpus.documents(split, cache), spool), split)
-        cut = _packed if _packs(corpus) else _cut
-        for piece in cut(documents, tokenizer, length):
+        other = _Other(length, len(tokenizer("")["input_ids"]))
+        pieces = _packed(documents, tokenizer, length, other) if _packs(corpus) else _cut(documents, tokenizer, length)
+        for piece in pieces:
             if len(piece) < _SHORTEST:
                 continue
             if special.issuperset(piece):
@@ -189,9 +190,12 @@ def token_blocks(
     starts = torch.frombuffer(ends, dtype=torch.int64)
     blocks = TokenBlocks(torch.frombuffer(ids, dtype=torch.int32), starts)
     full = int((blocks.lengths == length).sum())
+    if not _packs(corpus):
+        other.add(len(ids) - len(blocks) * other.special)  # all documents as one
     log.info(
-        "corpus: %s: %s blocks of at most %d tokens, %s tokens; %.0f %% of the blocks are full",
-        *(split, f"{len(blocks):,}", length, f"{starts[-1]:,}", 100 * full / len(blocks)),
+        "corpus: %s: %s blocks of at most %d tokens, %s tokens; %.0f %% of the blocks are full, and %.0f %% %s",
+        *(split, f"{len(blocks):,}", length, f"{starts[-1]:,}", 100 * full / len(blocks), 100 * other.share),
+        "without packing" if _packs(corpus) else "would be with corpus.pack=true",
     )
     _report_room(blocks, length, split, _packs(corpus))
     if file is not None:
@@ -231,8 +235,31 @@ def _cut(documents: Iterable[list[str]], tokenizer: PreTrainedTokenizerBase, len
         yield from tokenizer(texts, truncation=True, max_length=length, return_overflowing_tokens=True)["input_ids"]
 
 
-def _packed(documents: Iterable[list[str]], tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[list[int]]:
-    """All documents as one row of tokens, a separator between two, in pieces."""
+@dataclass
+class _Other:
+    """How many blocks there would be, and how many of them full, if documents were cut in the other way; without separators."""
+
+    length: int  # most tokens of a block
+    special: int  # those of them that are special
+    full: int = 0
+    blocks: int = 0
+
+    def add(self, tokens: int) -> None:
+        """A row of so many tokens that is cut by itself."""
+        whole, rest = divmod(tokens, self.length - self.special)
+        self.full += whole
+        self.blocks += whole + (rest > 0 and rest + self.special >= _SHORTEST)
+
+    @property
+    def share(self) -> float:
+        """Of the blocks that are full."""
+        return self.full / max(self.blocks, 1)
+
+
+def _packed(
+    documents: Iterable[list[str]], tokenizer: PreTrainedTokenizerBase, length: int, alone: _Other
+) -> Iterator[list[int]]:
+    """All documents as one row of tokens, a separator between two, in pieces; ``alone`` counts what each would fill by itself."""
     of_word = tokenizer("a", return_special_tokens_mask=True)
     before = list(itertools.takewhile(bool, of_word["special_tokens_mask"]))
     after = list(itertools.takewhile(bool, reversed(of_word["special_tokens_mask"])))
@@ -242,6 +269,7 @@ def _packed(documents: Iterable[list[str]], tokenizer: PreTrainedTokenizerBase, 
     waiting: list[int] = []
     for texts in documents:
         for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
+            alone.add(len(ids))
             if waiting and separator is not None:
                 waiting.append(separator)
             waiting += ids

@@ -871,6 +871,21 @@ def test_short_documents_are_packed_into_whole_blocks(caplog, tmp_path):
     assert "is filled; there is no more text" in caplog.text
 
 
+def test_the_log_says_how_many_blocks_are_full_with_and_without_packing(caplog):
+    """The plain reference: blocks made both ways, counted."""
+    caplog.set_level("INFO")
+    texts, tokenizer = tuple(SENTENCE * n for n in (1, 2, 9, 1, 5, 3)), tiny_tokenizer()
+    shares, lines = {}, {}
+    for pack in (False, True):
+        caplog.clear()
+        lengths = token_blocks(Given(texts, pack=pack), tokenizer, "train", 40).lengths
+        shares[pack] = f"{100 * float((lengths == 40).double().mean()):.0f} %"
+        lines[pack] = caplog.text
+    assert shares[False] != shares[True]
+    assert f"{shares[False]} of the blocks are full, and {shares[True]} would be with corpus.pack=true" in lines[False]
+    assert f"{shares[True]} of the blocks are full, and {shares[False]} without packing" in lines[True]
+
+
 def test_packed_blocks_are_full_without_a_separator():
     tokenizer = tiny_tokenizer()
     tokenizer.sep_token = tokenizer.eos_token = None
