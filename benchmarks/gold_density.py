@@ -1,18 +1,21 @@
 """Why recall is lost at the density of the gold graph: one cause after the other is let in.
 
+    python benchmarks/gold_density.py --run runs/tiny --samples 6 --clusters 16
     python benchmarks/gold_density.py --model FOLDER --train valid.txt --test test.txt --heads 4      # some minutes
 
 Every line predicts as many pairs as the gold graph has, by one level for all heads: true scores and thresholds are exact, then
-scores are those of R numbers, then thresholds are estimated from them, then clusters come in. Queries and keys as in
+scores are those of R numbers, then thresholds are estimated from them, then clusters come in; the true number of keys of each
+query and a level for each head of its own say what is lost by counts. The cost is that of the prediction
+and of attention on what it predicts, as a share of dense attention's multiplications. Queries and keys as in
 ``benchmarks/budgets.py``.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
-from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,98 +25,147 @@ from measuring import machine
 from torch import Tensor
 
 from sparsefinder.bilinear import BilinearSettings, row_thresholds, train_bilinear
-from sparsefinder.graphs import QK
+from sparsefinder.experiment.costs import costs
+from sparsefinder.graphs import QK, Pattern
 from sparsefinder.metrics import Gold, count
+from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.patterns.bilinear import Bilinear
+from sparsefinder.patterns.combine import Projected
+from sparsefinder.patterns.per_head import PerHead
+from sparsefinder.patterns.routed import Routed
 from sparsefinder.patterns.routed_bilinear import RoutedBilinear
 from sparsefinder.patterns.routed_reranked import RoutedReranked
+from sparsefinder.patterns.support.ranking import best
 from sparsefinder.predictors.closed_form import fit_lowrank
 from sparsefinder.predictors.fit_centroids import KeyClusterSettings, fit_tree
 from sparsefinder.predictors.projections import Projections
 from sparsefinder.storage.samples import Samples, load_samples
+from sparsefinder.storage.store import Store
 
 ALPHA = 1.5
 STEPS = 12  # halvings of the interval in which the level lies
 LEVELS = (-1.0, 1.0)
 
-Method = Callable[[QK, int, float], Tensor]
 
-
-def with_true_thresholds(space: Projections) -> Method:
+@dataclass(frozen=True)
+class TrueThresholds:
     """Scores of few numbers, cut by what the true scores say."""
 
-    def graph(qk: QK, layer: int, level: float) -> Tensor:
+    level: float = 0.0
+    space: Projections | None = None
+
+    def __call__(self, qk: QK, layer: int) -> Tensor:
         true = row_thresholds(qk.scores(), ALPHA)
-        return (ALPHA - 1) * space(qk, layer).scores() >= true - level
-
-    return graph
+        return (ALPHA - 1) * _scores(self, qk, layer) >= true - self.level
 
 
-def of_pattern(pattern: Any, space: Projections | None) -> Method:
-    """A pattern at any level, in a space."""
+@dataclass(frozen=True)
+class TrueNumbers:
+    """Of each query as many keys as it has in truth, those of largest estimates."""
 
-    def graph(qk: QK, layer: int, level: float) -> Tensor:
-        found: Tensor = replace(pattern, level=level)(qk if space is None else space(qk, layer), layer)
-        return found
+    level: float = 0.0  # has no say
+    space: Projections | None = None
 
-    return graph
+    def __call__(self, qk: QK, layer: int) -> Tensor:
+        numbers = (Normalizer(ALPHA)(qk.scores()) > 0).sum(-1, keepdim=True)
+        return best(_scores(self, qk, layer), numbers)
 
 
-def methods(training: Samples, rounds: int, clusters: int) -> dict[str, Method]:
+def _scores(pattern: TrueThresholds | TrueNumbers, qk: QK, layer: int) -> Tensor:
+    return (qk if pattern.space is None else pattern.space(qk, layer)).scores()
+
+
+@dataclass(frozen=True)
+class Method:
+    """A line of the table: a pattern with a level, in a space."""
+
+    name: str
+    pattern: Any
+    space: Projections | None = None
+    of_heads: bool = False  # whether each head has a level of its own, at which it predicts as many pairs as it has
+
+    def at(self, levels: Tensor) -> Pattern:
+        """The pattern at a level for each layer and head, ``(L, H)``."""
+        pattern = replace(self.pattern, level=levels[0, 0].item())
+        if self.of_heads:
+            pattern = PerHead(pattern, tuple(map(tuple, levels.tolist())))
+        return pattern if self.space is None else Projected(pattern, self.space)
+
+
+def methods(training: Samples, rounds: int, clusters: int) -> list[Method]:
     """From the gold graph to what is predicted."""
     closed = fit_lowrank(training, rounds)
     settings = BilinearSettings(rounds=rounds, eval_every=0, eval_samples=1)
     trained = train_bilinear(training, training, settings).projections
     centroids = fit_tree(training, trained, KeyClusterSettings(n_clusters=clusters, coarsest=clusters))
-    routed, reranked = RoutedBilinear(bilinear_centroids=centroids), RoutedReranked(bilinear_centroids=centroids)
-    return {
-        "true scores": of_pattern(Bilinear(), None),
-        f"{rounds} numbers in closed form, true thresholds": with_true_thresholds(closed),
-        "the same, estimated thresholds (`lowrank`)": of_pattern(Bilinear(), closed),
-        f"{rounds} trained numbers, true thresholds": with_true_thresholds(trained),
-        "the same, estimated thresholds (`bilinear`)": of_pattern(Bilinear(), trained),
-        f"the same, keys of the best of {clusters} clusters (`routed_reranked`)": of_pattern(reranked, trained),
-        f"{clusters} whole clusters (`routed_bilinear`)": of_pattern(routed, trained),
-    }
+    whole = fit_lowrank(training, training.shape[2])
+    of_whole = fit_tree(training, whole, KeyClusterSettings(n_clusters=64, coarsest=64))
+    reranked = RoutedReranked(bilinear_centroids=centroids)
+    return [
+        Method("true scores", Bilinear()),
+        Method(f"{rounds} numbers in closed form, true thresholds", TrueThresholds(space=closed)),
+        Method("the same, estimated thresholds (`lowrank`)", Bilinear(), closed),
+        Method(f"{rounds} trained numbers, true thresholds", TrueThresholds(space=trained)),
+        Method("the same, the true number of keys of each query", TrueNumbers(space=trained)),
+        Method("the same, estimated thresholds, a level for each head", Bilinear(), trained, of_heads=True),
+        Method("the same, estimated thresholds (`bilinear`)", Bilinear(), trained),
+        Method(f"the same, keys of the best of {clusters} clusters (`routed_reranked`)", reranked, trained),
+        Method(f"{clusters} whole clusters (`routed_bilinear`)", RoutedBilinear(bilinear_centroids=centroids), trained),
+        Method(f"64 whole clusters by {training.shape[2]} numbers (`routed`)", Routed(key_centroids=of_whole), whole),
+    ]
 
 
-def measured(method: Method, level: float, samples: Samples, golds: list[Gold]) -> tuple[float, float]:
-    """Density and recall, means over samples, layers and heads."""
+def measured(pattern: Pattern, samples: Samples, golds: list[Gold]) -> tuple[Tensor, float, float]:
+    """Density ``(L, H)``, and the means of recall and of the total cost as a share of dense attention's."""
+    layers, heads, size = samples.shape
     found = []
     for number, gold in enumerate(golds):
-        layer = number % samples.shape[0]
-        qk = samples.layer(number // samples.shape[0], layer)
-        ratios = count(method(qk, layer, level), gold, qk).macro()
-        found.append(torch.stack([1 - ratios["sparsity"].mean(), ratios["recall"].mean()]))
-    density, recall = torch.stack(found).mean(0).tolist()
-    return density, recall
+        layer = number % layers
+        qk = samples.layer(number // layers, layer)
+        counts = count(pattern(qk, layer), gold, qk)
+        ratios, predicting = counts.macro(), costs(pattern, counts, size)["prediction_share"]
+        density = 1 - ratios["sparsity"]
+        found.append(torch.stack([density, ratios["recall"], density + predicting]))
+    density, recall, cost = torch.stack(found).view(-1, layers, 3, heads).mean(0).unbind(1)
+    return density, recall.mean().item(), cost.mean().item()
 
 
-def at_density(method: Method, wanted: float, samples: Samples, golds: list[Gold]) -> tuple[float, float]:
-    """The recall at a density, found by halving."""
-    low, high = LEVELS
+def at_density(method: Method, wanted: Tensor, samples: Samples, golds: list[Gold]) -> tuple[float, float, float]:
+    """Density, recall and cost at the densities ``wanted (L, H)``, or at their mean, found by halving."""
+    low, high = (torch.full(wanted.shape, level, dtype=torch.float64) for level in LEVELS)
     for _ in range(STEPS):
         middle = (low + high) / 2
-        density, recall = measured(method, middle, samples, golds)
-        low, high = (middle, high) if density < wanted else (low, middle)
-    return density, recall
+        density, recall, cost = measured(method.at(middle), samples, golds)
+        fewer = density < wanted if method.of_heads else (density.mean() < wanted.mean()).expand_as(wanted)
+        low, high = torch.where(fewer, middle, low), torch.where(fewer, high, middle)
+    return density.mean().item(), recall, cost
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, default=Path("runs/tiny"), help="where there is no --model")
     encoder_arguments(parser)
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--rounds", type=int, nargs="+", default=[8, 16], help="a table for each")
     parser.add_argument("--clusters", type=int, default=32)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        training, samples = (load_samples(path) for path in of_encoder(given, Path(folder)).values())
+        run = Store(given.run)
+        files = of_encoder(given, Path(folder)) if given.model else {x: run.path(x) for x in ("qk", "qk_validation")}
+        training, held_out = load_samples(files["qk"]), load_samples(files["qk_validation"])
+        samples = held_out.part(0, given.samples or len(held_out))
         golds = [Gold.of(qk, ALPHA) for each in samples for qk in each]
-        density = float(torch.stack([(gold.sums() / gold.shape[-1] ** 2).mean() for gold in golds]).mean())
-        print(f"{machine()}\n\n### Gold density: {given.model.name}, {given.tokens} tokens, {given.rounds} numbers\n")
-        print(f"{len(samples)} texts, gold density {density:.4f}, {given.clusters} clusters.\n")
-        print("| predicted by | density | recall |\n|---|---|---|")
-        for name, method in methods(training, given.rounds, given.clusters).items():
-            print("| {} | {:.4f} | {:.3f} |".format(name, *at_density(method, density, samples, golds)), flush=True)
+        shares = torch.stack([(gold.sums() / gold.shape[-1] ** 2)[0] for gold in golds])
+        wanted = shares.view(len(samples), *samples.shape[:2]).double().mean(0)
+        of = f"{given.model.name}, {given.tokens} tokens" if given.model else given.run
+        print(machine())
+        for rounds in given.rounds:
+            print(f"\n### Gold density: {of}, {rounds} numbers\n")
+            print(f"{len(samples)} texts, gold density {wanted.mean():.4f}, {given.clusters} clusters.\n")
+            print("| predicted by | density | recall | cost |\n|---|---|---|---|")
+            for method in methods(training, rounds, given.clusters):
+                density, recall, cost = at_density(method, wanted, samples, golds)
+                of_whole = "–" if math.isnan(cost) else f"{cost:.3f}"
+                print(f"| {method.name} | {density:.4f} | {recall:.3f} | {of_whole} |", flush=True)
 
 
 if __name__ == "__main__":

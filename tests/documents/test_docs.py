@@ -43,6 +43,7 @@ NOT_RUN = {
     ("docs/explanation/equal_cost.md", "needs an encoder and text of yours, and half an hour"),
     ("docs/explanation/equal_cost.md", "needs an encoder and text of yours, and half an hour on a quiet machine"),
     ("docs/explanation/equal_cost.md", "needs an encoder and text of yours, and minutes"),
+    ("docs/explanation/equal_cost.md", "needs the default run, and some minutes"),
     (
         "CONTRIBUTING.md",
         "sets up environments and runs the suite that this test is part of; `make -n` is what it can do",
