@@ -113,6 +113,7 @@ def summary(store: Store, settings: ReportSettings | None = None, asked: Mapping
     results = _read(settings or ReportSettings(), store)
     if asked is not None:
         results = results.only({name: growing_table.rows_asked(name, each, store) for name, each in asked.items()})
+    several = bool(results.by_run)
     parts = [text_table(pd.DataFrame(results.facts, columns=["run", "value"]))] if results.facts else []
     if results.points is not None and text_tables.one_each(results.points):
         shares = ", ".join(f"{100 * level:g} %" for level in (settings or ReportSettings()).levels)
@@ -121,17 +122,23 @@ def summary(store: Store, settings: ReportSettings | None = None, asked: Mapping
     elif results.points is not None:
         levels = results.densities((settings or ReportSettings()).levels)
         lines = text_tables.recall_lines(results.points, levels, results.replicas, far=False, runs=results.by_run)
-        parts.append(words_of.RECALL + "\n" + text_table(lines))
+        parts.append(words_of.recall(several) + "\n" + text_table(lines))
         advantage = text_tables.advantage_lines(results.points, results.replicas, levels)
         if len(advantage):
-            parts.append(words_of.ADVANTAGE + "\n" + text_table(advantage))
+            parts.append(words_of.with_interval(words_of.ADVANTAGE, several) + "\n" + text_table(advantage))
         if results.by_cost is not None:
             costs = (settings or ReportSettings()).cost_levels
-            lines = text_tables.recall_lines(results.by_cost[0], costs, results.by_cost[1], far=False)
+            lines = text_tables.recall_lines(
+                results.by_cost[0], costs, results.by_cost[1], far=False, runs=results.by_run_by_cost
+            )
             parts.append(words_of.RECALL_BY_COST + "\n" + text_table(lines))
             advantage = text_tables.advantage_lines(*results.by_cost, costs, ALL_OTHERS, "cost")
             if len(advantage):
-                parts.append(words_of.ADVANTAGE_BY_COST + "\n" + text_table(advantage))
+                parts.append(
+                    words_of.with_interval(words_of.ADVANTAGE_BY_COST, several, said=True)
+                    + "\n"
+                    + text_table(advantage)
+                )
     if results.variants is not None:
         scores = ["accuracy", "macro-F1", "exact match", "F1 of answers", "pooled cosine", "token cosine"]
         scores += ["text found by its title"]

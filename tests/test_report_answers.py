@@ -138,6 +138,13 @@ def test_runs_that_differ_in_their_seed_are_one_with_a_deviation() -> None:
     found = seeds.with_deviations(frontiers.recall_table(merged, [0.1]), by_run, [0.1])
     row = found[found["pattern"] == "routed"].iloc[0]
     assert row["recall_high", 0.1] - row["recall", 0.1] == pytest.approx(0.1 / 2**0.5)
+    random = METRICS[METRICS["pattern"] == "kmeans"].assign(pattern="random", seed=0)
+    drawn = pd.concat(
+        [random.assign(point="seed=0"), random.assign(point="seed=1", run="b", seed=1)], ignore_index=True
+    )
+    again = seeds.over_runs(frontiers.points(drawn))
+    assert len(again) == len(random), "a pattern that draws numbers has the seed of its run among its settings"
+    assert not again["label"].str.contains("seed").any()
     apart = seeds.over_runs(
         frontiers.points(both.assign(point=["window=3"] * len(METRICS) + ["window=5"] * len(METRICS)))
     )
@@ -154,6 +161,8 @@ def test_a_report_over_runs(tmp_path: Path) -> None:
     report.run(settings, store)
     page = unescape((tmp_path / "both" / "report" / "index.html").read_text(encoding="utf-8"))
     assert "±0.000" in page
+    assert "±: one deviation over the runs" in page
+    assert "interval" not in page[page.index("The answer") : page.index("Recall against sparsity")]
     assert "Loss against sparsity" in page
     with pytest.raises(UserError, match="no finished"):
         report.run(ReportSettings(runs=(str(tmp_path / "both"),)), store)

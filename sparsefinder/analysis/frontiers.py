@@ -53,7 +53,7 @@ def points(metrics: pd.DataFrame) -> pd.DataFrame:
     averaged["density"] = 1 - averaged["sparsity"]
     shares = averaged["prediction_share"] if "prediction_share" in averaged else pd.Series(np.nan, averaged.index)
     averaged["total_cost"] = averaged["density"] + shares
-    averaged["label"] = _labels(averaged)
+    averaged["label"] = labels(averaged)
     return averaged
 
 
@@ -277,13 +277,14 @@ def _in_words(window: int, global_tokens: int, last_token: int) -> str:
     return " + ".join(parts + (["last token"] if last_token else []))
 
 
-def _labels(table: pd.DataFrame) -> list[str]:
+def labels(table: pd.DataFrame) -> list[str]:
+    """For each row of `points` its pattern, those of its settings that vary, and what it is united with, in a few words."""
     names = setting_columns(table)
     groups = table.groupby("pattern")
     varying = {pattern: [name for name in names if group[name].nunique() > 1] for pattern, group in groups}
-    labels = []
+    words = []
     for row in table.to_dict("records"):
         settings = [f"{name}={row[name]}" for name in varying[row["pattern"]] if pd.notna(row[name])]
         united = [f"+ {row['united_with']}"] if row["united_with"] else []
-        labels.append(" ".join([row["pattern"], *settings, *united]))
-    return labels
+        words.append(" ".join([row["pattern"], *settings, *united]))
+    return words

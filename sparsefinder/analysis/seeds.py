@@ -7,9 +7,9 @@ from typing import Any
 
 import pandas as pd
 
-from sparsefinder.analysis.frontiers import MEASURES, recall_table
+from sparsefinder.analysis.frontiers import MEASURES, labels, recall_table
 
-_OF_A_RUN = ("run", "configuration", "members", "seed", "point")
+_OF_A_RUN = ("run", "configuration", "members", "seed", "point", "label")
 _AVERAGED = (*MEASURES, "density", "total_cost")
 
 
@@ -37,6 +37,7 @@ def over_runs(points: pd.DataFrame) -> pd.DataFrame:
     merged["members"] = groups["members"].first()  # of one run: numbers of configurations say nothing in another one
     merged["runs"] = groups["run"].nunique()
     merged["recall_deviation"] = groups["recall"].std().fillna(0.0)
+    merged["label"] = labels(merged.drop(columns="seed", errors="ignore"))
     return merged.reset_index(drop=True)
 
 

@@ -69,16 +69,23 @@ def page(
 
 def _answer(results: Results, levels: Sequence[float], cost_levels: Sequence[float]) -> html.Markup | None:
     """The three answers, and the small tables that they are read from; None where nothing can be said."""
+    several = bool(results.by_run)
     said = answers(results.points, results.variants, results.compared)
     parts = [html.answer(said)] if said else []
     if results.points is not None:
         best = text_tables.advantage_lines(results.points, results.replicas, levels, ALL_OTHERS)
         if len(best):
-            parts += [html.note(f"{words_of.ADVANTAGE_OVER_ALL}:"), html.table(best, _NAMES)]
+            parts += [
+                html.note(f"{words_of.with_interval(words_of.ADVANTAGE_OVER_ALL, several)}:"),
+                html.table(best, _NAMES),
+            ]
     if results.by_cost is not None:
         best = text_tables.advantage_lines(*results.by_cost, cost_levels, ALL_OTHERS, "cost")
         if len(best):
-            parts += [html.note(f"{words_of.ADVANTAGE_BY_COST}:"), html.table(best, _NAMES)]
+            parts += [
+                html.note(f"{words_of.with_interval(words_of.ADVANTAGE_BY_COST, several, said=True)}:"),
+                html.table(best, _NAMES),
+            ]
     return html.Markup("\n").join(parts) if parts else None
 
 
@@ -98,24 +105,36 @@ _UNDRAWN = {
 def _tables(results: Results, levels: Sequence[float], cost_levels: Sequence[float]) -> dict[str, html.Markup]:
     """Tables by the figure that they belong to."""
     parts = {}
+    several = bool(results.by_run)
+    spread = (
+        "one deviation over the runs."
+        if several
+        else "half the width of the 95 % interval over documents drawn again (and over seeds, where there are several)."
+    )
     if results.points is not None:
         lines = text_tables.recall_lines(results.points, levels, results.replicas, runs=results.by_run)
         words = (
             "Best recall of each pattern where it names that share of the allowed pairs, on the straight line between the "
             "neighbouring points of its frontier. Not reached: its configurations do not come there. In brackets: recall "
-            "of the gold edges outside the window and the global tokens. ±: half the width of the 95 % interval over documents "
-            "drawn again (and over seeds, where there are several). * compares every pair. Marked: the best that does not."
+            f"of the gold edges outside the window and the global tokens. ±: {spread} * compares every pair. Marked: the best "
+            "that does not."
         )
         parts["recall_sparsity"] = _recalls(lines) + html.note(words)
         advantage = text_tables.advantage_lines(results.points, results.replicas, levels)
         if len(advantage):
-            parts["recall_sparsity"] += html.note(f"{words_of.ADVANTAGE}:") + html.table(advantage, _NAMES)
+            parts["recall_sparsity"] += html.note(
+                f"{words_of.with_interval(words_of.ADVANTAGE, several)}:"
+            ) + html.table(advantage, _NAMES)
     if results.by_cost is not None:
-        by_cost = text_tables.recall_lines(results.by_cost[0], cost_levels, results.by_cost[1], far=False)
+        by_cost = text_tables.recall_lines(
+            results.by_cost[0], cost_levels, results.by_cost[1], far=False, runs=results.by_run_by_cost
+        )
         parts["recall_sparsity"] += html.note(f"{words_of.RECALL_BY_COST}:") + _recalls(by_cost)
         advantage = text_tables.advantage_lines(*results.by_cost, cost_levels, ALL_OTHERS, "cost")
         if len(advantage):
-            parts["recall_sparsity"] += html.note(f"{words_of.ADVANTAGE_BY_COST}:")
+            parts["recall_sparsity"] += html.note(
+                f"{words_of.with_interval(words_of.ADVANTAGE_BY_COST, several, said=True)}:"
+            )
             parts["recall_sparsity"] += html.table(advantage, _NAMES)
     if results.variants is not None:
         words = (

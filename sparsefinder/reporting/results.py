@@ -126,6 +126,11 @@ class Results:
         shares = self.points["prediction_share"].to_numpy(float)
         return frontiers.by_cost(self.points), None if self.replicas is None else self.replicas.by_cost(shares)
 
+    @property
+    def by_run_by_cost(self) -> list[pd.DataFrame]:
+        """The points of each run as in `by_cost`."""
+        return [frontiers.by_cost(points) for points in self.by_run]
+
     def densities(self, levels: Sequence[float]) -> list[float]:
         """The levels of the settings, and that of the gold graph where it is not almost one of them."""
         gold = [] if self.points is None else text_tables.gold_density(self.points)
