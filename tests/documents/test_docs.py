@@ -62,6 +62,7 @@ NOT_RUN = {
         "trains for minutes; tests/test_causal.py and tests/test_compare.py run the same stages in short",
     ),
     ("docs/how-to/decoders.md", "trains for minutes; tests/test_seq2seq.py runs the same stages in short"),
+    ("docs/explanation/each_head.md", "trains four models for minutes"),
     ("docs/how-to/every_length.md", "trains for an hour; tests/test_compare.py runs the stage in short"),
     ("docs/how-to/every_length.md", "trains for minutes; tests/test_finetune.py trains under another attention"),
     ("docs/reference/lsg.md", "needs the Hugging Face hub"),
