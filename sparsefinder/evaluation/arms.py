@@ -14,6 +14,7 @@ from sparsefinder.errors import UserError
 from sparsefinder.evaluation.adapt import attending
 from sparsefinder.evaluation.variants import AttentionChoice
 from sparsefinder.experiment.configuration import Configuration, Learned
+from sparsefinder.models.objectives import is_causal
 from sparsefinder.numerics.normalizers import Normalizer
 
 DENSE, SOFTMAX, NONE = "dense", "softmax", "no attention"
@@ -67,7 +68,7 @@ class Arm:
 class LeftOut:
     """No attention: every token passes on its own value. What is left of a model's time is what no attention can save."""
 
-    causal: bool = True  # a token sees itself alone
+    causal: bool  # as the model's masks are; a token sees itself alone
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, layer: int) -> Tensor:
         """Values ``(B, H_k, N, D)`` as an output ``(B, H, N, D)``."""
@@ -79,5 +80,5 @@ def plugged(model: Any, arm: Arm, attention: Any) -> AbstractContextManager[None
     if arm.name == SOFTMAX:
         return models.softmax(model)
     if arm.name == NONE:
-        return models.plugged(model, LeftOut())
+        return models.plugged(model, LeftOut(is_causal(model)))
     return contextlib.nullcontext() if attention is None else attending(model, attention)

@@ -58,7 +58,8 @@ class Observer:
             drawn = uniform(self.seed, layer, torch.arange(qk.q.shape[2], device=qk.q.device)).argsort()[: self.most]
             self._look_at_rows(layer, exact, v.float(), output, drawn.sort().values)
             return
-        self._compare(layer, output, Dense(self.own, causal=qk.causal)(qk.q, qk.k, v, qk.valid, layer, qk.query_valid))
+        dense = Dense(self.own, causal=qk.causal)(qk.q, qk.k, v, qk.valid, layer, qk.query_valid)
+        self._compare(layer, output, dense, qk.queries_valid)
         graph = self.attention.graph(exact, layer)
         if graph is not None:  # pooled keys have no token graph
             near = None if self.configuration is None else self.configuration.near(exact)
@@ -68,16 +69,19 @@ class Observer:
         allowed = qk.allowed_of(rows)
         scores = qk.q[:, :, rows] / math.sqrt(qk.q.shape[-1]) @ qk.a_key_each.k.mT
         probabilities = self.own(scores.masked_fill(~allowed, -math.inf))
-        self._compare(layer, output[:, :, rows], probabilities @ v.repeat_interleave(qk.group, dim=1))
+        dense = probabilities @ v.repeat_interleave(qk.group, dim=1)
+        self._compare(layer, output[:, :, rows], dense, qk.queries_valid[:, rows])
         graph = self._rows(layer, qk, rows)
         if graph is not None:
             near = None if self.configuration is None else self.configuration.near(qk, rows)
             counts = count_rows(graph, probabilities, allowed, qk.queries_valid[:, rows], near)
             self.counts.setdefault(layer, []).append(counts)
 
-    def _compare(self, layer: int, output: Tensor, dense: Tensor) -> None:
+    def _compare(self, layer: int, output: Tensor, dense: Tensor, real: Tensor) -> None:
         difference = (output.float() - dense.float()).flatten(2).norm(dim=-1)
-        self.errors.setdefault(layer, []).append(difference / dense.float().flatten(2).norm(dim=-1).clamp_min(1e-30))
+        errors = difference / dense.float().flatten(2).norm(dim=-1).clamp_min(1e-30)
+        # an example none of whose queries was drawn, such as a short document in a long block, says nothing
+        self.errors.setdefault(layer, []).append(errors.masked_fill(~real.any(-1)[:, None], math.nan))
 
     def _rows(self, layer: int, qk: QK, rows: Tensor) -> Tensor | None:
         """Of the graph; an attention of somebody else may know it only as a whole."""
@@ -99,7 +103,7 @@ class Observer:
         for layer in sorted(self.errors):
             # of all examples together: in a short one beside long ones, nearly everything that is computed is padding
             computed, allowed = torch.cat(self.pairs[layer], dim=1).double().sum(1)
-            means = {"output_error": torch.cat(self.errors[layer]).mean(0), "computed_density": computed / allowed}
+            means = {"output_error": torch.cat(self.errors[layer]).nanmean(0), "computed_density": computed / allowed}
             if layer in self.counts:
                 means |= Counts.cat(self.counts[layer]).macro()
             rows += [

@@ -95,6 +95,17 @@ def test_some_queries_are_those_rows_of_the_whole(name: str) -> None:
     assert all((queries == 7).all() for queries in seen)
 
 
+def test_a_text_none_of_whose_queries_is_drawn_says_nothing() -> None:
+    """A short one beside a long one, as documents that lie apart in a block: means are those of the long one."""
+    attention, configuration = case("window", ENTMAX)
+    beside, alone = random_qk([TOKENS, 1], HEADS, SIZE), random_qk([TOKENS], HEADS, SIZE)
+    beside.q[:1], beside.k[:1] = alone.q, alone.k
+    both, one = (observed(attention, configuration, ENTMAX, qk, 3).means() for qk in (beside, alone))
+    assert one["output_error"] > 0
+    for name in ("output_error", "recall", "precision", "exact"):
+        assert both[name] == pytest.approx(one[name], abs=2e-6)
+
+
 def test_a_draw_belongs_to_seed_and_layer_and_to_no_attention() -> None:
     qk = random_qk([TOKENS], HEADS, SIZE)
     window, wider = (observed(Bucketed(Window(w)), None, ENTMAX, qk, 7) for w in (3, 5))
