@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from sparsefinder.corpora import Corpus
+from sparsefinder.corpora.packing import identity_of
 from sparsefinder.errors import UserError
 from sparsefinder.evaluation.loss_difference import LossDifference, MaskedText
 from sparsefinder.experiment.calibration import key_of
@@ -87,7 +88,7 @@ class CalibrateSettings:
     @property
     def inputs(self) -> dict[str, str]:
         """What else the result depends on, by content."""
-        return {"corpus": self.corpus.fingerprint()} if self._reads_text and self.corpus else {}
+        return {"corpus": identity_of(self.corpus)} if self._reads_text and self.corpus else {}
 
     @property
     def _reads_text(self) -> bool:

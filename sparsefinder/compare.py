@@ -27,6 +27,7 @@ from sparsefinder.analysis.bootstrap import ratio_difference
 from sparsefinder.analysis.iso_quality import alarms, at_equal_quality
 from sparsefinder.corpora import Corpus, Masking, NextWords, block_length, token_blocks
 from sparsefinder.corpora.blocks import draw
+from sparsefinder.corpora.packing import identity_of
 from sparsefinder.errors import UserError, check_counts
 from sparsefinder.evaluation.arms import DENSE, NONE, SOFTMAX, Arm, plugged
 from sparsefinder.evaluation.long_texts import LongText, check_lengths, long_texts
@@ -35,6 +36,7 @@ from sparsefinder.evaluation.speed import Contestant, give_back_memory, race
 from sparsefinder.evaluation.tasks.language import JUDGES
 from sparsefinder.experiment.configuration import Learned
 from sparsefinder.graphs import reads_ahead
+from sparsefinder.models.documents_apart import read_apart
 from sparsefinder.models.families import kind_of
 from sparsefinder.models.masked_lm import masked_logits
 from sparsefinder.models.objectives import is_causal
@@ -97,7 +99,7 @@ class CompareSettings:
     @property
     def inputs(self) -> dict[str, str]:
         """What else the result depends on, by content."""
-        return {"corpus": self.corpus.fingerprint()}
+        return {"corpus": identity_of(self.corpus)}
 
 
 @dataclass(frozen=True)
@@ -195,6 +197,7 @@ def run(settings: CompareSettings, store: Store) -> None:
 def _prepared(settings: CompareSettings, store: Store) -> _Run:
     model, tokenizer = models.load_language_model(store.path("model"))
     _check_kind(settings, model)
+    read_apart(model, tokenizer, settings.corpus)
     shape = models.describe(model)
     longest = block_length(max(settings.lengths), shape.max_length, "compare.lengths")
     cache = store.scratch("corpus")

@@ -26,6 +26,7 @@ from sparsefinder import models
 from sparsefinder.analysis.bootstrap import ratio_difference
 from sparsefinder.attention import Dense
 from sparsefinder.corpora import Corpus, block_length
+from sparsefinder.corpora.packing import identity_of
 from sparsefinder.errors import UserError, check_counts
 from sparsefinder.evaluation import asking, tasks
 from sparsefinder.evaluation.adapt import AdaptSettings, adapt, attending
@@ -134,7 +135,7 @@ class EvaluateSettings:
     def inputs(self) -> dict[str, str]:
         """What else the result depends on, by content."""
         labels = self.labels.of(self.corpus).fingerprint() if self.task in tasks.LABELLED else ""
-        return {"corpus": self.corpus.fingerprint()} | ({"labels": labels} if labels else {})
+        return {"corpus": identity_of(self.corpus)} | ({"labels": labels} if labels else {})
 
 
 def _item(what: dict[str, Any], needs: tuple[str, ...]) -> Item:

@@ -21,7 +21,9 @@ from sparsefinder import models
 from sparsefinder.attention import Dense
 from sparsefinder.corpora import Batch, Corpus, Denoising, TokenBlocks, block_length, token_blocks
 from sparsefinder.corpora.blocks import draw
+from sparsefinder.corpora.packing import APART, pack_of
 from sparsefinder.errors import UserError, one_of
+from sparsefinder.models.documents_apart import read_apart
 from sparsefinder.models.families import TRAITS
 from sparsefinder.models.objectives import collated, is_causal, objective_of, whole_text
 from sparsefinder.models.observed_attention import Recorder, Watched
@@ -40,7 +42,7 @@ class ExtractSettings:
     """Settings of the stage ``extract``."""
 
     corpus: Corpus
-    nsamples: int = 50  # of the training split
+    nsamples: int = 50  # of the training split; with corpus.pack=apart blocks, whose every document is a sample
     nsamples_validation: int | None = None  # of the validation split; None: a fifth of nsamples, at least 5
     length: int | None = None  # most tokens of a sample; None: what the model can take
     batch_size: int = 8  # samples that the model reads at a time
@@ -80,6 +82,7 @@ class ExtractSettings:
 def run(settings: ExtractSettings, store: Store) -> None:
     """Make ``qk`` and ``qk_validation`` with ``model``."""
     model, tokenizer = models.load_language_model(store.path("model"))
+    read_apart(model, tokenizer, settings.corpus)
     which = which_of(model, store)
     shape = models.describe(model, which)
     length = block_length(settings.length, shape.max_length, "extract.length")
@@ -126,12 +129,13 @@ def _extract(
     chosen = draw(len(blocks), wanted, settings.seed, f"the {split} split of the corpus")
     lengths = blocks.lengths[chosen].tolist()
     size = estimated_size(reading.model, lengths, settings, reading.which)
-    log.info("%s: %d samples, %d tokens: %.1f MiB", name, wanted, sum(lengths), size)
+    what = "blocks of documents" if pack_of(settings.corpus) == APART else "samples"
+    log.info("%s: %d %s, %d tokens: %.1f MiB", name, wanted, what, sum(lengths), size)
     distributed.once(lambda: _emptied(shards))
-    distributed.parts(lambda: record(reading, blocks, chosen, settings, shards))
+    samples = sum(distributed.parts(lambda: record(reading, blocks, chosen, settings, shards)))
     if distributed.first():
         _keep(store, name, shards, size <= settings.file_size)
-        store.note(name, samples=wanted, tokens=sum(lengths), split=split)
+        store.note(name, samples=samples, tokens=sum(lengths), split=split)
 
 
 def _emptied(folder: Path) -> None:
@@ -150,16 +154,21 @@ def _keep(store: Store, name: str, shards: Path, as_file: bool) -> None:
 
 def record(
     reading: Reading, blocks: TokenBlocks, chosen: Sequence[int], settings: ExtractSettings, folder: Path
-) -> None:
+) -> int:
     """Write the queries and keys ``(L, H, n_i, D)`` of this process's part of the chosen blocks to files in ``folder``.
 
     A batch holds the same blocks however many processes there are, because what is beside a block may change its last digits.
+    Documents that lie apart in a block (`sparsefinder.models.documents_apart`) are recorded as they attend, each by itself.
+
+    Returns:
+        How many samples these are.
     """
     model, which = reading.model, reading.which
     recorder = Recorder()
     dense = Dense(models.get_normalizer(model), causal=is_causal(model, which))
     batches = [chosen[start : start + settings.batch_size] for start in range(0, len(chosen), settings.batch_size)]
     size = int(settings.shard_size * (1 << 20))
+    samples = 0
     writer = ShardWriter(folder, f"{distributed.rank():04d}-", size, between_texts=which == "cross")
     with models.plugged(model, Watched(dense, recorder), which), torch.inference_mode():
         for batch in progress(distributed.share(batches), "extract"):
@@ -168,11 +177,13 @@ def record(
             model.base_model(**{name: tensor.to(model.device) for name, tensor in read.items()})
             recorded = [recorder.layers[layer] for layer in sorted(recorder.layers)]
             queries, keys = recorded[0].queries_valid.sum(-1).tolist(), recorded[0].lengths.tolist()
-            for row in range(len(batch)):
+            samples += len(queries)
+            for row in range(len(queries)):
                 q = torch.stack([qk.q[row, :, : queries[row]].cpu() for qk in recorded])
                 k = torch.stack([qk.k[row, :, : keys[row]].cpu() for qk in recorded])
                 writer.add(q.to(DTYPES[settings.dtype]), k.to(DTYPES[settings.dtype]))
     writer.close()
+    return samples
 
 
 def estimated_size(model: Any, lengths: Sequence[int], settings: ExtractSettings, which: str | None = None) -> float:

@@ -44,6 +44,7 @@ from sparsefinder.corpora import Corpus, TokenBlocks, block_length, token_blocks
 from sparsefinder.errors import UserError, check_counts, one_of
 from sparsefinder.evaluation.arms import Arm, plugged
 from sparsefinder.experiment.configuration import Learned
+from sparsefinder.models.documents_apart import read_apart
 from sparsefinder.models.families import TRAITS, Kind, kind_of
 from sparsefinder.models.learned_heads import get_heads, learned_heads
 from sparsefinder.models.masked_lm import gold_sparsity, loss_without_source, unigram_entropy, validation_loss
@@ -290,6 +291,7 @@ def run(settings: FinetuneSettings, store: Store) -> None:
         raise UserError(f"model={settings.model.name_or_path} is what this stage writes: choose another run_dir=PATH")
     cache = store.scratch("corpus")
     model, tokenizer = distributed.first_then_all(lambda: _made(settings, cache))
+    read_apart(model, tokenizer, settings.corpus)
     length = block_length(settings.length, longest_input(model.config), "finetune.length")
     validation = distributed.first_then_all(
         lambda: token_blocks(settings.corpus, tokenizer, "validation", length, settings.eval_blocks, cache)

@@ -15,6 +15,7 @@ from typing import Any
 from sparsefinder.corpora.files import SPLITS, check_limits, limited
 from sparsefinder.corpora.loading import load_split
 from sparsefinder.corpora.overlap import Overlap, check_contents
+from sparsefinder.corpora.packing import check_pack
 from sparsefinder.corpora.reading import digest_of, files_named, is_gzip
 from sparsefinder.corpora.splits import rows_of
 from sparsefinder.errors import UserError
@@ -45,7 +46,7 @@ class AnyDataset:
     streaming: bool = True
     max_documents: int | None = None  # of each split that are not empty; None for all
     max_characters: int | None = None  # of the training split, an eighth of it for each other split; None for all
-    pack: bool = False  # several documents in a block, see `token_blocks`
+    pack: bool | str = False  # several documents in a block: false, true or apart, see `token_blocks`
 
     def __post_init__(self) -> None:
         if self.path is None:
@@ -54,6 +55,7 @@ class AnyDataset:
                 "with corpus.data_files={train: FILE, validation: FILE}"
             )
         check_limits(self.max_documents, self.max_characters)
+        check_pack(self.pack)
         if self.streaming and self.max_documents is None and self.max_characters is None:
             raise UserError(
                 "corpus=datasets streams: say how much of each split to read with corpus.max_documents=N or "

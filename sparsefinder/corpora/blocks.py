@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import json
 import logging
 import os
@@ -20,19 +19,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from sparsefinder.corpora.packing import APART, SHORTEST, OtherWay, cut, joined, pack_of, side_by_side
 from sparsefinder.errors import UserError
 from sparsefinder.storage.files import make_folder
 from sparsefinder.storage.store import progress
 
 log = logging.getLogger(__name__)
 
-_SHORTEST = 8  # tokens of a block, special ones included; the end of a document that is shorter is left out
 _AT_ONCE = 256  # documents that are tokenized together
 _MOSTLY_EMPTY = 0.5  # share of a block's tokens below which blocks are worth a line
 
 
 class Corpus(Protocol):
-    """Text in three parts. Where it has an attribute ``pack`` that is true, a block may hold several documents."""
+    """Text in three parts. Where it has an attribute ``pack``, a block may hold several documents: true, or ``apart``."""
 
     def documents(self, split: str, cache: Path | str | None = None) -> Iterator[str]:
         """The documents of a split, in an order of their own.
@@ -121,8 +120,8 @@ def block_length(asked: int | None, most: int, setting: str) -> int:
     """
     if asked is not None and asked > most:
         raise UserError(f"{setting}={asked}, but the model takes at most {most} tokens: give {most} or fewer")
-    if asked is not None and asked < _SHORTEST:
-        raise UserError(f"{setting}={asked}: blocks of {asked} tokens are too short; choose {_SHORTEST} or more")
+    if asked is not None and asked < SHORTEST:
+        raise UserError(f"{setting}={asked}: blocks of {asked} tokens are too short; choose {SHORTEST} or more")
     return asked or most
 
 
@@ -138,8 +137,9 @@ def token_blocks(
 
     A block never holds text of two documents, unless the corpus says ``pack``: then documents follow each other, a separator
     between two, and are cut where a block is full, so that every block but the last is. As in RoBERTa's FULL-SENTENCES the
-    documents of a block see each other; unlike there a cut may fall inside a sentence. Blocks of nothing but special tokens,
-    of words that the tokenizer does not know, are left out.
+    documents of a block see each other; unlike there a cut may fall inside a sentence. With ``pack`` ``apart`` each keeps its own
+    special tokens, and a model is to see it alone (`sparsefinder.corpora.packing`). Blocks of nothing but special tokens, of
+    words that the tokenizer does not know, are left out.
 
     Args:
         corpus: The text.
@@ -156,9 +156,9 @@ def token_blocks(
     Source:
         FULL-SENTENCES: Liu et al. 2019, "RoBERTa".
     """
-    if length < _SHORTEST:
-        raise UserError(f"blocks of {length} tokens are too short; choose {_SHORTEST} or more")
-    file = None
+    if length < SHORTEST:
+        raise UserError(f"blocks of {length} tokens are too short; choose {SHORTEST} or more")
+    pack, file = pack_of(corpus), None
     if cache is not None:
         make_folder(cache := Path(cache))
         file = cache / f"blocks-{_key(corpus, tokenizer, split, length, limit)}.pt"
@@ -170,10 +170,13 @@ def token_blocks(
     unknown = 0
     with tempfile.TemporaryFile(dir=cache) as spool:
         documents = _shuffled(_Spooled(corpus.documents(split, cache), spool), split)
-        other = _Other(length, len(tokenizer("")["input_ids"]))
-        pieces = _packed(documents, tokenizer, length, other) if _packs(corpus) else _cut(documents, tokenizer, length)
+        other = OtherWay(length, len(tokenizer("")["input_ids"]))
+        if pack:
+            pieces = (side_by_side if pack == APART else joined)(documents, tokenizer, length, other)
+        else:
+            pieces = cut(documents, tokenizer, length)
         for piece in pieces:
-            if len(piece) < _SHORTEST:
+            if len(piece) < SHORTEST:
                 continue
             if special.issuperset(piece):
                 unknown += 1
@@ -184,20 +187,20 @@ def token_blocks(
             ends.append(len(ids))
     if not ids:
         raise UserError(
-            f"the {split} part of the corpus has no text of {_SHORTEST} tokens or more"
+            f"the {split} part of the corpus has no text of {SHORTEST} tokens or more"
             + (f" that this tokenizer knows: {unknown} blocks hold only special tokens" if unknown else "")
         )
     starts = torch.frombuffer(ends, dtype=torch.int64)
     blocks = TokenBlocks(torch.frombuffer(ids, dtype=torch.int32), starts)
     full = int((blocks.lengths == length).sum())
-    if not _packs(corpus):
+    if not pack:
         other.add(len(ids) - len(blocks) * other.special)  # all documents as one
     log.info(
         "corpus: %s: %s blocks of at most %d tokens, %s tokens; %.0f %% of the blocks are full, and %.0f %% %s",
         *(split, f"{len(blocks):,}", length, f"{starts[-1]:,}", 100 * full / len(blocks), 100 * other.share),
-        "without packing" if _packs(corpus) else "would be with corpus.pack=true",
+        "without packing" if pack else "would be with corpus.pack=true",
     )
-    _report_room(blocks, length, split, _packs(corpus))
+    _report_room(blocks, length, split, bool(pack))
     if file is not None:
         temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
         torch.save({"ids": blocks.ids, "starts": blocks.starts}, temporary)
@@ -229,62 +232,6 @@ def _shuffled(documents: _Spooled, split: str) -> Iterator[list[str]]:
         yield [documents[index] for index in order[start : start + _AT_ONCE]]
 
 
-def _cut(documents: Iterable[list[str]], tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[list[int]]:
-    """Each document in pieces."""
-    for texts in documents:
-        yield from tokenizer(texts, truncation=True, max_length=length, return_overflowing_tokens=True)["input_ids"]
-
-
-@dataclass
-class _Other:
-    """How many blocks there would be, and how many of them full, if documents were cut in the other way; without separators."""
-
-    length: int  # most tokens of a block
-    special: int  # those of them that are special
-    full: int = 0
-    blocks: int = 0
-
-    def add(self, tokens: int) -> None:
-        """A row of so many tokens that is cut by itself."""
-        whole, rest = divmod(tokens, self.length - self.special)
-        self.full += whole
-        self.blocks += whole + (rest > 0 and rest + self.special >= _SHORTEST)
-
-    @property
-    def share(self) -> float:
-        """Of the blocks that are full."""
-        return self.full / max(self.blocks, 1)
-
-
-def _packed(
-    documents: Iterable[list[str]], tokenizer: PreTrainedTokenizerBase, length: int, alone: _Other
-) -> Iterator[list[int]]:
-    """All documents as one row of tokens, a separator between two, in pieces; ``alone`` counts what each would fill by itself."""
-    of_word = tokenizer("a", return_special_tokens_mask=True)
-    before = list(itertools.takewhile(bool, of_word["special_tokens_mask"]))
-    after = list(itertools.takewhile(bool, reversed(of_word["special_tokens_mask"])))
-    prefix, suffix = of_word["input_ids"][: len(before)], of_word["input_ids"][len(of_word["input_ids"]) - len(after) :]
-    separator = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
-    room = length - len(prefix) - len(suffix)
-    waiting: list[int] = []
-    for texts in documents:
-        for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
-            alone.add(len(ids))
-            if waiting and separator is not None:
-                waiting.append(separator)
-            waiting += ids
-            end = len(waiting) // room * room
-            for start in range(0, end, room):
-                yield [*prefix, *waiting[start : start + room], *suffix]
-            del waiting[:end]
-    if waiting:
-        yield [*prefix, *waiting, *suffix]
-
-
-def _packs(corpus: Corpus) -> bool:
-    return bool(getattr(corpus, "pack", False))
-
-
 def _report_room(blocks: TokenBlocks, length: int, split: str, packed: bool) -> None:
     """A line in the log where blocks are mostly empty, and what helps."""
     share = len(blocks.ids) / (len(blocks) * length)
@@ -307,7 +254,7 @@ def _key(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, split: str, length:
     for setting in ("truncation", "padding"):  # what the last call happened to ask for
         state.pop(setting, None)
     digest = hashlib.sha256()
-    text = f"{corpus.fingerprint()} {_packs(corpus)}"
+    text = f"{corpus.fingerprint()} {pack_of(corpus)}"
     for part in (text, json.dumps(state, sort_keys=True), split, str(length), str(limit)):
         digest.update(part.encode() + b"\0")
     return digest.hexdigest()[:24]

@@ -33,6 +33,7 @@ from typing import Any
 
 from sparsefinder.corpora import prose
 from sparsefinder.corpora.files import check_limits
+from sparsefinder.corpora.packing import check_pack
 from sparsefinder.errors import UserError, one_of
 from sparsefinder.storage.files import remove
 from sparsefinder.storage.store import progress
@@ -60,12 +61,13 @@ class Docstrings:
     document: str = "module"  # what a document is: module, package (a top folder) or distribution
     new_in: str = "corpus"  # where a paragraph may stand once only; document: there it may stand again, but in no other
     max_characters: int | None = None  # of the training part, an eighth of it for each other part; None for all
-    pack: bool = False  # several documents in a block, see `token_blocks`
+    pack: bool | str = False  # several documents in a block: false, true or apart, see `token_blocks`
 
     def __post_init__(self) -> None:
         for split in SPLITS:
             object.__setattr__(self, split, tuple(getattr(self, split)))
         check_limits(None, self.max_characters)
+        check_pack(self.pack)
         if self.document not in UNITS:
             raise UserError(f"corpus.document={self.document} is unknown; {one_of(UNITS, self.document)}")
         if self.new_in not in NEW_IN:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from sparsefinder.corpora.documents import UNITS, documents_of, unit_of
 from sparsefinder.corpora.overlap import Overlap, check_contents
+from sparsefinder.corpora.packing import check_pack
 from sparsefinder.corpora.reading import digest_of, files_named, lines_of
 from sparsefinder.errors import UserError
 
@@ -40,7 +41,7 @@ class TextFiles:
     max_documents: int | None  # of each split; None for all
     max_characters: int | None  # of the training split, an eighth of it for each other split; None for all
     unit: str  # what a document is: auto or one of UNITS; the setting `documents`, whose name here is the method's
-    pack: bool  # several documents in a block, see `token_blocks`
+    pack: bool | str  # several documents in a block: false, true or apart, see `token_blocks`
 
     def __init__(
         self,
@@ -50,7 +51,7 @@ class TextFiles:
         max_documents: int | None = None,
         max_characters: int | None = None,
         documents: str = "auto",
-        pack: bool = False,
+        pack: bool | str = False,
     ):
         if train is None or validation is None:
             raise UserError(
@@ -58,6 +59,7 @@ class TextFiles:
                 "corpus.validation=FILE (or a folder, or a pattern such as texts/*.txt)"
             )
         check_limits(max_documents, max_characters)
+        check_pack(pack)
         if documents not in ("auto", *UNITS):
             raise UserError(f"corpus.documents={documents} is unknown; choose one of auto, {', '.join(UNITS)}")
         values = {

@@ -10,6 +10,7 @@ from typing import Any
 from sparsefinder.corpora.documents import split_documents
 from sparsefinder.corpora.files import check_limits, limited
 from sparsefinder.corpora.loading import load_split
+from sparsefinder.corpora.packing import check_pack
 
 _REPOSITORY, _NAME = "Salesforce/wikitext", "wikitext-103-raw-v1"
 
@@ -20,10 +21,11 @@ class WikiText103:
 
     max_documents: int | None = None  # of each split; None for all
     max_characters: int | None = None  # of the training split, an eighth of it for each other split; None for all
-    pack: bool = False  # several documents in a block, see `token_blocks`
+    pack: bool | str = False  # several documents in a block: false, true or apart, see `token_blocks`
 
     def __post_init__(self) -> None:
         check_limits(self.max_documents, self.max_characters)
+        check_pack(self.pack)
 
     def documents(self, split: str, cache: Path | str | None = None) -> Iterator[str]:
         """The articles of ``split``. ``cache`` is not used: ``datasets`` keeps its own."""

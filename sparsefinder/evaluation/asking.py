@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sparsefinder.corpora.packing import APART, pack_of
 from sparsefinder.errors import UserError
 from sparsefinder.evaluation import tasks
 from sparsefinder.models.families import TRAITS
@@ -25,6 +26,11 @@ def asked(settings: Any, store: Store, model: Any, tokenizer: Any, length: int) 
         tokenizer: its own.
         length: tokens of a block.
     """
+    if settings.conversions and pack_of(settings.corpus) == APART:
+        raise UserError(
+            "conversion= makes a model with an attention of its own, which does not see documents apart: leave it out, or give "
+            "corpus.pack=false or true"
+        )
     shared = ("corpus", "labels", "head", "split", "samples", "batch_size", "seed")
     adapting = settings.adapt.steps * settings.adapt.batch_size
     wanted = {name: getattr(settings, name) for name in shared}

@@ -20,6 +20,7 @@ from sparsefinder.evaluation.tasks import MaskedWords
 from sparsefinder.evaluation.tasks.judges import inputs_of
 from sparsefinder.experiment.configuration import Configuration, Learned
 from sparsefinder.graphs import Attention
+from sparsefinder.models.documents_apart import read_apart
 from sparsefinder.models.objectives import asked_batches, is_causal
 from sparsefinder.storage.store import Store
 
@@ -65,6 +66,7 @@ class LossDifference:
         model, tokenizer = models.load_language_model(store.path("model"))
         if not models.has_head(model):
             raise UserError("a target of loss needs a language model, and this one has no head: give a density")
+        read_apart(model, tokenizer, corpus)
         length = block_length(text.length, models.describe(model, store.which).max_length, "calibrate.text.length")
         found = token_blocks(corpus, tokenizer, text.split, length, cache=store.scratch("corpus"))
         drawn = draw(len(found), min(text.blocks, len(found)), text.seed, f"the {text.split} split of the corpus")

@@ -10,6 +10,7 @@ from sparsefinder.corpora.masking import IGNORED
 from sparsefinder.evaluation.tasks.judges import Batch, Judge, MaskedWords
 from sparsefinder.evaluation.tasks.labelled import Asked, Request
 from sparsefinder.evaluation.tasks.next_words import NextWords
+from sparsefinder.models.documents_apart import read_apart
 from sparsefinder.models.families import Kind, kind_of
 from sparsefinder.models.objectives import asked_batches
 from sparsefinder.storage import distributed
@@ -36,6 +37,8 @@ def ask_words(request: Request, store: Store, model: Any, tokenizer: Any, length
     Returns:
         The model, held-out batches, and batches of the training split where variants are adapted.
     """
+
+    read_apart(model, tokenizer, request.corpus)
 
     def batches(split: str, wanted: int, batch_size: int) -> list[Batch]:
         cache = store.scratch("corpus")
