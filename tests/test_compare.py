@@ -304,6 +304,7 @@ def test_alarms() -> None:
     table = pd.DataFrame([
         row("dense", 512, 0.0, 80), row("softmax", 512, -0.3, 80), row("better", 512, -0.01, 1),
         row("noise", 512, -0.001, 1), row("all", 512, 0.002, 1, sparsity=0.0), row("sparse", 512, 0.01, 1, sparsity=0.5),
+        row("rounded", 512, -2e-6, 1) | {"loss_minus_dense_high": -1e-6},
     ])  # fmt: skip
     found = alarms(table)
     assert len(found) == 2
