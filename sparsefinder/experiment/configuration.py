@@ -278,15 +278,19 @@ def _possible(
     configurations: tuple[Configuration, ...], attempt: Callable[[Configuration], Any]
 ) -> tuple[Configuration, ...]:
     possible = []
+    left_out: dict[tuple[str, str], list[str]] = {}  # labels: a sweep would say the same for each of its values
     for configuration in configurations:
         try:
             attempt(configuration)
         except UserError as error:
             if len(configurations) == 1:
                 raise
-            log.warning("%s is left out: %s", configuration.label, error)
+            name = configuration.label.partition(" ")[0]
+            left_out.setdefault((name, str(error)), []).append(configuration.label)
         else:
             possible.append(configuration)
+    for (_, reason), (first, *others) in left_out.items():
+        log.warning("%s%s left out: %s", first, f" and {len(others)} more are" if others else " is", reason)
     return tuple(possible)
 
 
