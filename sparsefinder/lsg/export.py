@@ -13,7 +13,7 @@ from pathlib import Path
 from sparsefinder.lsg.families import Family
 
 MODULES = (
-    *("errors", "graphs", "numerics.entmax_newton", "numerics.normalizers", "numerics.tracing"),
+    *("errors", "graphs", "numerics.entmax_newton", "numerics.normalizers", "numerics.pairs", "numerics.tracing"),
     *(f"executors.local_sparse_global.{name}" for name in ("settings", "sparse_keys", "block_layout", "attention")),
     *("models.families", "models.position_tables", "models.transformers_internals"),
     *("lsg.families", "lsg.configuration", "lsg.input_and_output", "lsg.inputs", "lsg.modeling", "lsg.export"),

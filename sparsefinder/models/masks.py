@@ -21,31 +21,36 @@ _ABSENT = -1e4  # at or below it a number in an additive mask says "never": BERT
 def band(valid: Tensor, reach: int) -> Tensor:
     """A window and padding as ``(B, 1, 2·reach + 1, N)`` bool: whether a key may be seen by the query ``r - reach`` before it.
 
-    A view of ``valid (B, N)``, where a mask of pairs would be the largest tensor of a long text. Only for ``N > 2·reach + 1``,
-    so that nobody takes it for one.
+    A view of ``valid (B, N)``, where a mask of pairs would be the largest tensor of a long text. Only for ``N > 2·reach + 1``
+    queries and as many keys: it is told from a mask of pairs by its rows, which are fewer than the queries.
     """
     return valid[:, None, None].expand(-1, 1, 2 * reach + 1, -1)
 
 
-def pairs_of(mask: Tensor) -> Tensor:
-    """The mask ``(B, 1, N, N)`` of a `band`; any other mask as it is."""
-    rows, tokens = mask.shape[2:]
-    if rows == tokens or rows == 1:
+def is_band(mask: Tensor, queries: int) -> bool:
+    """Whether a mask for so many queries is a `band`: any other has a row for each of them, or one for all."""
+    return mask.shape[2] not in (1, queries)
+
+
+def pairs_of(mask: Tensor, queries: int) -> Tensor:
+    """The mask ``(B, 1, N, N)`` of a `band`; any other mask for so many queries as it is."""
+    if not is_band(mask, queries):
         return mask
-    token = torch.arange(tokens, device=mask.device)
-    return mask[:, :, :1] & ((token - token[:, None]).abs() <= rows // 2)
+    token = torch.arange(queries, device=mask.device)
+    return mask[:, :, :1] & ((token - token[:, None]).abs() <= mask.shape[2] // 2)
 
 
-def window_of(mask: Tensor | None, reach: int) -> tuple[Tensor, bool] | None:
+def window_of(mask: Tensor | None, reach: int, queries: int) -> tuple[Tensor, bool] | None:
     """``valid (B, N)`` and whether it is causal, where a mask is nothing but a window and padding; else None.
 
     Args:
         mask: ``(B, 1, N, N)`` bool, True where a query may attend, or a `band`.
         reach: Keys that a query sees on a side. Transformers leaves it to every model what ``sliding_window`` counts, so the
             mask decides: it is compared with the band, diagonal by diagonal, and nothing may lie outside.
+        queries: How many queries the mask is for.
     """
-    if mask is not None and mask.shape[1] == 1 and mask.shape[2] == 2 * reach + 1 < mask.shape[3]:
-        return mask[:, 0, 0], False
+    if mask is not None and is_band(mask, queries):
+        return (mask[:, 0, 0], False) if mask.shape[2] == 2 * reach + 1 else None
     if mask is None or mask.device.type != "cpu" or mask.shape[1] != 1 or mask.shape[2] != mask.shape[3]:
         return None
     pairs, tokens = mask[:, 0], mask.shape[3]
@@ -100,14 +105,14 @@ def keys_seen(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor:
     if mask is None:
         return torch.full((1, 1), k.shape[2], device=q.device)
     if is_recorded():
-        return _counted(mask)
+        return _counted(mask, q.shape[2])
     if _LAST.mask is None or _LAST.mask() is not mask:
-        _LAST.mask, _LAST.count = weakref.ref(mask), _counted(mask)
+        _LAST.mask, _LAST.count = weakref.ref(mask), _counted(mask, q.shape[2])
     return _LAST.count
 
 
-def _counted(mask: Tensor) -> Tensor:
-    return pairs_of(split_mask(mask)[0])[:, 0].sum(-1)
+def _counted(mask: Tensor, queries: int) -> Tensor:
+    return pairs_of(split_mask(mask)[0], queries)[:, 0].sum(-1)
 
 
 class _Last(threading.local):

@@ -127,8 +127,8 @@ CALLS = {
                });
     }()""",
     "tailed": """[] {
-        Problem p{1, 2, 1, N, N, D, 1, 4, THREADS, 1, ids, ids, valid, valid, nullptr, nullptr, 1.0};
-        Problem q{1, 2, 1, N, N, D, 1, 4, THREADS, 1, ids, ids, valid, valid, nullptr, nullptr, 1.5};
+        Problem p{1, 2, 1, N, N, D, 1, 4, THREADS, 1, 1, ids, ids, valid, valid, nullptr, nullptr, 1.0};
+        Problem q{1, 2, 1, N, N, D, 1, 4, THREADS, 1, 1, ids, ids, valid, valid, nullptr, nullptr, 1.5};
         const Rows<const float> in{x, 2 * N * D, N * D, D}, keys{y, 2 * N * D, N * D, D}, values{z, 2 * N * D, N * D, D};
         const Rows<float> out{a, 2 * N * D, N * D, D}, other{b, 2 * N * D, N * D, D};
         const auto both = [&](const Problem &of) {

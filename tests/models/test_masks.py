@@ -69,7 +69,7 @@ def test_the_window_of_an_encoder_is_no_matrix_either(padded: bool, monkeypatch:
     assert all(mask.stride(2) == 0 for mask in masks)  # a view: nothing is written for each diagonal
     between = (torch.arange(60) - torch.arange(60)[:, None]).abs() <= reach
     pairs = between & (valid > 0)[:, None]
-    assert pairs_of(masks[0]).equal(pairs[:, None])
+    assert pairs_of(masks[0], 60).equal(pairs[:, None])
     nothing = torch.empty(2, 1, 60, 1)
     assert keys_seen(masks[0], nothing, nothing).equal(pairs.sum(-1))
 
@@ -111,6 +111,14 @@ def test_a_window_that_something_is_added_to_is_a_matrix() -> None:
         assert explicit(**settings, mask_function=function)[0, 0].equal(expected)
 
 
+def test_rows_of_new_words_after_a_cache_are_no_band() -> None:
+    """Three queries that see nine keys are three rows, not the diagonals of a window of three."""
+    mask = torch.ones(1, 1, 9, 9, dtype=torch.bool).tril()[:, :, 6:]
+    assert pairs_of(mask, 3) is mask
+    assert window_of(mask, 1, 3) is None
+    assert keys_seen(mask, torch.empty(1, 1, 3, 1), torch.empty(1, 1, 9, 1)).tolist() == [[7, 8, 9]]
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("alpha", [1.0, 1.5])
 def test_modernbert_is_what_its_mask_says(alpha: float, side: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,8 +130,8 @@ def test_modernbert_is_what_its_mask_says(alpha: float, side: str, monkeypatch: 
     valid[1, slice(0, 9) if side == "left" else slice(21, 30)] = 0
     bands: list[object] = []
 
-    def seen(mask: torch.Tensor | None, reach: int) -> object:
-        bands.append(window_of(mask, reach))
+    def seen(mask: torch.Tensor | None, reach: int, queries: int) -> object:
+        bands.append(window_of(mask, reach, queries))
         return bands[-1]
 
     def run(window: object) -> list[torch.Tensor]:
@@ -145,19 +153,19 @@ def test_a_window_is_read_from_a_mask(causal: bool) -> None:
     valid[1, :5] = False
     mask = (band(20, 7) & valid[:, None, :])[:, None]
     mask = mask & (torch.ones(20, 20) > 0).tril() if causal else mask
-    found = window_of(mask, 3)
+    found = window_of(mask, 3, mask.shape[2])
     assert found is not None
     assert torch.equal(found[0], valid)
     assert found[1] == causal
     for reach in (2, 4):
-        assert window_of(mask, reach) is None, "another width"
+        assert window_of(mask, reach, mask.shape[2]) is None, "another width"
     for i, j, is_seen in ((10, 17, True), (10, 3, True), (10, 11 - 2 * causal, False)):
         other = mask.clone()
         other[0, 0, i, j] = is_seen
-        assert window_of(other, 3) is None, "a pair outside, or one that is missing"
-    assert window_of(mask, 10) is None, "nothing to gain"
-    assert window_of(None, 3) is None
-    assert window_of(mask[:, :, :1], 3) is None
+        assert window_of(other, 3, other.shape[2]) is None, "a pair outside, or one that is missing"
+    assert window_of(mask, 10, mask.shape[2]) is None, "nothing to gain"
+    assert window_of(None, 3, 30) is None
+    assert window_of(mask[:, :, :1], 3, 30) is None
 
 
 @pytest.mark.parametrize("alpha", [1.0, 1.5])

@@ -85,9 +85,9 @@ def _attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, d
     reach = (
         0 if size is None else size - 1
     )  # as transformers' own layers count: the token itself is one of `sliding_window`
-    band = window_of(mask, reach) if reach > 0 else None
+    band = window_of(mask, reach, q.shape[2]) if reach > 0 else None
     if band is None:
-        mask = None if mask is None else pairs_of(mask)
+        mask = None if mask is None else pairs_of(mask, q.shape[2])
         real = causal_of(mask)
         return (
             dense.attend(q, k, v, mask)
@@ -160,7 +160,7 @@ def _with_probabilities(
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
         scores = query.float() @ key.float().transpose(-1, -2) / math.sqrt(query.shape[-1])
         if mask is not None:
-            present, bias = split_mask(pairs_of(mask))
+            present, bias = split_mask(pairs_of(mask, query.shape[2]))
             if bias is not None:
                 scores = scores + bias.float()
             scores = scores.masked_fill(~present, -math.inf)
