@@ -187,7 +187,7 @@ def growth(results: str) -> str:
     lines = re.findall(r"^- growth, (.*) tokens, (.*): ([\d.]+)$", results, re.MULTILINE)
     if not lines:
         raise NotMeasuredError("- growth")
-    return f"Exponents from {lines[0][0]} tokens: {'; '.join(f'{what} {exponent}' for _, what, exponent in lines)}."
+    return f"Exponents from {lines[0][0]} tokens: {'; '.join(f'{exponent} ({what})' for _, what, exponent in lines)}."
 
 
 def dense(results: str) -> str:

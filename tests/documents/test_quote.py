@@ -102,7 +102,7 @@ def test_what_is_quoted(quote: ModuleType) -> None:
     assert "| Refined (level 2.5) | ours |" in timed
     assert "Window" not in timed
     assert timed.endswith("beaten by others: none.")
-    assert quote.growth(REAL) == "Exponents from 4,096 to 32,768 tokens: routed, recall 0.95 1.15."
+    assert quote.growth(REAL) == "Exponents from 4,096 to 32,768 tokens: 1.15 (routed, recall 0.95)."
 
 
 def test_what_was_not_measured_stays(quote: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
