@@ -63,7 +63,10 @@ NOT_RUN = {
     ),
     ("docs/how-to/decoders.md", "trains for minutes; tests/test_seq2seq.py runs the same stages in short"),
     ("docs/explanation/each_head.md", "trains four models for minutes"),
-    ("docs/how-to/every_length.md", "trains for an hour; tests/test_compare.py runs the stage in short"),
+    (
+        "docs/how-to/every_length.md",
+        "trains for half an hour and compares as long; tests/test_compare.py runs the stage in short",
+    ),
     ("docs/how-to/every_length.md", "trains for minutes; tests/test_finetune.py trains under another attention"),
     ("docs/reference/lsg.md", "needs the Hugging Face hub"),
     ("docs/how-to/other_packages.md", "needs that package; tests/experiment/test_named.py makes one and does the same"),
