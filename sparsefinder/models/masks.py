@@ -5,15 +5,11 @@ The window of an encoder's sliding layer need not be a matrix at all: `band` wri
 
 from __future__ import annotations
 
-import threading
-import weakref
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from sparsefinder.errors import UserError
-from sparsefinder.numerics.normalizers import is_recorded
 
 _ABSENT = -1e4  # at or below it a number in an additive mask says "never": BERT's old convention, and those after it
 
@@ -95,8 +91,6 @@ def split_mask(mask: Tensor) -> tuple[Tensor, Tensor | None]:
 def keys_seen(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor:
     """How many keys each query may attend to, ``(B or 1, N_q or 1)`` int64.
 
-    All layers get the same mask, so it is counted once.
-
     Args:
         mask: None, ``(B, 1, N_q or 1, N_k)``, bool or numbers that are added to the scores, or a `band`.
         q: queries ``(B, H, N_q, D)``.
@@ -104,20 +98,4 @@ def keys_seen(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor:
     """
     if mask is None:
         return torch.full((1, 1), k.shape[2], device=q.device)
-    if is_recorded():
-        return _counted(mask, q.shape[2])
-    if _LAST.mask is None or _LAST.mask() is not mask:
-        _LAST.mask, _LAST.count = weakref.ref(mask), _counted(mask, q.shape[2])
-    return _LAST.count
-
-
-def _counted(mask: Tensor, queries: int) -> Tensor:
-    return pairs_of(split_mask(mask)[0], queries)[:, 0].sum(-1)
-
-
-class _Last(threading.local):
-    mask: weakref.ref[Tensor] | None = None
-    count: Tensor
-
-
-_LAST = _Last()
+    return pairs_of(split_mask(mask)[0], q.shape[2])[:, 0].sum(-1)
