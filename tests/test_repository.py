@@ -48,6 +48,12 @@ def test_the_oldest_and_the_newest_python_are_tested() -> None:
     assert tested == [said[0], said[-1]]
 
 
+def test_no_two_test_files_have_one_name() -> None:
+    """pytest imports them by their names: of two that share one, the second is not collected."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert not {name for name in names if names.count(name) > 1}
+
+
 def test_a_release_needs_no_password_and_a_tag_that_is_the_version() -> None:
     path = ROOT / ".github" / "workflows" / "release.yml"
     publish = read(path)["jobs"]["publish"]
