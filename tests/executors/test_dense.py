@@ -97,19 +97,58 @@ def test_half_precision_is_multiplied_in_float32(dtype):
     torch.testing.assert_close(ours, Dense()(q.float(), k.float(), v.float(), valid, 0).to(dtype), atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("without", [0, 1], ids=["fastest", "avx2"])
 @pytest.mark.parametrize("peaked", [0.0, 1e-3, 1.0, 2.5, 100.0])
-@pytest.mark.parametrize("tokens", [1, 47, 48, 49, 700])
-def test_rounding_to_bytes_loses_no_key(peaked, tokens):
-    """The filter of 8 bits and that of the vectors' own arithmetic lead to the same support, flat rows (0) included."""
-    q, k, v = (x.detach() for x in vectors(1, 2, tokens, 64, peaked=peaked))
+@pytest.mark.parametrize(("tokens", "size"), [(1, 64), (47, 64), (48, 30), (49, 1), (700, 64)])
+def test_rounding_to_bytes_loses_no_key(without, peaked, tokens, size):
+    """Filters of rounded vectors and that of the vectors' own arithmetic lead to the same support, flat rows (0) included."""
+    q, k, v = (x.detach() for x in vectors(1, 2, tokens, size, peaked=peaked))
     k[:, :, ::7] *= 30.0  # keys of other lengths, as trained models have them
     k[:, :, 1::5] = 0.0
     valid = torch.ones(1, tokens, dtype=torch.bool)
     alpha = torch.full((2,), 1.5, dtype=torch.float64)
-    rounded, plain = (native.attend(q, k, v, Pairs(valid, valid), alpha, plain=plain) for plain in (False, True))
+    rounded, plain = (native.attend(q, k, v, Pairs(valid, valid), alpha, without=n) for n in (without, 2))
     torch.testing.assert_close(rounded, plain, atol=2e-6, rtol=2e-6)
     exact = Masked(Full())(q.double(), k.double(), v.double(), valid, 0)
     torch.testing.assert_close(plain.double(), exact, atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize("without", [0, 1], ids=["fastest", "avx2"])
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_rounded_products_do_not_overflow(without, sign):
+    """Vectors whose every coordinate is the largest have the largest sums there are: of 16 bits none may be cut."""
+    tokens, size = 96, 128
+    signs = torch.randint(0, 2, (size,), generator=torch.Generator().manual_seed(0)) * 2.0 - 1.0
+    q = signs.expand(1, 1, tokens, size).contiguous()
+    lengths = torch.linspace(0.25, 0.5, tokens)[:, None]  # the longest key wins where the sign is positive
+    k = (sign * lengths * signs)[None, None].contiguous()
+    v = torch.randn(1, 1, tokens, size, generator=torch.Generator().manual_seed(1))
+    valid = torch.ones(1, tokens, dtype=torch.bool)
+    ours = native.attend(q, k, v, Pairs(valid, valid), torch.full((1,), 1.5, dtype=torch.float64), without=without)
+    exact = Masked(Full())(q.double(), k.double(), v.double(), valid, 0)
+    torch.testing.assert_close(ours.double(), exact, atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize("without", [0, 1], ids=["fastest", "avx2"])
+@pytest.mark.parametrize("rounded", ["query", "key"])
+def test_what_rounding_takes_from_a_vector_is_allowed_for(without, rounded):
+    """One coordinate makes the others of a vector round to zero: the best key's whole product is in those."""
+    size = 64
+    uneven = torch.full((size,), 0.49 / (127 if rounded == "query" else 63))
+    uneven[0] = 1.0
+    others = torch.cat([torch.zeros(1), torch.ones(size - 1)])
+    rival = torch.eye(size)[0]
+    query, best, second = (
+        (uneven, others, 0.1 * rival) if rounded == "query" else (others + 0.1 * rival, uneven, 3.0 * rival)
+    )
+    q = 256.0 * query[None, None, None]
+    k = torch.stack([second, best, *torch.zeros(46, size)])[None, None]
+    v = torch.eye(48, size)[None, None]
+    pairs = Pairs(torch.ones(1, 1, dtype=torch.bool), torch.ones(1, 48, dtype=torch.bool))
+    ours = native.attend(q, k, v, pairs, torch.full((1,), 1.5, dtype=torch.float64), without=without)
+    expected = Normalizer(1.5)(q.double() @ k.double().mT / 8.0) @ v.double()
+    assert expected[0, 0, 0].argmax() == 1
+    torch.testing.assert_close(ours.double(), expected, atol=2e-6, rtol=2e-6)
 
 
 def test_differs_from_the_entmax_package_by_rounding_only():

@@ -17,6 +17,7 @@
 
 #include "boundary.hpp"
 #include "dense_rows.hpp"
+#include "filter_avx2.hpp"
 #include "filters.hpp"
 
 namespace {
@@ -226,9 +227,11 @@ template <class T, class Filter> class Attention : RowsOf<T> {
 
 // with the fastest filter of this processor
 template <class T, class F> void with_filter(const Problem &p, const T *q, const T *k, const T *v, const F &run) {
-#ifdef SPARSEFINDER_VNNI
-    if constexpr (std::is_same_v<T, float>)
-        if (!p.plain && Int8Filter::works()) return run(Attention<T, Int8Filter>(p, q, k, v));
+#ifdef SPARSEFINDER_X86
+    if constexpr (std::is_same_v<T, float>) {
+        if (p.without < 1 && Int8Filter::works()) return run(Attention<T, Int8Filter>(p, q, k, v));
+        if (p.without < 2 && Int7Filter::works()) return run(Attention<T, Int7Filter>(p, q, k, v));
+    }
 #endif
     run(Attention<T, PlainFilter<T>>(p, q, k, v));
 }

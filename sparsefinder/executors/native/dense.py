@@ -3,10 +3,10 @@
 With ``x_j = (α−1) q·k_j/√D`` the threshold of entmax lies at most 1 below the largest ``x``, so a key further below it has
 probability zero, whatever the others are; and the threshold of some of the keys is never above that of all. So one pass over the
 keys keeps, for each query, the few that can still be in the support. In that pass products are taken of vectors rounded to 8
-bits, with a bound of what the rounding can do (AVX-512 VNNI; in float32 or float64 elsewhere): it may let keys pass, it never
-loses one. What passes is multiplied exactly. The threshold is Newton's on those alone, the product with ``v`` and the
-gradients visit the support, and all that is kept for the backward pass is a peak and a threshold for each query: with them the
-same pass finds the support again.
+bits, with a bound of what the rounding can do (AVX-512 VNNI; with AVX2 keys are rounded to 7; elsewhere, and in float64,
+nothing is): it may let keys pass, it never loses one. What passes is multiplied exactly. The threshold is Newton's on those
+alone, the product with ``v`` and the gradients visit the support, and all that is kept for the backward pass is a peak and a
+threshold for each query: with them the same pass finds the support again.
 
 Work is ``N²·D`` operations on bytes and what the support costs; a row of equal scores costs what dense attention costs. Memory,
 beyond the result, is linear: the rounded keys, and the candidates of a few queries for each thread.
@@ -37,7 +37,7 @@ class _Problem(ctypes.Structure):
 
     _fields_ = [
         *((name, LONG) for name in ("batch", "heads", "key_heads", "queries", "keys", "size", "back", "ahead")),
-        *((name, LONG) for name in ("mask_batch", "mask_head", "mask_row", "threads", "seed", "plain")),
+        *((name, LONG) for name in ("mask_batch", "mask_head", "mask_row", "threads", "seed", "without")),
         *((name, POINTER) for name in ("query_valid", "key_valid", "mask", "alpha")),
         *((name, ctypes.c_double) for name in ("scale", "dropped")),
     ]
@@ -83,7 +83,7 @@ def attend(
     alpha: Tensor,
     dropout: float = 0.0,
     seed: int = 0,
-    plain: bool = False,
+    without: int = 0,
 ) -> Tensor:
     """α-entmax attention on ``pairs``, differentiable once in ``q``, ``k``, ``v`` and ``alpha``: ``(B, H, N_q, D)``.
 
@@ -97,18 +97,19 @@ def attend(
         alpha: ``(H,)``, each 1 < α ≤ 2.
         dropout: share of the probabilities that are set to zero, the others divided by what is left.
         seed: chooses them.
-        plain: without the rounding to 8 bits, as on any other processor (for tests).
+        without: filters that are left out, the fastest first, as on a processor that lacks the instructions (for tests): 1
+            that of AVX-512, 2 that of AVX2 too.
 
     Raises:
         ValueError: the shapes do not belong together.
     """
     check_shapes(q, k, v)
-    run = _Run(pairs, dropout, seed, plain)
+    run = _Run(pairs, dropout, seed, without)
     result: Tensor = _Attend.apply(q, k, v, alpha, run)
     return result
 
 
-def support(q: Tensor, k: Tensor, pairs: Pairs, alpha: Tensor, plain: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def support(q: Tensor, k: Tensor, pairs: Pairs, alpha: Tensor, without: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """The pairs of positive probability that `attend` multiplies with ``v``, as lists in order of queries and then of keys.
 
     Arguments as those of `attend`. Returns how many pairs each query has, ``(B, H, N_q)`` int64; their keys, ``(P,)`` int64; and
@@ -117,7 +118,7 @@ def support(q: Tensor, k: Tensor, pairs: Pairs, alpha: Tensor, plain: bool = Fal
     q, k = q.detach().contiguous(), k.detach().to(q.dtype).contiguous()
     counts = torch.zeros(q.shape[:3], dtype=torch.int64)
     found, kind = POINTER(), DTYPES[q.dtype]
-    _Run(pairs, 0.0, 0, plain)("support", q, k, alpha, counts, also=ctypes.byref(found))
+    _Run(pairs, 0.0, 0, without)("support", q, k, alpha, counts, also=ctypes.byref(found))
     try:
         total = int(counts.sum())
         keys, probabilities = torch.empty(total, dtype=torch.int64), q.new_empty(total)
@@ -134,7 +135,7 @@ class _Run:
     pairs: Pairs
     dropout: float
     seed: int
-    plain: bool
+    without: int
 
     def __call__(self, function: str, q: Tensor, k: Tensor, alpha: Tensor, *tensors: Tensor, also: Any = None) -> None:
         """``tensors``: contiguous, what the function reads behind ``q`` and ``k``, then what it writes; ``also``: behind them."""
@@ -150,7 +151,7 @@ class _Run:
         problem = _Problem(
             *(batch, heads, key_heads, queries, keys, size),
             *(everything if pairs.back is None else pairs.back, everything if pairs.ahead is None else pairs.ahead),
-            *(*steps, torch.get_num_threads(), self.seed, self.plain),
+            *(*steps, torch.get_num_threads(), self.seed, self.without),
             *(*(x.data_ptr() for x in valid), None if mask is None else mask.data_ptr(), alphas.data_ptr()),
             *(1.0 / math.sqrt(size), self.dropout),
         )

@@ -16,7 +16,7 @@ struct Problem {
     int64_t batch, heads, key_heads, queries, keys, size;  // B, H, H_k, N_q, N_k, D
     int64_t back, ahead;       // query i sees keys i - back to i + ahead; whoever sees all has N_q and N_k here
     int64_t mask_batch, mask_head, mask_row;  // steps of `mask`, 0 where it is the same for all
-    int64_t threads, seed, plain;  // plain: no filter but the one that every processor has
+    int64_t threads, seed, without;  // without: so many of the fastest filters are not used
     const uint8_t *query_valid, *key_valid;   // (B, N_q), (B, N_k)
     const uint8_t *mask;       // (B or 1, H or 1, N_q or 1, N_k), or none
     const double *alpha;       // (H)

@@ -15,7 +15,7 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
-#define SPARSEFINDER_VNNI 1
+#define SPARSEFINDER_X86 1
 #endif
 
 constexpr int64_t ROWS = 8;     // queries that a filter looks at together
@@ -81,7 +81,7 @@ template <class T> class PlainFilter {
     double longest_ = 0;
 };
 
-#ifdef SPARSEFINDER_VNNI
+#ifdef SPARSEFINDER_X86
 #define VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
 
 // Products of vectors rounded to 8 bits, four to an instruction and lane (AVX-512 VNNI).
