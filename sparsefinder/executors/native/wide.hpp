@@ -12,8 +12,11 @@
 // without AVX a vector is returned in another way than with it; here none is ever passed to code that was compiled elsewhere
 #pragma GCC diagnostic ignored "-Wpsabi"
 
-#ifdef __AVX512DQ__
+#if defined(__AVX512DQ__) || defined(__AVX2__)
 #include <immintrin.h>
+#endif
+
+#ifdef __AVX512DQ__
 constexpr int WIDTH = 64;            // bytes of a vector
 constexpr int64_t ROWS_AT_ONCE = 8;  // rows times two vectors are sums that stay in registers
 #else
@@ -38,6 +41,7 @@ inline float largest_of(Wide<float> x) { return _mm512_reduce_max_ps((__m512)x);
 inline double sum_of(Wide<double> x) { return _mm512_reduce_add_pd((__m512d)x); }
 inline double largest_of(Wide<double> x) { return _mm512_reduce_max_pd((__m512d)x); }
 #else
+// lane by lane; of float32, which is there to be fast, by halves
 template <class V> inline auto sum_of(V x) {
     auto total = x[0];
     for (size_t lane = 1; lane < sizeof(V) / sizeof(total); ++lane) total += x[lane];
@@ -48,6 +52,18 @@ template <class V> inline auto largest_of(V x) {
     for (size_t lane = 1; lane < sizeof(V) / sizeof(most); ++lane) most = x[lane] > most ? x[lane] : most;
     return most;
 }
+#ifdef __AVX2__
+inline float sum_of(Wide<float> x) {
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+inline float largest_of(Wide<float> x) {
+    const __m128 four = _mm_max_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+    const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+#endif
 #endif
 
 // a bit for each lane in which a > b, and lanes without those whose bit is set
@@ -67,6 +83,16 @@ template <class V> inline V without(V x, uint32_t bits) {
     for (size_t lane = 0; lane < sizeof(V) / sizeof(x[0]); ++lane) x[lane] = bits >> lane & 1 ? 0 : x[lane];
     return x;
 }
+#ifdef __AVX2__
+inline uint32_t greater(Wide<float> a, Wide<float> b) {
+    return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GT_OQ)));
+}
+inline Wide<float> without(Wide<float> x, uint32_t bits) {
+    const __m256i lanes = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i gone = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(int32_t(bits)), lanes), lanes);
+    return (Wide<float>)_mm256_andnot_ps(_mm256_castsi256_ps(gone), (__m256)x);
+}
+#endif
 #endif
 
 #define ALWAYS_INLINE inline __attribute__((always_inline))
@@ -127,6 +153,9 @@ template <class V> inline V root(V x) {
     for (size_t lane = 0; lane < sizeof(V) / sizeof(x[0]); ++lane) x[lane] = std::sqrt(x[lane]);
     return x;
 }
+#ifdef __AVX2__
+inline Wide<float> root(Wide<float> x) { return (Wide<float>)_mm256_sqrt_ps((__m256)x); }
+#endif
 #endif
 
 // sums[r][v] += Σ_t w[r][t] · x[t][v], v a vector: the numbers w[r][t] lie at `w + r · row + t · term`, the vectors x[t][v] at
