@@ -32,11 +32,16 @@ template <class T, class Filter> struct Head {
     std::vector<int32_t> ids;
     std::unique_ptr<Filter> filter;
     bool finite = true;
+    // how many of them stand before token j
+    int64_t position_of(int64_t j) const {
+        if (!ids.empty() && ids.back() + 1 == int64_t(ids.size())) return std::clamp<int64_t>(j, 0, ids.size());  // no padding between
+        return std::lower_bound(ids.begin(), ids.end(), j) - ids.begin();
+    }
 };
 
 template <class T, class Filter> class Attention : RowsOf<T> {
     using Rows = RowsOf<T>;
-    using Rows::alpha, Rows::key, Rows::key_head, Rows::kept, Rows::multiply, Rows::p_, Rows::pull, Rows::query, Rows::raise;
+    using Rows::alpha, Rows::key, Rows::key_head, Rows::mix, Rows::multiply, Rows::p_, Rows::pull, Rows::query, Rows::raise;
     using Rows::solve, Rows::unit, Rows::value, Rows::weigh;
 
    public:
@@ -49,9 +54,7 @@ template <class T, class Filter> class Attention : RowsOf<T> {
             for_block(n / blocks, n % blocks, nullptr, nullptr, scratch, [&](int64_t head, Row<T> &row) {
                 const int64_t at = head * p_.queries + row.i;
                 solve(head, row, peaks[at], thresholds[at]);
-                T *to = out + at * p_.size;
-                for (size_t m = 0; m < row.keys.size(); ++m)
-                    add(to, value(head, row.keys[m]), kept(head, row.i, row.keys[m], row.weights[m]), p_.size);
+                mix(head, row, out + at * p_.size);
             });
         });
     }
@@ -128,7 +131,7 @@ template <class T, class Filter> class Attention : RowsOf<T> {
         for (int64_t j = 0; j < p_.keys; ++j)
             if (valid[j]) {
                 h.ids.push_back(j);
-                for (int64_t x = 0; x < p_.size; ++x) h.finite &= std::isfinite(k[j * p_.size + x] * T(1024));
+                h.finite &= finite(k + j * p_.size, p_.size);
             }
         if (h.finite) h.filter = std::make_unique<Filter>(k, h.ids, p_.size);
     }
@@ -145,21 +148,20 @@ template <class T, class Filter> class Attention : RowsOf<T> {
         const Head<T, Filter> &h = heads_[key_head(head)];
         const uint8_t *valid = p_.query_valid + head / p_.heads * p_.queries;
         int64_t count = 0;
-        bool finite = h.finite;
+        bool all_finite = h.finite;
         for (int64_t i = block * BLOCK; i < std::min((block + 1) * BLOCK, p_.queries); ++i) {
             if (!valid[i]) continue;
             Row<T> &row = s.rows[count++];
             row.i = i, row.keys.clear(), row.products.clear();
             row.peak = row.least = -std::numeric_limits<T>::infinity();
             if (peaks) row.least = T(peaks[head * p_.queries + i] + (thresholds[head * p_.queries + i] - SLACK) / unit(head));
-            for (int64_t x = 0; x < p_.size; ++x) finite &= std::isfinite(query(head, i)[x] * T(1024));
+            all_finite &= finite(query(head, i), p_.size);
         }
         if (!count || h.ids.empty()) return;
         const int64_t first_i = s.rows[0].i, last_i = s.rows[count - 1].i;
-        const auto position_of = [&](int64_t j) { return std::lower_bound(h.ids.begin(), h.ids.end(), j) - h.ids.begin(); };
-        const int64_t begin = position_of(first_i - p_.back), end = position_of(last_i + p_.ahead + 1);
-        if (finite)
-            filtered(head, h, count, begin, end, position_of(first_i), !peaks, s);
+        const int64_t begin = h.position_of(first_i - p_.back), end = h.position_of(last_i + p_.ahead + 1);
+        if (all_finite)
+            filtered(head, h, count, begin, end, h.position_of(first_i), !peaks, s);
         else  // as dense attention has it, whoever meets what is no number
             for (int64_t r = 0; r < count; ++r) {
                 Row<T> &row = s.rows[r];
@@ -203,26 +205,43 @@ template <class T, class Filter> class Attention : RowsOf<T> {
             Passed<T> &passed = s.passed[r];
             if (!passed.count) continue;
             Row<T> &row = s.rows[first + r];
-            int64_t some = 0;  // that this query may see; the last panel is filled up with none
-            for (int64_t n = 0; n < passed.count; ++n) {
-                const int64_t c = passed.position[n];
-                passed.upper[some] = passed.upper[n], passed.position[some] = c;
-                some += c >= begin && c < end && allowed(head, row.i, h.ids[c]);
-            }
-            if (!some) continue;
+            hide(head, h, row, begin, end, passed);
             if (raising && row.keys.empty()) {  // the best one is near its bound: it rules out most of the first ones
-                const int64_t best = std::max_element(passed.upper, passed.upper + some) - passed.upper;
+                const T most = largest(passed.upper, passed.count);
+                if (most == -std::numeric_limits<T>::infinity()) continue;
+                const int64_t best = std::find(passed.upper, passed.upper + passed.count, most) - passed.upper;
                 row.peak = dot<double>(query(head, row.i), key(head, h.ids[passed.position[best]]), p_.size);
                 row.least = T(row.peak - (1 + SLACK) / unit(head));
             }
             const size_t before = row.keys.size();
-            for (int64_t n = 0; n < some; ++n)
-                if (passed.upper[n] >= row.least) row.keys.push_back(h.ids[passed.position[n]]);
+            size_t some = before;
+            row.keys.resize(before + passed.count);
+            for (int64_t n = 0; n < passed.count; ++n) {  // written always, kept sometimes: no branch to guess
+                row.keys[some] = h.ids[std::min<int64_t>(passed.position[n], h.ids.size() - 1)];
+                some += passed.upper[n] >= row.least && passed.upper[n] != -std::numeric_limits<T>::infinity();
+            }
+            row.keys.resize(some);
+            if (some == before) continue;
             multiply(head, row, before);
             if (raising) raise(head, row, before);
         }
     }
 
+    // What a query may not see has a bound of -inf: it is outside the band or the mask, or fills the last panel up.
+    void hide(int64_t head, const Head<T, Filter> &h, const Row<T> &row, int64_t begin, int64_t end, Passed<T> &passed) const {
+        const T none = -std::numeric_limits<T>::infinity();
+        if (p_.mask) {
+            for (int64_t n = 0; n < passed.count; ++n) {
+                const int64_t c = passed.position[n];
+                if (c < begin || c >= end || !allowed(head, row.i, h.ids[c])) passed.upper[n] = none;
+            }
+            return;
+        }
+        // keys are in order, so that a band is a range of them
+        const int32_t low = std::max(begin, h.position_of(row.i - p_.back)), high = std::min(end, h.position_of(row.i + p_.ahead + 1));
+        for (int64_t n = 0; n < passed.count; ++n)
+            passed.upper[n] = (passed.position[n] >= low) & (passed.position[n] < high) ? passed.upper[n] : none;
+    }
 };
 
 // with the fastest filter of this processor

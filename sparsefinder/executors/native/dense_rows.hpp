@@ -156,6 +156,20 @@ template <class T> class RowsOf {
         return chance(p_.seed, head * p_.queries + i, j) < p_.dropped ? T(0) : weight / T(1 - p_.dropped);
     }
 
+    // the values of the support, by their probabilities
+    void mix(int64_t head, const Row<T> &row, T *to) const {
+        const size_t count = row.keys.size();
+        const auto weight = [&](size_t n) { return kept(head, row.i, row.keys[n], row.weights[n]); };
+        size_t n = 0;
+        for (; n + 2 <= count; n += 2) {  // two at a time: what was written is waited for half as often
+            const T *a = value(head, row.keys[n]), *b = value(head, row.keys[n + 1]);
+            const T of_a = weight(n), of_b = weight(n + 1);
+#pragma omp simd
+            for (int64_t x = 0; x < p_.size; ++x) to[x] += of_a * a[x] + of_b * b[x];
+        }
+        if (n < count) add(to, value(head, row.keys[n]), weight(n), p_.size);
+    }
+
     // dz = s (g - (s·g) / Σs) with s = p^(2 - alpha), g the gradients of the probabilities; and along alpha
     void pull(int64_t head, const Row<T> &row, const T *gradient, T *dq, T *dk, T *dv, double *dalpha, std::vector<T> &along,
               std::vector<T> &slopes) const {

@@ -89,8 +89,18 @@ class Int7Filter {
 #pragma GCC unroll 4
         for (int64_t v = 0; v < VECTORS; ++v) {
             float upper[LANES];
-            _mm256_storeu_ps(upper, _mm256_mul_ps(u[v], _mm256_set1_ps(scale)));
-            for (int passes = _mm256_movemask_ps(_mm256_cmp_ps(u[v], bound, _CMP_GE_OQ)); passes; passes &= passes - 1) {
+            const __m256 all = _mm256_mul_ps(u[v], _mm256_set1_ps(scale));
+            int passes = _mm256_movemask_ps(_mm256_cmp_ps(u[v], bound, _CMP_GE_OQ));
+            if (passes == 255) {  // at first all of them do
+                const __m256i first = _mm256_set1_epi32(int32_t(panel * KEYS + v * LANES));
+                _mm256_storeu_ps(to.upper + to.count, all);
+                _mm256_storeu_si256(reinterpret_cast<__m256i *>(to.position + to.count),
+                                    _mm256_add_epi32(first, _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)));
+                to.count += LANES;
+                continue;
+            }
+            _mm256_storeu_ps(upper, all);
+            for (; passes; passes &= passes - 1) {
                 const int lane = __builtin_ctz(passes);
                 to.upper[to.count] = upper[lane], to.position[to.count] = int32_t(panel * KEYS + v * LANES + lane);
                 ++to.count;

@@ -14,6 +14,14 @@ template <class S, class T> S dot(const T *a, const T *b, int64_t size) {
     return sum;
 }
 
+// Whether all numbers of a vector are finite, and stay so when they are 1024 times as large.
+template <class T> bool finite(const T *x, int64_t size) {
+    T sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t d = 0; d < size; ++d) sum += x[d] * T(1024) * T(0);  // zeros, or NaN
+    return sum == 0;
+}
+
 template <class T> void add(T *to, const T *from, T weight, int64_t size) {
 #pragma omp simd
     for (int64_t x = 0; x < size; ++x) to[x] += weight * from[x];
