@@ -2,7 +2,7 @@
 
 A masked language model that starts from plain random weights first spends most of a short training on its word frequencies,
 and then sits on a plateau until its embeddings mean something and its attention passes anything useful on. Six things can be
-written into the weights beforehand; all of them stay free to change:
+written into the weights beforehand; all of them stay free to change, but for the frequencies in a BART, whose bias is a buffer:
 
 1. the bias of the head is the logarithm of the words' frequencies;
 2. the embedding of a word is its row in a factorization of positive pointwise mutual information, counted in the training
