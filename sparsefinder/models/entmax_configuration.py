@@ -184,9 +184,9 @@ def _teach_models(module: ModuleType) -> None:
 
 def _explicit(masks: ModuleType) -> Callable[..., Any]:
     """The boolean mask of transformers' own `sdpa` attention, but never left out where it is causal, and no matrix ``N × N``,
-    which would be the largest tensor of a long text, where it is one row for all queries ``(B, 1, 1, N)`` or the window of an
-    encoder (`sparsefinder.models.masks.band`). A window that no layer has is not made: ModernBERT asks for one all the same,
-    and nobody reads it."""
+    which would be the largest tensor of a long text, where it is one row for all queries ``(B, 1, 1, N)``, the window of an
+    encoder (`sparsefinder.models.masks.band`) or the whole past of a decoder (`sparsefinder.models.masks.past`). A window that
+    no layer has is not made: ModernBERT asks for one all the same, and nobody reads it."""
 
     @functools.wraps(masks.sdpa_mask)
     def explicit(*args: Any, **kwargs: Any) -> Any:
@@ -196,11 +196,17 @@ def _explicit(masks: ModuleType) -> Callable[..., Any]:
             return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=kwargs.get("device"))
         reach = _reach_of(masks, kwargs.get("mask_function"))
         tokens = kwargs.get("kv_length", 0)
-        if reach is not None and kwargs.get("q_length") == tokens > 2 * reach + 1:
+        banded = reach is not None and tokens > 2 * reach + 1
+        whole = kwargs.get("q_length") == tokens and not int(
+            kwargs.get("q_offset", 0)
+        )  # no part of a text, with a cache
+        only_past = kwargs.get("mask_function") is masks.causal_mask_function and tokens > 2
+        if whole and (banded or only_past):
             valid = masks.prepare_padding_mask(kwargs.get("attention_mask"), tokens, kwargs.get("kv_offset", 0))
             if valid is None:
                 valid = torch.ones(kwargs["batch_size"], tokens, dtype=torch.bool, device=kwargs.get("device"))
-            return import_module("sparsefinder.models.masks").band(valid.bool(), reach)
+            ours = import_module("sparsefinder.models.masks")
+            return ours.band(valid.bool(), reach) if banded else ours.past(valid.bool())
         if kwargs.get("mask_function") is masks.bidirectional_mask_function and "q_length" in kwargs:
             kwargs["q_length"] = 1
         return masks.sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})

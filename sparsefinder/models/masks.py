@@ -1,6 +1,7 @@
 """What a mask is, read from its numbers: the window of a sliding layer, or the past; and how many keys it leaves a query.
 
-The window of an encoder's sliding layer need not be a matrix at all: `band` writes it as its diagonals, which are all alike.
+The window of an encoder's sliding layer need not be a matrix at all: `band` writes it as its diagonals, which are all alike; nor
+need the past be one, which `past` writes as which keys are real.
 """
 
 from __future__ import annotations
@@ -24,12 +25,24 @@ def band(valid: Tensor, reach: int) -> Tensor:
 
 
 def is_band(mask: Tensor, queries: int) -> bool:
-    """Whether a mask for so many queries is a `band`: any other has a row for each of them, or one for all."""
-    return mask.shape[2] not in (1, queries)
+    """Whether a mask for so many queries is a `band`: any other has a row for each of them, or one for all, or is `past`."""
+    return mask.shape[2] not in (1, queries) and not is_past(mask, queries)
+
+
+def past(valid: Tensor) -> Tensor:
+    """Earlier keys and padding as ``(B, 1, 2, N)`` bool, a view of ``valid (B, N)``: for more than two queries."""
+    return valid[:, None, None].expand(-1, 1, 2, -1)
+
+
+def is_past(mask: Tensor, queries: int) -> bool:
+    """Whether a mask for so many queries is `past`: no other has two rows for more than two of them."""
+    return mask.shape[2] == 2 < queries
 
 
 def pairs_of(mask: Tensor, queries: int) -> Tensor:
-    """The mask ``(B, 1, N, N)`` of a `band`; any other mask for so many queries as it is."""
+    """The mask ``(B, 1, N, N)`` of a `band` or of the `past`; any other mask for so many queries as it is."""
+    if is_past(mask, queries):
+        return mask[:, :, :1] & torch.ones(queries, queries, dtype=torch.bool, device=mask.device).tril()
     if not is_band(mask, queries):
         return mask
     token = torch.arange(queries, device=mask.device)
@@ -47,6 +60,8 @@ def window_of(mask: Tensor | None, reach: int, queries: int) -> tuple[Tensor, bo
     """
     if mask is not None and is_band(mask, queries):
         return (mask[:, 0, 0], False) if mask.shape[2] == 2 * reach + 1 else None
+    if mask is not None and is_past(mask, queries):
+        return None
     if mask is None or mask.device.type != "cpu" or mask.shape[1] != 1 or mask.shape[2] != mask.shape[3]:
         return None
     pairs, tokens = mask[:, 0], mask.shape[3]
@@ -64,12 +79,15 @@ def window_of(mask: Tensor | None, reach: int, queries: int) -> tuple[Tensor, bo
     return (valid, causal) if np.count_nonzero(pairs.numpy()) == inside else None
 
 
-def causal_of(mask: Tensor | None) -> Tensor | None:
+def causal_of(mask: Tensor | None, queries: int) -> Tensor | None:
     """``valid (B, N)``, where a mask hides nothing but padding and later keys; else None.
 
     Args:
-        mask: ``(B, 1, N, N)`` bool, True where a query may attend.
+        mask: ``(B, 1, N, N)`` bool, True where a query may attend, or `past`.
+        queries: How many queries the mask is for.
     """
+    if mask is not None and is_past(mask, queries):
+        return mask[:, 0, 0]
     if mask is None or mask.shape[1] != 1 or mask.shape[2] != mask.shape[3] or mask.shape[3] < 2:
         return None
     valid = mask[:, 0, -1]  # the last query sees all that is real
@@ -92,10 +110,12 @@ def keys_seen(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor:
     """How many keys each query may attend to, ``(B or 1, N_q or 1)`` int64.
 
     Args:
-        mask: None, ``(B, 1, N_q or 1, N_k)``, bool or numbers that are added to the scores, or a `band`.
+        mask: None, ``(B, 1, N_q or 1, N_k)``, bool or numbers that are added to the scores, a `band`, or `past`.
         q: queries ``(B, H, N_q, D)``.
         k: keys ``(B, H_k, N_k, D)``.
     """
     if mask is None:
         return torch.full((1, 1), k.shape[2], device=q.device)
+    if is_past(mask, q.shape[2]):
+        return mask[:, 0, 0].cumsum(-1)
     return pairs_of(split_mask(mask)[0], q.shape[2])[:, 0].sum(-1)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparsefinder.errors import UserError
-from sparsefinder.models.masks import split_mask
+from sparsefinder.models.masks import is_past, pairs_of, split_mask
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,8 @@ def read_mask(mask: Tensor | None, q: Tensor, k: Tensor, causal: bool) -> tuple[
     """Which tokens are real and, where a row holds several sentences, these.
 
     Args:
-        mask: None, ``(B, 1, N, N)``, or ``(B, 1, 1, N)`` for padding, as an attention of transformers gets it.
+        mask: None, ``(B, 1, N, N)``, ``(B, 1, 1, N)`` for padding, or `sparsefinder.models.masks.past`, as an attention of
+            transformers gets it.
         q: queries ``(B, H, N, D)``.
         k: keys ``(B, H_k, N, D)``.
         causal: whether the attention sees no later key by itself.
@@ -88,7 +89,9 @@ def read_mask(mask: Tensor | None, q: Tensor, k: Tensor, causal: bool) -> tuple[
         )
     if mask is None:
         return torch.ones(batch, tokens, dtype=torch.bool, device=q.device), None
-    pairs = _pairs(mask)
+    if causal and is_past(mask, tokens):
+        return mask[:, 0, 0].expand(batch, tokens), None
+    pairs = _pairs(pairs_of(mask, tokens))
     if pairs.shape[-2] == 1:
         return pairs[:, 0, 0].expand(batch, tokens), None
     pairs = pairs[:, 0].expand(batch, tokens, tokens)

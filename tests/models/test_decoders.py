@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, masking_utils
 
 from sparsefinder import models
 from sparsefinder.attention import Bucketed, Dense, Masked
 from sparsefinder.errors import UserError
+from sparsefinder.models import masks
 from sparsefinder.models.families import REFUSED, TRAITS, check_family
+from sparsefinder.models.masks import pairs_of, past
 from sparsefinder.models.observed_attention import Recorder, Watched
 from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.patterns.full import Full
@@ -122,6 +124,41 @@ def test_its_own_entmax_is_dense_entmax_plugged_in_on_either_side(family: str) -
         for attention in (Masked(Full(), causal=True), Dense(causal=True)):
             with models.plugged(model, attention):
                 torch.testing.assert_close(model(**inputs, use_cache=False).logits[real], own, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", [*models.DECODERS, *(x for x in models.ENCODER_DECODERS if x != "t5")])
+@torch.no_grad()
+def test_no_matrix_is_made_of_the_past(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A causal mask says which tokens are real, and what it says is what transformers' own would."""
+    decodes = TRAITS[family].kind == "decoder"
+    which: Any = {} if decodes else {"which": "dec"}
+    model, inputs = (
+        tiny(family),
+        batch((17, 9, 12)) if decodes else {**batch((8, 8, 8)), **batch((17, 9, 12), prefix="decoder_")},
+    )
+    made: list[Tensor] = []
+
+    def recorded(valid: Tensor) -> Tensor:
+        made.append(past(valid))
+        return made[-1]
+
+    monkeypatch.setattr(masks, "past", recorded)
+    largest: list[int] = []
+    sdpa_mask = masking_utils.sdpa_mask
+
+    def explicit(*args: Any, **kwargs: Any) -> Tensor | None:
+        mask: Tensor | None = sdpa_mask(*args, **kwargs)
+        largest.append(1 if mask is None else mask.shape[2])
+        return mask
+
+    monkeypatch.setattr(masking_utils, "sdpa_mask", explicit)
+    with models.plugged(model, Masked(Full(), SOFTMAX, causal=True), **which):
+        model(**inputs, use_cache=False)
+    assert made
+    assert max(largest, default=1) <= 2  # of the two tokens by which calls are found
+    real = (inputs["attention_mask"] if decodes else inputs["decoder_attention_mask"]).bool()
+    expected = real[:, None, None] & torch.ones(17, 17, dtype=torch.bool).tril()
+    assert all(pairs_of(each, 17).equal(expected) for each in made)
 
 
 @decoders

@@ -10,9 +10,11 @@ from tiny_models import tiny_model
 from transformers import masking_utils
 
 from sparsefinder.attention import Bucketed, Dense, Masked
+from sparsefinder.errors import UserError
 from sparsefinder.graphs import QK, Pattern
 from sparsefinder.models import plugged, set_normalizer
-from sparsefinder.models.masks import keys_seen, pairs_of, window_of
+from sparsefinder.models.masks import is_past, keys_seen, pairs_of, past, window_of
+from sparsefinder.models.packing import read_mask
 from sparsefinder.models.replacement import registered_function
 from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.numerics.pairs import band
@@ -72,6 +74,22 @@ def test_the_window_of_an_encoder_is_no_matrix_either(padded: bool, monkeypatch:
     assert pairs_of(masks[0], 60).equal(pairs[:, None])
     nothing = torch.empty(2, 1, 60, 1)
     assert keys_seen(masks[0], nothing, nothing).equal(pairs.sum(-1))
+
+
+def test_what_the_past_is() -> None:
+    valid = torch.tensor([[True, True, False, True], [False, True, True, True]])
+    pairs = valid[:, None, None] & torch.ones(4, 4, dtype=torch.bool).tril()
+    nothing = torch.empty(2, 1, 4, 1)
+    assert pairs_of(past(valid), 4).equal(pairs)
+    assert keys_seen(past(valid), nothing, nothing).equal(pairs[:, 0].sum(-1))
+    assert past(valid).stride(2) == 0  # a view: nothing is written for each query
+    assert not is_past(pairs, 4)
+    assert window_of(past(valid), 1, 4) is None
+    causal = read_mask(past(valid), nothing, nothing, causal=True)
+    assert causal[0].equal(valid)
+    assert causal[1] is None
+    with pytest.raises(UserError, match="an attention with causal=True"):
+        read_mask(past(valid), nothing, nothing, causal=False)
 
 
 def test_the_weights_of_a_window_can_be_asked_for() -> None:

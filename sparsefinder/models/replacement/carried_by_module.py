@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sparsefinder.errors import UserError
 from sparsefinder.graphs import Attention
+from sparsefinder.models.masks import is_past
 from sparsefinder.models.packing import Sentences, read_mask, read_mask_between
 from sparsefinder.numerics.normalizers import is_recorded
 
@@ -120,5 +121,6 @@ class Plug:
         if settled is None or self.crosses or k.shape[2] != q.shape[2]:
             return False
         # of longer padded texts `Dense` attends with each one apart, which saves more than it costs
-        plain = mask is None or (mask.dtype == torch.bool and q.shape[2] < _WORTH_CUTTING)
+        short = q.shape[2] < _WORTH_CUTTING
+        plain = mask is None or (mask.dtype == torch.bool and short and not is_past(mask, q.shape[2]))
         return plain and bool(settled(q, k, layer))

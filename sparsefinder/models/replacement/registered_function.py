@@ -49,9 +49,9 @@ def attend(
     """What transformers calls: ``(B, H, N, D)`` → ``(B, N, H, D)``, and the probabilities where there are any.
 
     Keys and values may have fewer heads, which are shared, or be those of another text. ``attention_mask``: None, or
-    ``(B, 1, N, N)``, ``(B, 1, 1, N)`` where all queries see the same keys, or `sparsefinder.models.masks.band`; bool with True
-    where a query may attend, or numbers that are added to the scores. Probabilities are a matrix ``N × N``, and made only where
-    they are asked for.
+    ``(B, 1, N, N)``, ``(B, 1, 1, N)`` where all queries see the same keys, or `band` or `past` of `sparsefinder.models.masks`;
+    bool with True where a query may attend, or numbers that are added to the scores. Probabilities are a matrix ``N × N``, and
+    made only where they are asked for.
     """
     if unknown := [name for name in _UNKNOWN if others.get(name) is not None]:
         raise UserError(f"{type(module).__name__} attends with {unknown[0]}, which entmax attention does not know")
@@ -87,13 +87,10 @@ def _attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, d
     )  # as transformers' own layers count: the token itself is one of `sliding_window`
     band = window_of(mask, reach, q.shape[2]) if reach > 0 else None
     if band is None:
-        mask = None if mask is None else pairs_of(mask, q.shape[2])
-        real = causal_of(mask)
-        return (
-            dense.attend(q, k, v, mask)
-            if real is None
-            else replace(dense, causal=True)(q, k, v, real.expand(q.shape[0], -1))
-        )
+        real = causal_of(mask, q.shape[2])
+        if real is not None:
+            return replace(dense, causal=True)(q, k, v, real.expand(q.shape[0], -1))
+        return dense.attend(q, k, v, None if mask is None else pairs_of(mask, q.shape[2]))
     valid, causal = band
     banded = replace(dense, causal=causal, window=2 * reach + 1)
     if dense.normalizer.sparse:
@@ -108,7 +105,7 @@ def _with_bias(mask: Tensor | None, bias: Tensor) -> Tensor | None:
         return mask
     if mask is None:
         return bias
-    present, added = split_mask(mask)
+    present, added = split_mask(pairs_of(mask, bias.shape[2]))
     return (bias if added is None else bias + added).masked_fill(~present, -math.inf)
 
 
