@@ -197,9 +197,8 @@ def _explicit(masks: ModuleType) -> Callable[..., Any]:
         reach = _reach_of(masks, kwargs.get("mask_function"))
         tokens = kwargs.get("kv_length", 0)
         banded = reach is not None and tokens > 2 * reach + 1
-        whole = kwargs.get("q_length") == tokens and not int(
-            kwargs.get("q_offset", 0)
-        )  # no part of a text, with a cache
+        # a part of a text, with a cache, has its rows
+        whole = kwargs.get("q_length") == tokens and not int(kwargs.get("q_offset", 0))
         only_past = kwargs.get("mask_function") is masks.causal_mask_function and tokens > 2
         if whole and (banded or only_past):
             valid = masks.prepare_padding_mask(kwargs.get("attention_mask"), tokens, kwargs.get("kv_offset", 0))
