@@ -81,44 +81,21 @@ template <class T> class PlainFilter {
     double longest_ = 0;
 };
 
-#ifdef SPARSEFINDER_X86
-#define VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
+// A vector x = t x̂ + f of whole numbers x̂, its scale t, and their lengths a little too large.
+struct Rounded {
+    float scale, length, whole, error;  // t, |x|/t, |x̂|, |f|/t
+    int32_t sum;                        // Σ x̂
+};
 
-// Products of vectors rounded to 8 bits, four to an instruction and lane (AVX-512 VNNI).
-//
-// With q = s q̂ + e and k = t k̂ + f (q̂, k̂ whole numbers up to 127; s, t the scales),
+// Products of vectors rounded to whole numbers. With q = s q̂ + e and k = t k̂ + f,
 //
 //     q·k = s t q̂·k̂ + e·k + s q̂·f  <=  s t (q̂·k̂ + |e|/s · |k|/t + |q̂| · |f|/t),
 //
 // and with the largest |k|/t and |f|/t of all keys the two last terms are one whole number a query, which the sum begins with.
-// The instruction multiplies signed by unsigned: keys are k̂ + 128, and the sum begins with -128 Σ q̂ as well.
-class Int8Filter {
+// The instructions multiply signed by unsigned: keys are k̂ + Filter::OFFSET, and the sum begins with -OFFSET Σ q̂ as well. A Filter
+// says how vectors are rounded, to numbers below OFFSET of keys and of 7 bits and a sign of queries, and multiplies them.
+template <class Filter> class RoundedFilter {
    public:
-    static constexpr int64_t VECTORS = 3, KEYS = 16 * VECTORS;
-    static bool works() {
-        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-               __builtin_cpu_supports("avx512vnni");
-    }
-
-    Int8Filter(const float *k, const std::vector<int32_t> &ids, int64_t size) : size_(size), groups_((size + 3) / 4) {
-        const int64_t count = ids.size(), panels = (count + KEYS - 1) / KEYS;
-        laid_.assign(panels * groups_ * KEYS * 4, 128);
-        scales_.assign(panels * KEYS, 0.f);
-        std::vector<int8_t> whole(groups_ * 4 + 16);
-        for (int64_t c = 0; c < count; ++c) {
-            const Rounded rounded = round(k + ids[c] * size, whole.data());
-            uint8_t *to = laid_.data() + (c / KEYS) * groups_ * KEYS * 4 + (c % KEYS) * 4;
-            for (int64_t g = 0; g < groups_; ++g) {
-                uint32_t four;
-                __builtin_memcpy(&four, whole.data() + 4 * g, 4);
-                four ^= 0x80808080u;  // + 128
-                __builtin_memcpy(to + g * KEYS * 4, &four, 4);
-            }
-            scales_[c] = rounded.scale;
-            longest_ = std::max(longest_, rounded.length), error_ = std::max(error_, rounded.error);
-        }
-    }
-
     struct Queries {
         std::vector<int8_t> x;  // coordinates of a row follow each other, rows are `4 groups` apart
         int32_t start[ROWS];
@@ -128,14 +105,53 @@ class Int8Filter {
     void take(const float *const *q, int64_t count, Queries &to) const {
         to.x.assign(ROWS * groups_ * 4 + 16, 0);
         for (int64_t r = 0; r < count; ++r) {  // in order: what a row writes too far, the next one overwrites
-            const Rounded rounded = round(q[r], to.x.data() + r * groups_ * 4);
+            const Rounded rounded = Filter::round(q[r], size_, 127, to.x.data() + r * groups_ * 4);
             // the last term is for the roundings of u itself in float32: three, of sums up to 127 · 127 D
             const float bound = rounded.error * longest_ + rounded.whole * error_ + 2 + size_ * (127.f * 127.f / (1 << 21));
-            to.start[r] = int32_t(std::ceil(bound)) - 128 * rounded.sum;
+            to.start[r] = int32_t(std::ceil(bound)) - Filter::OFFSET * rounded.sum;
             to.scale[r] = rounded.scale;
         }
         for (int64_t r = count; r < ROWS; ++r) to.start[r] = 0, to.scale[r] = 1;
     }
+
+   protected:
+    RoundedFilter(const float *k, const std::vector<int32_t> &ids, int64_t size) : size_(size), groups_((size + 3) / 4) {
+        constexpr int64_t KEYS = Filter::KEYS;
+        const int64_t count = ids.size(), panels = (count + KEYS - 1) / KEYS;
+        laid_.assign(panels * groups_ * KEYS * 4, Filter::OFFSET);
+        scales_.assign(panels * KEYS, 0.f);
+        std::vector<int8_t> whole(groups_ * 4 + 16);
+        for (int64_t c = 0; c < count; ++c) {
+            const Rounded rounded = Filter::round(k + ids[c] * size, size, Filter::OFFSET - 1, whole.data());
+            uint8_t *to = laid_.data() + (c / KEYS) * groups_ * KEYS * 4 + (c % KEYS) * 4;
+            for (int64_t x = 0; x < size; ++x) to[x / 4 * KEYS * 4 + x % 4] = uint8_t(whole[x] + Filter::OFFSET);
+            scales_[c] = rounded.scale;
+            longest_ = std::max(longest_, rounded.length), error_ = std::max(error_, rounded.error);
+        }
+    }
+
+    int64_t size_, groups_;
+    std::vector<uint8_t> laid_;      // panel, four coordinates, key, coordinate
+    std::vector<float> scales_;      // t of each key; 0 beyond the last
+    float longest_ = 0, error_ = 0;  // the largest |k|/t and |f|/t
+
+    static constexpr float MORE = 1.0001f;  // than sums of squares in float32 can be too small by, for D up to hundreds
+    static constexpr float LEAST = std::numeric_limits<float>::min();  // of scales: the vector of zeros has one too
+};
+
+#ifdef SPARSEFINDER_X86
+#define VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
+
+// Vectors rounded to 8 bits, four products to an instruction and lane (AVX-512 VNNI).
+class Int8Filter : public RoundedFilter<Int8Filter> {
+   public:
+    static constexpr int64_t VECTORS = 3, KEYS = 16 * VECTORS;
+    static constexpr int OFFSET = 128;
+    static bool works() {
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+               __builtin_cpu_supports("avx512vnni");
+    }
+    Int8Filter(const float *k, const std::vector<int32_t> &ids, int64_t size) : RoundedFilter(k, ids, size) {}
 
     VNNI void pass(const Queries &q, int64_t count, int64_t panel, const float *least, Passed<float> *passed) const {
         __m512i sums[ROWS][VECTORS];
@@ -180,41 +196,28 @@ class Int8Filter {
         }
     }
 
-   private:
-    struct Rounded {
-        float scale, length, whole, error;  // t, |k|/t, |k̂|, |f|/t, the last three a little too large
-        int32_t sum;                        // Σ k̂
-    };
-
-    // k̂, 16 numbers at a time: up to 15 zeros behind the last are written too
-    VNNI Rounded round(const float *x, int8_t *to) const {
+    // x̂, 16 numbers at a time: up to 15 zeros behind the last are written too
+    VNNI static Rounded round(const float *x, int64_t size, int top, int8_t *to) {
         __m512 most = _mm512_setzero_ps();
         const auto load = [&](int64_t d) VNNI {
-            return _mm512_maskz_loadu_ps(d + 16 <= size_ ? 0xFFFF : (1u << (size_ - d)) - 1, x + d);
+            return _mm512_maskz_loadu_ps(d + 16 <= size ? 0xFFFF : (1u << (size - d)) - 1, x + d);
         };
-        for (int64_t d = 0; d < size_; d += 16) most = _mm512_max_ps(most, _mm512_abs_ps(load(d)));
-        // the vector of zeros has a scale too
-        const float scale = std::max(_mm512_reduce_max_ps(most) / 127.f, std::numeric_limits<float>::min());
+        for (int64_t d = 0; d < size; d += 16) most = _mm512_max_ps(most, _mm512_abs_ps(load(d)));
+        const float scale = std::max(_mm512_reduce_max_ps(most) / float(top), LEAST);
         const __m512 by = _mm512_set1_ps(scale);
         __m512 length = _mm512_setzero_ps(), whole = length, error = length;
         __m512i sum = _mm512_setzero_si512();
-        for (int64_t d = 0; d < size_; d += 16) {
+        for (int64_t d = 0; d < size; d += 16) {
             const __m512 scaled = _mm512_div_ps(load(d), by);
-            const __m512i near = _mm512_max_epi32(_mm512_min_epi32(_mm512_cvtps_epi32(scaled), _mm512_set1_epi32(127)), _mm512_set1_epi32(-127));
+            const __m512i near = _mm512_max_epi32(_mm512_min_epi32(_mm512_cvtps_epi32(scaled), _mm512_set1_epi32(top)), _mm512_set1_epi32(-top));
             const __m512 n = _mm512_cvtepi32_ps(near), rest = _mm512_sub_ps(scaled, n);
             length = _mm512_fmadd_ps(scaled, scaled, length), whole = _mm512_fmadd_ps(n, n, whole);
             error = _mm512_fmadd_ps(rest, rest, error), sum = _mm512_add_epi32(sum, near);
             _mm_storeu_si128(reinterpret_cast<__m128i *>(to + d), _mm512_cvtepi32_epi8(near));
         }
-        constexpr float MORE = 1.0001f;  // than these sums in float32 can be too small by, for D up to hundreds
         return {scale, MORE * std::sqrt(_mm512_reduce_add_ps(length)), MORE * std::sqrt(_mm512_reduce_add_ps(whole)),
                 MORE * std::sqrt(_mm512_reduce_add_ps(error)) + 1e-3f, _mm512_reduce_add_epi32(sum)};
     }
-
-    int64_t size_, groups_;
-    std::vector<uint8_t> laid_;      // panel, four coordinates, key, coordinate
-    std::vector<float> scales_;      // t of each key; 0 beyond the last
-    float longest_ = 0, error_ = 0;  // the largest |k|/t and |f|/t
 };
 #undef VNNI
 #endif
