@@ -184,9 +184,9 @@ def _teach_models(module: ModuleType) -> None:
 
 def _explicit(masks: ModuleType) -> Callable[..., Any]:
     """The boolean mask of transformers' own `sdpa` attention, but never left out where it is causal, and no matrix ``N × N``,
-    which would be the largest tensor of a long text, where it is one row for all queries ``(B, 1, 1, N)``, the window of an
-    encoder (`sparsefinder.models.masks.band`) or the whole past of a decoder (`sparsefinder.models.masks.past`). A window that
-    no layer has is not made: ModernBERT asks for one all the same, and nobody reads it."""
+    which would be the largest tensor of a long text, where it is one row for all queries ``(B, 1, 1, N)``, the window of a
+    sliding layer (`sparsefinder.models.masks.band`) or the whole past of a decoder (`sparsefinder.models.masks.past`). A window
+    that no layer has is not made: ModernBERT asks for one all the same, and nobody reads it."""
 
     @functools.wraps(masks.sdpa_mask)
     def explicit(*args: Any, **kwargs: Any) -> Any:
@@ -194,18 +194,19 @@ def _explicit(masks: ModuleType) -> Callable[..., Any]:
         kinds = getattr(kwargs.get("config"), "layer_types", None)
         if kinds and set(kinds) == {"full_attention"} and kwargs.get("local_size") is not None:
             return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=kwargs.get("device"))
-        reach = _reach_of(masks, kwargs.get("mask_function"))
-        tokens = kwargs.get("kv_length", 0)
-        banded = reach is not None and tokens > 2 * reach + 1
+        ours = import_module("sparsefinder.models.masks")
+        window, tokens = _window_of(masks, kwargs.get("mask_function")), kwargs.get("kv_length", 0)
+        rule = None
+        if window is not None and tokens > ours.rows_of_band(*window):
+            rule = functools.partial(ours.band, reach=window[0], causal=window[1])
+        elif kwargs.get("mask_function") is masks.causal_mask_function and tokens > 2:
+            rule = ours.past
         # a part of a text, with a cache, has its rows
-        whole = kwargs.get("q_length") == tokens and not int(kwargs.get("q_offset", 0))
-        only_past = kwargs.get("mask_function") is masks.causal_mask_function and tokens > 2
-        if whole and (banded or only_past):
+        if rule is not None and kwargs.get("q_length") == tokens and not int(kwargs.get("q_offset", 0)):
             valid = masks.prepare_padding_mask(kwargs.get("attention_mask"), tokens, kwargs.get("kv_offset", 0))
             if valid is None:
                 valid = torch.ones(kwargs["batch_size"], tokens, dtype=torch.bool, device=kwargs.get("device"))
-            ours = import_module("sparsefinder.models.masks")
-            return ours.band(valid.bool(), reach) if banded else ours.past(valid.bool())
+            return rule(valid.bool())
         if kwargs.get("mask_function") is masks.bidirectional_mask_function and "q_length" in kwargs:
             kwargs["q_length"] = 1
         return masks.sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
@@ -213,20 +214,27 @@ def _explicit(masks: ModuleType) -> Callable[..., Any]:
     return explicit
 
 
-def _reach_of(masks: ModuleType, function: Any) -> int | None:
-    """How far a query sees by a mask function of transformers that is an encoder's window and nothing besides; else None.
+def _window_of(masks: ModuleType, function: Any) -> tuple[int, bool] | None:
+    """How far a query sees, and whether into the past alone, by a mask function of transformers that is a sliding window and
+    nothing besides; else None.
 
-    It is one exactly where it has the code of such a window and what the code closes over is one too.
+    It is one exactly where it has the code of such a window and what the code closes over is one too. A causal window counts
+    the query itself; of itself alone none is left.
     """
     try:
-        parts = function.__closure__[0].cell_contents
-        window, rest = parts
-        alike = masks.sliding_window_bidirectional_mask_function(1)
-        (reach,) = (cell.cell_contents for cell in window.__closure__)
-        same = window.__code__ is alike.__closure__[0].cell_contents[0].__code__ and function.__code__ is alike.__code__
+        window, rest = function.__closure__[0].cell_contents
+        (size,) = (cell.cell_contents for cell in window.__closure__)
+        for causal, make in enumerate(
+            (masks.sliding_window_bidirectional_mask_function, masks.sliding_window_causal_mask_function)
+        ):
+            alike = make(1)
+            own, its_rest = alike.__closure__[0].cell_contents
+            if (function.__code__, window.__code__, rest) == (alike.__code__, own.__code__, its_rest):
+                reach = size - causal
+                return (reach, bool(causal)) if isinstance(size, int) and reach >= causal else None
     except (AttributeError, TypeError, ValueError, IndexError):
-        return None
-    return reach if same and rest is masks.bidirectional_mask_function and isinstance(reach, int) else None
+        pass
+    return None
 
 
 def _with_subclasses(made: Any) -> Iterator[Any]:

@@ -1,7 +1,7 @@
 """What a mask is, read from its numbers: the window of a sliding layer, or the past; and how many keys it leaves a query.
 
-The window of an encoder's sliding layer need not be a matrix at all: `band` writes it as its diagonals, which are all alike; nor
-need the past be one, which `past` writes as which keys are real.
+The window of a sliding layer need not be a matrix at all: `band` writes it as its diagonals, which are all alike; nor need the
+past be one, which `past` writes as which keys are real.
 """
 
 from __future__ import annotations
@@ -15,13 +15,19 @@ from sparsefinder.errors import UserError
 _ABSENT = -1e4  # at or below it a number in an additive mask says "never": BERT's old convention, and those after it
 
 
-def band(valid: Tensor, reach: int) -> Tensor:
+def band(valid: Tensor, reach: int, causal: bool = False) -> Tensor:
     """A window and padding as ``(B, 1, 2·reach + 1, N)`` bool: whether a key may be seen by the query ``r - reach`` before it.
 
-    A view of ``valid (B, N)``, where a mask of pairs would be the largest tensor of a long text. Only for ``N > 2·reach + 1``
-    queries and as many keys: it is told from a mask of pairs by its rows, which are fewer than the queries.
+    A view of ``valid (B, N)``, where a mask of pairs would be the largest tensor of a long text. A causal one, of ``reach`` 1
+    and more, has one row more, and by this even number is known. Only for more queries than rows, and as many keys: that is
+    what tells it from a mask of pairs.
     """
-    return valid[:, None, None].expand(-1, 1, 2 * reach + 1, -1)
+    return valid[:, None, None].expand(-1, 1, rows_of_band(reach, causal), -1)
+
+
+def rows_of_band(reach: int, causal: bool) -> int:
+    """How many rows a `band` has."""
+    return 2 * reach + 1 + causal
 
 
 def is_band(mask: Tensor, queries: int) -> bool:
@@ -45,8 +51,15 @@ def pairs_of(mask: Tensor, queries: int) -> Tensor:
         return mask[:, :, :1] & torch.ones(queries, queries, dtype=torch.bool, device=mask.device).tril()
     if not is_band(mask, queries):
         return mask
+    reach, causal = _reach_of(mask)
     token = torch.arange(queries, device=mask.device)
-    return mask[:, :, :1] & ((token - token[:, None]).abs() <= mask.shape[2] // 2)
+    ahead = token - token[:, None]
+    return mask[:, :, :1] & (ahead >= -reach) & (ahead <= (0 if causal else reach))
+
+
+def _reach_of(mask: Tensor) -> tuple[int, bool]:
+    """How far a query sees by a `band`, and whether it is causal."""
+    return (mask.shape[2] - 1) // 2, mask.shape[2] % 2 == 0
 
 
 def window_of(mask: Tensor | None, reach: int, queries: int) -> tuple[Tensor, bool] | None:
@@ -59,7 +72,8 @@ def window_of(mask: Tensor | None, reach: int, queries: int) -> tuple[Tensor, bo
         queries: How many queries the mask is for.
     """
     if mask is not None and is_band(mask, queries):
-        return (mask[:, 0, 0], False) if mask.shape[2] == 2 * reach + 1 else None
+        own, causal = _reach_of(mask)
+        return (mask[:, 0, 0], causal) if own == reach else None
     if mask is not None and is_past(mask, queries):
         return None
     if mask is None or mask.device.type != "cpu" or mask.shape[1] != 1 or mask.shape[2] != mask.shape[3]:

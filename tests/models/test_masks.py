@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import tiny_model
-from transformers import masking_utils
+from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM, masking_utils
 
 from sparsefinder.attention import Bucketed, Dense, Masked
 from sparsefinder.errors import UserError
@@ -45,10 +45,23 @@ def test_no_matrix_is_made_of_a_window_that_no_layer_has(monkeypatch: pytest.Mon
     assert [shape for shape in made if shape] == [(2, 1, 1, 30)]
 
 
+def tiny_decoder_with_a_window(tokens: int) -> PreTrainedModel:
+    """Two layers, of which the first sees so many tokens, the query itself among them."""
+    kinds = ["sliding_attention", "full_attention"]
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = Qwen3Config(**sizes, **heads, layer_types=kinds, use_sliding_window=True, sliding_window=tokens)
+    return Qwen3ForCausalLM(config).eval()
+
+
 @pytest.mark.parametrize("padded", [False, True])
-def test_the_window_of_an_encoder_is_no_matrix_either(padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_window_of_a_sliding_layer_is_no_matrix_either(
+    causal: bool, padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Masks grow with the length of a text, not with its square; what is asked of them is the same."""
-    model = tiny_model("modernbert")
+    model = tiny_decoder_with_a_window(9) if causal else tiny_model("modernbert")
+    attention = Dense(Normalizer(1.0), causal=causal)
     ids, valid = torch.randint(5, 12, (2, 60)), torch.ones(2, 60, dtype=torch.long)
     if padded:
         valid[0, 50:], valid[1, :9] = 0, 0
@@ -62,14 +75,18 @@ def test_the_window_of_an_encoder_is_no_matrix_either(padded: bool, monkeypatch:
         return attend(module, q, k, v, mask, dense)
 
     monkeypatch.setattr(registered_function, "_attend", recorded)
-    with torch.no_grad(), plugged(model, Dense(Normalizer(1.0))):
+    with torch.no_grad(), plugged(model, attention):
         found = model(input_ids=ids, attention_mask=valid).logits[valid > 0]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    reach = model.config.sliding_window
+    reach = 8 if causal else model.config.sliding_window
     assert masks
-    assert {mask.shape for mask in masks} == {(2, 1, 2 * reach + 1, 60)}
+    assert {mask.shape for mask in masks} == {(2, 1, 2 * reach + 1 + causal, 60)}
     assert all(mask.stride(2) == 0 for mask in masks)  # a view: nothing is written for each diagonal
+    assert window_of(masks[0], reach, 60) is not None
+    assert window_of(masks[0], reach + 1, 60) is None
     between = (torch.arange(60) - torch.arange(60)[:, None]).abs() <= reach
+    if causal:
+        between = between.tril()
     pairs = between & (valid > 0)[:, None]
     assert pairs_of(masks[0], 60).equal(pairs[:, None])
     nothing = torch.empty(2, 1, 60, 1)
@@ -117,10 +134,14 @@ def test_a_window_that_something_is_added_to_is_a_matrix() -> None:
     settings: dict[str, Any] = {"batch_size": 1, "q_length": 20, "kv_length": 20, "q_offset": 0, "kv_offset": 0}
     settings |= {"attention_mask": None, "allow_is_bidirectional_skip": False, "device": torch.device("cpu")}
     assert explicit(**settings, mask_function=window).shape == (1, 1, 7, 20)
+    causal = masking_utils.sliding_window_causal_mask_function
+    assert explicit(**settings, mask_function=causal(3)).shape == (1, 1, 6, 20)
     others = [
         masking_utils.and_masks(window, masking_utils.causal_mask_function),
         masking_utils.or_masks(window, masking_utils.causal_mask_function),
-        masking_utils.sliding_window_causal_mask_function(3),
+        masking_utils.and_masks(causal(3), window),
+        causal(1),
+        causal(10),
         masking_utils.and_masks(masking_utils.sliding_window_overlay(3), masking_utils.bidirectional_mask_function),
     ]
     for function in others:
