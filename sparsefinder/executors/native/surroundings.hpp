@@ -12,6 +12,7 @@ struct Problem {
     int64_t slots, clusters, threads;                  // P, C
     int64_t reach;                              // keys on each side of a query that it sees one by one, itself too; -1: none
     int64_t tail;                               // whether a cluster that a query does not take is an entry; else it is left out
+    int64_t causal;                             // whether a query sees the keys up to it alone: of one text, as many queries as keys
     const int64_t *q_ids, *k_ids;               // (B, H, N_q, P), (B, H, N_k); -1 for none
     const uint8_t *query_valid, *key_valid;     // (B, N_q), (B, N_k)
     const uint8_t *is_global;                   // (B, N): see all and are seen by all; null: nobody
@@ -49,14 +50,15 @@ class Surroundings {
     template <class F> void look(int64_t i, const F &takes) {
         for (const int32_t c : clusters) seen_[c] = 0;
         keys.clear(), clusters.clear();
+        const int64_t last = p_.causal ? i + 1 : p_.keys;
         if (hears_all(i)) {  // it takes every cluster
-            for (int64_t j = 0; j < p_.keys; ++j) see(j, takes);
+            for (int64_t j = 0; j < last; ++j) see(j, takes);
             return;
         }
-        const int64_t first = p_.reach < 0 ? 0 : std::max<int64_t>(i - p_.reach, 0), end = p_.reach < 0 ? 0 : std::min(i + p_.reach + 1, p_.keys);
+        const int64_t first = p_.reach < 0 ? 0 : std::max<int64_t>(i - p_.reach, 0), end = p_.reach < 0 ? 0 : std::min(i + p_.reach + 1, last);
         for (int64_t j = first; j < end; ++j) see(j, takes);
         for (const int32_t j : globals_)
-            if (j < first || j >= end) see(j, takes);
+            if ((j < first || j >= end) && j < last) see(j, takes);
     }
 
     // how many of these keys are in a cluster

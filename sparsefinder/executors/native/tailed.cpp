@@ -2,7 +2,8 @@
 //
 // Keys and values of a head are sorted by cluster and laid in panels once. A block of queries then goes over all clusters as if over
 // so many keys (their means, variances, numbers and mean values), which also gives it a number that the exponentials can be
-// compared with; and cluster after cluster, the queries of the block that take it go over its keys together.
+// compared with; and cluster after cluster, the queries of the block that take it go over its keys together. Of causal attention
+// queries go over the clusters one by one, each when these amount to what the keys up to it do.
 
 #include <optional>
 
@@ -21,10 +22,10 @@ template <class T> class Forward {
    public:
     explicit Forward(const Problem &p) : b(p), out(Block<T>::SIZE * b.width), totals(Block<T>::SIZE * L), weights(ROWS_AT_ONCE * APART) {}
 
-    void operator()(const Clusters<T> &k, const Head<T> &t, int64_t begin, int64_t end, T *to, int64_t to_row, T *peaks) {
+    void operator()(Clusters<T> &k, const Head<T> &t, int64_t begin, int64_t end, T *to, int64_t to_row, T *peaks) {
         b.take(t, begin, end);
         if (b.p.tail)
-            in_rows<T>(b.count(), [&](int64_t row, auto R) { tail<decltype(R)::value>(k, t, row); });
+            b.each_rows(k, [&](int64_t row, auto R) { tail<decltype(R)::value>(k, t, row); });
         else
             nothing(k, t);
         for (int64_t c = 0; c < k.count; ++c)
@@ -47,7 +48,7 @@ template <class T> class Forward {
    private:
     template <int R> void tail(const Clusters<T> &k, const Head<T> &t, int64_t row) {
         b.template weigh<R>(k, t, row, &totals[row * L]);
-        in_pairs(0, b.width / L, [&](int64_t column, auto vectors) __attribute__((always_inline)) {
+        in_vectors<R>(0, b.width / L, [&](int64_t column, auto vectors) __attribute__((always_inline)) {
             constexpr int V = decltype(vectors)::value;
             Wide<T> sums[R][V] = {};
             b.template of_entries<R, V>(b.entries, &k.mean_values[column * L], sums);
@@ -57,20 +58,23 @@ template <class T> class Forward {
     }
 
     // without a tail a sum begins with the first key
-    void nothing(const Clusters<T> &k, const Head<T> &t) {
+    void nothing(Clusters<T> &k, const Head<T> &t) {
         std::fill_n(out.data(), b.count() * b.width, T(0)), std::fill_n(totals.data(), b.count() * L, T(0));
-        for (int64_t r = 0; r < b.count(); ++r) b.only_taken(k, t, r);
+        for (int64_t r = 0; r < b.count(); ++r) {
+            if (b.p.causal) k.upto(b.rows[r]);
+            b.only_taken(k, t, r);
+        }
     }
 
     // the keys of cluster c, for some of the queries that take it
     template <int R> void exact(const Clusters<T> &k, int64_t c, const int32_t *who) {
         b.template pack<R>(b.queries, who);
-        in_pairs(k.panel[c], k.panel[c + 1], [&](int64_t panel, auto vectors) __attribute__((always_inline)) {
+        in_pairs(k.panel[c], b.panels_seen(k, c, who, R), [&](int64_t panel, auto vectors) __attribute__((always_inline)) {
             constexpr int V = decltype(vectors)::value;
             const int64_t key = k.first[c] + (panel - k.panel[c]) * L, count = std::min<int64_t>(V * L, k.first[c + 1] - key);
             Wide<T> sums[R][V];
             for (int r = 0; r < R; ++r)
-                for (int v = 0; v < V; ++v) sums[r][v] = load(&k.missing[(panel + v) * L]) - b.reference[who[r]];
+                for (int v = 0; v < V; ++v) sums[r][v] = b.start(k, panel + v, who[r]) - b.reference[who[r]];
             b.template multiply_packed<R, V>(k.keys, panel, sums);
             for (int r = 0; r < R; ++r) {
                 Wide<T> total = load(&totals[who[r] * L]);
@@ -105,7 +109,8 @@ template <class T> class Forward {
     }
 
     // A row whose exponentials were too large, some key far above all that its entries let expect: number by number, from its peak.
-    T again(const Clusters<T> &k, const Head<T> &t, int64_t r) {
+    T again(Clusters<T> &k, const Head<T> &t, int64_t r) {
+        if (b.p.causal) k.upto(b.rows[r]);
         if (b.around.any()) b.each_beside(t, r, [](int32_t, T) {});  // counts what is not in an entry
         const auto product = [&](const Numbers<T> &x, const Laid<T> &laid, int64_t n) {
             double sum = 0;
@@ -116,11 +121,11 @@ template <class T> class Forward {
         const auto each = [&](const auto &work) {  // score in log2 and values of every entry and key
             for (int64_t c = 0; c < k.count; ++c) {
                 const double seen = b.around.any() ? b.around.seen(c) : 0;
-                if (b.p.tail && !b.takes(r, c) && k.keys_of(c) > seen) {
-                    const double middle = std::log2((k.keys_of(c) - seen) / 2) + product(b.queries, k.means, c), spread = std::sqrt(product(b.squares, k.variances, c));
+                if (b.p.tail && !b.takes(r, c) && k.number[c] > seen) {
+                    const double middle = std::log2((k.number[c] - seen) / 2) + product(b.queries, k.means, c), spread = std::sqrt(product(b.squares, k.variances, c));
                     for (const double each : {middle + spread, middle - spread}) work(each, &k.mean_values[c * b.width]);
                 }
-                for (int64_t m = 0; b.takes(r, c) && m < k.keys_of(c); ++m)
+                for (int64_t m = 0; b.takes(r, c) && m < k.number[c]; ++m)
                     work(product(b.queries, k.keys, k.panel[c] * L + m), &k.values[(k.first[c] + m) * b.width]);
             }
             for (size_t n = 0; b.around.any() && n < b.beside[r].size(); ++n) work(b.beside_scores[r][n], t.v + b.beside[r][n] * t.v_row);
@@ -186,6 +191,32 @@ void forward(const Problem &p, Rows<const T> q, Rows<const T> k, Rows<const T> v
     failure.rethrow();
 }
 
+// of causal attention: a thread goes through a head from the first query to the last, since clusters grow on the way
+template <class T, class Kind>
+void forward_causal(const Problem &p, Rows<const T> q, Rows<const T> k, Rows<const T> v, Rows<T> out, T *peaks) {
+    const int64_t parts = p.batch * p.heads, at_once = std::min(parts, p.threads), some = Block<T>::SIZE;
+    std::vector<Clusters<T>> clusters;
+    for (int64_t n = 0; n < at_once; ++n) clusters.emplace_back(p.clusters, p.size, p.keys, p.alpha == 1);
+    Failure failure;
+#pragma omp parallel for num_threads(at_once)
+    for (int64_t n = 0; n < at_once; ++n)
+        failure.guard([&] {
+            typename Kind::Forwards block(p);
+            for (int64_t part = n; part < parts; part += at_once) {
+                const Head<T> t = head_of(p, part, q, k, v);
+                take(clusters[n], p, t), clusters[n].rewind();
+                for (int64_t begin = 0; begin < p.queries; begin += some)
+                    block(clusters[n], t, begin, std::min(begin + some, p.queries), out.at(part / p.heads, part % p.heads), out.row, peaks + part * p.queries);
+            }
+        });
+    failure.rethrow();
+}
+
+template <class T, class Kind>
+void forward_any(const Problem &p, Rows<const T> q, Rows<const T> k, Rows<const T> v, Rows<T> out, T *peaks) {
+    (p.causal ? forward_causal<T, Kind> : forward<T, Kind>)(p, q, k, v, out, peaks);
+}
+
 template <class T, class Kind>
 void backward(const Problem &p, Rows<const T> q, Rows<const T> k, Rows<const T> v, Rows<const T> out, Rows<const T> gradient,
               Rows<T> dq, Rows<T> dk, Rows<T> dv, const T *peaks) {
@@ -217,7 +248,7 @@ void backward(const Problem &p, Rows<const T> q, Rows<const T> k, Rows<const T> 
 #define FUNCTIONS(T, NAME)                                                                                                         \
     int forward_##NAME(const Problem *p, const Rows<const T> *q, const Rows<const T> *k, const Rows<const T> *v, const Rows<T> *out, \
                        T *peaks) {                                                                                                  \
-        return status_of([&] { (p->alpha == 1 ? forward<T, Softmax<T>> : forward<T, Entmax<T>>)(*p, *q, *k, *v, *out, peaks); });      \
+        return status_of([&] { (p->alpha == 1 ? forward_any<T, Softmax<T>> : forward_any<T, Entmax<T>>)(*p, *q, *k, *v, *out, peaks); });      \
     }                                                                                                                               \
     int backward_##NAME(const Problem *p, const Rows<const T> *q, const Rows<const T> *k, const Rows<const T> *v,                    \
                         const Rows<const T> *out, const Rows<const T> *gradient, const Rows<T> *dq, const Rows<T> *dk,               \

@@ -79,9 +79,28 @@ template <class T> class Block {
         std::fill(some_takers.begin(), some_takers.end(), 0);
     }
 
+    // `work(row, R)` for all rows, some at a time; of causal attention one after the other, each with clusters of the keys up to it.
+    template <class F> ALWAYS_INLINE void each_rows(Clusters<T> &k, const F &work) const {
+        if (!p.causal) return in_rows<T>(count(), work);
+        for (int64_t row = 0; row < count(); ++row) k.upto(rows[row]), work(row, std::integral_constant<int, 1>());
+    }
+
+    // where the panels of cluster c end in which some of its takers, in the order of their tokens or against it, may see a key
+    int64_t panels_seen(const Clusters<T> &k, int64_t c, const int32_t *who, int64_t some) const {
+        if (!p.causal) return k.panel[c + 1];
+        const auto begin = k.tokens.begin() + k.first[c], end = k.tokens.begin() + k.first[c + 1];
+        return k.panel[c] + (std::upper_bound(begin, end, std::max(rows[who[0]], rows[who[some - 1]])) - begin + L - 1) / L;
+    }
+    // what the score of a row with each key of a panel begins with: 0, or -inf where there is none that it sees
+    ALWAYS_INLINE Wide<T> start(const Clusters<T> &k, int64_t panel, int64_t row) const {
+        const Wide<T> missing = load(&k.missing[panel * L]);
+        if (!p.causal) return missing;
+        return load(&k.positions[panel * L]) > T(rows[row]) ? all_of(-std::numeric_limits<T>::infinity()) : missing;
+    }
+
     // Scores and spreads of R rows from `row` on.
     template <int R> ALWAYS_INLINE void score(const Clusters<T> &k, int64_t row) {
-        in_pairs(0, k.panels, [&](int64_t panel, auto vectors) __attribute__((always_inline)) {
+        in_vectors<R>(0, k.panels, [&](int64_t panel, auto vectors) __attribute__((always_inline)) {
             constexpr int V = decltype(vectors)::value;
             Wide<T> sums[R][V] = {};
             each_chunk([&](int64_t chunk, int64_t some) __attribute__((always_inline)) {
@@ -116,10 +135,10 @@ template <class T> class Block {
         T most = around.any() ? look_around(t, row) : std::numeric_limits<T>::lowest();
         for (int64_t n = 0; n < (all ? k.count : p.slots); ++n) {
             const int64_t c = all ? n : t.ids[i * p.slots + n];
-            if (c < 0 || c >= k.count || !k.keys_of(c)) continue;
+            if (c < 0 || c >= k.count || !k.number[c]) continue;
             T mean = 0;
             each_chunk([&](int64_t chunk, int64_t some) {
-                mean += dot<T>(&queries[(chunk * SIZE + row) * APART], k.mean_of(c) + chunk * APART, some);
+                mean += dot<T>(&queries[(chunk * SIZE + row) * APART], &k.mean_rows[c * width + chunk * APART], some);
             });
             most = std::max(most, mean);
             if (!all) break;

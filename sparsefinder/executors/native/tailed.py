@@ -9,6 +9,10 @@ by lane, and the number that they are compared with is known from the entries be
 With entmax a row keeps what may lie above its threshold, which the entries bound from below, and nothing else. Keys of a window
 and global ones are multiplied besides, and taken off the entries that they lie in.
 
+Of causal attention a thread goes through a head from the first query to the last: a key joins what its cluster amounts to when
+its own query is reached, and of a cluster that is taken the later keys are left out. Backward goes from the last query to the
+first, and takes the keys away again.
+
 Of softmax a layout without a tail is multiplied in the same panels, without the clusters: a row begins with the mean of one that
 it takes instead of its entries. Where buckets fill their panels that is several times as fast as a query at a time.
 
@@ -41,7 +45,7 @@ class _Problem(ctypes.Structure):
 
     _fields_ = [
         *((name, LONG) for name in ("batch", "heads", "group", "queries", "keys", "size")),
-        *((name, LONG) for name in ("slots", "clusters", "threads", "reach", "tail")),
+        *((name, LONG) for name in ("slots", "clusters", "threads", "reach", "tail", "causal")),
         *((name, POINTER) for name in ("q_ids", "k_ids", "query_valid", "key_valid", "is_global", "levels")),
         ("alpha", ctypes.c_double),
     ]
@@ -58,11 +62,8 @@ class TailedExecutor:
 
     def why_not(self, work: Work | None) -> str:
         """Why this work cannot be done here; empty where it can. None: whatever the work."""
-        if work is not None:
-            if not work.tail and (work.alpha != 1.0 or not work.disjoint):
-                return "multiplies layouts with a tail, and of softmax others whose buckets share no key"
-            if work.causal:
-                return "its clusters are those of the whole sentence, which causal attention must not see"
+        if work is not None and not work.tail and (work.alpha != 1.0 or not work.disjoint):
+            return "multiplies layouts with a tail, and of softmax others whose buckets share no key"
         return _LIBRARY.why_not(work)
 
     def attend(self, qk: QK, v: Tensor, layout: Layout, normalizer: Normalizer) -> Tensor:
@@ -103,9 +104,11 @@ class _Run:
         self.tail = layout.tail
         if layout.window or layout.is_global is not None:
             qk.one_text("a window or global tokens")
+        if qk.causal:
+            qk.one_text("causal attention")
         buckets, self.alpha = layout.buckets, alpha
         self.shape, self.group, self.count = qk.graph_shape, qk.group, buckets.count
-        self.reach = layout.window // 2 if layout.window else -1
+        self.reach, self.causal = layout.window // 2 if layout.window else -1, qk.causal
         self.is_global = None if layout.is_global is None else layout.is_global.expand_as(qk.valid).contiguous()
         batch, heads, queries, keys = self.shape
         self.levels, q_ids = None, torch.empty(batch, heads, 1, 0, dtype=torch.int64)
@@ -126,7 +129,7 @@ class _Run:
         batch, heads, queries, keys = self.shape
         problem = _Problem(
             *(batch, heads, self.group, queries, keys, tensors[0].shape[-1]),
-            *(self.q_ids.shape[-1], self.count, torch.get_num_threads(), self.reach, self.tail),
+            *(self.q_ids.shape[-1], self.count, torch.get_num_threads(), self.reach, self.tail, self.causal),
             *(x.data_ptr() for x in (self.q_ids, self.k_ids, *self.masks)),
             *(None if x is None else x.data_ptr() for x in (self.is_global, self.levels)),
             self.alpha,

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <vector>
 
+#include "shares.hpp"
 #include "tailed.hpp"
 
 template <class T> class Backward {
@@ -17,8 +18,8 @@ template <class T> class Backward {
 
     Block<T> b;
     const int64_t width, across;              // D and C in whole vectors
-    Laid<T> laid_values, laid_mean_values;    // as keys and means are laid
-    Numbers<T> key_rows, mean_rows, variance_rows;
+    Laid<T> laid_values;                      // as keys are laid
+    Numbers<T> key_rows;
     Numbers<T> d_keys, d_values, d_means, d_variances, d_mean_values, d_queries, d_squares;  // sums, rows of `width`
     Numbers<T> pulls, along, peaks;           // gradients of the output as queries are kept; their products with it; see above
     Numbers<T> weights, slopes, bends;        // of the clusters, rows of `across`: probabilities, gradients of the scores' means and
@@ -26,21 +27,23 @@ template <class T> class Backward {
     Numbers<T> own_slopes, own_bends;         // of some rows, as entries are kept
     Numbers<T> key_weights, key_slopes;       // of two panels of keys, rows of APART
     Numbers<T> gathered_queries, gathered_pulls;  // of those that take a cluster
+    Shares<T> shares;                         // of causal attention
 
    public:
     explicit Backward(const Problem &p)
-        : b(p), width(b.width), across(whole<T>(p.clusters)), mean_rows(p.clusters * width), variance_rows(p.clusters * width),
-          d_means(p.clusters * width), d_variances(p.clusters * width), d_mean_values(p.clusters * width), d_queries(SOME * width),
+        : b(p), width(b.width), across(whole<T>(p.clusters)), d_means(p.clusters * width), d_variances(p.clusters * width), d_mean_values(p.clusters * width), d_queries(SOME * width),
           d_squares(SOME * width), pulls(b.chunks * SIZE * APART), along(SIZE), peaks(SIZE), weights(SOME * across),
           slopes(SOME * across), bends(SOME * across), own_slopes(b.groups * ROWS_AT_ONCE * APART), own_bends(b.groups * ROWS_AT_ONCE * APART), key_weights(SOME * APART), key_slopes(SOME * APART),
-          gathered_queries(b.chunks * SOME * APART), gathered_pulls(b.chunks * SOME * APART) {}
+          gathered_queries(b.chunks * SOME * APART), gathered_pulls(b.chunks * SOME * APART),
+          shares(p.causal ? p.clusters : 0, p.size) {}
 
-    void operator()(const Clusters<T> &k, const Head<T> &t, const Gradients<T> &g) {
-        lay(k, t);
-        for (int64_t begin = 0; begin < b.p.queries; begin += SOME) {
-            b.take(t, begin, std::min(begin + SOME, b.p.queries));
+    void operator()(Clusters<T> &k, const Head<T> &t, const Gradients<T> &g) {
+        lay(k, t), shares.clear();
+        if (b.p.causal) k.rewind(), k.mark();
+        for (int64_t end = b.p.queries; end > 0; end -= std::min(end, SOME)) {  // from the last query back, as shares want it
+            b.take(t, std::max<int64_t>(end - SOME, 0), end);
             pull(g);
-            b.p.tail ? tail(k, t) : nothing(k, t);
+            b.p.tail ? tail(k, t, g) : nothing(k, t);
             for (int64_t c = 0; c < k.count; ++c)
                 if (b.some_takers[c]) of_keys(k, c, &b.takers[c * SIZE], b.some_takers[c]);
             const T root = T(1 / std::sqrt(double(b.size)));
@@ -56,28 +59,38 @@ template <class T> class Backward {
    private:
     void lay(const Clusters<T> &k, const Head<T> &t) {
         const int64_t keys = k.first[k.count];
-        laid_values.resize(k.panel[k.count], b.size), laid_mean_values.resize(k.panels, b.size);
+        laid_values.resize(k.panel[k.count], b.size);
         for (Numbers<T> *each : {&key_rows, &d_keys, &d_values}) each->resize(keys * width);
         for (Numbers<T> *each : {&d_keys, &d_values, &d_means, &d_variances, &d_mean_values, &laid_values.numbers}) each->fill(T(0));
-        for (int64_t c = 0; c < k.count; ++c) {
+        for (int64_t c = 0; c < k.count; ++c)
             for (int64_t m = 0; m < k.keys_of(c); ++m) {
                 const int64_t n = k.first[c] + m;
                 laid_values.put(k.panel[c] * L + m, &k.values[n * width]);
                 std::copy_n(t.k + k.tokens[n] * t.k_row, b.size, &key_rows[n * width]);
             }
-            laid_mean_values.put(c, &k.mean_values[c * width]);
-            for (int64_t x = 0; x < b.size; ++x) {
-                mean_rows[c * width + x] = k.means.panel(c / L)[x * L + c % L];
-                variance_rows[c * width + x] = k.variances.panel(c / L)[x * L + c % L];
-            }
-        }
     }
 
-    void tail(const Clusters<T> &k, const Head<T> &t) {
+    void tail(Clusters<T> &k, const Head<T> &t, const Gradients<T> &g) {
+        if (b.p.causal) {
+            for (int64_t row = b.count() - 1; row >= 0; --row) k.upto(b.rows[row]), of_clusters<1>(k, t, row), share(k, t, g, row);
+            return;
+        }
         in_rows<T>(b.count(), [&](int64_t row, auto R) { of_clusters<decltype(R)::value>(k, t, row); });
         sum_up(weights, across, b.count(), k.count, pulls, SIZE, &d_mean_values[0]);
         sum_up(slopes, across, b.count(), k.count, b.queries, SIZE, &d_means[0]);
         sum_up(bends, across, b.count(), k.count, b.squares, SIZE, &d_variances[0]);
+    }
+
+    // what a row of causal attention pulls on clusters, and what the key of its token has got by now
+    void share(const Clusters<T> &k, const Head<T> &t, const Gradients<T> &g, int64_t row) {
+        const int64_t i = b.rows[row], own = k.cluster_of(i);
+        const T *q = t.q + i * t.q_row, *gradient = g.gradient + i * g.gradient_row, by_square = b.scale * b.scale * T(1 / LOG2_E);
+        for (int64_t c = 0; c < k.count; ++c)
+            if (const int64_t at = row * across + c; k.number[c] > 0 && weights[at] != 0)
+                shares.add(k, c, q, slopes[at] * b.scale, bends[at] * by_square, gradient, weights[at]);
+        if (own < 0) return;
+        const int64_t n = (k.first[own] + int64_t(k.number[own]) - 1) * width;  // the last one that was seen
+        shares.give(k, own, &key_rows[n], &d_keys[n], &d_values[n]);
     }
 
     void nothing(const Clusters<T> &k, const Head<T> &t) {
@@ -100,11 +113,11 @@ template <class T> class Backward {
     template <int R> void of_clusters(const Clusters<T> &k, const Head<T> &t, int64_t row) {
         T totals[R * L];
         b.template weigh<R>(k, t, row, totals);
-        in_pairs(0, k.panels, [&](int64_t panel, auto vectors) __attribute__((always_inline)) {
+        in_vectors<R>(0, k.panels, [&](int64_t panel, auto vectors) __attribute__((always_inline)) {
             constexpr int V = decltype(vectors)::value;
             Wide<T> sums[R][V] = {};
             b.each_chunk([&](int64_t chunk, int64_t some) __attribute__((always_inline)) {
-                multiply<R, V, T>(&pulls[(chunk * SIZE + row) * APART], laid_mean_values.panel(panel) + chunk * APART * L, laid_mean_values.apart(), some, sums);
+                multiply<R, V, T>(&pulls[(chunk * SIZE + row) * APART], k.laid_mean_values.panel(panel) + chunk * APART * L, k.laid_mean_values.apart(), some, sums);
             });
             for (int r = 0; r < R; ++r)
                 for (int v = 0; v < V; ++v) {
@@ -119,11 +132,11 @@ template <class T> class Backward {
                     store(&own_slopes[at], slope), store(&own_bends[at], bend);
                 }
         });
-        in_pairs(0, width / L, [&](int64_t column, auto vectors) __attribute__((always_inline)) {
+        in_vectors<R>(0, width / L, [&](int64_t column, auto vectors) __attribute__((always_inline)) {
             constexpr int V = decltype(vectors)::value;
             Wide<T> sums[R][V] = {}, squares[R][V] = {};
-            b.template of_entries<R, V>(own_slopes, &mean_rows[column * L], sums);
-            b.template of_entries<R, V>(own_bends, &variance_rows[column * L], squares);
+            b.template of_entries<R, V>(own_slopes, &k.mean_rows[column * L], sums);
+            b.template of_entries<R, V>(own_bends, &k.variance_rows[column * L], squares);
             for (int r = 0; r < R; ++r)
                 for (int v = 0; v < V; ++v) {
                     const int64_t at = (row + r) * width + (column + v) * L;
@@ -162,7 +175,7 @@ template <class T> class Backward {
                 const int64_t from = (chunk * SIZE + who[n]) * APART, to = (chunk * SOME + n) * APART;
                 std::copy_n(&b.queries[from], APART, &gathered_queries[to]), std::copy_n(&pulls[from], APART, &gathered_pulls[to]);
             }
-        in_pairs(k.panel[c], k.panel[c + 1], [&](int64_t panel, auto vectors) {
+        in_pairs(k.panel[c], b.panels_seen(k, c, who, count), [&](int64_t panel, auto vectors) {
             constexpr int V = decltype(vectors)::value;
             const int64_t key = k.first[c] + (panel - k.panel[c]) * L, keys = std::min<int64_t>(V * L, k.first[c + 1] - key);
             in_rows<T>(count, [&](int64_t n, auto R) { of_panels<decltype(R)::value, V>(k, who + n, n, panel, key, keys); });
@@ -187,7 +200,7 @@ template <class T> class Backward {
     template <int R, int V> void of_panels(const Clusters<T> &k, const int32_t *who, int64_t n, int64_t panel, int64_t key, int64_t keys) {
         Wide<T> scores[R][V], pulled[R][V] = {};
         for (int r = 0; r < R; ++r)
-            for (int v = 0; v < V; ++v) scores[r][v] = load(&k.missing[(panel + v) * L]) - peaks[who[r]];
+            for (int v = 0; v < V; ++v) scores[r][v] = b.start(k, panel + v, who[r]) - peaks[who[r]];
         b.each_chunk([&](int64_t chunk, int64_t some) __attribute__((always_inline)) {
             const int64_t at = (chunk * SOME + n) * APART;
             multiply<R, V, T>(&gathered_queries[at], k.keys.panel(panel) + chunk * APART * L, k.keys.apart(), some, scores);
@@ -222,7 +235,7 @@ template <class T> class Backward {
                 T *dk = t.dk + k.tokens[n] * t.dk_row, *dv = t.dv + k.tokens[n] * t.dv_row;
 #pragma omp simd
                 for (int64_t x = 0; x < b.size; ++x) {
-                    const T apart = key_rows[n * width + x] - mean_rows[c * width + x];
+                    const T apart = key_rows[n * width + x] - k.mean_rows[c * width + x];
                     const T of_cluster = d_means[c * width + x] + 2 * back * apart * d_variances[c * width + x];
                     dk[x] += back * (d_keys[n * width + x] + share * of_cluster);
                     dv[x] += d_values[n * width + x] + share * d_mean_values[c * width + x];

@@ -7,6 +7,7 @@
 #include <limits>
 #include <vector>
 
+#include "shares.hpp"
 #include "tailed_support.hpp"
 
 template <class T> class EntmaxForward {
@@ -16,13 +17,15 @@ template <class T> class EntmaxForward {
    public:
     explicit EntmaxForward(const Problem &p) : support_(p), sum_(p.size) {}
 
-    void operator()(const Clusters<T> &k, const Head<T> &t, int64_t begin, int64_t end, T *to, int64_t to_row, T *thresholds) {
+    void operator()(Clusters<T> &k, const Head<T> &t, int64_t begin, int64_t end, T *to, int64_t to_row, T *thresholds) {
         const Block<T> &b = support_.b;
         const double alpha = b.p.alpha;
+        if (b.p.causal) k.mark();  // a threshold is known after all rows were looked at, and mean values are wanted then
         support_.gather(k, t, begin, end, nullptr);
         for (int64_t i = begin; i < end; ++i)
             if (!t.valid[i]) std::fill(to + i * to_row, to + i * to_row + b.size, T(0));
         for (int64_t r = 0; r < b.count(); ++r) {
+            if (b.p.causal) k.upto(b.rows[r]);
             const auto &row = support_.rows[r];
             const T threshold = thresholds[b.rows[r]] = support_.threshold(r);
             T total = threshold != threshold ? threshold : T(0);
@@ -46,34 +49,39 @@ template <class T> class EntmaxForward {
 template <class T> class EntmaxBackward {
     Support<T> support_;
     const int64_t width_;
-    Numbers<T> mean_rows_, variance_rows_;               // rows of `width`
-    Numbers<T> d_means_, d_variances_, d_mean_values_;   // sums
+    Numbers<T> d_means_, d_variances_, d_mean_values_;   // sums, rows of `width`
+    Shares<T> shares_;                                   // of causal attention, instead of these
     std::vector<T> along_, slopes_;                      // of the keys of a row
 
    public:
     explicit EntmaxBackward(const Problem &p)
-        : support_(p), width_(whole<T>(p.size)), mean_rows_(p.clusters * width_), variance_rows_(p.clusters * width_),
-          d_means_(p.clusters * width_), d_variances_(p.clusters * width_), d_mean_values_(p.clusters * width_) {}
+        : support_(p), width_(whole<T>(p.size)), d_means_(p.clusters * width_), d_variances_(p.clusters * width_),
+          d_mean_values_(p.clusters * width_), shares_(p.causal ? p.clusters : 0, p.size) {}
 
-    void operator()(const Clusters<T> &k, const Head<T> &t, const Gradients<T> &g) {
-        const int64_t L = LANES_OF<T>, size = support_.b.size;
+    void operator()(Clusters<T> &k, const Head<T> &t, const Gradients<T> &g) {
+        const int64_t size = support_.b.size, some = Block<T>::SIZE;
+        const bool causal = support_.b.p.causal;
         for (Numbers<T> *each : {&d_means_, &d_variances_, &d_mean_values_}) each->fill(T(0));
-        for (int64_t c = 0; c < k.count; ++c)
-            for (int64_t x = 0; x < size; ++x) {
-                mean_rows_[c * width_ + x] = k.means.panel(c / L)[x * L + c % L];
-                variance_rows_[c * width_ + x] = k.variances.panel(c / L)[x * L + c % L];
+        shares_.clear();
+        if (causal) k.rewind(), k.mark();
+        for (int64_t end = support_.b.p.queries; end > 0; end -= std::min(end, some)) {  // from the last query back, as shares want it
+            support_.gather(k, t, std::max<int64_t>(end - some, 0), end, g.peaks);
+            for (int64_t r = support_.b.count() - 1; r >= 0; --r) {
+                const int64_t i = support_.b.rows[r];
+                if (causal) k.upto(i);
+                of_row(k, support_.rows[r], i, t, g);
+                if (const int64_t own = causal ? k.cluster_of(i) : -1; own >= 0)
+                    shares_.give(k, own, t.k + i * t.k_row, g.dk + i * g.dk_row, g.dv + i * g.dv_row);
             }
-        for (int64_t begin = 0; begin < support_.b.p.queries; begin += Block<T>::SIZE) {
-            support_.gather(k, t, begin, std::min(begin + Block<T>::SIZE, support_.b.p.queries), g.peaks);
-            for (int64_t r = 0; r < support_.b.count(); ++r) of_row(k, support_.rows[r], support_.b.rows[r], t, g);
         }
+        if (causal) return;
         for (int64_t c = 0; c < k.count; ++c)  // a key's share of the gradients of its cluster's mean, variance and mean value
             for (int64_t n = k.first[c]; n < k.first[c + 1]; ++n) {
                 const T share = T(1) / k.keys_of(c), *key = t.k + k.tokens[n] * t.k_row;
                 T *dk = g.dk + k.tokens[n] * g.dk_row, *dv = g.dv + k.tokens[n] * g.dv_row;
                 for (int64_t x = 0; x < size; ++x) {
                     const int64_t at = c * width_ + x;
-                    dk[x] += share * (d_means_[at] + 2 * (key[x] - mean_rows_[at]) * d_variances_[at]);
+                    dk[x] += share * (d_means_[at] + 2 * (key[x] - k.mean_rows[at]) * d_variances_[at]);
                     dv[x] += share * d_mean_values_[at];
                 }
             }
@@ -110,16 +118,16 @@ template <class T> class EntmaxBackward {
             const auto &e = row.entries[n];
             const T high = e.middle + e.spread - threshold, low = e.middle - e.spread - threshold, apart = along_[n] - weighted;
             const int64_t at = e.cluster * width_;
-            add(&d_mean_values_[at], gradient, one * e.half * (above(high, power(high, alpha)) + above(low, power(low, alpha))), size);
-            const T middle = slopes_[n] * apart * root;
-            add(&d_means_[at], q, middle, size), add(dq, &mean_rows_[at], middle, size);
-            if (e.spread <= least) continue;
+            const T weight = one * e.half * (above(high, power(high, alpha)) + above(low, power(low, alpha))), middle = slopes_[n] * apart * root;
             // by the variance of the scores: (s of the higher half - s of the lower) / 2 spreads
-            const T bend = e.half * (above(high, one_less(high, alpha)) - above(low, one_less(low, alpha))) * apart * T(alpha - 1) / (2 * e.spread) * root * root;
-            for (int64_t x = 0; x < size; ++x) {
-                d_variances_[at + x] += bend * q[x] * q[x];
-                dq[x] += 2 * bend * q[x] * variance_rows_[at + x];
+            const T bend = e.spread <= least ? T(0) : e.half * (above(high, one_less(high, alpha)) - above(low, one_less(low, alpha))) * apart * T(alpha - 1) / (2 * e.spread) * root * root;
+            for (int64_t x = 0; x < size; ++x) dq[x] += middle * k.mean_rows[at + x] + 2 * bend * q[x] * k.variance_rows[at + x];
+            if (support_.b.p.causal) {
+                shares_.add(k, e.cluster, q, middle, bend, gradient, weight);
+                continue;
             }
+            add(&d_mean_values_[at], gradient, weight, size), add(&d_means_[at], q, middle, size);
+            for (int64_t x = 0; x < size; ++x) d_variances_[at + x] += bend * q[x] * q[x];
         }
         for (size_t n = entries; n < count; ++n) {
             const int64_t j = row.tokens[n - entries];

@@ -38,9 +38,9 @@ template <class T> class Support {
         : b(p), rows(SIZE), alpha_(p.alpha), lowest_(-std::pow(T(2), T(p.alpha - 1))), flat_(b.words()), listed_(p.clusters + 1) {}
 
     // What of queries `begin` to `end` may lie above their thresholds; above the `thresholds` where these are known.
-    void gather(const Clusters<T> &k, const Head<T> &t, int64_t begin, int64_t end, const T *thresholds) {
+    void gather(Clusters<T> &k, const Head<T> &t, int64_t begin, int64_t end, const T *thresholds) {
         b.take(t, begin, end);
-        in_rows<T>(b.count(), [&](int64_t row, auto number) {
+        b.each_rows(k, [&](int64_t row, auto number) {
             constexpr int R = decltype(number)::value;
             b.template score<R>(k, row);
             for (int r = 0; r < R; ++r) begin_row(k, t, row + r, r, thresholds);
@@ -163,11 +163,11 @@ template <class T> class Support {
     // the keys of cluster c, for some of the queries that take it
     template <int R> void exact(const Clusters<T> &k, int64_t c, const int32_t *who) {
         b.template pack<R>(b.queries, who);
-        in_pairs(k.panel[c], k.panel[c + 1], [&](int64_t panel, auto vectors) __attribute__((always_inline)) {
+        in_pairs(k.panel[c], b.panels_seen(k, c, who, R), [&](int64_t panel, auto vectors) __attribute__((always_inline)) {
             constexpr int V = decltype(vectors)::value;
             Wide<T> sums[R][V];
             for (int r = 0; r < R; ++r)
-                for (int v = 0; v < V; ++v) sums[r][v] = load(&k.missing[(panel + v) * L]);
+                for (int v = 0; v < V; ++v) sums[r][v] = b.start(k, panel + v, who[r]);
             b.template multiply_packed<R, V>(k.keys, panel, sums);
             for (int r = 0; r < R; ++r) {
                 Row &own = rows[who[r]];

@@ -210,3 +210,12 @@ template <class F> ALWAYS_INLINE void in_pairs(int64_t first, int64_t end, const
     for (; first + 1 < end; first += 2) work(first, std::integral_constant<int, 2>());
     if (first < end) work(first, std::integral_constant<int, 1>());
 }
+
+// The same of one row, whose products wait for each other: eight at a time while there are so many, and four.
+template <int R, class F> ALWAYS_INLINE void in_vectors(int64_t first, int64_t end, const F &work) {
+    if constexpr (R == 1) {
+        for (; first + 8 <= end; first += 8) work(first, std::integral_constant<int, 8>());
+        for (; first + 4 <= end; first += 4) work(first, std::integral_constant<int, 4>());
+    }
+    in_pairs(first, end, work);
+}
