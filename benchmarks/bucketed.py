@@ -234,7 +234,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="*", default=[512, 2048, 4096, 8192, 16384], help="attention alone")
     parser.add_argument("--shape", type=int, nargs="*", default=[4096, 16384], help="a whole layer of RoBERTa-base")
     parser.add_argument("--layer", type=int, default=2, help="whose vectors are taken; and the one before, for --shape")
-    parser.add_argument("--rounds", type=int, default=5, help="up to 4,096 tokens; 3 beyond")
+    parser.add_argument("--rounds", type=int, default=5, help="that each attention is timed")
     given = parser.parse_args()
     lengths = sorted({*given.tokens, *given.shape})
     model, tokenizer = recorded.lengthened(given.model, lengths[-1])
@@ -245,14 +245,11 @@ def main() -> None:
     print(machine())
     ids = recorded.texts(given.test, tokenizer, lengths[-1], 1)[0]
 
-    def rounds(tokens: int) -> int:
-        return int(given.rounds) if tokens <= 4096 else 3
-
     found: dict[int, list[Vectors]] = {}
     for tokens in lengths:
         found[tokens] = recorded.vectors(model, ids[:, :tokens], (layer - 1, layer))
     for tokens in given.tokens:
-        compare(found[tokens][1], layer, learned, normalizer, rounds(tokens))
+        compare(found[tokens][1], layer, learned, normalizer, given.rounds)
     if given.shape:
         two = Samples(
             *([side_by_side(x[layer - 1 : layer + 1].split(1)) for x in side] for side in (samples.q, samples.k))
@@ -260,7 +257,7 @@ def main() -> None:
         of_shape = recorded.learned(two)
     for tokens in given.shape:
         joined = tuple(side_by_side(pair) for pair in zip(*found[tokens], strict=True))
-        compare_layers((joined[0], joined[1], joined[2]), of_shape, normalizer, rounds(tokens))
+        compare_layers((joined[0], joined[1], joined[2]), of_shape, normalizer, given.rounds)
 
 
 if __name__ == "__main__":
