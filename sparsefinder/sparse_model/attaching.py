@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from sparsefinder.errors import UserError
 from sparsefinder.executors.choose_executor import AUTO
 from sparsefinder.models import describe, get_normalizer
-from sparsefinder.models.families import check_family
+from sparsefinder.models.families import check_family, kind_of
 from sparsefinder.models.replacement import attach_and_detach
 from sparsefinder.sparse_model.curves import Target
 from sparsefinder.sparse_model.index import Attached, Index, hash_of_weights
@@ -42,7 +42,8 @@ def attach(
     """Let a model attend on the graph that an index predicts, from now on; what was attached before goes.
 
     Of `density`, `recall` and `loss_tolerance` one may be given; without, every head has the pattern's own setting. Dropout on
-    attention probabilities is not applied, and attention weights cannot be asked for.
+    attention probabilities is not applied, and attention weights cannot be asked for. A decoder reads a whole text on the
+    graph, a prompt for instance; words behind a cache attend densely, each to all that was read.
 
     Args:
         model: A model of transformers, with any head or none, or one of sentence-transformers; changed in place.
@@ -61,7 +62,7 @@ def attach(
         raise UserError(
             f"index is a {type(index).__name__}: give what sparsefinder.fit or sparsefinder.Index.load returned"
         )
-    encoder = encoder_of(model)
+    encoder = transformer_of(model)
     check_fit(index, encoder, another_base_model)
     given = {"density": density, "recall": recall, "loss_tolerance": loss_tolerance}
     named = [(name, value) for name, value in given.items() if value is not None]
@@ -85,7 +86,7 @@ def detach(model: Any) -> None:
     Raises:
         UserError: Where nothing is attached.
     """
-    attach_and_detach.detach(encoder_of(model))
+    attach_and_detach.detach(transformer_of(model))
 
 
 def attachment(model: Any) -> Attachment:
@@ -96,7 +97,7 @@ def attachment(model: Any) -> Attachment:
     return owner
 
 
-def encoder_of(model: Any) -> PreTrainedModel:
+def transformer_of(model: Any) -> PreTrainedModel:
     """The model of transformers in what somebody has: itself, or the one inside a model of sentence-transformers.
 
     Raises:
@@ -113,9 +114,9 @@ def encoder_of(model: Any) -> PreTrainedModel:
             )
         encoder = inside[0]
     label = encoder.name_or_path or type(encoder).__name__
-    check_family(encoder.config.model_type, label, ("encoder",))
-    if getattr(encoder.config, "is_decoder", False):
-        raise UserError(f"{label} is configured as a decoder; an index needs is_decoder=false")
+    check_family(encoder.config.model_type, label, ("encoder", "decoder"))
+    if kind_of(encoder.config) == "encoder" and getattr(encoder.config, "is_decoder", False):
+        raise UserError(f"{label} is an encoder configured as a decoder; an index needs is_decoder=false")
     return encoder
 
 

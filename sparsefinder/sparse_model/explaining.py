@@ -14,8 +14,7 @@ from sparsefinder.attention import Dense
 from sparsefinder.errors import UserError
 from sparsefinder.graphs import Attention
 from sparsefinder.models import plugged
-from sparsefinder.numerics.normalizers import Normalizer
-from sparsefinder.sparse_model.attaching import attachment, encoder_of
+from sparsefinder.sparse_model.attaching import attachment, transformer_of
 from sparsefinder.sparse_model.measuring import difference, head_sums, outputs
 from sparsefinder.sparse_model.texts import strings_of, token_ids
 
@@ -69,15 +68,15 @@ def explain(model: Any, texts: Any, tokenizer: Any = None) -> Explanation:
     Raises:
         UserError: Where nothing is attached, or no text is given.
     """
-    encoder, found = encoder_of(model), attachment(model)
+    encoder, found = transformer_of(model), attachment(model)
     ids = _ids(encoder, texts, tokenizer or getattr(model, "tokenizer", None))
     index, setting = found.index, found.setting
-    sparse, dense = index.attention(setting), Dense(index.normalizer)
+    sparse, dense = index.attention(setting), Dense(index.normalizer, index.base.causal)
     shape = index.base.layers, index.base.heads
     training = encoder.training
     try:
         encoder.eval()
-        sums = head_sums(encoder, ids, [sparse], index.normalizer, shape)
+        sums = head_sums(encoder, ids, [sparse], dense, shape)
         with plugged(encoder, dense):
             expected = outputs(encoder, ids)
         with plugged(encoder, sparse):
@@ -105,7 +104,7 @@ def explain(model: Any, texts: Any, tokenizer: Any = None) -> Explanation:
         f"{index.configuration.label} at {setting.target or 'its own setting'}",
         longest.shape[1],
         difference(expected, measured),
-        _what_runs(encoder, index.normalizer, longest, found),
+        _what_runs(encoder, dense, longest, found),
     )
 
 
@@ -130,6 +129,7 @@ class _Stopwatch:
     def __init__(self, attention: Attention, layers: int):
         self.attention = attention
         self.seconds = [math.inf] * layers
+        self.causal = bool(getattr(attention, "causal", False))
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, layer: int) -> Tensor:
         start = _now(q.device)
@@ -152,15 +152,13 @@ def _seconds(encoder: Any, ids: Tensor, attention: Attention, layers: int) -> li
     return watch.seconds
 
 
-def _what_runs(encoder: Any, normalizer: Normalizer, ids: Tensor, found: Any) -> str:
+def _what_runs(encoder: Any, dense: Dense, ids: Tensor, found: Any) -> str:
     size = found.index.base.head_size
     q = torch.empty(1, found.index.base.heads, ids.shape[1], size, device=encoder.device, dtype=encoder.dtype)
-    lines = [f"{name}:\n{each.explain(q, q, q)}" for name, each in _explaining(found, normalizer).items()]
+    lines = [f"{name}:\n{each.explain(q, q, q)}" for name, each in _explaining(found, dense).items()]
     return "\n".join(lines)
 
 
-def _explaining(found: Any, normalizer: Normalizer) -> dict[str, Any]:
+def _explaining(found: Any, dense: Dense) -> dict[str, Any]:
     sparse = found.index.attention(found.setting)
-    return (
-        {"sparse": sparse, "dense": Dense(normalizer)} if hasattr(sparse, "explain") else {"dense": Dense(normalizer)}
-    )
+    return {"sparse": sparse, "dense": dense} if hasattr(sparse, "explain") else {"dense": dense}

@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsefinder.attention import Dense
 from sparsefinder.errors import UserError
 from sparsefinder.experiment.configuration import Configuration
 from sparsefinder.experiment.targets import whole_numbered
+from sparsefinder.graphs import reads_ahead
 from sparsefinder.models import ModelShape, describe, get_normalizer, plugged
 from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.patterns.refined import Refined
-from sparsefinder.sparse_model.attaching import encoder_of
+from sparsefinder.sparse_model.attaching import transformer_of
 from sparsefinder.sparse_model.curves import Curves, Target
 from sparsefinder.sparse_model.index import BaseModel, Index, hash_of_weights
 from sparsefinder.sparse_model.learning import learn
@@ -52,8 +54,8 @@ def fit(
     and the seed alone.
 
     Args:
-        model: A model of transformers, of one of `sparsefinder.models.FAMILIES`, with any head or none; or one of
-            sentence-transformers.
+        model: A model of transformers with any head or none, an encoder or a decoder of `sparsefinder.models.families.TRAITS`;
+            or one of sentence-transformers. Of a decoder clusters of keys have one level, and nothing reads later words.
         tokenizer: Its tokenizer.
         texts: Strings, an iterable of them, or a `datasets.Dataset`; one long string will do. A tenth is held out to measure on.
         pattern: The name of a file in ``conf/pattern``, or a pattern object; None for ``refined`` where the model has softmax,
@@ -70,10 +72,10 @@ def fit(
 
     Raises:
         UserError: For a model whose attention cannot be replaced, texts that are too few or empty, a length beyond the model,
-            and a pattern that there is not.
+            a pattern that there is not, and one that reads ahead in a decoder.
     """
     start = time.perf_counter()
-    encoder = encoder_of(model)
+    encoder = transformer_of(model)
     if not callable(tokenizer):
         raise UserError(
             f"tokenizer is a {type(tokenizer).__name__}: give the model's, AutoTokenizer.from_pretrained(...)"
@@ -94,8 +96,11 @@ def fit(
     training = encoder.training
     try:
         encoder.eval()
-        learned = learn(configuration.needs, encoder, list(reading.training), normalizer, seed)
-        index = Index(_base(encoder, shape, normalizer.alpha), configuration, learned)
+        base = _base(encoder, shape, normalizer.alpha)
+        learned = learn(configuration.needs, encoder, list(reading.training), Dense(normalizer, base.causal), seed)
+        if base.causal and (ahead := reads_ahead(configuration.build(learned))):
+            raise UserError(f"pattern={named.name} reads ahead in a decoder ({ahead}): choose another, such as refined")
+        index = Index(base, configuration, learned)
         if named.sweep:
             index = _calibrated(encoder, index, reading.held_out[:_MEASURED], named.sweep)
     finally:
@@ -138,7 +143,8 @@ def _calibrated(model: Any, index: Index, texts: Sequence[Tensor], sweep: Sequen
         )
     whole = whole_numbered(configuration.pattern)
     shape = index.base.layers, index.base.heads
-    curves = measured_curves(model, texts, attentions, index.normalizer, shape, whole)
+    dense = Dense(index.normalizer, index.base.causal)
+    curves = measured_curves(model, texts, attentions, dense, shape, whole)
     index = replace(index, curves=curves)
     return replace(index, quality=tuple(_quality(model, index, curves, texts)))
 

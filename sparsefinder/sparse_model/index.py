@@ -19,6 +19,7 @@ from sparsefinder.executors.choose_executor import AUTO
 from sparsefinder.experiment.configuration import Configuration, Dials, Learned
 from sparsefinder.graphs import Attention
 from sparsefinder.models.entmax_configuration import TEMPERATURE
+from sparsefinder.models.families import DECODERS
 from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.predictors.centroids import load_centroids
 from sparsefinder.predictors.projections import load_projections
@@ -50,6 +51,11 @@ class BaseModel:
     heads: int
     head_size: int
     alpha: float
+
+    @property
+    def causal(self) -> bool:
+        """Whether it is a decoder, of which no query sees a later key."""
+        return self.family in DECODERS
 
 
 @dataclass(frozen=True)
@@ -154,9 +160,9 @@ class Index:
         pattern = configuration.build(self.learned)
         if configuration.bucketed(self.learned, self.base.head_size):
             if setting.auto:
-                return Auto(pattern, self.normalizer, executor=setting.executor)
-            return Bucketed(pattern, self.normalizer, executor=setting.executor)
-        return Masked(pattern, self.normalizer)
+                return Auto(pattern, self.normalizer, self.base.causal, setting.executor)
+            return Bucketed(pattern, self.normalizer, self.base.causal, setting.executor)
+        return Masked(pattern, self.normalizer, self.base.causal)
 
     def save(self, folder: Path | str) -> None:
         """Write ``sparsefinder.json`` and ``sparsefinder.safetensors`` into a folder, which is made where it is missing."""

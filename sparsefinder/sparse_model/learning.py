@@ -34,13 +34,13 @@ Kept = Callable[[int], Tensor | slice]
 """How many tokens a text has → which of them are kept."""
 
 
-def record(model: Any, texts: Iterable[Tensor], normalizer: Normalizer, kept: Kept) -> Samples:
+def record(model: Any, texts: Iterable[Tensor], dense: Dense, kept: Kept) -> Samples:
     """Queries and keys of some tokens of each text, as the model reads it with its own attention.
 
     Args:
         model: Of one of `sparsefinder.models.FAMILIES`.
         texts: Token ids ``(1, n)``.
-        normalizer: That of the model.
+        dense: The model's own attention.
         kept: Which tokens of a text.
 
     Returns:
@@ -48,7 +48,7 @@ def record(model: Any, texts: Iterable[Tensor], normalizer: Normalizer, kept: Ke
     """
     recorder = Recorder()
     sides: tuple[list[Any], list[Any]] = ([], [])
-    with plugged(model, Watched(Dense(normalizer), recorder)), torch.inference_mode():
+    with plugged(model, Watched(dense, recorder)), torch.inference_mode():
         for ids in texts:
             recorder.layers.clear()
             model.base_model(input_ids=ids.to(model.device), attention_mask=torch.ones_like(ids).to(model.device))
@@ -59,14 +59,15 @@ def record(model: Any, texts: Iterable[Tensor], normalizer: Normalizer, kept: Ke
     return Samples(*sides, source="texts")
 
 
-def learn(needs: tuple[str, ...], model: Any, texts: list[Tensor], normalizer: Normalizer, seed: int) -> Learned:
+def learn(needs: tuple[str, ...], model: Any, texts: list[Tensor], dense: Dense, seed: int) -> Learned:
     """The artefacts that a pattern needs, rounded to half precision where that is fine enough.
 
     Args:
         needs: Their names.
         model: Of one of `sparsefinder.models.FAMILIES`.
         texts: Token ids ``(1, n)``.
-        normalizer: That of the model.
+        dense: The model's own attention. Of a causal one clusters have one level: which of several is taken depends on the
+            length of a text, and with it on words that are still to come.
         seed: Of whatever is drawn.
 
     Raises:
@@ -90,12 +91,14 @@ def learn(needs: tuple[str, ...], model: Any, texts: list[Tensor], normalizer: N
             return slice(None)
 
         texts = texts[:_MOST_TEXTS]
-    samples = record(model, progress(texts, "reading"), normalizer, kept)
+    samples = record(model, progress(texts, "reading"), dense, kept)
     tokens = sum(samples.lengths)
     clusters = min(CLUSTERS, tokens // 4)
     if clusters < 2:
         raise UserError(f"the texts have {tokens} tokens to learn from, which is too few: give longer ones or more")
-    tree = KeyClusterSettings(n_clusters=FINEST, coarsest=min(64, tokens // 4), max_iterations=_ITERATIONS, seed=seed)
+    finest = min(FINEST, tokens // 4) if dense.causal else FINEST
+    coarsest = finest if dense.causal else min(64, tokens // 4)
+    tree = KeyClusterSettings(n_clusters=finest, coarsest=coarsest, max_iterations=_ITERATIONS, seed=seed)
     made: dict[str, Any] = {}
     if apart:
         made["lowrank"] = fit_lowrank(samples, RANK)
@@ -103,7 +106,8 @@ def learn(needs: tuple[str, ...], model: Any, texts: list[Tensor], normalizer: N
             made["key_centroids"] = fit_tree(samples, made["lowrank"], tree)
     else:
         clustering = Clustering(n_clusters=clusters, max_iterations=_ITERATIONS, max_points=_POINTS, seed=seed)
-        made = _of_pairs(needs, samples, clustering, tree, normalizer.alpha if normalizer.sparse else 1.5)
+        assert isinstance(dense.normalizer, Normalizer)
+        made = _of_pairs(needs, samples, clustering, tree, dense.normalizer.alpha if dense.normalizer.sparse else 1.5)
     return Learned({name: rounded(made[name]) for name in needs})
 
 

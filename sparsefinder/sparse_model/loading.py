@@ -14,7 +14,7 @@ from sparsefinder.errors import UserError
 from sparsefinder.models.checkpoints import load_model, open_checkpoint
 from sparsefinder.models.replacement import attach_and_detach
 from sparsefinder.models.transformers_internals import cached_file
-from sparsefinder.sparse_model.attaching import Attachment, check_fit, encoder_of, put
+from sparsefinder.sparse_model.attaching import Attachment, check_fit, put, transformer_of
 from sparsefinder.sparse_model.index import Attached, Index, hash_of_weights
 from sparsefinder.sparse_model.index_files import DESCRIPTION, NUMBERS, read_files
 
@@ -75,7 +75,7 @@ def attach_what_lies_beside(model: PreTrainedModel, name: str, where: dict[str, 
                 f"{NUMBERS} too, or take the line sparsefinder_index out of config.json for dense attention"
             ) from error
     index = read_files(*paths)
-    encoder = encoder_of(model)
+    encoder = transformer_of(model)
     check_fit(index, encoder, another_base_model=False)
     put(encoder, index, index.attached or Attached())
 

@@ -79,13 +79,13 @@ class _Truth:
             means = count(graph, self.gold, qk).macro()
             return 1 - means["sparsity"], means["recall"]
         assert self.probabilities is not None
-        density = graph.double().mean((0, 2, 3))
+        density = graph.double().sum((0, 2, 3)) / qk.numbers_allowed.sum()
         return density, (self.probabilities * graph).sum(-1).double().mean((0, 2))
 
 
 @torch.inference_mode()
 def head_sums(
-    model: Any, texts: Iterable[Tensor], candidates: Sequence[Any], normalizer: Normalizer, shape: tuple[int, int]
+    model: Any, texts: Iterable[Tensor], candidates: Sequence[Any], dense: Dense, shape: tuple[int, int]
 ) -> HeadSums:
     """Density, recall and error of each candidate in every head, while the model reads with its own attention.
 
@@ -93,14 +93,15 @@ def head_sums(
         model: Of one of `sparsefinder.models.FAMILIES`.
         texts: Token ids ``(1, n)``.
         candidates: Attentions with a graph.
-        normalizer: That of the model.
+        dense: The model's own attention.
         shape: Layers and heads.
 
     Returns:
         Sums over the texts.
     """
     sums = HeadSums.none(len(candidates), *shape)
-    with plugged(model, Watched(Dense(normalizer), _Look(candidates, normalizer, sums))):
+    assert isinstance(dense.normalizer, Normalizer)
+    with plugged(model, Watched(dense, _Look(candidates, dense.normalizer, sums))):
         for ids in texts:
             ids = ids[:, :LONGEST].to(model.device)
             model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids))
@@ -112,7 +113,7 @@ def measured_curves(
     model: Any,
     texts: Sequence[Tensor],
     attentions: Mapping[float, Attention],
-    normalizer: Normalizer,
+    dense: Dense,
     shape: tuple[int, int],
     whole: bool,
 ) -> Curves:
@@ -122,12 +123,12 @@ def measured_curves(
         model: Of one of `sparsefinder.models.FAMILIES`.
         texts: Token ids ``(1, n)``.
         attentions: What attends at each value of the sparsity parameter.
-        normalizer: That of the model.
+        dense: The model's own attention.
         shape: Layers and heads.
         whole: Whether the sparsity parameter is a whole number.
     """
     levels = sorted(attentions)
-    sums = head_sums(model, progress(texts, "calibrating"), [attentions[v] for v in levels], normalizer, shape)
+    sums = head_sums(model, progress(texts, "calibrating"), [attentions[v] for v in levels], dense, shape)
     tiny = torch.finfo(torch.float64).tiny
     return Curves(
         torch.tensor(levels, dtype=torch.float64),

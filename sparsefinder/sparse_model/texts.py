@@ -97,8 +97,10 @@ def _rest(tokenizer: Any, text: str, length: int, tokens: int) -> list[Tensor]:
 
 def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     """What the tokenizer puts before and after a text."""
-    framed = tokenizer("", add_special_tokens=True)["input_ids"]
-    return framed[: len(framed) // 2], framed[len(framed) // 2 :]
+    word = tokenizer("a", add_special_tokens=False)["input_ids"]
+    framed = tokenizer("a", add_special_tokens=True)["input_ids"]
+    first = next(i for i in range(len(framed) + 1) if framed[i : i + len(word)] == word)
+    return framed[:first], framed[first + len(word) :]
 
 
 def strings_of(texts: Any) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -51,13 +52,14 @@ def test_a_query_takes_what_its_entries_say() -> None:
     assert 0 < taken < 4 * 7
 
 
-def test_cplusplus_chooses_as_torch_does() -> None:
+@pytest.mark.parametrize("causal", [False, True])
+def test_cplusplus_chooses_as_torch_does(causal: bool) -> None:
     # entries may be weighed by another normalizer than that of the attention: then C++ is told what was chosen
     for level, alpha, other in ((0.0, 1.0, 1.0), (1.5, 1.0, 1.0), (1e9, 1.0, 1.0), (1.5, 1.5, 1.0), (1.5, 1.5, 1.5)):
         pattern, inputs = made(level, alpha)
-        expected = with_gradients(Masked(pattern, Normalizer(other)), inputs, VALID)
+        expected = with_gradients(Masked(pattern, Normalizer(other), causal), inputs, VALID)
         for executor in ("auto", "blocks"):
-            run = Bucketed(pattern, Normalizer(other), executor=executor)
+            run = Bucketed(pattern, Normalizer(other), causal, executor)
             for mine, theirs in zip(with_gradients(run, inputs, VALID), expected, strict=True):
                 torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
 

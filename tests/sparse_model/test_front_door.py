@@ -303,7 +303,9 @@ WRONG = {
     "longformer, whose attention cannot be replaced": lambda m, t: sparsefinder.fit(
         tiny_model("longformer", attention_window=[4, 4]), t, sentences()
     ),
-    "configured as a decoder": lambda m, t: sparsefinder.fit(tiny_model("roberta", is_decoder=True), t, sentences()),
+    "an encoder configured as a decoder": lambda m, t: sparsefinder.fit(
+        tiny_model("roberta", is_decoder=True), t, sentences()
+    ),
 }
 
 

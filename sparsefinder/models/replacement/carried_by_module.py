@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparsefinder.attention import Dense
 from sparsefinder.errors import UserError
 from sparsefinder.graphs import Attention
-from sparsefinder.models.masks import is_past
+from sparsefinder.models.masks import is_past, split_mask
 from sparsefinder.models.packing import Sentences, read_mask, read_mask_between
 from sparsefinder.numerics.normalizers import is_recorded
 
@@ -109,12 +110,21 @@ class Plug:
                 valid, queries = read_mask_between(mask, k), self.socket.queries_of(q)
                 output: Tensor = between(q, k, v, valid, layer, query_valid=queries)
                 return output
+            if self._continues(q, k):  # the new words are few, and attend densely to all that was read
+                own: Any = self.socket.attention
+                return Dense(own.normalizer).attend(q, k, v, None if mask is None else split_mask(mask)[0])
             valid, sentences = self.socket.reading(mask, q, k)
             if sentences is None:
                 return self.socket.attention(q, k, v, valid, layer)
             q_apart, k_apart, v_apart = map(sentences.apart, (q, k, v))
             output = self.socket.attention(q_apart, k_apart, v_apart, sentences.valid, layer)
             return sentences.together(output, q.shape)
+
+    def _continues(self, q: Tensor, k: Tensor) -> bool:
+        """Whether queries are new words of a text that a decoder read before, into a cache; of what is attached to stay alone,
+        since who measures an attention wants it to be used."""
+        causal = getattr(self.socket.attention, "causal", False)
+        return causal and self.socket.owner is not None and k.shape[2] != q.shape[2]
 
     def _is_softmax(self, q: Tensor, k: Tensor, mask: Tensor | None, layer: int) -> bool:
         settled = getattr(self.socket.attention, "is_softmax", None)
