@@ -38,7 +38,7 @@ def record(model: Any, texts: Iterable[Tensor], dense: Dense, kept: Kept) -> Sam
     """Queries and keys of some tokens of each text, as the model reads it with its own attention.
 
     Args:
-        model: Of one of `sparsefinder.models.FAMILIES`.
+        model: Of one of `sparsefinder.models.families.TRAITS`.
         texts: Token ids ``(1, n)``.
         dense: The model's own attention.
         kept: Which tokens of a text.
@@ -64,7 +64,7 @@ def learn(needs: tuple[str, ...], model: Any, texts: list[Tensor], dense: Dense,
 
     Args:
         needs: Their names.
-        model: Of one of `sparsefinder.models.FAMILIES`.
+        model: Of one of `sparsefinder.models.families.TRAITS`.
         texts: Token ids ``(1, n)``.
         dense: The model's own attention. Of a causal one clusters have one level: which of several is taken depends on the
             length of a text, and with it on words that are still to come.

@@ -90,7 +90,7 @@ def head_sums(
     """Density, recall and error of each candidate in every head, while the model reads with its own attention.
 
     Args:
-        model: Of one of `sparsefinder.models.FAMILIES`.
+        model: Of one of `sparsefinder.models.families.TRAITS`.
         texts: Token ids ``(1, n)``.
         candidates: Attentions with a graph.
         dense: The model's own attention.
@@ -120,7 +120,7 @@ def measured_curves(
     """The curves of all heads.
 
     Args:
-        model: Of one of `sparsefinder.models.FAMILIES`.
+        model: Of one of `sparsefinder.models.families.TRAITS`.
         texts: Token ids ``(1, n)``.
         attentions: What attends at each value of the sparsity parameter.
         dense: The model's own attention.
