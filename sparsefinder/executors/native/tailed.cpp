@@ -248,7 +248,9 @@ void backward(const Problem &p, Rows<const T> q, Rows<const T> k, Rows<const T> 
 #define FUNCTIONS(T, NAME)                                                                                                         \
     int forward_##NAME(const Problem *p, const Rows<const T> *q, const Rows<const T> *k, const Rows<const T> *v, const Rows<T> *out, \
                        T *peaks) {                                                                                                  \
-        return status_of([&] { (p->alpha == 1 ? forward_any<T, Softmax<T>> : forward_any<T, Entmax<T>>)(*p, *q, *k, *v, *out, peaks); });      \
+        return status_of([&] {                                                                                                      \
+            (p->alpha == 1 ? forward_any<T, Softmax<T>> : forward_any<T, Entmax<T>>)(*p, *q, *k, *v, *out, peaks);                   \
+        });                                                                                                                         \
     }                                                                                                                               \
     int backward_##NAME(const Problem *p, const Rows<const T> *q, const Rows<const T> *k, const Rows<const T> *v,                    \
                         const Rows<const T> *out, const Rows<const T> *gradient, const Rows<T> *dq, const Rows<T> *dk,               \
