@@ -127,8 +127,9 @@ CALLS = {
                });
     }()""",
     "tailed": """[] {
-        Problem p{1, 2, 1, N, N, D, 1, 4, THREADS, 1, 1, ids, ids, valid, valid, nullptr, nullptr, 1.0};
-        Problem q{1, 2, 1, N, N, D, 1, 4, THREADS, 1, 1, ids, ids, valid, valid, nullptr, nullptr, 1.5};
+        const auto problem = [](int64_t causal, double alpha) {
+            return Problem{1, 2, 1, N, N, D, 1, 4, THREADS, 1, 1, causal, ids, ids, valid, valid, nullptr, nullptr, alpha};
+        };
         const Rows<const float> in{x, 2 * N * D, N * D, D}, keys{y, 2 * N * D, N * D, D}, values{z, 2 * N * D, N * D, D};
         const Rows<float> out{a, 2 * N * D, N * D, D}, other{b, 2 * N * D, N * D, D};
         const auto both = [&](const Problem &of) {
@@ -137,7 +138,7 @@ CALLS = {
                        return backward_float32(&of, &in, &keys, &values, &in, &in, &out, &other, &other, c);
                    });
         };
-        return both(p) || both(q);
+        return both(problem(0, 1.0)) || both(problem(0, 1.5)) || both(problem(1, 1.0)) || both(problem(1, 1.5));
     }()""",
 }
 
