@@ -80,7 +80,7 @@ def learned(samples: Samples) -> Learned:
 
 def samples(model: Any, training: Sequence[Tensor]) -> Samples:
     """Queries and keys of all layers from texts of the length that the model was trained at."""
-    return record(model, training, models.get_normalizer(model), lambda tokens: slice(None))
+    return record(model, training, Dense(models.get_normalizer(model)), lambda tokens: slice(None))
 
 
 class _EnoughError(Exception):
