@@ -3,10 +3,10 @@
     python benchmarks/gpu.py                            # 4,096 to 32,768 tokens; needs CUDA and triton
     python benchmarks/gpu.py --tokens 8192 --block 128
 
-The tensors, patterns and sizes of `bucketed.py`, in bfloat16. FlexAttention runs softmax on the same predicted graph, in the
-order of the text (it cannot permute, so it computes every block that holds one edge). AdaSplash (version 1, bidirectional,
-α = 1.5) runs dense entmax and is skipped where it is not installed; our own exact dense entmax in Triton is beside it. The
-predictor is inside our times.
+Noise of the sizes of `bucketed.py`'s layer, in bfloat16, and two of its patterns, learned from it: what a graph costs, not what
+it finds. FlexAttention runs softmax on the same predicted graph, in the order of the text (it cannot permute, so it computes
+every block that holds one edge). AdaSplash (version 1, bidirectional, α = 1.5) runs dense entmax and is skipped where it is not
+installed; our own exact dense entmax in Triton is beside it. The predictor is inside our times.
 """
 
 from __future__ import annotations
@@ -14,17 +14,31 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bucketed import HEADS, SIZE, patterns
+from bucketed import HEADS, SIZE, routed
 from measuring import Measured, measure
+from recorded import learned
 from torch import Tensor
 
 from sparsefinder.attention import Bucketed, Dense
 from sparsefinder.graphs import QK, HasLayout, Layout
+from sparsefinder.storage.samples import Samples
 
 BASELINE = "SDPA softmax"
+
+
+@torch.no_grad()
+def patterns(q: Tensor, k: Tensor) -> dict[str, Any]:
+    """Routed patterns, learned from these queries and keys ``(1, H, N, D)``."""
+    with torch.device("cpu"):
+        found = learned(Samples(*([x.float().cpu()] for x in (q, k))))
+    return {
+        "routed, margin 0.2": routed(found, rule="margin", level=0.2),
+        "routed, 5% of the keys": routed(found, rule="budget", level=0.05),
+    }
 
 
 def flex(layout: Layout, tokens: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -80,7 +94,7 @@ def compare(tokens: int, block: int, rounds: int, backward: bool) -> None:
     dense = adasplash(q, k, v)
     if dense is not None:
         attentions["AdaSplash, dense entmax"] = dense
-    for name, pattern in patterns(q.float(), k.float(), valid).items():
+    for name, pattern in patterns(q, k).items():
         sparse, qk = Bucketed(pattern, executor="triton", block=block), QK(q, k, valid)
         assert isinstance(pattern, HasLayout)
         on_graph = flex(pattern.layout(qk, 0), tokens)
