@@ -13,7 +13,7 @@ def test_every_benchmark_can_be_imported() -> None:
     names -= {"transformers_cases"}  # what `transformers_tests` runs, with settings in the environment
     assert "gpu" in names
     code = f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r})\n" + "\n".join(
-        f"import {name}" for name in names
+        f"import {name}" for name in sorted(names)
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert not done.returncode, done.stderr

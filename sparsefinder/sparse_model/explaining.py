@@ -71,7 +71,7 @@ def explain(model: Any, texts: Any, tokenizer: Any = None) -> Explanation:
     encoder, found = transformer_of(model), attachment(model)
     ids = _ids(encoder, texts, tokenizer or getattr(model, "tokenizer", None))
     index, setting = found.index, found.setting
-    sparse, dense = index.attention(setting), Dense(index.normalizer, index.base.causal)
+    sparse, dense = index.attention(setting), index.dense
     shape = index.base.layers, index.base.heads
     training = encoder.training
     try:

@@ -143,8 +143,7 @@ def _calibrated(model: Any, index: Index, texts: Sequence[Tensor], sweep: Sequen
         )
     whole = whole_numbered(configuration.pattern)
     shape = index.base.layers, index.base.heads
-    dense = Dense(index.normalizer, index.base.causal)
-    curves = measured_curves(model, texts, attentions, dense, shape, whole)
+    curves = measured_curves(model, texts, attentions, index.dense, shape, whole)
     index = replace(index, curves=curves)
     return replace(index, quality=tuple(_quality(model, index, curves, texts)))
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsefinder.attention import Bucketed, Masked
+from sparsefinder.attention import Bucketed, Dense, Masked
 from sparsefinder.auto_attention import Auto
 from sparsefinder.errors import UserError
 from sparsefinder.executors.choose_executor import AUTO
@@ -119,6 +119,11 @@ class Index:
     def normalizer(self) -> Normalizer:
         """That of the model."""
         return Normalizer(self.base.alpha)
+
+    @property
+    def dense(self) -> Dense:
+        """The model's own attention."""
+        return Dense(self.normalizer, self.base.causal)
 
     def setting(self, target: Target | None, auto: bool, executor: str) -> Attached:
         """The values of the sparsity parameter for a target.

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import tiny_model
-from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM, masking_utils
+from transformers import masking_utils
 
 from sparsefinder.attention import Bucketed, Dense, Masked
 from sparsefinder.errors import UserError
@@ -22,6 +22,7 @@ from sparsefinder.patterns.combine import Union
 from sparsefinder.patterns.longformer import Longformer
 from sparsefinder.patterns.sinks import Sinks
 from sparsefinder.patterns.window import GlobalTokens, Window
+from tests.models.test_decoders import tiny
 
 
 def test_no_matrix_is_made_of_a_window_that_no_layer_has(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,22 +46,15 @@ def test_no_matrix_is_made_of_a_window_that_no_layer_has(monkeypatch: pytest.Mon
     assert [shape for shape in made if shape] == [(2, 1, 1, 30)]
 
 
-def tiny_decoder_with_a_window(tokens: int) -> PreTrainedModel:
-    """Two layers, of which the first sees so many tokens, the query itself among them."""
-    kinds = ["sliding_attention", "full_attention"]
-    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    config = Qwen3Config(**sizes, **heads, layer_types=kinds, use_sliding_window=True, sliding_window=tokens)
-    return Qwen3ForCausalLM(config).eval()
-
-
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
 def test_the_window_of_a_sliding_layer_is_no_matrix_either(
     causal: bool, padded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Masks grow with the length of a text, not with its square; what is asked of them is the same."""
-    model = tiny_decoder_with_a_window(9) if causal else tiny_model("modernbert")
+    kinds = ["sliding_attention", "full_attention"]
+    window = {"layer_types": kinds, "use_sliding_window": True, "sliding_window": 9}
+    model = tiny("qwen3", **window) if causal else tiny_model("modernbert")
     attention = Dense(Normalizer(1.0), causal=causal)
     ids, valid = torch.randint(5, 12, (2, 60)), torch.ones(2, 60, dtype=torch.long)
     if padded:

@@ -8,26 +8,26 @@ from typing import Any
 import pytest
 import torch
 from tiny_index import sentences
-from tiny_models import tiny_tokenizer
+from tiny_models import tiny_config, tiny_tokenizer
 from tokenizers import processors
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import sparsefinder
 from sparsefinder.attention import Masked
 from sparsefinder.errors import UserError
+from sparsefinder.graphs import QK
 from sparsefinder.models import plugged, set_normalizer
+from sparsefinder.models.observed_attention import Watched
 from sparsefinder.numerics.normalizers import Normalizer
 from sparsefinder.sparse_model.attaching import attachment
 from sparsefinder.sparse_model.texts import special_tokens
+from tests.models.test_decoders import tiny
 
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-MORE: dict[str, dict[str, Any]] = {
-    "llama": {"num_key_value_heads": 2},
-    "gpt2": {"n_inner": 48},
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "gpt2": {},
     "qwen3": {
-        "num_key_value_heads": 2,
-        "head_dim": 8,
         "layer_types": ["sliding_attention", "full_attention"],
         "use_sliding_window": True,
         "sliding_window": 9,
@@ -36,10 +36,9 @@ MORE: dict[str, dict[str, Any]] = {
 
 
 def decoder(family: str = "llama", alpha: float = 1.0) -> Any:
-    torch.manual_seed(0)
-    settings = {"vocab_size": len(tiny_tokenizer()), "max_position_embeddings": 64, "initializer_range": 0.5}
-    settings |= {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": None}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SIZES, **settings, **MORE[family])).eval()
+    """With large weights, so that attention is no mean, and the special tokens of `tiny_tokenizer`."""
+    tokens = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": None}
+    model = tiny(family, initializer_range=0.2, **tokens, **FAMILIES[family])
     if alpha != 1.0:
         set_normalizer(model, Normalizer(alpha))
     return model
@@ -48,7 +47,7 @@ def decoder(family: str = "llama", alpha: float = 1.0) -> Any:
 def attached(family: str = "llama", alpha: float = 1.0) -> Any:
     model = decoder(family, alpha)
     index = sparsefinder.fit(model, tiny_tokenizer(), sentences())
-    sparsefinder.attach(model, index, density=0.3, auto=False)
+    sparsefinder.attach(model, index, density=0.1, auto=False)
     return model
 
 
@@ -62,7 +61,7 @@ def logits(model: Any, ids: Tensor, **others: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("alpha", [1.0, 1.5])
-@pytest.mark.parametrize("family", MORE)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_attached_is_the_predicted_graph_of_the_past(family: str, alpha: float) -> None:
     model, plain, ids = attached(family, alpha), decoder(family, alpha), prompt()
     found, dense = logits(model, ids), logits(plain, ids)
@@ -78,7 +77,7 @@ def test_what_is_attached_is_the_predicted_graph_of_the_past(family: str, alpha:
 
 
 @pytest.mark.parametrize("alpha", [1.0, 1.5])
-@pytest.mark.parametrize("family", MORE)
+@pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_words_behind_a_cache_attend_densely_to_all_that_was_read(family: str, alpha: float) -> None:
     model, plain, ids = attached(family, alpha), decoder(family, alpha), prompt()
@@ -106,20 +105,15 @@ def test_explained_and_saved(tmp_path: Path) -> None:
     told = sparsefinder.explain(model, [ids])
     index, setting = attachment(model).index, attachment(model).setting
     densities: dict[int, Tensor] = {}
-    pattern = index.attention(setting).pattern
+    masked = Masked(index.attention(setting).pattern, index.normalizer, causal=True)
 
-    def look(q: Tensor, k: Tensor, v: Tensor, valid: Tensor, layer: int) -> Tensor:
-        dense = Masked(pattern, index.normalizer, causal=True)
-        densities[layer] = dense.graph(sparsefinder.graphs.QK(q, k, valid, True), layer)[0].double().sum((1, 2)) / (
-            30 * 31 / 2
-        )
-        return dense(q, k, v, valid, layer)
+    def look(layer: int, qk: QK, v: Tensor, output: Tensor) -> None:
+        densities[layer] = masked.graph(qk, layer)[0].double().sum((1, 2)) / (30 * 31 / 2)
 
-    look.causal = True  # type: ignore[attr-defined]
     model.save_pretrained(tmp_path)
     found = logits(model, ids)
     sparsefinder.detach(model)
-    with plugged(model, look):
+    with plugged(model, Watched(masked, look)):
         logits(model, ids)
     # of the first layer, whose queries and keys are those of the dense model
     of_first = torch.tensor([row["density"] for row in told.heads if row["layer"] == 0], dtype=torch.float64)
@@ -134,7 +128,7 @@ def test_a_pattern_that_reads_ahead_is_refused() -> None:
 
 
 def test_an_encoder_that_is_configured_as_a_decoder_is_refused() -> None:
-    config = AutoConfig.for_model("roberta", **SIZES, vocab_size=20, is_decoder=True)
+    config = tiny_config("roberta", is_decoder=True)
     with pytest.raises(UserError, match="an encoder configured as a decoder; an index needs is_decoder=false"):
         sparsefinder.fit(AutoModelForCausalLM.from_config(config), tiny_tokenizer(), sentences())
 
